@@ -1,0 +1,88 @@
+"""The exception tree: one class per exit code, each message one line (what, where, what to do).
+
+    OnecardError
+    ├── RecipeError      2   recipe or usage
+    ├── DataError        3   rows, templates, masks
+    ├── ModelError       4   model, adapter, checkpoint, artifact
+    ├── ResourceError    5   memory, disk, lock
+    ├── DivergedError    6   non-finite loss or gradients
+    ├── HubError         7   upload, download, permission
+    └── PreemptedError  75   asked to stop; rerun to resume
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DataError",
+    "DivergedError",
+    "HubError",
+    "ModelError",
+    "OnecardError",
+    "PreemptedError",
+    "RecipeError",
+    "ResourceError",
+    "did_you_mean",
+    "first_line",
+]
+
+
+class OnecardError(Exception):
+    """Base of every error a user can cause; `exit_code` is the command's exit status."""
+
+    exit_code = 1
+
+
+class RecipeError(OnecardError):
+    """The recipe or the command line is wrong."""
+
+    exit_code = 2
+
+
+class DataError(OnecardError):
+    """The data cannot be read, or nothing in it can be trained on."""
+
+    exit_code = 3
+
+
+class ModelError(OnecardError):
+    """The model, adapter, checkpoint or artifact is not what it should be."""
+
+    exit_code = 4
+
+
+class ResourceError(OnecardError):
+    """Memory, disk or a lock is missing."""
+
+    exit_code = 5
+
+
+class DivergedError(OnecardError):
+    """The loss or the gradients stopped being finite."""
+
+    exit_code = 6
+
+
+class HubError(OnecardError):
+    """The Hub refused, or could not be reached."""
+
+    exit_code = 7
+
+
+class PreemptedError(OnecardError):
+    """The run was asked to stop and has saved; the same command resumes it."""
+
+    exit_code = 75
+
+
+def did_you_mean(name: str, candidates: list[str], most: int = 1) -> str:
+    """`"; did you mean X?"` for the nearest of `candidates`, or an empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(name, candidates, n=most, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, for use inside one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

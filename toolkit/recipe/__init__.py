@@ -1,0 +1,34 @@
+"""The recipe: YAML in, a frozen and fully validated `Recipe` out. Imports no torch."""
+
+from toolkit.recipe.schema import (
+    DataSection,
+    EvalSection,
+    HubSection,
+    LoraSection,
+    ModelSection,
+    MtpSection,
+    QuantizationSection,
+    Recipe,
+    TrackingSection,
+    TrainingSection,
+)
+from toolkit.recipe.source import ALIASES, dump, load, parse
+from toolkit.recipe.starter import starter
+
+__all__ = [
+    "ALIASES",
+    "DataSection",
+    "EvalSection",
+    "HubSection",
+    "LoraSection",
+    "ModelSection",
+    "MtpSection",
+    "QuantizationSection",
+    "Recipe",
+    "TrackingSection",
+    "TrainingSection",
+    "dump",
+    "load",
+    "parse",
+    "starter",
+]

@@ -1,0 +1,266 @@
+"""The typed recipe: one frozen pydantic model per section, bounds in the types, a docstring under each field.
+
+Field names are those of transformers, PEFT and TRL, word for word, so that what users know and what the libraries'
+own documentation says carries over. The docstrings become the JSON Schema that `onecard schema` prints.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "DataSection",
+    "EvalSection",
+    "HubSection",
+    "LoraSection",
+    "ModelSection",
+    "MtpSection",
+    "QuantizationSection",
+    "Recipe",
+    "TrackingSection",
+    "TrainingSection",
+]
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelSection(_Section):
+    """Which checkpoint is fine-tuned, and how its attention is computed."""
+
+    model_name_or_path: NonEmpty
+    """A folder with a transformers checkpoint (safetensors), or a Hub repository `owner/name`."""
+    revision: NonEmpty = "main"
+    """Hub branch, tag or commit; the commit it resolves to is recorded in the run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype of what is not int8; `auto` is bfloat16 on a card and float32 on a CPU."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """transformers' attention backend; `auto` is its own choice for the family. Packing is exact on every one."""
+
+
+class QuantizationSection(_Section):
+    """What is stored in 8 bit. Router, norms, embeddings and head always keep their own dtype."""
+
+    experts: Literal["int8", "none"] = "int8"
+    """Expert stacks: int8 with one scale per output row, or left in the compute dtype."""
+    linears: Literal["int8", "bnb", "none"] = "int8"
+    """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
+    activations too; or left alone."""
+
+
+class LoraSection(_Section):
+    """The adapter. Experts and router are adapted by default; PEFT's names and meanings."""
+
+    r: Positive = 16
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale of the update: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
+    lora_dropout: Fraction = 0.0
+    """Dropout before A. PEFT cannot apply it to expert stacks or routers, so it must be 0 where those are adapted."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling."""
+    experts: bool = True
+    """Adapt every expert stack."""
+    router: bool = True
+    """Adapt every router."""
+    target_modules: Literal["attention", "all-linear", "none"] | Annotated[list[NonEmpty], Field(min_length=1)] = (
+        "attention"
+    )
+    """Linear layers beside experts and router: those of the attention (or state-space) block, all of them (shared
+    experts and dense layers too), none, or a list of names as PEFT matches them."""
+    rank_pattern: dict[NonEmpty, Positive] = {}
+    """Ranks per part: `experts`, `router`, or a module name as PEFT matches it."""
+    alpha_pattern: dict[NonEmpty, Annotated[float, Field(gt=0)]] = {}
+    """Alphas per part, with the same keys."""
+    adapter_name_or_path: NonEmpty | None = None
+    """Start from this adapter (a folder in PEFT's layout) instead of a fresh one."""
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> LoraSection:
+        if not self.experts and not self.router and self.target_modules == "none":
+            raise ValueError("nothing would be trained: set experts, router or target_modules")
+        if self.lora_dropout and (self.experts or self.router):
+            raise ValueError("lora_dropout must be 0 where experts or router are adapted (PEFT refuses it there)")
+        return self
+
+
+class MtpSection(_Section):
+    """The multi-token-prediction head."""
+
+    enabled: bool = False
+    """Train a multi-token-prediction head beside the adapter."""
+
+
+class DataSection(_Section):
+    """Where the examples come from, what they look like, and which of their tokens are trained."""
+
+    train: NonEmpty
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of them, or a Hub dataset `owner/name`."""
+    validation: NonEmpty | None = None
+    """Held-out examples, given like `train`."""
+    validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] | Positive | None = None
+    """Without `validation`: hold out this share, or this many, of the training examples."""
+    name: NonEmpty | None = None
+    """Configuration name of a Hub dataset."""
+    train_split: NonEmpty = "train"
+    """Split of a Hub dataset, or of a folder whose file names carry split names."""
+    validation_split: NonEmpty | None = None
+    """Split of the Hub dataset or folder `train` to hold out, where it has one."""
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = "auto"
+    """Shape of a row; `auto` reads it off the columns."""
+    columns: dict[NonEmpty, NonEmpty] = {}
+    """Our column name to yours, e.g. `{prompt: question, completion: answer}`."""
+    system_prompt: NonEmpty | None = None
+    """Put before every conversation that has no system turn."""
+    chat_template_path: NonEmpty | None = None
+    """A Jinja file to use instead of the tokenizer's chat template; it is saved with the adapter."""
+    assistant_only_loss: bool = True
+    """Train on assistant turns only (conversations)."""
+    completion_only_loss: bool = True
+    """Train on completions only (prompt and completion)."""
+    truncation: Literal["drop", "keep_start"] = "drop"
+    """What happens to an example longer than `training.max_length`: dropped and counted, or cut at the end."""
+    on_invalid: Literal["error", "drop"] = "error"
+    """An example that cannot be used (no role, empty answer, …): refuse the data set, or drop and count it."""
+    max_samples: Positive | None = None
+    """Use only this many training examples, drawn with the seed."""
+    shuffle: bool = True
+    """Shuffle the training examples with the seed."""
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> DataSection:
+        given = [k for k in ("validation", "validation_size", "validation_split") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same thing twice: keep one")
+        return self
+
+
+class TrainingSection(_Section):
+    """TRL's and transformers' training arguments."""
+
+    output_dir: NonEmpty = "runs/run"
+    """The run's folder: recipe, metrics, checkpoints, adapter."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training examples."""
+    max_steps: Positive | None = None
+    """Optimizer steps; overrides `num_train_epochs`."""
+    per_device_train_batch_size: Positive = 1
+    """Sequences (packed ones, with packing) in one forward pass."""
+    gradient_accumulation_steps: Positive = 1
+    """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
+    max_length: Positive = 1024
+    """Tokens in a sequence; with packing, tokens in a packed sequence."""
+    packing: bool = True
+    """Pack several examples into one sequence with a block-diagonal mask; no example sees another."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Schedule after the warm-up."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.03
+    """Steps of warm-up; below 1 it is a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """The optimizer, by transformers' name."""
+    adam_beta1: Fraction = 0.9
+    """AdamW's first decay."""
+    adam_beta2: Fraction = 0.999
+    """AdamW's second decay."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in backward instead of keeping them."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the load-balancing loss; without it the model's own coefficient, where the router is trained."""
+    logging_steps: Positive = 1
+    """Steps between two lines of metrics."""
+    eval_steps: Annotated[float, Field(gt=0)] | None = None
+    """Steps (below 1: share of all steps) between two evaluations; without it, once an epoch."""
+    per_device_eval_batch_size: Positive = 8
+    """Sequences in one evaluation pass."""
+    save_steps: Annotated[float, Field(gt=0)] = 500
+    """Steps (below 1: share of all steps) between two checkpoints."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept."""
+    seed: NonNegative = 42
+    """Seed of initialisation, shuffling and sampling."""
+    dataloader_num_workers: NonNegative = 0
+    """Worker processes that collate batches."""
+    use_cpu: bool = False
+    """Use the CPU even where there is a card."""
+
+
+class EvalSection(_Section):
+    """What is measured on held-out examples, before and after training."""
+
+    enabled: bool = True
+    """Compare base and adapted model after training, where there are held-out examples."""
+    max_samples: Positive | None = 200
+    """Held-out examples used for generation; the loss uses the same ones."""
+    max_new_tokens: Positive = 32
+    """Longest generated answer."""
+    batch_size: Positive = 32
+    """Prompts generated together."""
+    num_samples: NonNegative = 2
+    """Answers shown."""
+
+
+class TrackingSection(_Section):
+    """Where metrics go beside `metrics.jsonl`."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers, as transformers names them; each must be installed."""
+    run_name: NonEmpty | None = None
+    """The run's name there; without it the run folder's name."""
+
+
+class HubSection(_Section):
+    """Upload of the finished artifact."""
+
+    push_to_hub: bool = False
+    """Push the artifact when training ends."""
+    hub_model_id: NonEmpty | None = None
+    """`owner/name` of the repository."""
+    hub_private_repo: bool = True
+    """Create the repository private."""
+    hub_token: NonEmpty | None = None
+    """Only as `${NAME}`, an environment variable; without it the Hub's own login is used."""
+
+    @model_validator(mode="after")
+    def _target(self) -> HubSection:
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("push_to_hub needs hub_model_id")
+        return self
+
+
+class Recipe(_Section):
+    """A whole recipe. Frozen; `load` builds it from YAML and overrides."""
+
+    model: ModelSection
+    """Which checkpoint is fine-tuned."""
+    quantization: QuantizationSection = QuantizationSection()
+    """What is stored in 8 bit."""
+    lora: LoraSection = LoraSection()
+    """The adapter."""
+    mtp: MtpSection = MtpSection()
+    """The multi-token-prediction head."""
+    data: DataSection
+    """The examples."""
+    training: TrainingSection = TrainingSection()
+    """The training run."""
+    eval: EvalSection = EvalSection()
+    """What is measured."""
+    tracking: TrackingSection = TrackingSection()
+    """Where metrics go."""
+    hub: HubSection = HubSection()
+    """Upload."""

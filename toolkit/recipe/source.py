@@ -1,0 +1,327 @@
+"""YAML 1.2 and `section.key=value` overrides into a validated `Recipe`, with file:line in every complaint.
+
+ruamel.yaml reads YAML 1.2 (`1e-4` is a number), refuses duplicate keys and knows the line of each key; pydantic checks
+values. This module joins the two: it follows the aliases users of other toolkits type, and turns either library's
+error into one line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from toolkit.errors import RecipeError, did_you_mean
+from toolkit.recipe.schema import Recipe
+
+__all__ = ["ALIASES", "dump", "load", "parse"]
+
+ALIASES: Mapping[str, str] = {
+    "base_model": "model.model_name_or_path",
+    "model_name": "model.model_name_or_path",
+    "model_id": "model.model_name_or_path",
+    "model_revision": "model.revision",
+    "torch_dtype": "model.dtype",
+    "lora_r": "lora.r",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.target_modules",
+    "dataset": "data.train",
+    "dataset_path": "data.train",
+    "dataset_name": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "val_set_size": "data.validation_size",
+    "test_size": "data.validation_size",
+    "chat_template": "data.chat_template_path",
+    "train_on_inputs": "data.assistant_only_loss",
+    "sequence_len": "training.max_length",
+    "max_seq_length": "training.max_length",
+    "max_seq_len": "training.max_length",
+    "cutoff_len": "training.max_length",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size",
+    "eval_batch_size": "training.per_device_eval_batch_size",
+    "num_epochs": "training.num_train_epochs",
+    "epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "warmup_ratio": "training.warmup_steps",
+    "optimizer": "training.optim",
+    "sample_packing": "training.packing",
+    "aux_loss_coef": "training.router_aux_loss_coef",
+    "wandb_name": "tracking.run_name",
+    "push_dataset_to_hub": "hub.push_to_hub",
+    "hf_token": "hub.hub_token",
+}
+"""Names that other toolkits use, and ours."""
+
+_NEGATED = {"train_on_inputs"}
+_MOST_BYTES = 1 << 20
+_ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), note: Callable[[str], None] = print) -> Recipe:
+    """Read the recipe at `path`.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` strings; the value is YAML.
+        note: called with one line for each alias that was followed.
+
+    Raises:
+        RecipeError: the file cannot be read, or anything in it is not a recipe; the message has file:line.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise RecipeError(f"{path}: larger than 1 MiB; this is not a recipe")
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = did_you_mean(file.name, [p.name for p in file.parent.glob("*.y*ml")]) if file.parent.is_dir() else ""
+        raise RecipeError(f"{path}: no such recipe{near}; `onecard init` writes a starter") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); give a UTF-8 YAML file") from None
+    return _resolve_paths(parse(text, str(path), overrides, note), file.parent)
+
+
+def parse(
+    text: str, where: str = "recipe", overrides: Sequence[str] = (), note: Callable[[str], None] = print
+) -> Recipe:
+    """As `load`, from a string; `where` is the name used in messages."""
+    data, lines = _read(text, where)
+    for override in overrides:
+        _apply_override(data, lines, override)
+    data = _follow_aliases(data, lines, where, note)
+    _expand_environment(data, lines, where)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, lines, where)) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every field present, the Hub token left out."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    yaml.dump(recipe.model_dump(exclude={"hub": {"hub_token"}}), stream)
+    return stream.getvalue()
+
+
+_PATHS = {
+    "model": ("model_name_or_path",),
+    "lora": ("adapter_name_or_path",),
+    "data": ("train", "validation", "chat_template_path"),
+}
+"""Fields that may name something on this disk."""
+
+
+def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Local names made absolute: relative to the current directory, else to the recipe's folder; others left alone."""
+    changes: dict[str, Any] = {}
+    for section, fields in _PATHS.items():
+        part = getattr(recipe, section)
+        found = {field: _existing(getattr(part, field), folder) for field in fields}
+        changes[section] = part.model_copy(update={field: path for field, path in found.items() if path})
+    return recipe.model_copy(update=changes)
+
+
+def _existing(value: str | None, folder: Path) -> str | None:
+    candidates = (Path(value).expanduser(), folder / value) if value else ()
+    return next((str(path.resolve()) for path in candidates if path.exists()), None)
+
+
+_Lines = dict[tuple[str, ...], str]
+
+
+def _read(text: str, where: str) -> tuple[dict[str, Any], _Lines]:
+    yaml = YAML(typ="rt")
+    yaml.allow_duplicate_keys = False
+    try:
+        # Checked on the event stream, before anything is built: nested aliases can grow beyond all memory.
+        if any(isinstance(event, AliasEvent) for event in YAML().parse(text)):
+            raise RecipeError(f"{where}: YAML aliases (*name) are not used in recipes: write the value out")
+        tree = yaml.load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        key = re.search(r'key "([^"]+)"', str(error.problem))
+        name = key.group(1) if key else "a key"
+        raise RecipeError(f"{where}:{line}: {name}: given twice; keep one") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 0
+        raise RecipeError(f"{where}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if tree is None:
+        raise RecipeError(f"{where}: empty; `onecard init` writes a starter")
+    if not isinstance(tree, CommentedMap):
+        raise RecipeError(f"{where}:1: a recipe is a mapping of sections (model, data, …), not a {_kind(tree)}")
+    lines: _Lines = {}
+    return _plain(tree, (), lines, where), lines
+
+
+def _plain(value: Any, path: tuple[str, ...], lines: _Lines, where: str) -> Any:
+    if isinstance(value, Mapping):
+        result = {}
+        for key, item in value.items():
+            here = (*path, str(key))
+            if isinstance(value, CommentedMap):
+                lines[here] = f"{where}:{value.lc.key(key)[0] + 1}"
+            if not isinstance(key, str):
+                raise RecipeError(f"{lines.get(here, where)}: {key!r}: a key must be a string; quote it")
+            result[key] = _plain(item, here, lines, where)
+        return result
+    if isinstance(value, list):
+        return [_plain(item, path, lines, where) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "mapping"
+    if isinstance(value, list):
+        return "list"
+    return {"str": "string", "int": "whole number", "float": "number", "bool": "true/false", "NoneType": "null"}.get(
+        type(value).__name__, type(value).__name__
+    )
+
+
+def _apply_override(data: dict[str, Any], lines: _Lines, override: str) -> None:
+    key, equals, raw = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"{override!r}: an override is section.key=value, e.g. training.learning_rate=1e-4")
+    wrapped, _ = _read(f"value: {raw}" if raw.strip() else "value:", f"override {key}")
+    target = data
+    for step in path[:-1]:
+        if target.get(step) is None:
+            target[step] = {}
+        target = target[step]
+        if not isinstance(target, dict):
+            raise RecipeError(f"override {key}: {step} is a {_kind(target)}, it has no keys")
+    target[path[-1]] = wrapped["value"]
+    lines[path] = "command line"
+
+
+def _follow_aliases(data: dict[str, Any], lines: _Lines, where: str, note: Callable[[str], None]) -> dict[str, Any]:
+    sections = Recipe.model_fields
+    result: dict[str, Any] = {}
+    moved: list[tuple[tuple[str, ...], str, Any]] = []
+    for key, value in data.items():
+        if key in sections and isinstance(value, dict):
+            fields = _fields(key)
+            result[key] = {k: v for k, v in value.items() if k in fields or k not in ALIASES}
+            moved += [((key, k), ALIASES[k], v) for k, v in value.items() if k not in fields and k in ALIASES]
+        elif key in ALIASES and key not in sections:
+            moved.append(((key,), ALIASES[key], value))
+        elif key not in sections and (homes := [s for s in sections if key in _fields(s)]):
+            raise RecipeError(f"{lines.get((key,), where)}: {key}: belongs in a section: write it as {homes[0]}.{key}")
+        else:
+            result[key] = value
+    for source, target, value in moved:
+        _move(result, lines, where, source, target, value, note)
+    return result
+
+
+def _move(
+    data: dict[str, Any],
+    lines: _Lines,
+    where: str,
+    source: tuple[str, ...],
+    target: str,
+    value: Any,
+    note: Callable[[str], None],
+) -> None:
+    section, field = target.split(".")
+    place = lines.get(source, where)
+    home = data.setdefault(section, {})
+    if not isinstance(home, dict):
+        raise RecipeError(f"{lines.get((section,), where)}: {section}: a section is a mapping, not a {_kind(home)}")
+    if field in home:
+        raise RecipeError(f"{place}: {source[-1]}: means {target}, which is given too; keep one")
+    if source[-1] in _NEGATED and isinstance(value, bool):
+        value = not value
+    home[field] = value
+    lines[(section, field)] = place
+    note(f"{place}: {'.'.join(source)} is called {target} here")
+
+
+def _fields(section: str) -> list[str]:
+    annotation = Recipe.model_fields[section].annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _expand_environment(data: dict[str, Any], lines: _Lines, where: str) -> None:
+    for section, content in data.items():
+        if not isinstance(content, dict):
+            continue
+        for key, value in content.items():
+            place = f"{lines.get((section, key), where)}: {section}.{key}"
+            names = _ENV.findall(value) if isinstance(value, str) else []
+            if names and section != "hub":
+                raise RecipeError(f"{place}: environment variables are read in the hub section only")
+            for name in names:
+                if name not in os.environ:
+                    raise RecipeError(f"{place}: the environment variable {name} is not set")
+                content[key] = content[key].replace(f"${{{name}}}", os.environ[name])
+            if section == "hub" and key == "hub_token" and value is not None and not names:
+                raise RecipeError(f"{place}: never write a token into a recipe; use ${{HF_TOKEN}}")
+
+
+def _explain(error: ValidationError, lines: _Lines, where: str) -> str:
+    problems = error.errors(include_url=False)
+    # A union reports each of its branches; the first problem with the shortest path is the one a person made.
+    problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", len(_path(p))))
+    path = _path(problem)
+    # A problem of a whole section (two fields that disagree) is reported where the section begins.
+    place = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), where)
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _fields(path[0]) if len(path) > 1 else list(Recipe.model_fields)
+        hint = did_you_mean(path[-1], known) or f"; known: {', '.join(known)}"
+        if path[-1] == "trust_remote_code":
+            hint = "; it is always off: no code from a checkpoint is run"
+        return f"{place}: {name}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{place}: {name}: required and missing"
+    wanted = "; or ".join(
+        dict.fromkeys(_lower(p["msg"]) for p in problems if _path(p) == path and p["type"] != "extra_forbidden")
+    )
+    got = "" if problem["type"] == "value_error" else f" (got {_short(problem['input'])})"
+    return f"{place}: {name}: {wanted}{got}"
+
+
+def _path(problem: Any) -> tuple[str, ...]:
+    """The recipe key of a pydantic problem, without the union branches that pydantic appends."""
+    location = [str(part) for part in problem["loc"]]
+    depth = 1
+    if len(location) > 1 and location[0] in Recipe.model_fields and location[1] not in ("",):
+        depth = 2
+    return tuple(location[:depth])
+
+
+def _lower(message: str) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
+    return message[:1].lower() + message[1:]
+
+
+def _short(value: Any) -> str:
+    shown = repr(value) if not isinstance(value, (dict, list)) else f"a {_kind(value)}"
+    return shown if len(shown) <= 60 else shown[:57] + "…"
