@@ -1,0 +1,180 @@
+"""Every expert backend against the law (`ops/reference.py`), over shapes and layouts nobody would choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional
+
+from toolkit.ops import LoraFactors, per_expert, reference
+from toolkit.quant import ExpertStack, ExpertWeights, quantize
+
+Layer = Callable[..., torch.Tensor]
+BACKENDS: dict[str, Layer] = {"per_expert": per_expert.expert_layer}
+
+
+@dataclass(frozen=True)
+class Case:
+    """T tokens, K experts per token, E experts, H hidden, I intermediate, R rank; which experts are hit."""
+
+    T: int
+    K: int
+    E: int
+    H: int
+    I: int  # noqa: E741
+    R: int
+    routing: str = "random"
+
+
+CASES = [
+    Case(T=7, K=2, E=4, H=12, I=20, R=3),
+    Case(T=1, K=1, E=1, H=5, I=3, R=1),
+    Case(T=1, K=3, E=3, H=8, I=6, R=2),
+    Case(T=33, K=5, E=5, H=17, I=9, R=4, routing="all"),
+    Case(T=40, K=1, E=13, H=11, I=7, R=2, routing="one"),
+    Case(T=9, K=2, E=31, H=6, I=10, R=16),
+    Case(T=64, K=4, E=7, H=24, I=40, R=5),
+]
+
+
+def build(
+    case: Case, *, is_int8: bool, is_transposed: bool, has_bias: bool, is_gated: bool, has_norm: bool, seed: int = 0
+) -> tuple[ExpertWeights, list[torch.Tensor], torch.Tensor]:
+    """Frozen weights, the leaves that take gradients (x, routing weights, up A, up B, down A, down B), and the routing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def stack(out: int, in_: int) -> ExpertStack:
+        weight = random(case.E, in_, out) if is_transposed else random(case.E, out, in_)
+        stored, scale = quantize(weight, -2 if is_transposed else -1) if is_int8 else (weight, None)
+        return ExpertStack(stored, scale, random(case.E, out) if has_bias else None, is_transposed)
+
+    def gate(y: torch.Tensor) -> torch.Tensor:
+        if not is_gated:
+            return functional.relu(y) ** 2
+        left, right = y[..., ::2].clamp(max=7.0), y[..., 1::2]  # interleaved and clamped, as some families have it
+        return functional.silu(left) * (right + 1)
+
+    width = (2 if is_gated else 1) * case.I
+    norm = random(case.H)
+    weights = ExpertWeights(
+        stack(width, case.H),
+        stack(case.H, case.I),
+        gate,
+        (lambda y: functional.rms_norm(y, (case.H,)) * norm.to(y.dtype)) if has_norm else None,
+    )
+    leaves = [
+        random(case.T, case.H),
+        random(case.T, case.K).softmax(-1),
+        random(case.E, case.R, case.H),
+        random(case.E, width, case.R) * 0.3,
+        random(case.E, case.R, case.I),
+        random(case.E, case.H, case.R) * 0.3,
+    ]
+    return weights, [leaf.requires_grad_() for leaf in leaves], routing(case, generator)
+
+
+def routing(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """[T, K] expert numbers, no expert twice for a token."""
+    if case.routing == "one":
+        return torch.full((case.T, case.K), case.E - 1)
+    return torch.stack([torch.randperm(case.E, generator=generator)[: case.K] for _ in range(case.T)])
+
+
+def run(layer: Layer, weights: ExpertWeights, leaves: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+    """Output and all gradients of a fixed scalar of it."""
+    x, routing_weights, *factors = leaves
+    up, down = LoraFactors(*factors[:2]), LoraFactors(*factors[2:])
+    output = layer(x, index, routing_weights, weights, up, down)
+    probe = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).sin()
+    return [output.detach(), *torch.autograd.grad((output * probe).sum(), leaves)]
+
+
+@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("is_int8", [True, False])
+@pytest.mark.parametrize(
+    ("is_transposed", "has_bias", "is_gated", "has_norm"),
+    [(False, False, True, False), (True, True, True, False), (False, False, False, False), (False, True, True, True)],
+)
+def test_output_and_every_gradient_match_the_reference(
+    layer: Layer, case: Case, is_int8: bool, is_transposed: bool, has_bias: bool, is_gated: bool, has_norm: bool
+) -> None:
+    weights, leaves, index = build(
+        case, is_int8=is_int8, is_transposed=is_transposed, has_bias=has_bias, is_gated=is_gated, has_norm=has_norm
+    )
+    truth = run(reference.expert_layer, weights, [leaf.detach().double().requires_grad_() for leaf in leaves], index)
+    rounded = run(reference.expert_layer, weights, leaves, index)
+    ours = run(layer, weights, leaves, index)
+    for wanted, theirs, got in zip(truth, rounded, ours, strict=True):
+        scale = wanted.norm().clamp(min=1e-6)
+        # Tolerance: what the reference itself loses in fp32, and 1e-5 of the tensor's size.
+        assert (got - wanted).norm() <= (theirs - wanted).norm() + 1e-5 * scale
+
+
+@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
+def test_gradients_match_finite_differences(layer: Layer) -> None:
+    weights, leaves, index = build(
+        Case(T=5, K=2, E=3, H=4, I=3, R=2), is_int8=False, is_transposed=True, has_bias=True, is_gated=True, has_norm=True
+    )
+    weights = ExpertWeights(_double(weights.up), _double(weights.down), weights.gate, lambda y: y.tanh())
+    inputs = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def scalar(x: torch.Tensor, w: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        return layer(x, index, w, weights, LoraFactors(*factors[:2]), LoraFactors(*factors[2:])).sum()
+
+    assert torch.autograd.gradcheck(scalar, inputs)
+
+
+@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
+def test_adapter_changes_the_output_and_only_one_stack_may_carry_one(layer: Layer) -> None:
+    weights, leaves, index = build(
+        CASES[0], is_int8=True, is_transposed=False, has_bias=False, is_gated=True, has_norm=False
+    )
+    x, routing_weights, *factors = leaves
+    bare = layer(x, index, routing_weights, weights)
+    for up, down in ((LoraFactors(*factors[:2]), None), (None, LoraFactors(*factors[2:]))):
+        adapted = layer(x, index, routing_weights, weights, up, down)
+        wanted = reference.expert_layer(x, index, routing_weights, weights, up, down)
+        assert (adapted - bare).abs().max() > 0.1
+        torch.testing.assert_close(adapted, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
+def test_experts_that_no_token_reaches_get_no_gradient_and_are_not_read(layer: Layer) -> None:
+    case = CASES[4]
+    weights, leaves, index = build(
+        case, is_int8=True, is_transposed=False, has_bias=False, is_gated=True, has_norm=False
+    )
+    poisoned = weights.up.scale
+    assert poisoned is not None
+    poisoned[: case.E - 1] = float("nan")
+    output, *gradients = run(layer, weights, leaves, index)
+    assert output.isfinite().all()
+    for gradient in gradients[2:]:
+        assert gradient[: case.E - 1].count_nonzero() == 0
+        assert gradient[case.E - 1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
+def test_a_tokens_output_does_not_depend_on_its_neighbours_bit_for_bit(layer: Layer) -> None:
+    case = Case(T=48, K=2, E=4, H=64, I=48, R=8)
+    weights, leaves, index = build(
+        case, is_int8=True, is_transposed=False, has_bias=False, is_gated=True, has_norm=False
+    )
+    x, routing_weights, *factors = (leaf.detach() for leaf in leaves)
+    up, down = LoraFactors(*factors[:2]), LoraFactors(*factors[2:])
+    together = layer(x, index, routing_weights, weights, up, down)
+    for part in (slice(0, 1), slice(3, 9), slice(20, 48)):
+        alone = layer(x[part], index[part], routing_weights[part], weights, up, down)
+        assert torch.equal(alone, together[part])
+
+
+def _double(stack: ExpertStack) -> ExpertStack:
+    bias = None if stack.bias is None else stack.bias.double()
+    return ExpertStack(stack.weight.double(), stack.scale, bias, stack.is_transposed)

@@ -1,0 +1,44 @@
+"""The backends by name, registered at transformers' own seam (`ALL_EXPERTS_FUNCTIONS`).
+
+An experts module then computes with `experts_implementation="onecard_<backend>"`; nothing of transformers is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from toolkit.ops import per_expert, reference
+from toolkit.quant import expert_weights
+
+__all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS"]
+
+FACTORS = "onecard_factors"
+"""Attribute of an experts module: {stack name: LoraFactors} while an adapter is active."""
+
+BACKENDS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "onecard_per_expert": per_expert.expert_layer,
+    "onecard_reference": reference.expert_layer,
+}
+
+
+def _forward_with(layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def experts_forward(
+        self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        weights = expert_weights(self)
+        factors = getattr(self, FACTORS, {})
+        up = factors.get("gate_up_proj" if self.has_gate else "up_proj")
+        return layer(hidden_states, top_k_index, top_k_weights, weights, up, factors.get("down_proj"))
+
+    return experts_forward
+
+
+DEFAULT_BACKEND = "onecard_per_expert"
+"""Runs on every device."""
+
+for _name, _layer in BACKENDS.items():
+    ALL_EXPERTS_FUNCTIONS.register(_name, _forward_with(_layer))

@@ -1,0 +1,134 @@
+"""Load an MoE checkpoint, frozen and in int8, and prove that what should be int8 is.
+
+Everything about files, revisions and key layouts is transformers' `from_pretrained`; this adds the refusals it lacks
+(missing keys are only warnings there) and the coverage count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from toolkit.architecture import Architecture, bare_modules, describe
+from toolkit.errors import ModelError, first_line
+from toolkit.quant.experts import expert_weights
+from toolkit.quant.int8 import dequantize
+from toolkit.quant.quantizer import LINEAR_ROLES, Int8Config
+
+__all__ = ["Coverage", "dequantize_state", "load_int8", "measure"]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is int8, counted: stacks and linears as (int8, all), and the bytes of the expert stacks."""
+
+    stacks_int8: int
+    stacks: int
+    linears_8bit: int
+    linears: int
+    expert_bytes: int
+    expert_bytes_fp32: int
+    model_bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def load_int8(
+    name_or_path: str,
+    *,
+    revision: str = "main",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    experts: str = "int8",
+    linears: str = "int8",
+    attn_implementation: str = "auto",
+    experts_implementation: str = "onecard_per_expert",
+) -> tuple[PreTrainedModel, Coverage]:
+    """Load a frozen model whose expert stacks and linears become int8 as the shards stream in.
+
+    Args:
+        name_or_path: local folder or Hub repository with safetensors.
+        dtype: of everything that is not int8.
+        experts: int8 or none. linears: int8, bnb or none.
+        experts_implementation: the expert backend, by the name `toolkit.ops` registered it under.
+
+    Raises:
+        ModelError: not an MoE, a damaged or missing shard, keys that do not fit, or a stack left in 16 bit.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+            experts_implementation=experts_implementation,
+            quantization_config=Int8Config(experts, linears),
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+    _refuse_incomplete(name_or_path, info)
+    model.requires_grad_(False)
+    model.eval()
+    coverage = measure(model)
+    if experts == "int8" and coverage.stacks_int8 != coverage.stacks:
+        raise ModelError(f"{name_or_path}: only {coverage.stacks_int8} of {coverage.stacks} expert stacks are int8")
+    if linears != "none" and coverage.linears_8bit != coverage.linears:
+        raise ModelError(f"{name_or_path}: only {coverage.linears_8bit} of {coverage.linears} linears are 8-bit")
+    return model, coverage
+
+
+def measure(model: nn.Module, architecture: Architecture | None = None) -> Coverage:
+    """Count what is int8 in a loaded model, adapted or bare; an adapter's own parameters are not counted."""
+    architecture, modules = architecture or describe(model), bare_modules(model)
+    weights = [expert_weights(modules[layer.name]) for layer in architecture.layers]
+    stacks = [stack for layer in weights for stack in (layer.up, layer.down)]
+    linears = [modules[name] for name in architecture.linear_names(*LINEAR_ROLES)]
+    return Coverage(
+        stacks_int8=sum(stack.weight.dtype == torch.int8 for stack in stacks),
+        stacks=len(stacks),
+        linears_8bit=sum(linear.weight.dtype == torch.int8 for linear in linears),
+        linears=len(linears),
+        expert_bytes=sum(_nbytes(stack.weight) + _nbytes(stack.scale) for stack in stacks),
+        expert_bytes_fp32=sum(stack.weight.numel() * 4 for stack in stacks),
+        model_bytes=sum(_nbytes(p) for name, p in model.named_parameters() if ".lora_" not in name),
+    )
+
+
+def dequantize_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict in fp32 under the stock parameter names, int8 weights multiplied out."""
+    transposed = {
+        f"{layer.name}.{name}"
+        for layer in describe(model).layers
+        for name in (layer.up, layer.down)
+        if model.get_submodule(layer.name).is_transposed
+    }
+    state = model.state_dict()
+    result: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if f"{name}_scale" in state:
+            result[name] = dequantize(value, state[f"{name}_scale"], -2 if name in transposed else -1)
+        elif not (name.endswith("_scale") and state[name.removesuffix("_scale")].dtype == torch.int8):
+            result[name] = value.float() if value.is_floating_point() else value
+    return result
+
+
+def _nbytes(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _refuse_incomplete(name_or_path: str, info: dict[str, Any]) -> None:
+    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for"), ("error_msgs", "")):
+        if found := sorted(map(str, info.get(kind) or ())):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ModelError(f"{name_or_path}: the checkpoint {what} {found[0]}{more}; download it again or fix config.json")
