@@ -1,0 +1,253 @@
+"""Attach LoRA to a loaded model, or an adapter from disk, and count what was reached.
+
+PEFT targets by name and says nothing when a name matches nothing. Here the parts are enumerated first, named to PEFT, and
+counted afterwards: every expert stack and every router that was asked for, or an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolkit.adapters.layer import register
+from toolkit.architecture import Architecture, describe, strip_index
+from toolkit.errors import ModelError, did_you_mean, first_line
+
+__all__ = ["AdapterCoverage", "adapter_coverage", "attach_lora", "load_adapter", "targets"]
+
+_ROLES = {"none": (), "attention": ("attention",), "all-linear": ("attention", "shared", "dense")}
+
+
+@dataclass(frozen=True)
+class AdapterCoverage:
+    """How many of the model's parts carry an adapter, how many adapters have moved, and trainable parameters."""
+
+    stacks: int
+    stacks_all: int
+    routers: int
+    routers_all: int
+    linears: int
+    moved: int
+    adapters: int
+    parameters: int
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def targets(
+    architecture: Architecture,
+    *,
+    experts: bool = True,
+    router: bool = True,
+    target_modules: str | Sequence[str] = "attention",
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Full names of the modules and of the parameters to adapt, in PEFT's two kinds.
+
+    Raises:
+        ModelError: a name in `target_modules` matches no linear; the nearest names are given.
+    """
+    parameters = [f"{layer.name}.{stack}" for layer in architecture.layers if experts for stack in (layer.up, layer.down)]
+    modules = [layer.router for layer in architecture.layers if router and layer.router_is_linear]
+    parameters += [f"{layer.router}.weight" for layer in architecture.layers if router and not layer.router_is_linear]
+    if isinstance(target_modules, str):
+        modules += architecture.linear_names(*_ROLES[target_modules])
+    else:
+        for wanted in target_modules:
+            modules += _match(architecture, wanted)
+    return tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters))
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    experts: bool = True,
+    router: bool = True,
+    target_modules: str | Sequence[str] = "attention",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> PeftModel:
+    """Put a fresh adapter on every part asked for; only the adapter trains.
+
+    Args:
+        target_modules: attention, all-linear, none, or names as PEFT matches them.
+        rank_pattern: rank for `experts`, `router` or a module name.
+        alpha_pattern: alpha likewise.
+
+    Raises:
+        ModelError: something that was asked for is not in the model.
+    """
+    architecture = describe(model)
+    modules, parameters = targets(architecture, experts=experts, router=router, target_modules=target_modules)
+    modules, parameters = _spell_for_peft(model, modules, parameters)
+    names = [name for name, _ in model.named_modules()]
+    stacks = [name for name, _ in model.named_parameters()]
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        target_modules=_shorten(modules, names) or None,
+        target_parameters=_shorten(parameters, stacks, leaf_too=False) or None,
+        rank_pattern=_patterns(rank_pattern or {}, architecture, (*modules, *parameters)),
+        alpha_pattern=_patterns(alpha_pattern or {}, architecture, (*modules, *parameters)),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # PEFT looks for rank_pattern keys among modules only and calls those of parameters unmatched; they do apply.
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match any targeted module")
+        try:
+            peft_model = get_peft_model(model, register(config))
+        except ValueError as error:
+            raise ModelError(f"PEFT refuses this adapter: {first_line(error)}") from None
+    _assert_reached(peft_model, architecture, modules, parameters)
+    return peft_model
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Put an adapter in PEFT's layout (ours or a stock one) on a loaded model.
+
+    Raises:
+        ModelError: not an adapter, made for another model, or with keys missing, left over or of another shape.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: not a PEFT adapter ({first_line(error)})") from None
+    try:
+        peft_model = get_peft_model(model, register(config))
+        result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder}: does not fit this base model: {first_line(error)}") from None
+    for what, keys in (("lacks", _own(result.missing_keys)), ("has a key the model has not:", result.unexpected_keys)):
+        if keys:
+            raise ModelError(f"{folder}: the adapter {what} {keys[0]} ({len(keys)} in all); it is for another model")
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_(is_trainable and "lora_" in name)
+    return peft_model
+
+
+def adapter_coverage(model: PeftModel) -> AdapterCoverage:
+    """Count adapted parts; an adapter has moved when its B is no longer all zero."""
+    layers = {_base_name(name): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    architecture = describe(model.get_base_model())
+    stacks = {f"{layer.name}.{stack}" for layer in architecture.layers for stack in (layer.up, layer.down)}
+    routers = {layer.router for layer in architecture.layers}
+    reached = [_part_name(name, module) for name, module in layers.items()]
+    moved = [bool(B.weight.detach().count_nonzero()) for m in layers.values() for B in m.lora_B.values()]
+    return AdapterCoverage(
+        stacks=sum(name in stacks for name in reached),
+        stacks_all=len(stacks),
+        routers=sum(name in routers for name in reached),
+        routers_all=len(routers),
+        linears=sum(name not in stacks and name not in routers for name in reached),
+        moved=sum(moved),
+        adapters=len(moved),
+        parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
+    )
+
+
+def _spell_for_peft(
+    model: PreTrainedModel, modules: Sequence[str], parameters: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Move modules that PEFT would mistake for experts to `target_parameters`, where it takes names literally.
+
+    PEFT rewrites module names that per-expert linears had in older checkpoints (`convert_peft_config_for_transformers`),
+    and with them shared experts and dense layers of the same name. The file layout is the same either way.
+    """
+    mistaken = {leaf for leaf in {name.rpartition(".")[2] for name in modules} if _is_rewritten(model, leaf)}
+    moved = [name for name in modules if name.rpartition(".")[2] in mistaken]
+    kept = [name for name in modules if name not in moved]
+    return tuple(kept), (*parameters, *(f"{name}.weight" for name in moved))
+
+
+def _is_rewritten(model: PreTrainedModel, leaf: str) -> bool:
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:
+        return True  # one of several names that PEFT would fuse together
+    return leaf not in (config.target_modules or ())
+
+
+def _match(architecture: Architecture, wanted: str) -> list[str]:
+    names = [linear.name for linear in architecture.linears]
+    found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+    if not found:
+        known = sorted({strip_index(name) for name in names} | {name.rpartition(".")[2] for name in names})
+        hint = did_you_mean(wanted, known, most=3) or f"; there are {', '.join(known[:8])}"
+        raise ModelError(f"lora.target_modules: {wanted} matches no linear layer of this model{hint}")
+    return found
+
+
+def _shorten(wanted: Sequence[str], every: Sequence[str], *, leaf_too: bool = True) -> list[str]:
+    """Suffixes (`q_proj`, `mlp.experts.down_proj`) in place of full names where they mean exactly the same parts."""
+    short: list[str] = []
+    chosen = set(wanted)
+    for name in wanted:
+        suffix = strip_index(name)
+        for candidate in (suffix.rpartition(".")[2], suffix) if leaf_too else (suffix,):
+            if {n for n in every if n == candidate or n.endswith(f".{candidate}")} <= chosen:
+                short.append(candidate)
+                break
+        else:
+            short.append(name)
+    return sorted(dict.fromkeys(short))
+
+
+def _patterns(pattern: Mapping[str, Any], architecture: Architecture, wanted: Sequence[str]) -> dict[str, Any]:
+    """Part words to the names PEFT matches; a name that matches nothing is an error."""
+    parts = {
+        "experts": {strip_index(f"{layer.name}.{s}") for layer in architecture.layers for s in (layer.up, layer.down)},
+        "router": {
+            strip_index(layer.router if layer.router_is_linear else f"{layer.router}.weight")
+            for layer in architecture.layers
+        },
+    }
+    result: dict[str, Any] = {}
+    for key, value in pattern.items():
+        names = sorted(parts.get(key, {key}))
+        for name in names:
+            if not any(w == name or w.endswith(f".{name}") for w in wanted):
+                near = did_you_mean(key, ["experts", "router", *sorted({strip_index(w) for w in wanted})], most=3)
+                raise ModelError(f"lora.rank_pattern/alpha_pattern: {key} is not adapted in this model{near}")
+            result[name] = value
+    return result
+
+
+def _assert_reached(
+    model: PeftModel, architecture: Architecture, modules: Sequence[str], parameters: Sequence[str]
+) -> None:
+    layers = {_part_name(_base_name(n), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if lost := [name for name in (*modules, *parameters) if name.removesuffix(".weight") not in layers]:
+        raise ModelError(f"{lost[0]}: PEFT did not adapt it ({len(lost)} of {len(modules) + len(parameters)} parts lost)")
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _part_name(name: str, module: nn.Module) -> str:
+    """What a LoRA layer adapts: the module's path, and the stack's name where it adapts a stack."""
+    path = name.replace(".base_layer", "")
+    parameter = getattr(module, "parameter_name", "weight")
+    return path if parameter == "weight" else f"{path}.{parameter}"
+
+
+def _own(keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if "lora_" in key]

@@ -1,0 +1,85 @@
+"""LoRA on expert stacks: PEFT's container and file layout, our computation.
+
+PEFT's `ParamWrapper` rebuilds `W + BA` for every expert at every forward and cannot touch int8. This subclass keeps its
+parameters, names and nesting, so that state dicts are stock, and hands the factors to the expert backend instead. It is
+registered through `LoraConfig`'s own seam for custom modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from torch import nn
+
+from toolkit.architecture import is_experts
+from toolkit.errors import ModelError
+from toolkit.ops import FACTORS, LoraFactors
+
+__all__ = ["ParamWrapper", "factors_from_layout", "register"]
+
+
+class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
+    """The update of one expert stack; wrappers nest, one a stack. PEFT looks for the class by this name."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the experts with this stack's factors in place."""
+        self._check_forward_args(x, *args, **kwargs)
+        factors = None if self.disable_adapters else self._factors()
+        if factors is None:
+            output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        active = self.get_base_layer().__dict__.setdefault(FACTORS, {})
+        active[self.parameter_name] = factors
+        try:
+            output = self.base_layer(x, *args, **kwargs)
+        finally:
+            del active[self.parameter_name]
+        return output
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused on int8: adding to rounded weights would round the adapter away."""
+        if not self.get_param().is_floating_point():
+            raise ModelError("an adapter cannot be merged into int8 experts: merge it into the original checkpoint")
+        super().merge(safe_merge, adapter_names)
+
+    def _factors(self) -> LoraFactors | None:
+        pairs = [
+            factors_from_layout(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts, self.scaling[name])
+            for name in self.active_adapters
+            if name in self.lora_A
+        ]
+        if len(pairs) <= 1:
+            return pairs[0] if pairs else None
+        return LoraFactors(torch.cat([p.A for p in pairs], dim=1), torch.cat([p.B for p in pairs], dim=2))
+
+
+def factors_from_layout(A: torch.Tensor, B: torch.Tensor, num_experts: int, scaling: float) -> LoraFactors:
+    """PEFT's A (R·E, I), expert slowest, and B (O, R·E), expert fastest, as [E, R, I] and scaled [E, O, R].
+
+    Source: `get_delta_weight` of peft's `ParamWrapper`.
+    """
+    A_ERI = A.reshape(num_experts, -1, A.shape[1])
+    B_EOR = B.reshape(B.shape[0], -1, num_experts).permute(2, 0, 1).contiguous()
+    return LoraFactors(A_ERI, B_EOR * scaling)
+
+
+def register(config: LoraConfig) -> LoraConfig:
+    """Make PEFT build our layer for expert stacks under this config; everything else stays PEFT's. Returns it."""
+    config._register_custom_module({nn.Module: _dispatch})
+    return config
+
+
+def _dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    if kwargs.get("parameter_name") is None:
+        return None
+    if is_experts(base):
+        return ParamWrapper(target, adapter_name, **kwargs)
+    if isinstance(base, nn.Linear):
+        # The same parameters under the same names as PEFT's wrapper of `weight`, which would rebuild W + BA.
+        return Linear(target, adapter_name, **{**kwargs, "parameter_name": None})
+    return None
