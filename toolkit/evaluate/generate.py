@@ -1,0 +1,64 @@
+"""Greedy answers in left-padded batches, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["answer", "encode_chat"]
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Text that follows each prompt (token ids), special tokens removed.
+
+    Args:
+        temperature: 0 is greedy; above it samples.
+    """
+    texts: list[str] = [""] * len(prompts)
+    for batch in _similar_lengths(prompts, batch_size):
+        width = max(len(prompts[index]) for index in batch)
+        ids = torch.full((len(batch), width), _pad(tokenizer), device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(batch):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=_pad(tokenizer), **sampling
+        )
+        for row, index in enumerate(batch):
+            texts[index] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+    return texts
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system_prompt: str | None = None
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks; the plain text where there is no template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    encoded = tokenizer.apply_chat_template([*system, *messages], add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _similar_lengths(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad) if isinstance(pad, int) else 0

@@ -1,0 +1,183 @@
+"""The one flow: plan -> load -> attach -> build_batches -> train -> package, each step a function of the plan.
+
+These are the public verbs. They only hand the plan's fields to the rooms, which take plain arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
+from toolkit.data import Batches, read_chat_template
+from toolkit.data import build_batches as build_from_rows
+from toolkit.errors import ModelError, first_line
+from toolkit.evaluate import Comparison, compare
+from toolkit.ops import BACKENDS
+from toolkit.package import identify_base, write_artifact
+from toolkit.plan import Plan
+from toolkit.quant import load_int8, measure
+from toolkit.recipe import dump
+from toolkit.train import RunFolder, TrainResult, train_adapter
+
+__all__ = ["Trained", "attach", "build_batches", "coverage", "evaluate", "load", "load_tokenizer", "package", "reopen", "train"]
+
+_NOT_TRL = {"output_dir"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter still on its model, with all that was counted and measured."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    training: TrainResult
+    counts: dict[str, Any]
+    comparison: Comparison | None
+
+    def results(self) -> dict[str, Any]:
+        """Figures that the same recipe gives again: training loss and steps, base against adapted."""
+        run = self.training
+        figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens}}
+        return {**figures, **(self.comparison.to_dict() if self.comparison else {})}
+
+
+def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with the recipe's chat template where it names one."""
+    recipe = plan.recipe
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(plan.model, revision=recipe.model.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{plan.model}: no usable tokenizer: {first_line(error)}") from None
+    if recipe.data.chat_template_path:
+        tokenizer.chat_template = read_chat_template(Path(recipe.data.chat_template_path))
+    result: PreTrainedTokenizerBase = tokenizer
+    return result
+
+
+def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
+    if plan.backend not in BACKENDS:
+        raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
+    tokenizer = load_tokenizer(plan)
+    model, _ = load_int8(
+        plan.model,
+        revision=plan.recipe.model.revision,
+        dtype=plan.torch_dtype,
+        device=plan.device,
+        experts=plan.recipe.quantization.experts,
+        linears=plan.recipe.quantization.linears,
+        attn_implementation=plan.recipe.model.attn_implementation,
+        experts_implementation=plan.backend,
+    )
+    return model, tokenizer
+
+
+def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
+    """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk."""
+    lora = plan.recipe.lora
+    set_seed(plan.recipe.training.seed)
+    if lora.adapter_name_or_path:
+        return load_adapter(model, lora.adapter_name_or_path, is_trainable=True)
+    return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
+
+
+def reopen(plan: Plan, artifact: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The plan's model with a finished adapter on it, for evaluation and generation."""
+    model, tokenizer = load(plan)
+    return load_adapter(model, artifact), tokenizer
+
+
+def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
+    """What is int8, what is adapted and what has moved: each as [done, all], or a plain count."""
+    stored, adapted = measure(model.get_base_model(), plan.architecture), adapter_coverage(model)
+    return {
+        "expert stacks int8": [stored.stacks_int8, stored.stacks],
+        "linears 8-bit": [stored.linears_8bit, stored.linears],
+        "expert stacks adapted": [adapted.stacks, adapted.stacks_all],
+        "routers adapted": [adapted.routers, adapted.routers_all],
+        "linears adapted": adapted.linears,
+        "adapters moved": [adapted.moved, adapted.adapters],
+        "trainable parameters": adapted.parameters,
+    }
+
+
+def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
+    """The recipe's examples, validated and masked; TRL packs them."""
+    data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
+    training = plan.recipe.training
+    return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    plan: Plan,
+    console: Console | None = None,
+) -> Trained:
+    """Train the adapter and compare it with its base on the held-out examples.
+
+    Raises:
+        ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
+    """
+    console = console or Console(quiet=True)
+    recipe, run = plan.recipe, RunFolder(plan.folder)
+    tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    training = train_adapter(
+        model,
+        tokenizer,
+        batches.train,
+        batches.validation,
+        folder=run.checkpoints,
+        metrics=run.metrics,
+        arguments={**recipe.training.model_dump(exclude=_NOT_TRL), **tracking},
+        device=plan.device,
+        train_router=recipe.lora.router,
+        console=console,
+    )
+    counts = coverage(model, plan)
+    moved, adapters = counts["adapters moved"]
+    if moved != adapters:
+        raise ModelError(
+            f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
+            "train longer"
+        )
+    return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+
+
+def evaluate(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> Comparison | None:
+    """Base against adapted on the held-out examples, or None where there are none or the recipe says no."""
+    wanted = plan.recipe.eval
+    if not wanted.enabled or batches.validation is None:
+        return None
+    count = min(len(batches.validation), wanted.max_samples or len(batches.validation))
+    return compare(
+        model,
+        tokenizer,
+        batches.validation.select(range(count)),
+        batches.held_out[:count],
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=wanted.batch_size,
+    )
+
+
+def package(result: Trained, plan: Plan) -> Path:
+    """Write the artifact into the run folder; stock PEFT opens it as it is."""
+    return write_artifact(
+        result.model,
+        result.tokenizer,
+        RunFolder(plan.folder).adapter,
+        base=identify_base(plan.model, plan.recipe.model.revision),
+        recipe_yaml=dump(plan.recipe),
+        results=result.results(),
+        coverage=result.counts,
+    )

@@ -1,0 +1,117 @@
+"""Metrics to `metrics.jsonl` and progress to the terminal: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["MetricsLog", "ProgressDisplay", "peak_memory"]
+
+_PLAIN_SECONDS = 5.0
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the card's peak allocation, or the process's peak resident set."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsLog(TrainerCallback):  # type: ignore[misc]
+    """Appends one JSON object a log event; tokens_per_second counts real tokens, padding not."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
+        self.device = device
+        self.last: dict[str, Any] = {}
+        self._clock = time.perf_counter()
+        self._tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._clock = time.perf_counter()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the line."""
+        logs = dict(kwargs.get("logs") or {})
+        entry = {"step": state.global_step, **logs, "memory_bytes": peak_memory(self.device)}
+        tokens = float(logs.get("num_tokens", 0.0))
+        now = time.perf_counter()
+        if tokens > self._tokens:
+            entry["tokens_per_second"] = (tokens - self._tokens) / (now - self._clock)
+            self._clock, self._tokens = now, tokens
+        self.last = entry
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+
+class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
+    """Step, loss, tokens/s, memory and time left. Reads the entry that `metrics` wrote last."""
+
+    def __init__(self, console: Console, metrics: MetricsLog) -> None:
+        self.console = console
+        self.metrics = metrics
+        self._progress: Progress | None = None
+        self._began = self._printed = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the live line."""
+        self._began = self._printed = time.perf_counter()
+        if self.console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self._progress.start()
+            self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move on."""
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the newest numbers."""
+        entry = self.metrics.last
+        if "loss" in entry:
+            text = _describe(entry)
+            if self._progress:
+                self._progress.update(self._progress.task_ids[0], description=text)
+            elif time.perf_counter() - self._printed >= _PLAIN_SECONDS or state.global_step in (1, state.max_steps):
+                self._printed = time.perf_counter()
+                self.console.print(f"step {state.global_step}/{state.max_steps}  {text}  {self._left(state)}", highlight=False)
+        elif "eval_loss" in entry:
+            self.console.print(f"step {state.global_step}: held-out loss {entry['eval_loss']:.4f}", highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the live line."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def _left(self, state: TrainerState) -> str:
+        spent = time.perf_counter() - self._began
+        return f"ETA {spent / max(1, state.global_step) * (state.max_steps - state.global_step):.0f} s"
+
+
+def _describe(entry: dict[str, Any]) -> str:
+    speed = f"{entry['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in entry else ""
+    return f"loss {entry['loss']:.4f}  {speed}  {entry['memory_bytes'] / 2**30:.2f} GiB"

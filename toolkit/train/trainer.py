@@ -1,0 +1,136 @@
+"""TRL's `SFTTrainer` with the promises of this project: no silent NaN, no leaking checkpoint, metrics as lines.
+
+Packing, chunked loss, token-normalised accumulation, load-balancing loss, schedules and trackers are TRL's and
+transformers' own. TRL packs with position ids that restart at each example, from which transformers builds a
+block-diagonal mask for every attention backend.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from toolkit.errors import DivergedError
+from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
+
+__all__ = ["AdapterTrainer", "TrainResult", "train_adapter"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes."""
+
+    steps: int
+    loss: float
+    seconds: float
+    tokens: int
+    peak_memory: int
+    resumed_from: int
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+    """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """TRL's loss, checked."""
+        result: torch.Tensor | tuple[torch.Tensor, Any] = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss.detach()):
+            raise DivergedError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower training.learning_rate "
+                "or look at the examples of this step; the last checkpoint is untouched"
+            )
+        return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)
+
+
+def train_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    *,
+    folder: Path,
+    metrics: Path,
+    arguments: dict[str, Any],
+    device: str,
+    train_router: bool,
+    console: Console,
+) -> TrainResult:
+    """Train the adapter in `model`; goes on from the newest checkpoint in `folder` if there is one.
+
+    Args:
+        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
+        folder: checkpoints. metrics: the JSON-lines file.
+        arguments: fields of the recipe's training section, by TRL's names.
+        train_router: whether the load-balancing loss applies.
+
+    Raises:
+        DivergedError: the loss stopped being finite.
+    """
+    log = MetricsLog(metrics, device)
+    config = _config(folder, arguments, device, train_router, evaluates=validation is not None)
+    trainer = AdapterTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[log, ProgressDisplay(console, log)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint:
+        console.print(f"resuming from {Path(checkpoint).name}")
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    return TrainResult(
+        steps=trainer.state.global_step,
+        loss=output.training_loss if math.isfinite(output.training_loss) else float("nan"),
+        seconds=float(output.metrics["train_runtime"]),
+        tokens=int(log.last.get("num_tokens", 0)),
+        peak_memory=peak_memory(device),
+        resumed_from=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+    )
+
+
+def _config(folder: Path, arguments: dict[str, Any], device: str, train_router: bool, *, evaluates: bool) -> SFTConfig:
+    given = dict(arguments)
+    coefficient = given.pop("router_aux_loss_coef")
+    checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
+    max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
+    when = "no" if not evaluates else "steps" if eval_steps else "epoch"
+    return SFTConfig(
+        **given,
+        output_dir=str(folder),
+        max_steps=max_steps or -1,
+        eval_strategy=when,
+        eval_steps=eval_steps,
+        eval_packing=False,
+        packing_strategy="bfd",
+        router_aux_loss_coef=coefficient if train_router else 0.0,
+        bf16=device == "cuda",
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        shuffle_dataset=False,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=device == "cuda",
+        prediction_loss_only=True,
+        data_seed=given["seed"],
+    )
