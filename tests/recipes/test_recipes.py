@@ -1,0 +1,190 @@
+"""Shipped recipes parse and can be followed; the data is clean; the embedded model has learned, routers and all."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from toolkit.recipe import source
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+QUICKSTART = RECIPES / "quickstart"
+NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
+TASKS = ("category", "define", "dialog")
+LARGEST_MODEL_BYTES = 10 * 2**20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(QUICKSTART / "nano-qwen3moe-2m")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(QUICKSTART / "nano-qwen3moe-2m", dtype=torch.float32)
+
+
+def rows(task: str, split: str) -> list[dict[str, Any]]:
+    lines = (QUICKSTART / "data" / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def questions(task: str, split: str) -> set[str]:
+    return {row["messages"][0]["content"] for row in rows(task, split)}
+
+
+def values(name: str) -> list[str]:
+    """Every string that the recipe file holds, as it is written there (`source.load` makes paths absolute)."""
+    sections = YAML(typ="safe").load((RECIPES / name).read_text(encoding="utf-8"))
+    return [value for section in sections.values() for value in section.values() if isinstance(value, str)]
+
+
+def local_paths(name: str) -> list[str]:
+    return [value for value in values(name) if value.startswith(".")]
+
+
+def test_the_promised_recipes_are_there() -> None:
+    promised = {"quickstart", "smollm2-moe", "olmoe-1b-7b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "gpt-oss-20b"}
+    assert {f"{name}.yaml" for name in promised | {"qwen3-30b-a3b"}} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_opens_with_its_command_and_its_card(name: str) -> None:
+    lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"# bash scripts/finetune.sh recipes/{name}"
+    head = " ".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert re.search(r"Fits any (machine|card)|Fits an? \d+ GB card", head)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_parses_without_notes(name: str) -> None:
+    notes: list[str] = []
+    recipe = source.load(RECIPES / name, note=notes.append)
+    assert notes == [], "a shipped recipe uses our own names, not aliases"
+    assert recipe.training.output_dir == f"runs/{name.removesuffix('.yaml')}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_has_no_path_of_one_machine_and_no_secret(name: str) -> None:
+    assert not [
+        value for value in values(name) if value.startswith(("/", "~")) or re.search(r"hf_\w{8}|[A-Z]:\\", value)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_a_recipe_names_lie_beside_it(name: str) -> None:
+    for path in local_paths(name):
+        # Only what a script makes first, under models/, may be missing from a fresh clone.
+        assert (RECIPES / path).exists() or path.startswith("../models/"), path
+
+
+def test_quickstart_needs_nothing_from_the_network() -> None:
+    recipe = source.load(RECIPES / "quickstart.yaml")
+    named = (recipe.model.model_name_or_path, recipe.data.train, recipe.data.validation)
+    assert all(path is not None and Path(path).is_relative_to(QUICKSTART) for path in named)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_data_are_conversations_with_the_assistant_last(task: str) -> None:
+    for row in rows(task, "train") + rows(task, "validation"):
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert all(message["content"].strip() for message in row["messages"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_question_stands_on_both_sides(task: str) -> None:
+    train, validation = questions(task, "train"), questions(task, "validation")
+    assert len(train) == len(rows(task, "train"))
+    assert not train & validation
+
+
+def test_there_is_enough_data() -> None:
+    assert len(rows("category", "train")) >= 2000
+    assert len(rows("define", "train")) >= 2000
+    assert any(len(row["messages"]) > 2 for row in rows("dialog", "train")), "no conversation of several turns"
+
+
+def test_no_answer_is_so_common_that_guessing_pays() -> None:
+    answers = [row["messages"][1]["content"] for row in rows("category", "validation")]
+    assert len(answers) == 500
+    assert max(answers.count(answer) for answer in set(answers)) < 0.2 * len(answers)
+
+
+def test_licence_texts_are_shipped() -> None:
+    readme = (QUICKSTART / "README.md").read_text(encoding="utf-8")
+    for file, sentence in (
+        ("WordNet-3.0.txt", "WordNet 3.0 Copyright 2006 by Princeton University."),
+        ("chatterbot-corpus-BSD-3-Clause.txt", "Copyright (c) 2017, Gunther Cox"),
+    ):
+        assert sentence in (QUICKSTART / "licences" / file).read_text(encoding="utf-8")
+        assert f"licences/{file}" in readme
+
+
+def test_model_is_small_enough_for_the_repository() -> None:
+    assert sum(file.stat().st_size for file in (QUICKSTART / "nano-qwen3moe-2m").iterdir()) <= LARGEST_MODEL_BYTES
+
+
+def gloss_ids(tokenizer: Any) -> torch.Tensor:
+    """The definitions of held-out words, as token ids (16, 128)."""
+    text = "\n".join(row["messages"][1]["content"] for row in rows("define", "validation"))
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+    return ids[0, : 16 * 128].view(16, 128)
+
+
+@torch.no_grad()
+def loss(model: Any, ids: torch.Tensor) -> float:
+    return float(model(input_ids=ids, labels=ids).loss)
+
+
+def routers(model: Any) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
+
+
+def test_model_has_learned_english(model: Any, tokenizer: Any) -> None:
+    # An untrained model of 2,048 tokens is at ln 2048 = 7.6.
+    assert loss(model, gloss_ids(tokenizer)) < 4.5
+
+
+def test_wrong_experts_cost_more_than_a_nat(model: Any, tokenizer: Any) -> None:
+    ids, right = gloss_ids(tokenizer), loss(model, gloss_ids(tokenizer))
+    assert len(routers(model)) == model.config.num_hidden_layers
+    for weight in routers(model):
+        weight.data = weight.data.roll(1, 0)
+    wrong = loss(model, ids)
+    for weight in routers(model):
+        weight.data = weight.data.roll(-1, 0)
+    assert wrong > right + 1
+    assert loss(model, ids) == right
+
+
+def test_experts_of_a_layer_differ(model: Any) -> None:
+    stacks = [(name, p) for name, p in model.named_parameters() if ".experts." in name]
+    assert len(stacks) == 2 * model.config.num_hidden_layers
+    for name, stack in stacks:
+        flat = torch.nn.functional.normalize(stack.flatten(1), dim=1)
+        similarity = flat @ flat.T - torch.eye(len(flat))
+        assert similarity.max() < 0.5, f"{name}: two experts are nearly the same"
+
+
+def test_tokens_are_spread_over_experts(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        layers = model(input_ids=gloss_ids(tokenizer), output_router_logits=True).router_logits
+    for layer in layers:
+        shares = layer.topk(2).indices.flatten().bincount(minlength=8) / layer.shape[0]
+        assert shares.max() < 0.9, "one expert sees nearly every token"
+        assert (shares > 0.01).sum() >= 5, "few experts do all the work"
+
+
+def test_template_marks_what_the_assistant_says(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(marked) == "good day<|im_end|>"
