@@ -1,0 +1,214 @@
+"""The data set of a run: read, judge, split, encode, refuse what cannot be learnt from, and report.
+
+Examples are tokenised in the order in which they are drawn, so that `max_samples` of a large set costs that many.
+Packing is TRL's: it is given rows of `input_ids` and `labels` and no text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, Encoder
+from toolkit.data.formats import Example
+from toolkit.data.problems import Problems
+from toolkit.data.reading import Reading, Split, counted
+from toolkit.data.report import DataReport, HeldOut, SplitReport, length_bins
+from toolkit.data.sources import open_source
+from toolkit.data.split import overlap, set_apart
+from toolkit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "Batches", "build_batches"]
+
+IGNORED = -100
+"""The label of a token that is not trained; torch's cross entropy skips it."""
+_CHUNK = 512
+_NOT_DRAWN = "beyond max_samples"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Masked examples, not yet packed: columns `input_ids` and `labels`, both (T,), labels -100 where not trained."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    held_out: tuple[HeldOut, ...]
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One split, encoded: `encoded[i]` are the tokens of `examples[i]`."""
+
+    examples: list[Example]
+    encoded: list[Encoded]
+    summary: SplitReport
+
+
+def build_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: str,
+    validation: str | None = None,
+    validation_size: float | int | None = None,
+    name: str | None = None,
+    train_split: str = "train",
+    validation_split: str | None = None,
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = "auto",
+    columns: Mapping[str, str] = {},
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+    assistant_only_loss: bool = True,
+    completion_only_loss: bool = True,
+    truncation: Literal["drop", "keep_start"] = "drop",
+    on_invalid: Literal["error", "drop"] = "error",
+    max_samples: int | None = None,
+    shuffle: bool = True,
+    max_length: int = 1024,
+    seed: int = 42,
+    base_folder: Path = Path("."),
+) -> Batches:
+    """Read, check and mask the data of a run; the same arguments and files always give the same batches.
+
+    The arguments are the fields of the recipe's data section, but `chat_template` is Jinja text (see
+    `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. The tokenizer must
+    have character offsets; it is not changed. Turns after a conversation's last answer are left out, with a notice.
+
+    Raises:
+        DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), nothing is left,
+            or no end-of-turn token would ever be trained.
+    """
+    if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
+        raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
+    reading = Reading(format, columns, system_prompt, on_invalid)
+    open_ = partial(open_source, name=name, base_folder=base_folder)
+    training = reading.read("train", train, open_(train, split=None if train_split == "train" else train_split))
+    held = None
+    if validation is not None:
+        held = reading.read("validation", validation, open_(validation, default="validation"))
+    elif validation_split is not None:
+        held = reading.read("validation", f"{train}[{validation_split}]", open_(train, split=validation_split))
+    elif validation_size is not None:
+        held = set_apart(training, validation_size, seed)
+    encoder = Encoder(
+        tokenizer,
+        chat_template=chat_template,
+        assistant_only_loss=assistant_only_loss,
+        completion_only_loss=completion_only_loss,
+        truncation=truncation,
+        max_length=max_length,
+    )
+    order = _order(len(training.examples), drawn=shuffle or max_samples is not None, seed=seed)
+    done = _encode(training, encoder, on_invalid, order, most=max_samples, keep_order=not shuffle)
+    _refuse_endless(done, training.where, encoder, str(tokenizer.eos_token), cut=truncation == "keep_start")
+    held_done = None
+    if held is not None:
+        held_done = _encode(held, encoder, on_invalid, range(len(held.examples)), hold_out=True)
+    return _batches(done, held_done, reading.found, reading.notices + encoder.notices)
+
+
+def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int]:
+    # A stream of its own: the held-out groups are drawn with the bare seed.
+    return np.random.default_rng((seed, 1)).permutation(count).tolist() if drawn else range(count)
+
+
+def _encode(
+    split: Split,
+    encoder: Encoder,
+    on_invalid: Literal["error", "drop"],
+    order: Sequence[int],
+    *,
+    most: int | None = None,
+    keep_order: bool = False,
+    hold_out: bool = False,
+) -> _Done:
+    """Encode the examples of `split` in `order`, until `most` are kept."""
+    problems, drops = Problems(), Counter(split.drops)
+    kept: list[tuple[int, Encoded]] = []
+    seen = 0
+    while seen < len(order) and (most is None or len(kept) < most):
+        chunk = order[seen : seen + min(_CHUNK, most - len(kept) if most else _CHUNK)]
+        seen += len(chunk)
+        results = encoder.encode([split.examples[i] for i in chunk], hold_out=hold_out)
+        for index, result in zip(chunk, results, strict=True):
+            if isinstance(result, Encoded):
+                kept.append((index, result))
+            elif result.reason in (TOO_LONG, CUT_OFF):
+                drops[result.reason] += 1
+            else:
+                problems.add(index, split.examples[index].place, result)
+    problems.settle(on_invalid, split.rows)
+    drops += problems.reasons
+    if seen < len(order):
+        drops[_NOT_DRAWN] += len(order) - seen
+    if not kept:
+        raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
+    if keep_order:
+        kept.sort(key=lambda each: each[0])
+    encoded = [each for _, each in kept]
+    return _Done([split.examples[i] for i, _ in kept], encoded, _summary(split.rows, encoded, drops))
+
+
+def _summary(rows: int, encoded: list[Encoded], drops: Mapping[str, int]) -> SplitReport:
+    lengths = [len(each.ids) for each in encoded]
+    trained = sum(int(each.trained.sum()) for each in encoded)
+    return SplitReport(rows, len(encoded), dict(sorted(drops.items())), sum(lengths), trained, length_bins(lengths))
+
+
+def _refuse_endless(done: _Done, where: str, encoder: Encoder, eos: str, *, cut: bool) -> None:
+    """Refuse a data set in which nothing teaches the model to stop."""
+    enders = encoder.enders()
+    if any(np.isin(each.ids[each.trained], enders).any() for each in done.encoded):
+        return
+    if cut:
+        raise DataError(f"{where}: every answer is cut before its end-of-turn token; raise training.max_length")
+    raise DataError(
+        f"{where}: no end-of-turn token is ever trained, so the model would never stop: the chat template closes "
+        f"answers with no special token; give one that ends them with {eos!r} as data.chat_template_path"
+    )
+
+
+def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, int]) -> Batches:
+    splits = {"train": done.summary} | ({"validation": held.summary} if held else {})
+    report = DataReport(
+        format=found,
+        splits=splits,
+        overlap=overlap(done.examples, held.examples) if held else 0,
+        notices={text: n for text, n in sorted(notices.items()) if n},
+        examples=tuple(each.place for each in done.encoded[:3]),
+    )
+    return Batches(
+        train=_dataset(done.encoded),
+        validation=_dataset(held.encoded) if held else None,
+        held_out=tuple(each.held_out for each in held.encoded if each.held_out) if held else (),
+        report=report,
+    )
+
+
+def _dataset(encoded: list[Encoded]) -> datasets.Dataset:
+    """The columns as Arrow lists made from arrays: Python integers would take ten times the memory.
+
+    In chunks, since one Arrow list array holds at most 2³¹ tokens.
+    """
+    chunks = [encoded[i : i + _CHUNK] for i in range(0, len(encoded), _CHUNK)]
+    ids = pa.chunked_array([_lists([each.ids for each in chunk]) for chunk in chunks])
+    labels = pa.chunked_array(
+        [_lists([np.where(each.trained, each.ids, np.int32(IGNORED)) for each in chunk]) for chunk in chunks]
+    )
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def _lists(arrays: list[np.ndarray]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays).astype(np.int32)))

@@ -1,0 +1,70 @@
+"""One unusable row, as a value: why it cannot be used, and the sentence a person reads.
+
+Rows are judged in several places (file, shape, template, tokens) and either all refused or all counted, so a problem
+travels beside its row instead of ending the run where it is found.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal
+
+from toolkit.errors import DataError
+
+__all__ = ["InvalidRow", "Problems", "listed", "printable"]
+
+
+class InvalidRow(Exception):
+    """A row that cannot be used.
+
+    Args:
+        reason: short and the same for all rows of the kind; drops are counted under it.
+        detail: what is wrong with this row and what to do, without the place.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Problems:
+    """The unusable rows of one split: counted by reason, the earliest one remembered."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self._first: tuple[int, str, str] = (sys.maxsize, "", "")
+
+    def add(self, index: int, place: str, problem: InvalidRow) -> None:
+        """Count `problem` of the row number `index`, found at `place`."""
+        self.reasons[problem.reason] += 1
+        self._first = min(self._first, (index, place, problem.detail))
+
+    def settle(self, on_invalid: Literal["error", "drop"], rows: int) -> None:
+        """Refuse the split of `rows` rows if there was a problem and problems are not to be dropped.
+
+        Raises:
+            DataError: the first problem, with its file:line and how many rows share its fate.
+        """
+        total = self.reasons.total()
+        if not total or on_invalid == "drop":
+            return
+        _, place, detail = self._first
+        others = f"the first of {total} unusable rows" if total > 1 else "the only unusable row"
+        raise DataError(
+            f"{place}: {printable(detail, most=400)} ({others} of {rows}; data.on_invalid: drop leaves such rows out)"
+        )
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """`names` in one line, at most `most` of them."""
+    every = [printable(name) for name in names]
+    return ", ".join(every[:most]) + (f", … ({len(every)} in all)" if len(every) > most else "")
+
+
+def printable(text: str, most: int = 60) -> str:
+    """`text` in one line without control characters, at most `most` characters: it comes from somebody's file."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"

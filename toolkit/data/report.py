@@ -1,0 +1,90 @@
+"""What a data set came to, as frozen values: counts, drops, lengths, and the held-out questions.
+
+Everything here can be written as JSON, so the same figures stand in the preview, the run folder and the run's page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["DataReport", "HeldOut", "LengthBin", "SplitReport", "length_bins"]
+
+_MOST_BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A held-out question and its answer.
+
+    `prompt_ids` are exactly the tokens that stand before the answer in training. `answer` is the answer's tokens
+    decoded without special tokens and outer whitespace, which is what a perfect generation decodes to.
+    """
+
+    place: str
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBin:
+    """How many examples have `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReport:
+    """One split: rows read, examples kept, drops by reason, tokens kept, tokens trained, lengths."""
+
+    rows: int
+    kept: int
+    drops: Mapping[str, int]
+    tokens: int
+    trained_tokens: int
+    lengths: tuple[LengthBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """The whole data set.
+
+    `overlap` counts validation examples whose prompt is also a training prompt; `notices` what deserves a look, with
+    the number of examples it concerns; `examples` the first few source places kept for training.
+    """
+
+    format: str
+    splits: Mapping[str, SplitReport]
+    overlap: int
+    notices: Mapping[str, int]
+    examples: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "format": self.format,
+            "splits": {name: _plain(split) for name, split in self.splits.items()},
+            "overlap": self.overlap,
+            "notices": dict(self.notices),
+            "examples": list(self.examples),
+        }
+
+
+def length_bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:
+    """At most ten bins of equal width from the shortest to the longest of `lengths` (tokens); empty ones stay."""
+    if not lengths:
+        return ()
+    low, high = min(lengths), max(lengths)
+    width = (high - low) // _MOST_BINS + 1
+    counts = np.bincount((np.asarray(lengths) - low) // width)
+    return tuple(LengthBin(low + i * width, low + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts))
+
+
+def _plain(split: SplitReport) -> dict[str, Any]:
+    return {**asdict(split), "drops": dict(split.drops), "lengths": [asdict(each) for each in split.lengths]}
