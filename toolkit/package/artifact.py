@@ -1,0 +1,225 @@
+"""Writes the artifact: a PEFT adapter folder with tokenizer, card and manifest, and nothing of this machine.
+
+`PeftModel.save_pretrained` writes the local base path, a placeholder card and an unordered configuration straight into
+the target folder. Here PEFT still makes the tensors and the configuration, but the folder appears whole or not at all,
+holds listed files only, and equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from ruamel.yaml import YAML
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.errors import ModelError, ResourceError, first_line
+from toolkit.package.base import BaseIdentity
+from toolkit.package.card import model_card
+from toolkit.package.manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER_FILES,
+    file_entry,
+    read_manifest,
+    write_json,
+)
+from toolkit.package.portable import figures, portable, refuse_secrets
+
+__all__ = ["check_folder", "stack_versions", "write_artifact"]
+
+# What transformers writes into tokenizer_config.json about where and how the tokenizer was loaded here.
+_LOADING_KEYS = frozenset({"auto_map", "cache_dir", "is_local", "local_files_only", "name_or_path", "use_auth_token"})
+# Sections of a recipe that may change between two packagings of one run.
+_BESIDE_THE_RUN = frozenset({"eval", "hub", "tracking"})
+
+
+def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) -> None:
+    """Raise `ModelError` unless an artifact of this run may be written to `folder`; cheap, so ask before training.
+
+    It may where nothing lies, or an artifact of the same recipe (`eval`, `hub` and `tracking` aside) and base.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        there = read_manifest(folder)
+    except ModelError:
+        there = {"base": None, "recipe": {}}
+    recipe = _portable_recipe(recipe_yaml)
+    same_recipe = all(
+        there["recipe"].get(key) == recipe.get(key) for key in {*recipe, *there["recipe"]} - _BESIDE_THE_RUN
+    )
+    if there["base"] != asdict(base) or not same_recipe:
+        raise ModelError(
+            f"{folder}: holds something other than this run's artifact: move it away or choose another folder"
+        )
+
+
+def write_artifact(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    base: BaseIdentity,
+    recipe_yaml: str,
+    results: Mapping[str, Any],
+    coverage: Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
+    license: str | None = None,
+    adapter_name: str = "default",
+) -> Path:
+    """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
+
+    An artifact of the same run (same base, same recipe) is replaced; anything else that lies there is left alone.
+    `results` and `coverage` are as `model_card` reads them; of `results` only numbers are kept. Tensors keep
+    their dtype.
+
+    Raises `ModelError` where `folder` holds something else or the adapter is empty, `ResourceError` where it cannot be
+    written.
+    """
+    folder = Path(folder)
+    staging = folder.with_name(f".{folder.name}.partial")
+    facts = {
+        "base": asdict(base),
+        "recipe": _portable_recipe(recipe_yaml),
+        "results": figures(results),
+        "coverage": portable(coverage),
+        "versions": dict(versions or stack_versions()),
+    }
+    check_folder(folder, base=base, recipe_yaml=recipe_yaml)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _write_adapter(model, adapter_name, base, staging)
+        _write_tokenizer(tokenizer, staging)
+        _write_card(base, facts, license, staging)
+        _write_manifest(facts, staging)
+        _install(staging, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ResourceError(
+            f"{folder}: cannot write the artifact: {reason}; free space or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def stack_versions() -> dict[str, str]:
+    """Installed versions of onecard and of the libraries that define the adapter's numbers."""
+    found = {}
+    for name in ("onecard", "peft", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _portable_recipe(recipe_yaml: str) -> dict[str, Any]:
+    recipe = YAML(typ="safe").load(io.StringIO(recipe_yaml)) or {}
+    return {name: portable(section) for name, section in recipe.items()}
+
+
+def _write_adapter(model: PeftModel, adapter_name: str, base: BaseIdentity, folder: Path) -> None:
+    if adapter_name not in model.peft_config:
+        raise ModelError(f"adapter {adapter_name!r}: not in this model; there is {', '.join(model.peft_config)}")
+    # Without the flag PEFT looks the base up on the Hub to decide whether to save a resized vocabulary.
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    if not state:
+        raise ModelError(
+            f"adapter {adapter_name!r}: has no tensors: nothing was attached, so there is nothing to package"
+        )
+    # Contiguous copies: safetensors refuses views and shared memory.
+    tensors = {name: state[name].detach().to("cpu", copy=True).contiguous() for name in sorted(state)}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    # safetensors creates its file readable by the owner only; the folder's mode carries the user's umask.
+    (folder / ADAPTER_WEIGHTS).chmod(folder.stat().st_mode & 0o666)
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    config.base_model_name_or_path = base.name
+    config.revision = base.revision
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    data = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    # Sets inside PEFT: their order changes from process to process.
+    for key in ("target_modules", "target_parameters", "exclude_modules"):
+        if isinstance(data.get(key), list):
+            data[key] = sorted(data[key])
+    write_json(folder / ADAPTER_CONFIG, data)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    clean = copy.deepcopy(tokenizer)
+    backend = getattr(clean, "backend_tokenizer", None)
+    if backend is not None:
+        # The last batch's padding and truncation stick to the tokenizer and would be saved with it.
+        backend.no_padding()
+        backend.no_truncation()
+    with tempfile.TemporaryDirectory() as scratch:
+        clean.save_pretrained(scratch)
+        saved = {path.name: path for path in Path(scratch).iterdir() if path.name in TOKENIZER_FILES}
+        if "tokenizer.json" not in saved:
+            raise ModelError(f"{type(tokenizer).__name__}: writes no tokenizer.json: use a base with a fast tokenizer")
+        for name, path in saved.items():
+            shutil.copyfile(path, folder / name)
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    kept = {k: v for k, v in config.items() if k not in _LOADING_KEYS and not k.endswith("_file")}
+    write_json(folder / "tokenizer_config.json", portable(kept))
+
+
+def _write_card(base: BaseIdentity, facts: Mapping[str, Any], license: str | None, folder: Path) -> None:
+    text = model_card(
+        base=base,
+        adapter_config=json.loads((folder / ADAPTER_CONFIG).read_bytes()),
+        results=facts["results"],
+        coverage=facts["coverage"],
+        versions=facts["versions"],
+        license=license,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write_manifest(facts: Mapping[str, Any], folder: Path) -> None:
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {**facts, "format": FORMAT, "files": files})
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            refuse_secrets(path.read_text(encoding="utf-8"), path.name)
+
+
+def _install(staging: Path, folder: Path) -> None:
+    """Make the finished folder durable, then move it into place."""
+    for path in (*staging.iterdir(), staging):
+        _sync(path)
+    if folder.is_dir():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old)
+    else:
+        staging.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,106 @@
+"""Which base an adapter belongs to: name, commit and a hash of the weights, never a path of this machine.
+
+An adapter on the wrong base loads without a word and answers nonsense. PEFT records only the name it was given (often a
+local path); huggingface_hub knows commits, not what a local folder holds. This module joins both into one value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from toolkit.errors import ModelError
+
+__all__ = ["BaseIdentity", "identify_base"]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """A base checkpoint: `name` is a Hub repository or the last part of a local folder, never a path.
+
+    `revision` is the 40-hex commit, or None for a local folder. `weights_sha256` is the SHA-256 over the lines
+    `<shard name> <SHA-256 of the shard>`, sorted by name: equal files give equal hashes wherever they lie, and a
+    checkpoint that was sharded differently counts as another base.
+    """
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+
+
+def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
+    """The identity of a checkpoint that is a local folder or already lies in the Hub cache. Never downloads.
+
+    Reads every shard once (disk speed), except in the Hub cache, where a large file is stored under its own SHA-256.
+    Raises `ModelError` where the checkpoint is not here or has no safetensors weights.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        name, commit = _hub_origin(folder) or (folder.resolve().name, None)
+    else:
+        folder = _cached_snapshot(name_or_path, revision)
+        name, commit = name_or_path, folder.name
+    return BaseIdentity(name, commit, _weights_sha256(folder))
+
+
+def _hub_origin(folder: Path) -> tuple[str, str] | None:
+    """Repository and commit of a folder inside the Hub cache: `models--owner--name/snapshots/<commit>`."""
+    folder = folder.absolute()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--") and _COMMIT.fullmatch(folder.name):
+        return repository.removeprefix("models--").replace("--", "/"), folder.name
+    return None
+
+
+def _cached_snapshot(repo_id: str, revision: str) -> Path:
+    try:
+        config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    except HFValidationError:
+        config = None
+    if not isinstance(config, str):
+        raise ModelError(
+            f"{repo_id}@{revision}: neither a folder nor in the Hub cache: load the base once, or give its folder"
+        )
+    return Path(config).parent
+
+
+def _weights_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in _shards(folder):
+        digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files transformers would read: the index's shards, else the single file. Other files beside them are not."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ModelError(f"{index}: not a safetensors index: download the checkpoint again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(
+                f"{folder}: weights file {name!r} is missing: onecard reads complete safetensors checkpoints"
+            )
+    return names
+
+
+def _file_sha256(path: Path) -> str:
+    stored_as = path.resolve().name
+    if path.is_symlink() and _SHA256.fullmatch(stored_as):
+        return stored_as
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+"""Uploads a verified artifact to the Hub: one commit, private unless told, the local copy never at risk.
+
+huggingface_hub does the transfer, through `create_commit`: its `upload_folder` may split a folder over several commits.
+Added here: verification first, only the manifest's files, no commit on top of one that came in meanwhile, no private
+artifact into a public repository, and one line that says how to repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from httpx2 import HTTPError
+from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from toolkit.errors import HubError, first_line
+from toolkit.package.manifest import FILES, MANIFEST, read_manifest
+from toolkit.package.verify import verify_artifact
+
+__all__ = ["check_token", "push_artifact"]
+
+
+def check_token(token: str | None = None, *, endpoint: str | None = None) -> str:
+    """The user name that `token` (or the Hub's own login) belongs to; ask before a long training, not after it.
+
+    Raises `HubError` where there is no token, the Hub refuses it, it may only read, or the Hub cannot be reached.
+    """
+    with _one_line("the Hub does not accept the token", "log in with `hf auth login`, or set hub.hub_token"):
+        who = HfApi(endpoint=endpoint, token=token).whoami()
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise HubError(f"the token of {who['name']} may only read: make one that may write, then `hf auth login`")
+    return str(who["name"])
+
+
+def push_artifact(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Push an artifact to `repo_id` as one commit and return its URL; with `dry_run`, only verify and name the URL.
+
+    `revision` is the branch (made where it is missing). Files of an earlier artifact that this one lacks are deleted in
+    the same commit; other files of the repository stay. Repeating a push that succeeded changes nothing.
+
+    Raises `ModelError` where verification fails (nothing is sent then) and `HubError` for everything on the Hub's side.
+    """
+    folder = Path(folder)
+    verify_artifact(folder, strict=True)
+    api = HfApi(endpoint=endpoint, token=token)
+    if dry_run:
+        return f"{api.endpoint}/{repo_id}"
+    again = f"the artifact in {folder} is whole; repeat with `onecard push {folder} {repo_id}`"
+    with _one_line(f"push to {repo_id} failed", again):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=None if create_pr else revision)
+        if private and not info.private:
+            raise HubError(f"{repo_id}: is public, and a private push was asked for: make it private or push publicly")
+        there = {sibling.rfilename for sibling in info.siblings or []}
+        commit = api.create_commit(
+            repo_id,
+            _operations(folder, there),
+            commit_message=commit_message or "Upload adapter with onecard",
+            revision=None if create_pr else revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _operations(folder: Path, there: set[str]) -> list[CommitOperation]:
+    names = sorted({*read_manifest(folder)["files"], MANIFEST})
+    stale = sorted((FILES & there) - set(names))
+    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+    return [*adds, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+
+
+@contextmanager
+def _one_line(what: str, then: str) -> Iterator[None]:
+    """Turn whatever the Hub client raises into one `HubError` line."""
+    try:
+        yield
+    except (HTTPError, OSError, ValueError, KeyError) as error:
+        said = getattr(error, "server_message", None) or ""
+        reason = " ".join(dict.fromkeys([first_line(error).rstrip("."), *said.split("\n")])).strip()
+        raise HubError(f"{what}: {reason[:300]}; {then}") from None

@@ -1,0 +1,80 @@
+"""What may leave the machine: values without secrets, local paths or rows of the data.
+
+A resolved recipe, a tokenizer's configuration and an evaluation's results all carry such things. There is no library
+for it: what counts as harmless depends on what our own artifact is for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ModelError
+
+__all__ = ["figures", "portable", "refuse_secrets"]
+
+# Not every `…_token` is a secret: tokenizers have an `eos_token`.
+_SECRET_KEY = re.compile(
+    r"(^|_)(secret|password|passwd|api_?key|credentials?)$|^token$|(hub|hf|auth|access|api|bearer)_token$",
+    re.IGNORECASE,
+)
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}")
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+_ABSOLUTE = re.compile(r"(?:file://)?(?:/|~[^/\s]*/|\.\.[/\\]|[A-Za-z]:[/\\])[^\n]*")
+
+
+def portable(value: Any) -> Any:
+    """`value` (JSON-like) without secrets and without paths of this machine.
+
+    Keys that name a secret are left out; a string that is an absolute path, or leads out of the working folder, keeps
+    only its last part; the home, working and temporary folders are cut out of longer text; tokens and URL logins are
+    removed. Non-finite numbers become None, as JSON has none.
+    """
+    if isinstance(value, Mapping):
+        return {
+            str(k): _without_secrets(v) if k == "system_prompt" and isinstance(v, str) else portable(v)
+            for k, v in value.items()
+            if not _SECRET_KEY.search(str(k)) or _is_number(v)
+        }
+    if isinstance(value, (list, tuple)):
+        return [portable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return _portable_text(value) if isinstance(value, str) else value
+
+
+def figures(value: Any) -> Any:
+    """The numbers of nested results under their keys; text, where samples and answers live, is left out."""
+    if isinstance(value, Mapping):
+        kept = {str(k): figures(v) for k, v in value.items() if isinstance(v, Mapping) or _is_number(v)}
+        return {k: v for k, v in kept.items() if v != {}}
+    return portable(value)
+
+
+def refuse_secrets(text: str, where: str) -> None:
+    """Raise `ModelError` where `text` holds something shaped like a Hub token."""
+    if _SECRET.search(text):
+        raise ModelError(f"{where}: holds what looks like a Hub token: remove it from the recipe or chat template")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def _portable_text(text: str) -> str:
+    if _ABSOLUTE.fullmatch(text) and len(parts := [p for p in re.split(r"[/\\]", text) if p]) > 1:
+        return _SECRET.sub("[removed]", parts[-1])
+    return _without_secrets(text)
+
+
+def _without_secrets(text: str) -> str:
+    """Prose, which may begin with a slash without being a path."""
+    text = _URL_LOGIN.sub("", _SECRET.sub("[removed]", text))
+    for folder, stand_in in ((Path.cwd(), "."), (Path.home(), "~"), (Path(tempfile.gettempdir()), "~")):
+        if len(folder.parts) > 1:
+            text = re.sub(rf"{re.escape(str(folder))}(?![\w.-])", stand_in, text)
+    return text

@@ -1,0 +1,42 @@
+"""The recipe behind a finished run or a bare artifact, so that evaluation and chat need no other file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from toolkit.errors import ModelError
+from toolkit.package.manifest import read_manifest
+from toolkit.recipe import Recipe, load, parse
+
+__all__ = ["reopen_recipe"]
+
+
+def reopen_recipe(
+    path: Path, overrides: Sequence[str] = (), base: str | None = None, note: Callable[[str], None] = print
+) -> Recipe:
+    """The recipe of a run folder, or of an artifact's manifest.
+
+    Args:
+        overrides: `section.key=value`, as for a recipe file.
+        base: the base checkpoint to use; a local base is not named in an artifact.
+
+    Raises:
+        ModelError: `path` is neither, or its base is a local folder that is not given.
+    """
+    given = [*overrides, *([f"model.model_name_or_path={base}"] if base else [])]
+    if (path / "recipe.yaml").is_file():
+        return load(path / "recipe.yaml", given, note)
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path}: neither a run folder nor an adapter; give the folder that `onecard train` named")
+    manifest = read_manifest(path)
+    if base is None and manifest["base"]["revision"] is None:
+        raise ModelError(
+            f"{path}: its base {manifest['base']['name']} is a local checkpoint; give it with --base FOLDER"
+        )
+    stream = io.StringIO()
+    YAML().dump(manifest["recipe"], stream)
+    return parse(stream.getvalue(), str(path / "manifest.json"), given, note)
