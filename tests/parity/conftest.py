@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-EMBEDDED = Path(__file__).parents[2] / "recipes" / "quickstart" / "model"
+EMBEDDED = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,

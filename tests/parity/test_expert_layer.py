@@ -43,7 +43,7 @@ CASES = [
 def build(
     case: Case, *, is_int8: bool, is_transposed: bool, has_bias: bool, is_gated: bool, has_norm: bool, seed: int = 0
 ) -> tuple[ExpertWeights, list[torch.Tensor], torch.Tensor]:
-    """Frozen weights, the leaves that take gradients (x, routing weights, up A, up B, down A, down B), and the routing."""
+    """Frozen weights; the leaves with gradients: x, routing weights, up A, up B, down A, down B; and the routing."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -120,7 +120,12 @@ def test_output_and_every_gradient_match_the_reference(
 @pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
 def test_gradients_match_finite_differences(layer: Layer) -> None:
     weights, leaves, index = build(
-        Case(T=5, K=2, E=3, H=4, I=3, R=2), is_int8=False, is_transposed=True, has_bias=True, is_gated=True, has_norm=True
+        Case(T=5, K=2, E=3, H=4, I=3, R=2),
+        is_int8=False,
+        is_transposed=True,
+        has_bias=True,
+        is_gated=True,
+        has_norm=True,
     )
     weights = ExpertWeights(_double(weights.up), _double(weights.down), weights.gate, lambda y: y.tanh())
     inputs = [leaf.detach().double().requires_grad_() for leaf in leaves]

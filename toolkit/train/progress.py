@@ -41,9 +41,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         """Start the clock."""
         self._clock = time.perf_counter()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the line."""
         logs = dict(kwargs.get("logs") or {})
         entry = {"step": state.global_step, **logs, "memory_bytes": peak_memory(self.device)}
@@ -77,16 +75,12 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
             self._progress.start()
             self._progress.add_task("", total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on."""
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the newest numbers."""
         entry = self.metrics.last
         if "loss" in entry:
@@ -95,7 +89,9 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
                 self._progress.update(self._progress.task_ids[0], description=text)
             elif time.perf_counter() - self._printed >= _PLAIN_SECONDS or state.global_step in (1, state.max_steps):
                 self._printed = time.perf_counter()
-                self.console.print(f"step {state.global_step}/{state.max_steps}  {text}  {self._left(state)}", highlight=False)
+                self.console.print(
+                    f"step {state.global_step}/{state.max_steps}  {text}  {self._left(state)}", highlight=False
+                )
         elif "eval_loss" in entry:
             self.console.print(f"step {state.global_step}: held-out loss {entry['eval_loss']:.4f}", highlight=False)
 

@@ -1,6 +1,6 @@
 """The run folder: recipe, plan, metrics, checkpoints and artifact of one training run.
 
-    recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  summary.json
+recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  summary.json
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise ResourceError(f"training.output_dir: {parent} cannot be written ({error.strerror}); give another") from None
+        raise ResourceError(
+            f"training.output_dir: {parent} cannot be written ({error.strerror}); give another"
+        ) from None
 
 
 def open_run(path: Path, recipe_yaml: str) -> RunFolder:

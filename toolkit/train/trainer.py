@@ -23,9 +23,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from toolkit.errors import DivergedError
+from toolkit.train.packing import isolate_documents
 from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
 
-__all__ = ["AdapterTrainer", "TrainResult", "train_adapter"]
+__all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,13 @@ def train_adapter(
         train_router: whether the load-balancing loss applies.
 
     Raises:
-        DivergedError: the loss stopped being finite.
+        ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
     """
+    if arguments["packing"]:
+        masked = isolate_documents(model)
+        console.print(f"packing: no example sees another, checked{' (with masks of our own)' if masked else ''}")
     log = MetricsLog(metrics, device)
-    config = _config(folder, arguments, device, train_router, evaluates=validation is not None)
+    config = sft_config(folder, arguments, device, train_router=train_router, evaluates=validation is not None)
     trainer = AdapterTrainer(
         model=model,
         args=config,
@@ -109,7 +113,10 @@ def train_adapter(
     )
 
 
-def _config(folder: Path, arguments: dict[str, Any], device: str, train_router: bool, *, evaluates: bool) -> SFTConfig:
+def sft_config(
+    folder: Path, arguments: dict[str, Any], device: str, *, train_router: bool, evaluates: bool
+) -> SFTConfig:
+    """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
     given = dict(arguments)
     coefficient = given.pop("router_aux_loss_coef")
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing

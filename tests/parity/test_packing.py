@@ -1,0 +1,106 @@
+"""Packing: a document sees nothing of its neighbours, to the last bit, and the loss is that of the documents alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from tests.parity.conftest import EMBEDDED
+from toolkit.adapters import attach_lora
+from toolkit.errors import ModelError
+from toolkit.quant import load_int8
+from toolkit.recipe import TrainingSection
+from toolkit.train.packing import isolate_documents
+from toolkit.train.trainer import AdapterTrainer, sft_config
+
+LENGTHS = (23, 31, 9, 40)
+
+
+def documents(seed: int) -> list[list[int]]:
+    """Random token ids, one list a document."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def packed_batch(model: PeftModel, rows: list[list[int]], folder: Path) -> dict[str, Any]:
+    """The batch that the trainer itself would make of these documents."""
+    arguments = TrainingSection(max_length=128, gradient_checkpointing=False, use_cpu=True).model_dump()
+    del arguments["output_dir"]
+    trainer = AdapterTrainer(
+        model=model,
+        args=sft_config(folder, {**arguments, "report_to": []}, "cpu", train_router=False, evaluates=False),
+        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
+    )
+    (batch,) = list(trainer.get_train_dataloader())
+    return dict(batch)
+
+
+def spans(batch: dict[str, Any]) -> list[tuple[int, int]]:
+    """Where each document lies in the packed row."""
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    return list(zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True))
+
+
+@pytest.fixture
+def adapted(checkpoint: Path, randomize: Callable[[torch.nn.Module], None]) -> PeftModel:
+    model, _ = load_int8(str(checkpoint))
+    result = attach_lora(model, r=3)
+    randomize(result)
+    isolate_documents(result)
+    return result.eval()
+
+
+def test_logits_of_a_document_do_not_change_by_a_bit_when_another_changes(adapted: PeftModel, tmp_path: Path) -> None:
+    batch = packed_batch(adapted, documents(0), tmp_path)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    assert len(spans(batch)) == len(LENGTHS)
+    with torch.no_grad():
+        before = adapted(**inputs, use_cache=False).logits
+        for first, last in spans(batch):
+            changed = inputs["input_ids"].clone()
+            changed[:, first:last] = (changed[:, first:last] + 17) % 90 + 3
+            after = adapted(**{**inputs, "input_ids": changed}, use_cache=False).logits
+            assert not torch.equal(after[:, first:last], before[:, first:last])
+            assert torch.equal(after[:, :first], before[:, :first])
+            assert torch.equal(after[:, last:], before[:, last:])
+
+
+def test_packed_loss_is_the_loss_of_the_documents_alone(adapted: PeftModel, tmp_path: Path) -> None:
+    batch = packed_batch(adapted, documents(1), tmp_path)
+    with torch.no_grad():
+        logits = adapted(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
+        packed = torch.nn.functional.cross_entropy(logits[:-1], batch["labels"][0, 1:], reduction="sum")
+        alone = torch.tensor(0.0)
+        for row in documents(1):
+            ids = torch.tensor([row])
+            single = adapted(input_ids=ids, use_cache=False).logits[0, :-1]
+            alone += torch.nn.functional.cross_entropy(single, ids[0, 1:], reduction="sum")
+    assert abs(packed - alone) <= 1e-5 * alone
+
+
+class _Recurrent(torch.nn.Module):
+    """A stand-in for a model whose state runs through the whole row, whatever mask it is given."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden: torch.Tensor = self.inner(*args, **kwargs)
+        return hidden + hidden.cumsum(1) * 0.01
+
+
+def test_a_model_that_no_mask_can_isolate_is_refused(checkpoint: Path) -> None:
+    model, _ = load_int8(str(checkpoint))
+    norm = model.base_model.norm
+    model.base_model.norm = _Recurrent(norm)
+    with pytest.raises(ModelError, match=r"set training\.packing=false"):
+        isolate_documents(attach_lora(model, r=2))
