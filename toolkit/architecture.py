@@ -17,24 +17,43 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["Architecture", "ExpertLayer", "Linear", "bare_modules", "describe", "expert_parameters", "is_experts", "skeleton", "strip_index"]
+__all__ = [
+    "Architecture",
+    "ExpertLayer",
+    "Linear",
+    "bare_modules",
+    "describe",
+    "expert_parameters",
+    "is_experts",
+    "skeleton",
+    "strip_index",
+]
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One MoE layer: where its experts module is, the names of its stacks, and where its router is."""
+    """One MoE layer: where its experts module and its router are, and its two stacks' names and storage order.
+
+    A stack is [E, out, in], or [E, in, out] where `is_transposed`.
+    """
 
     name: str
     up: str
     down: str
+    is_transposed: bool
     num_experts: int
     router: str
     router_is_linear: bool
 
+    @property
+    def stacks(self) -> tuple[str, str]:
+        """Full names of both stacks."""
+        return f"{self.name}.{self.up}", f"{self.name}.{self.down}"
+
 
 @dataclass(frozen=True)
 class Linear:
-    """An `nn.Linear` of the model: `role` is attention, shared, dense, gate (a few outputs that steer others) or head."""
+    """An `nn.Linear` and its role: attention, shared, dense, gate (a few outputs that steer others) or head."""
 
     name: str
     role: str
@@ -54,7 +73,9 @@ class Architecture:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers marked this module as an experts module."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    return (
+        hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    )
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, str]:
@@ -101,9 +122,7 @@ def strip_index(name: str) -> str:
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by name as if nothing had been wrapped: PEFT keeps what it wraps in `base_layer`, its own in `lora_*`."""
-    return {
-        name.replace(".base_layer", ""): module for name, module in model.named_modules() if ".lora_" not in name
-    }
+    return {name.replace(".base_layer", ""): module for name, module in model.named_modules() if ".lora_" not in name}
 
 
 def _layer(modules: Mapping[str, nn.Module], name: str) -> ExpertLayer:
@@ -113,7 +132,7 @@ def _layer(modules: Mapping[str, nn.Module], name: str) -> ExpertLayer:
     num_experts = int(stack.shape[0])
     hidden = int(stack.shape[2 if experts.is_transposed else 1])
     router, is_linear = _find_router(modules, name, num_experts, hidden)
-    return ExpertLayer(name, up, down, num_experts, router, is_linear)
+    return ExpertLayer(name, up, down, bool(experts.is_transposed), num_experts, router, is_linear)
 
 
 def _find_router(modules: Mapping[str, nn.Module], name: str, num_experts: int, hidden: int) -> tuple[str, bool]:
@@ -140,7 +159,7 @@ def _find_router(modules: Mapping[str, nn.Module], name: str, num_experts: int, 
 
 
 def _linears(model: nn.Module, modules: Mapping[str, nn.Module], layers: tuple[ExpertLayer, ...]) -> Iterator[Linear]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     routers = {layer.router for layer in layers}
     blocks = {layer.name.rpartition(".")[0] for layer in layers}
     experts = tuple(f"{layer.name}." for layer in layers)

@@ -1,4 +1,4 @@
-"""The command: verbs that call the flow and print. People read stderr, programs stdout; heavy imports stay inside verbs.
+"""The command: verbs that call the flow and print. People read stderr, programs stdout; imports stay inside verbs.
 
 Every error is one line with the exit code of its class (`toolkit.errors`); `--debug` anywhere shows the traceback.
 """
@@ -43,10 +43,10 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
     from toolkit import flow
-    from toolkit.report import terminal as show
     from toolkit.package import check_token, push_artifact
     from toolkit.plan import make_plan
     from toolkit.recipe import dump
+    from toolkit.report import terminal as show
     from toolkit.train import check_writable, open_run, write_text
 
     console = _quiet_console()
@@ -80,8 +80,8 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """What a run will load, adapt and need, from the config alone."""
-    from toolkit.report import terminal as show
     from toolkit.plan import make_plan
+    from toolkit.report import terminal as show
 
     console = _quiet_console()
     made = make_plan(_load_recipe(recipe, overrides, console))
@@ -178,9 +178,9 @@ def verify(
     """Layout, hashes, finiteness, whether every adapter moved, and base match."""
     from dataclasses import asdict
 
-    from toolkit.report import terminal as show
     from toolkit.errors import ModelError
     from toolkit.package import verify_artifact
+    from toolkit.report import terminal as show
 
     console = _quiet_console()
     report = verify_artifact(_artifact_of(artifact), base=base)
@@ -206,9 +206,7 @@ def push(
     folder = _artifact_of(artifact)
     if dry_run:
         console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False)
-    url = push_artifact(
-        folder, repo_id, private=not public, revision=revision, create_pr=create_pr, dry_run=dry_run
-    )
+    url = push_artifact(folder, repo_id, private=not public, revision=revision, create_pr=create_pr, dry_run=dry_run)
     print(url)
 
 
@@ -221,7 +219,9 @@ def schema() -> None:
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
     """Write a commented starter recipe."""
     from toolkit.errors import RecipeError
     from toolkit.recipe import starter
@@ -325,9 +325,7 @@ def _artifact_of(path: Path) -> Path:
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
 
 
-def _reopen(
-    path: Path, overrides: list[str] | None, base: str | None, console: Console
-) -> tuple[Plan, Any, Any]:
+def _reopen(path: Path, overrides: list[str] | None, base: str | None, console: Console) -> tuple[Plan, Any, Any]:
     """The plan, adapted model and tokenizer of a run folder or artifact."""
     from toolkit import flow
     from toolkit.package import reopen_recipe

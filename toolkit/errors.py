@@ -1,13 +1,13 @@
 """The exception tree: one class per exit code, each message one line (what, where, what to do).
 
-    OnecardError
-    ├── RecipeError      2   recipe or usage
-    ├── DataError        3   rows, templates, masks
-    ├── ModelError       4   model, adapter, checkpoint, artifact
-    ├── ResourceError    5   memory, disk, lock
-    ├── DivergedError    6   non-finite loss or gradients
-    ├── HubError         7   upload, download, permission
-    └── PreemptedError  75   asked to stop; rerun to resume
+OnecardError
+├── RecipeError      2   recipe or usage
+├── DataError        3   rows, templates, masks
+├── ModelError       4   model, adapter, checkpoint, artifact
+├── ResourceError    5   memory, disk, lock
+├── DivergedError    6   non-finite loss or gradients
+├── HubError         7   upload, download, permission
+└── PreemptedError  75   asked to stop; rerun to resume
 """
 
 from __future__ import annotations

@@ -25,7 +25,18 @@ from toolkit.quant import load_int8, measure
 from toolkit.recipe import dump
 from toolkit.train import RunFolder, TrainResult, train_adapter
 
-__all__ = ["Trained", "attach", "build_batches", "coverage", "evaluate", "load", "load_tokenizer", "package", "reopen", "train"]
+__all__ = [
+    "Trained",
+    "attach",
+    "build_batches",
+    "coverage",
+    "evaluate",
+    "load",
+    "load_tokenizer",
+    "package",
+    "reopen",
+    "train",
+]
 
 _NOT_TRL = {"output_dir"}
 
@@ -152,9 +163,7 @@ def train(
     return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
 
 
-def evaluate(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
-) -> Comparison | None:
+def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> Comparison | None:
     """Base against adapted on the held-out examples, or None where there are none or the recipe says no."""
     wanted = plan.recipe.eval
     if not wanted.enabled or batches.validation is None:

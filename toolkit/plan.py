@@ -1,11 +1,12 @@
 """Recipe + config + device -> a frozen `Plan`: what will be loaded where, adapted how, and how many bytes it takes.
 
-No weights are read; the model is built on the meta device from its config. Every size is counted on real shapes, so what
-the plan says can be held against what a run measures.
+No weights are read; the model is built on the meta device from its config. Every size is counted on real shapes, so
+what the plan says can be held against what a run measures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +101,9 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.model.model_name_or_path}: needs {sizes.total / 2**30:.1f} GiB before activations, {device} has "
             f"{memory / 2**30:.1f} GiB; lower lora.r or take a smaller model"
         )
-    return Plan(recipe, name, device, dtype, BACKENDS[device], architecture, sizes, memory, Path(recipe.training.output_dir))
+    return Plan(
+        recipe, name, device, dtype, BACKENDS[device], architecture, sizes, memory, Path(recipe.training.output_dir)
+    )
 
 
 def _refuse_missing_folder(name: str) -> None:
@@ -134,45 +137,39 @@ def device_memory(device: str) -> int:
 
 
 def _count(model: nn.Module, architecture: Architecture, recipe: Recipe, itemsize: int) -> Bytes:
-    stacks = [
-        getattr(model.get_submodule(layer.name), stack) for layer in architecture.layers for stack in (layer.up, layer.down)
-    ]
-    linears = [model.get_submodule(name).weight for name in architecture.linear_names(*_LINEARS_8BIT)]
-    total = sum(p.numel() for p in model.parameters())
-    experts, dense = sum(p.numel() for p in stacks), sum(p.numel() for p in linears)
-    adapter = _adapter_parameters(model, architecture, recipe)
-    states = 2 if "8bit" in recipe.training.optim else 8
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    outputs = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
+    stacks = [(math.prod(shapes[name]), shapes[name][0] * shapes[name][axis]) for name, axis in outputs.items()]
+    names = architecture.linear_names(*_LINEARS_8BIT)
+    linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
+    rest = sum(math.prod(shape) for shape in shapes.values()) - sum(size for size, _ in [*stacks, *linears])
+    adapter = _adapter_parameters(shapes, architecture, recipe)
     return Bytes(
-        experts=_stored(experts, [p.shape[0] * max(p.shape[1:]) for p in stacks], recipe.quantization.experts, itemsize),
-        linears=_stored(dense, [p.shape[0] for p in linears], recipe.quantization.linears, itemsize),
-        other=(total - experts - dense) * itemsize,
+        experts=_stored(stacks, recipe.quantization.experts, itemsize),
+        linears=_stored(linears, recipe.quantization.linears, itemsize),
+        other=rest * itemsize,
         adapter=4 * adapter,
-        optimizer=states * adapter,
+        optimizer=(2 if "8bit" in recipe.training.optim else 8) * adapter,
         gradients=4 * adapter,
     )
 
 
-def _stored(parameters: int, rows: list[int], how: str, itemsize: int) -> int:
-    return parameters * itemsize if how == "none" else parameters + 4 * sum(rows)
+def _stored(parts: list[tuple[int, int]], how: str, itemsize: int) -> int:
+    """Bytes of (parameters, output rows): int8 and a fp32 scale a row, or the compute dtype."""
+    return sum(size * itemsize if how == "none" else size + 4 * rows for size, rows in parts)
 
 
-def _adapter_parameters(model: nn.Module, architecture: Architecture, recipe: Recipe) -> int:
-    lora = recipe.lora
-    total = 0
+def _adapter_parameters(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe: Recipe) -> int:
+    lora, total = recipe.lora, 0
     for layer in architecture.layers:
         rank = lora.rank_pattern.get("experts", lora.r)
-        for stack in (layer.up, layer.down):
-            shape = getattr(model.get_submodule(layer.name), stack).shape
-            total += layer.num_experts * rank * sum(shape[1:]) if lora.experts else 0
+        total += sum(layer.num_experts * rank * sum(shapes[name][1:]) for name in layer.stacks if lora.experts)
         if lora.router:
-            total += lora.rank_pattern.get("router", lora.r) * sum(model.get_submodule(layer.router).weight.shape)
+            total += lora.rank_pattern.get("router", lora.r) * sum(shapes[f"{layer.router}.weight"])
     roles = {"attention": ("attention",), "all-linear": _LINEARS_8BIT, "none": ()}
     wanted = lora.target_modules
     for linear in architecture.linears:
         leaf = linear.name.rpartition(".")[2]
-        if linear.role in roles[wanted] if isinstance(wanted, str) else leaf in wanted or linear.name in wanted:
-            rank = lora.rank_pattern.get(leaf, lora.r)
-            total += rank * sum(model.get_submodule(linear.name).weight.shape)
+        if linear.role in roles[wanted] if isinstance(wanted, str) else {leaf, linear.name} & set(wanted):
+            total += lora.rank_pattern.get(leaf, lora.r) * sum(shapes[f"{linear.name}.weight"])
     return total
-
-

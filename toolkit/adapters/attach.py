@@ -1,7 +1,7 @@
 """Attach LoRA to a loaded model, or an adapter from disk, and count what was reached.
 
-PEFT targets by name and says nothing when a name matches nothing. Here the parts are enumerated first, named to PEFT, and
-counted afterwards: every expert stack and every router that was asked for, or an error.
+PEFT targets by name and says nothing when a name matches nothing. Here the parts are enumerated first, named to PEFT,
+and counted afterwards: every expert stack and every router that was asked for, or an error.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def targets(
     Raises:
         ModelError: a name in `target_modules` matches no linear; the nearest names are given.
     """
-    parameters = [f"{layer.name}.{stack}" for layer in architecture.layers if experts for stack in (layer.up, layer.down)]
+    parameters = [name for layer in architecture.layers if experts for name in layer.stacks]
     modules = [layer.router for layer in architecture.layers if router and layer.router_is_linear]
     parameters += [f"{layer.router}.weight" for layer in architecture.layers if router and not layer.router_is_linear]
     if isinstance(target_modules, str):
@@ -130,6 +130,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder}: not a PEFT adapter ({first_line(error)})") from None
     try:
+        config.base_model_name_or_path = None  # whatever it was called where it was trained
         peft_model = get_peft_model(model, register(config))
         result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -146,7 +147,7 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
     """Count adapted parts; an adapter has moved when its B is no longer all zero."""
     layers = {_base_name(name): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     architecture = describe(model.get_base_model())
-    stacks = {f"{layer.name}.{stack}" for layer in architecture.layers for stack in (layer.up, layer.down)}
+    stacks = {name for layer in architecture.layers for name in layer.stacks}
     routers = {layer.router for layer in architecture.layers}
     reached = [_part_name(name, module) for name, module in layers.items()]
     moved = [bool(B.weight.detach().count_nonzero()) for m in layers.values() for B in m.lora_B.values()]
@@ -167,8 +168,8 @@ def _spell_for_peft(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Move modules that PEFT would mistake for experts to `target_parameters`, where it takes names literally.
 
-    PEFT rewrites module names that per-expert linears had in older checkpoints (`convert_peft_config_for_transformers`),
-    and with them shared experts and dense layers of the same name. The file layout is the same either way.
+    PEFT rewrites names that per-expert linears had in older checkpoints (`convert_peft_config_for_transformers`), and
+    with them shared experts and dense layers of the same name. The file layout is the same either way.
     """
     mistaken = {leaf for leaf in {name.rpartition(".")[2] for name in modules} if _is_rewritten(model, leaf)}
     moved = [name for name in modules if name.rpartition(".")[2] in mistaken]
@@ -213,7 +214,7 @@ def _shorten(wanted: Sequence[str], every: Sequence[str], *, leaf_too: bool = Tr
 def _patterns(pattern: Mapping[str, Any], architecture: Architecture, wanted: Sequence[str]) -> dict[str, Any]:
     """Part words to the names PEFT matches; a name that matches nothing is an error."""
     parts = {
-        "experts": {strip_index(f"{layer.name}.{s}") for layer in architecture.layers for s in (layer.up, layer.down)},
+        "experts": {strip_index(name) for layer in architecture.layers for name in layer.stacks},
         "router": {
             strip_index(layer.router if layer.router_is_linear else f"{layer.router}.weight")
             for layer in architecture.layers
@@ -235,7 +236,9 @@ def _assert_reached(
 ) -> None:
     layers = {_part_name(_base_name(n), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if lost := [name for name in (*modules, *parameters) if name.removesuffix(".weight") not in layers]:
-        raise ModelError(f"{lost[0]}: PEFT did not adapt it ({len(lost)} of {len(modules) + len(parameters)} parts lost)")
+        raise ModelError(
+            f"{lost[0]}: PEFT did not adapt it ({len(lost)} of {len(modules) + len(parameters)} parts lost)"
+        )
 
 
 def _base_name(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from toolkit.architecture import is_experts
@@ -48,7 +49,9 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
 
     def _factors(self) -> LoraFactors | None:
         pairs = [
-            factors_from_layout(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts, self.scaling[name])
+            factors_from_layout(
+                self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts, self.scaling[name]
+            )
             for name in self.active_adapters
             if name in self.lora_A
         ]
@@ -74,12 +77,11 @@ def register(config: LoraConfig) -> LoraConfig:
 
 
 def _dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if kwargs.get("parameter_name") is None:
-        return None
-    if is_experts(base):
-        return ParamWrapper(target, adapter_name, **kwargs)
-    if isinstance(base, nn.Linear):
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    layer: nn.Module | None = None
+    if kwargs.get("parameter_name") is not None and is_experts(base):
+        layer = ParamWrapper(target, adapter_name, **kwargs)
+    elif kwargs.get("parameter_name") is not None and isinstance(base, nn.Linear):
         # The same parameters under the same names as PEFT's wrapper of `weight`, which would rebuild W + BA.
-        return Linear(target, adapter_name, **{**kwargs, "parameter_name": None})
-    return None
+        layer = Linear(target, adapter_name, **{**kwargs, "parameter_name": None})
+    return layer

@@ -1,9 +1,9 @@
 """The expert layer as one autograd function: only the experts that are hit cost anything.
 
-Rows are visited expert by expert. Each hit expert's int8 weights are copied into one reused buffer, their scale is folded
-into the product, and the LoRA update is added as `(x Aᵀ) Bᵀ`, so no dense delta exists. Only the input, the routing and
-the factors are kept for backward, which recomputes the rest. Runs on any device; PEFT's own expert layer instead rebuilds
-`W + BA` for all experts in every forward and cannot run on int8.
+Rows are visited expert by expert. Each hit expert's int8 weights are copied into one reused buffer, their scale is
+folded into the product, and the LoRA update is added as `(x Aᵀ) Bᵀ`, so no dense delta exists. Only the input, the
+routing and the factors are kept for backward, which recomputes the rest. Runs on any device; PEFT's own expert layer
+instead rebuilds `W + BA` for all experts in every forward and cannot run on int8.
 
     T tokens, K experts per token, N rows of one expert (padded), E experts, H hidden, O outputs, I inputs, R rank
 """

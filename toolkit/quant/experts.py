@@ -1,7 +1,7 @@
 """What the expert computation needs to know of an experts module, read off transformers' own description of it.
 
-`use_experts_implementation` gives every experts module `has_gate`, `has_bias`, `is_transposed`, `_apply_gate` and so on,
-so one view serves every family, int8 or not.
+`use_experts_implementation` gives every experts module `has_gate`, `has_bias`, `is_transposed`, `_apply_gate` and so
+on, so one view serves every family, int8 or not.
 """
 
 from __future__ import annotations

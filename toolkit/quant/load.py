@@ -107,12 +107,7 @@ def measure(model: nn.Module, architecture: Architecture | None = None) -> Cover
 
 def dequantize_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict in fp32 under the stock parameter names, int8 weights multiplied out."""
-    transposed = {
-        f"{layer.name}.{name}"
-        for layer in describe(model).layers
-        for name in (layer.up, layer.down)
-        if model.get_submodule(layer.name).is_transposed
-    }
+    transposed = {name for layer in describe(model).layers if layer.is_transposed for name in layer.stacks}
     state = model.state_dict()
     result: dict[str, torch.Tensor] = {}
     for name, value in state.items():
@@ -131,4 +126,6 @@ def _refuse_incomplete(name_or_path: str, info: dict[str, Any]) -> None:
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for"), ("error_msgs", "")):
         if found := sorted(map(str, info.get(kind) or ())):
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise ModelError(f"{name_or_path}: the checkpoint {what} {found[0]}{more}; download it again or fix config.json")
+            raise ModelError(
+                f"{name_or_path}: the checkpoint {what} {found[0]}{more}; download it again or fix config.json"
+            )

@@ -1,8 +1,8 @@
 """transformers' quantizer seam: expert stacks and linears turn int8 one by one as the checkpoint streams in.
 
-bitsandbytes' own quantizer replaces `nn.Linear` only, so it leaves the experts (98% of a Qwen3-MoE) in 16 bit. This one
-declares int8 parameters on the meta skeleton and hands transformers' loader an operation that rounds each tensor when it
-arrives; fusing per-expert keys stays transformers' business (`conversion_mapping`).
+bitsandbytes' own quantizer replaces `nn.Linear` only and leaves the experts, nearly all of an MoE, in 16 bit. This
+one declares int8 parameters on the meta skeleton and hands transformers' loader an operation that rounds each tensor
+when it arrives; fusing per-expert keys stays transformers' business (`conversion_mapping`).
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """Whether transformers' loader must hand this parameter to the rounding operation."""
         module_name, _, name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
-        return bool(
-            hasattr(module, f"{name}_scale") or (type(module).__name__ == "Linear8bitLt" and name == "weight")
-        )
+        return bool(hasattr(module, f"{name}_scale") or (type(module).__name__ == "Linear8bitLt" and name == "weight"))
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation applied to each such parameter."""

@@ -20,6 +20,7 @@ from toolkit.plan import Plan, device_memory
 
 __all__ = ["checks", "comparison", "data", "facts", "machine", "plan", "reached", "summarize", "summary"]
 
+
 def plan(console: Console, made: Plan) -> None:
     """What will be loaded where, and its bytes."""
     layers = made.architecture.layers
@@ -81,11 +82,9 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     if "base" in finished["results"]:
         comparison(console, finished["results"])
     for sample in finished["samples"]:
-        console.print(f"[dim]{_line(sample['prompt'])}[/dim]", markup=True)
-        console.print(
-            f"  wanted {_line(sample['wanted'])!r}, base {_line(sample['base'])!r}, adapted {_line(sample['adapted'])!r}",
-            markup=False,
-        )
+        console.print(_line(sample["prompt"]), style="dim", markup=False)
+        wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
+        console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
     artifact = finished["artifact"]
     run = str(Path(artifact).parent)
     console.print(f"[bold]adapter[/bold]  {artifact}")
@@ -114,7 +113,9 @@ def machine() -> dict[str, Any]:
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        "cards": [{"name": card.name, "memory": card.total_memory, "sm": f"{card.major}{card.minor}"} for card in cards],
+        "cards": [
+            {"name": card.name, "memory": card.total_memory, "sm": f"{card.major}{card.minor}"} for card in cards
+        ],
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory": device_memory("cpu"),
