@@ -290,7 +290,7 @@ def _quiet_console() -> Console:
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def _hush() -> None:

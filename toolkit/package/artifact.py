@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import __version__
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.package.base import BaseIdentity
 from toolkit.package.card import model_card
@@ -121,14 +122,8 @@ def write_artifact(
 
 
 def stack_versions() -> dict[str, str]:
-    """Installed versions of onecard and of the libraries that define the adapter's numbers."""
-    found = {}
-    for name in ("onecard", "peft", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    """Versions of onecard and of the libraries that define the adapter's numbers."""
+    return {"onecard": __version__, **{name: version(name) for name in ("peft", "torch", "transformers")}}
 
 
 def _portable_recipe(recipe_yaml: str) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def train_adapter(
     if checkpoint:
         console.print(f"resuming from {Path(checkpoint).name}")
     output = trainer.train(resume_from_checkpoint=checkpoint)
+    # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
+    model.config.get_text_config().output_router_logits = False
     return TrainResult(
         steps=trainer.state.global_step,
         loss=output.training_loss if math.isfinite(output.training_loss) else float("nan"),

@@ -1,0 +1,124 @@
+"""The whole job through the command on a handful of steps, and every verb on what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import MODEL, Run, onecard, recipe
+from toolkit import __version__
+
+__all__ = ["onecard", "recipe"]
+
+
+def test_train_then_every_verb_that_reads_a_run(
+    onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = onecard("train", recipe, "--json")
+    assert status == 0, err
+    summary = json.loads(out)
+    counts = summary["counts"]
+    for part in ("expert stacks int8", "linears 8-bit", "expert stacks adapted", "routers adapted", "adapters moved"):
+        done, total = counts[part]
+        assert done == total > 0, part
+    assert summary["training"]["steps"] == 3
+    assert {"base", "adapted"} <= summary["results"].keys()
+    assert len(summary["samples"]) == 2
+    for words in (
+        "coverage",
+        "exact match",
+        "8 held-out examples",
+        str(tmp_path / "run" / "adapter"),
+        "onecard verify",
+    ):
+        assert words in err
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
+    }  # fmt: skip
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3]
+    assert all(entry["tokens_per_second"] > 0 for entry in metrics if "loss" in entry)
+
+    assert onecard("verify", run)[0] == 0
+    assert onecard("verify", run / "adapter", "--base", MODEL)[0] == 0
+    status, out, _ = onecard("eval", run, "--json")
+    assert status == 0
+    assert json.loads(out) == {k: v for k, v in summary["results"].items() if k != "training"}
+    status, out, _ = onecard("generate", run, "--prompt", "Which category is it: oak - a tree?", "--max-new-tokens", 4)
+    assert status == 0
+    assert out.strip()
+    again = onecard("generate", run / "adapter", "--base", MODEL, "--max-new-tokens", 4, "--json", "--prompt",
+                    "Which category is it: oak - a tree?")  # fmt: skip
+    assert json.loads(again[1])["answer"] == out.strip()
+    answers = iter(["Which category is it: oak - a tree?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    assert onecard("chat", run, "--max-new-tokens", 4)[1] == out
+
+    status, _, err = onecard("generate", run / "adapter", "--prompt", "x")
+    assert status == 4
+    assert "--base FOLDER" in err
+    status, _, err = onecard("train", recipe)
+    assert status == 0
+    assert "already finished" in err
+    assert "exact match" in err
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_numbers(onecard: Run, recipe: Path, tmp_path: Path) -> None:
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    same = ["training.max_steps=4", "training.save_steps=2", "eval.enabled=false"]
+    assert onecard("train", recipe, *same, f"training.output_dir={whole}")[0] == 0
+    assert onecard("train", recipe, *same, f"training.output_dir={halved}")[0] == 0
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        for path in sorted((halved / name).iterdir()):
+            path.unlink()
+        (halved / name).rmdir()
+    (halved / "summary.json").unlink()
+    status, _, err = onecard("train", recipe, *same, f"training.output_dir={halved}")
+    assert status == 0, err
+    assert "resuming from checkpoint-2" in err
+    weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, halved)]
+    assert weights[0] == weights[1]
+
+
+def test_the_same_recipe_gives_the_same_bytes(onecard: Run, recipe: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        assert onecard("train", recipe, f"training.output_dir={run}")[0] == 0
+    first, second = (
+        {path.name: path.read_bytes() for path in (run / "adapter").iterdir() if path.name != "manifest.json"}
+        for run in runs
+    )
+    assert first == second
+
+
+def test_plan_and_preview_load_no_weights_and_write_nothing(onecard: Run, recipe: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = onecard("plan", recipe, "--json")
+    assert status == 0
+    plan = json.loads(out)
+    assert plan["moe_layers"] == 4
+    assert plan["bytes"]["total"] == sum(size for name, size in plan["bytes"].items() if name != "total")
+    assert "MiB" in err
+    status, out, err = onecard("preview", recipe, "--json")
+    assert status == 0
+    assert json.loads(out)["splits"]["train"]["kept"] == 48
+    assert "Which category is it" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_schema_init_and_doctor(onecard: Run, tmp_path: Path) -> None:
+    assert json.loads(onecard("schema")[1])["title"] == "Recipe"
+    path = tmp_path / "mine.yaml"
+    assert onecard("init", path)[0] == 0
+    text = path.read_text()
+    status, _, err = onecard("init", path)
+    assert status == 2
+    assert "is there already" in err
+    assert path.read_text() == text
+    status, out, err = onecard("doctor", "--json")
+    assert status == 0
+    assert json.loads(out)["versions"]["onecard"] == __version__
+    assert "memory" in err

@@ -1,0 +1,240 @@
+"""The laws of the house, read off the source: who may import whom, what a module shows, how long things may get.
+
+Each law is a function from source text to complaints, and is tried on an offender before it is put to the house.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOUSE = ROOT / "toolkit"
+MODULES = sorted(HOUSE.rglob("*.py"))
+PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
+PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
+
+_BASE = {"errors", "recipe", "architecture", "plan"}
+_MODEL = {"quant", "ops", "offload", "adapters", "mtp", "data"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "recipe": {"errors"},
+    "architecture": {"errors", "recipe"},
+    "plan": _BASE - {"plan"},
+    "quant": _BASE,
+    "ops": _BASE | {"quant"},
+    "offload": _BASE,
+    "adapters": _BASE | {"quant", "ops"},
+    "mtp": _BASE | {"quant", "ops", "adapters"},
+    "data": _BASE,
+    "train": _BASE | _MODEL,
+    "evaluate": _BASE | _MODEL | {"train"},
+    "package": _BASE | _MODEL | {"train", "evaluate"},
+    "flow": _BASE | _MODEL | {"train", "evaluate", "package"},
+    "report": _BASE | _MODEL | {"train", "evaluate", "package", "flow"},
+    "cli": _BASE | _MODEL | {"train", "evaluate", "package", "flow", "report"},
+}
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Dotted names of ours that a module imports, at the top, inside functions or by `import_module`."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found = [alias.name for alias in names]
+            case ast.ImportFrom(module="toolkit", level=0, names=names):
+                found = [f"toolkit.{alias.name}" for alias in names]
+            case ast.ImportFrom(module=str(module), level=0):
+                found = [module]
+            case ast.ImportFrom():
+                found = ["toolkit.(a relative import)"]
+            case ast.Call(func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__")):
+                found = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            case _:
+                found = []
+        yield from (name for name in found if name.split(".")[0] == "toolkit")
+
+
+def forbidden_imports(room: str, source: str) -> list[str]:
+    """Imports of rooms that stand later in the house. The version is the package's own and free to all."""
+    free = MAY_IMPORT[room] | {room, "__version__"}
+    return sorted({name for name in imported(source) if ([*name.split("."), ""])[1] not in free})
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "complaint"),
+    [
+        ("quant", "def f():\n    from toolkit.train.loop import x", "toolkit.train.loop"),
+        ("recipe", "from toolkit import plan", "toolkit.plan"),
+        ("data", "import toolkit.adapters as a", "toolkit.adapters"),
+        ("ops", "from . import reference", "toolkit.(a relative import)"),
+        ("package", "import toolkit", "toolkit"),
+        ("errors", "importlib.import_module('toolkit.cli')", "toolkit.cli"),
+    ],
+)
+def test_the_import_law_catches(room: str, source: str, complaint: str) -> None:
+    assert forbidden_imports(room, source) == [complaint]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_rooms_import_only_earlier_rooms(path: Path) -> None:
+    room = _room(path)
+    if room in {"__init__", "__main__"}:  # the front door opens every room
+        return
+    assert room in MAY_IMPORT, f"{room} has no place in the house yet: write it into MAY_IMPORT and the design"
+    assert not forbidden_imports(room, path.read_text())
+
+
+def test_the_house_is_a_dag() -> None:
+    done: set[str] = set()
+    while ready := {room for room, needs in MAY_IMPORT.items() if needs <= done} - done:
+        done |= ready
+    assert done == set(MAY_IMPORT)
+
+
+def exported(source: str) -> list[str] | None:
+    """The `__all__` of a module, None where it has none."""
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            names = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+            return [str(name) for name in names]
+    return None
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=_name)
+def test_all_is_there_and_sorted(path: Path) -> None:
+    names = exported(path.read_text())
+    assert names is not None
+    # ruff's order (RUF022), which its --fix writes: constants, then classes, then the rest.
+    assert names == sorted(set(names), key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+
+
+def test_at_most_twelve_public_names() -> None:
+    assert len(exported((HOUSE / "__init__.py").read_text()) or []) <= 12
+
+
+def _loaded_after(program: str, *modules: str) -> set[str]:
+    """Which of `modules` a fresh interpreter has loaded once it ran `program`."""
+    report = f"\nimport sys\nprint('loaded', *({set(modules)!r} & set(sys.modules)), file=sys.stderr)"
+    command = [sys.executable, "-c", program + report]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, last = (line for line in done.stderr.splitlines() if line.startswith("loaded"))
+    return set(last.split()[1:])
+
+
+def test_loaded_after_sees_an_import() -> None:
+    assert _loaded_after("import json", "json", "torch") == {"json"}
+
+
+@pytest.mark.parametrize("module", ["toolkit", "toolkit.errors", "toolkit.recipe", "toolkit.cli"])
+def test_light_modules_load_no_torch(module: str) -> None:
+    assert not _loaded_after(f"import {module}", "torch", "transformers", "datasets", "peft")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = """
+import sys
+from toolkit.cli import main
+sys.argv = ["onecard", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
+    assert not _loaded_after(program, "torch", "transformers", "pydantic", "datasets", "peft")
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=_name)
+def test_files_stay_short_and_are_named_for_what_they_hold(path: Path) -> None:
+    assert path.stem not in {"common", "helper", "helpers", "misc", "util", "utils"}
+    assert not set(path.relative_to(ROOT).parts) & {"common", "helpers", "utils"}
+    if HOUSE / "ops" / "triton" not in path.parents:  # a kernel is one piece
+        assert len(path.read_text().splitlines()) <= 400
+
+
+def test_functions_stay_short() -> None:
+    nodes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text()))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
+    assert statistics.median(lengths) <= 10
+    assert statistics.quantiles(lengths, n=10)[-1] <= 40
+
+
+# Families whose names are words of their own: accessibility attributes, beam search, a stone.
+_ORDINARY = {"aria", "beam", "dots", "flint"}
+
+
+@cache
+def families() -> frozenset[str]:
+    """MoE families of the installed transformers by folder name, and the brands that several of them share."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    sources = Path(spec.origin).parent.glob("models/*/modeling_*.py")
+    names = {path.parent.name for path in sources if "use_experts_implementation" in path.read_text(encoding="utf-8")}
+    brands = Counter(re.match(r"[a-z]*", name)[0] for name in names)  # type: ignore[index]
+    return frozenset(names | {brand for brand, times in brands.items() if times > 1}) - _ORDINARY
+
+
+def _words(source: str) -> Iterator[str]:
+    """Identifiers and string literals of a module; docstrings may name what a figure was measured on."""
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
+        for field in ("id", "attr", "name", "arg", "module"):
+            if isinstance(word := getattr(node, field, None), str):
+                yield word
+
+
+def named_families(source: str) -> set[str]:
+    """Families that a module's code names, in snake, kebab or camel case, with or without a size."""
+    found = set()
+    for word in _words(source):
+        snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", word).lower()
+        parts = "_" + re.sub(r"[^a-z0-9]+", "_", snake) + "_"
+        found |= {name for name in families() if re.search(rf"_{name}\d*_", parts)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("if 'qwen' in config.model_type: pass", "qwen"),
+        ("from transformers import Qwen3MoeForCausalLM", "qwen3_moe"),
+        ("is_deepseek_v3 = True", "deepseek_v3"),
+        ("name = 'Mixtral-8x7B'", "mixtral"),
+        ("def load_gpt_oss(): pass", "gpt_oss"),
+    ],
+)
+def test_the_family_law_catches(source: str, name: str) -> None:
+    assert name in named_families(source)
+
+
+def test_the_family_law_lets_prose_and_plain_words_pass() -> None:
+    assert not named_families('"""Measured on a Qwen3-MoE."""\nbeam_search = num_experts = "moe aria-label"')
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != HOUSE / "architecture.py"], ids=_name)
+def test_no_model_family_is_named(path: Path) -> None:
+    assert not named_families(path.read_text())
