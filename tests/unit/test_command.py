@@ -24,6 +24,7 @@ def test_train_then_every_verb_that_reads_a_run(
         done, total = counts[part]
         assert done == total > 0, part
     assert summary["training"]["steps"] == 3
+    assert 3 * 200 < summary["training"]["tokens"] <= 3 * 256
     assert {"base", "adapted"} <= summary["results"].keys()
     assert len(summary["samples"]) == 2
     for words in (

@@ -44,12 +44,18 @@ class TrainResult:
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
 
+    tokens_trained = 0
+    """Real tokens that went through training here, padding not counted."""
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """TRL's loss, checked."""
         result: torch.Tensor | tuple[torch.Tensor, Any] = super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
+        if self.model.training:
+            mask = inputs.get("attention_mask")
+            self.tokens_trained += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         if not torch.isfinite(loss.detach()):
             raise DivergedError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower training.learning_rate "
@@ -109,7 +115,7 @@ def train_adapter(
         steps=trainer.state.global_step,
         loss=output.training_loss if math.isfinite(output.training_loss) else float("nan"),
         seconds=float(output.metrics["train_runtime"]),
-        tokens=int(log.last.get("num_tokens", 0)),
+        tokens=trainer.tokens_trained,
         peak_memory=peak_memory(device),
         resumed_from=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
     )

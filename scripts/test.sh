@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sets up .venv with the development tools, then runs every check; arguments go to pytest.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+bash "$root/scripts/setup.sh" dev
+cd -- "$root"
+export PATH="$root/.venv/bin:$PATH"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS-2}"
+# As in finetune.sh: keep freed memory, fresh pages are dear.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_-17179869184}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-17179869184}"
+export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_-268435456}"
+
+ruff check
+ruff format --check
+mypy
+exec python -m pytest -q "$@"
