@@ -250,6 +250,9 @@ def main() -> None:
     """Run the command; errors become one line and an exit code."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # One card is the point; with several visible and no launcher, transformers would split batches over all of them.
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if not debug:
         _hush()
     try:

@@ -150,6 +150,7 @@ def train(
         metrics=run.metrics,
         arguments={**recipe.training.model_dump(exclude=_NOT_TRL), **tracking},
         device=plan.device,
+        dtype=plan.dtype,
         train_router=recipe.lora.router,
         console=console,
     )

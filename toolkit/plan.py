@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     if recipe.mtp.enabled:
         raise RecipeError("mtp.enabled: this version trains no multi-token-prediction head; remove the line")
+    for tracker in recipe.tracking.report_to:
+        if find_spec(tracker) is None:
+            raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
     device = "cuda" if torch.cuda.is_available() and not recipe.training.use_cpu else "cpu"
     name = recipe.model.model_name_or_path
     _refuse_missing_folder(name)

@@ -35,7 +35,7 @@ def packed_batch(model: PeftModel, rows: list[list[int]], folder: Path) -> dict[
     del arguments["output_dir"]
     trainer = AdapterTrainer(
         model=model,
-        args=sft_config(folder, {**arguments, "report_to": []}, "cpu", train_router=False, evaluates=False),
+        args=sft_config(folder, {**arguments, "report_to": []}, "cpu", "float32", train_router=False, evaluates=False),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
     )

@@ -20,10 +20,10 @@ __all__ = ["Comparison", "Measured", "compare", "measure"]
 
 @dataclass(frozen=True)
 class Measured:
-    """Loss in nats per answer token, share of exact answers, and the answers themselves."""
+    """Loss in nats per answer token, share of exact answers (None where nothing is asked), and the answers."""
 
     loss: float
-    exact_match: float
+    exact_match: float | None
     answers: tuple[str, ...]
 
 
@@ -81,8 +81,9 @@ def measure(
     answers = answer(
         model, tokenizer, [q.prompt_ids for q in questions], max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    exact = sum(_normal(got) == _normal(q.answer) for got, q in zip(answers, questions, strict=True))
-    return Measured(_loss(model, sequences, batch_size), exact / max(1, len(questions)), tuple(answers))
+    exact = [_normal(got) == _normal(q.answer) for got, q in zip(answers, questions, strict=True)]
+    share = sum(exact) / len(exact) if exact else None
+    return Measured(_loss(model, sequences, batch_size), share, tuple(answers))
 
 
 @torch.no_grad()

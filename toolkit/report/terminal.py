@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,17 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     run = str(Path(artifact).parent)
     console.print(f"[bold]adapter[/bold]  {artifact}")
     console.print("[bold]next[/bold]")
+    name = "onecard" if shutil.which("onecard") else os.path.relpath(sys.argv[0])
     for command in (f"verify {artifact}", f"chat {run}", f"eval {run}", f"push {artifact} OWNER/NAME"):
-        console.print(f"  .venv/bin/onecard {command}", markup=False)
+        console.print(f"  {name} {command}", markup=False)
 
 
 def comparison(console: Console, results: Mapping[str, Any]) -> None:
     """Base against adapted on held-out examples."""
     table = _table(f"{results['examples']} held-out examples", "base", "adapted")
     table.add_row("loss", *(f"{results[who]['loss']:.4f}" for who in ("base", "adapted")))
-    table.add_row("exact match", *(f"{results[who]['exact_match']:.1%}" for who in ("base", "adapted")))
+    if results["base"]["exact_match"] is not None:
+        table.add_row("exact match", *(f"{results[who]['exact_match']:.1%}" for who in ("base", "adapted")))
     console.print(table)
 
 

@@ -77,6 +77,7 @@ def train_adapter(
     metrics: Path,
     arguments: dict[str, Any],
     device: str,
+    dtype: str,
     train_router: bool,
     console: Console,
 ) -> TrainResult:
@@ -86,6 +87,7 @@ def train_adapter(
         train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
         folder: checkpoints. metrics: the JSON-lines file.
         arguments: fields of the recipe's training section, by TRL's names.
+        dtype: float32, bfloat16 or float16, of the computation.
         train_router: whether the load-balancing loss applies.
 
     Raises:
@@ -95,7 +97,7 @@ def train_adapter(
         masked = isolate_documents(model)
         console.print(f"packing: no example sees another, checked{' (with masks of our own)' if masked else ''}")
     log = MetricsLog(metrics, device)
-    config = sft_config(folder, arguments, device, train_router=train_router, evaluates=validation is not None)
+    config = sft_config(folder, arguments, device, dtype, train_router=train_router, evaluates=validation is not None)
     trainer = AdapterTrainer(
         model=model,
         args=config,
@@ -105,6 +107,8 @@ def train_adapter(
         callbacks=[log, ProgressDisplay(console, log)],
     )
     trainer.remove_callback(PrinterCallback)
+    if train_router and not trainer.aux_loss_enabled:
+        console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint:
         console.print(f"resuming from {Path(checkpoint).name}")
@@ -122,7 +126,7 @@ def train_adapter(
 
 
 def sft_config(
-    folder: Path, arguments: dict[str, Any], device: str, *, train_router: bool, evaluates: bool
+    folder: Path, arguments: dict[str, Any], device: str, dtype: str, *, train_router: bool, evaluates: bool
 ) -> SFTConfig:
     """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
     given = dict(arguments)
@@ -139,7 +143,8 @@ def sft_config(
         eval_packing=False,
         packing_strategy="bfd",
         router_aux_loss_coef=coefficient if train_router else 0.0,
-        bf16=device == "cuda",
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
         activation_checkpointing=checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         shuffle_dataset=False,
