@@ -78,15 +78,30 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe YAML; with --audit, a model too.")],
+    overrides: Overrides = None,
+    audit: Annotated[bool, typer.Option("--audit", help="What the checkpoint is made of, from its headers.")] = False,
+    json_: Json = False,
+) -> None:
     """What a run will load, adapt and need, from the config alone."""
+    from toolkit.plan import audit as take_stock
     from toolkit.plan import make_plan
     from toolkit.report import terminal as show
 
     console = _quiet_console()
-    made = make_plan(_load_recipe(recipe, overrides, console))
-    show.plan(console, made)
-    _emit(made.to_dict(), json_)
+    if audit and not recipe.endswith((".yaml", ".yml")):
+        found = take_stock(recipe)
+    else:
+        parsed = _load_recipe(Path(recipe), overrides, console)
+        if not audit:
+            made = make_plan(parsed)
+            show.plan(console, made)
+            _emit(made.to_dict(), json_)
+            return
+        found = take_stock(parsed.model.model_name_or_path, revision=parsed.model.revision)
+    show.audit(console, found)
+    _emit(found.to_dict(), json_)
 
 
 @app.command()

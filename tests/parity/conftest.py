@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 EMBEDDED = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 24,
@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with random weights large enough that every part matters."""
-    config = CONFIG_MAPPING[request.param](**{**_COMMON, **FAMILIES[request.param]})
+    config = CONFIG_MAPPING[request.param](**{**COMMON, **FAMILIES[request.param]})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():

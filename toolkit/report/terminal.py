@@ -17,9 +17,9 @@ from rich.table import Table
 from toolkit.data import Batches, DataReport
 from toolkit.flow import Trained
 from toolkit.package import VerifyReport, stack_versions
-from toolkit.plan import Plan, device_memory
+from toolkit.plan import Audit, Plan, device_memory
 
-__all__ = ["checks", "comparison", "data", "facts", "machine", "plan", "reached", "summarize", "summary"]
+__all__ = ["audit", "checks", "comparison", "data", "facts", "machine", "plan", "reached", "summarize", "summary"]
 
 
 def plan(console: Console, made: Plan) -> None:
@@ -32,6 +32,24 @@ def plan(console: Console, made: Plan) -> None:
         table.add_row(name, _mib(size))
     table.add_row("total, activations on top", f"{_mib(made.bytes.total)} of {_mib(made.memory)}")
     console.print(table)
+
+
+def audit(console: Console, found: Audit) -> None:
+    """What a checkpoint is made of, what becomes int8, what is adapted, what is left."""
+    console.print(f"[bold]{found.model}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
+    table = _table("part", "tensors", "parameters", "stored", "MiB", "LoRA")
+    for part in found.parts:
+        table.add_row(
+            part.name, str(part.tensors), f"{part.parameters:,}", part.stored, _mib(part.bytes), part.adapted
+        )
+    table.add_row("total", "", f"{found.parameters:,}", "", _mib(found.bytes), "")
+    console.print(table)
+    share = found.bytes / (4 * found.parameters)
+    console.print(f"{share:.1%} of fp32 ({_mib(4 * found.parameters)} MiB), {2 * share:.1%} of bf16")
+    console.print(
+        f"on disk: {_mib(found.checkpoint_bytes)} MiB in {', '.join(found.checkpoint_dtypes)}, "
+        f"{found.checkpoint_parameters:,} elements"
+    )
 
 
 def data(console: Console, report: DataReport) -> None:

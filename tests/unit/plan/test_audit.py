@@ -1,0 +1,49 @@
+"""Taking stock of a checkpoint: every parameter in one part, from headers alone, and damage named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import MODEL
+from toolkit.architecture import describe, skeleton
+from toolkit.errors import HubError, ModelError
+from toolkit.plan import audit
+from toolkit.plan.audit import parts_of
+from toolkit.quant import load_int8
+
+
+def test_parts_add_up_and_match_what_is_loaded() -> None:
+    found = audit(str(MODEL))
+    model, coverage = load_int8(str(MODEL))
+    parts = {part.name: part for part in found.parts}
+    assert found.parameters == found.checkpoint_parameters == sum(p.numel() for p in skeleton(str(MODEL)).parameters())
+    assert found.checkpoint_bytes == 2 * found.parameters
+    assert found.checkpoint_dtypes == ("BF16",)
+    assert parts["expert stacks"].bytes == coverage.expert_bytes
+    assert parts["expert stacks"].tensors == coverage.stacks
+    assert parts["attention"].tensors == coverage.linears
+    assert parts["routers"].tensors == found.moe_layers == len(describe(model).layers)
+
+
+def test_every_family_is_accounted_for(family_skeleton: Path) -> None:
+    model = skeleton(str(family_skeleton))
+    parts = parts_of(model, describe(model))
+    assert sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
+    assert sum(part.tensors for part in parts) == len(list(model.named_parameters()))
+
+
+def test_damage_and_absence_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match=r"model\.safetensors: not a safetensors file"):
+        audit(str(folder))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"no \.safetensors file"):
+        audit(str(folder))
+    with pytest.raises((ModelError, HubError), match="owner/nothing"):
+        audit("owner/nothing")

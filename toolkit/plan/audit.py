@@ -1,0 +1,142 @@
+"""What a checkpoint is made of: every part's parameters and bytes, what becomes int8, what is adapted, what is left.
+
+Read from the config and the safetensors headers alone, in a folder or on the Hub, so it costs no download of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled
+from torch import nn
+
+from toolkit.architecture import Architecture, describe, skeleton
+from toolkit.errors import HubError, ModelError, first_line
+
+__all__ = ["Audit", "Part", "audit", "parts_of"]
+
+_INT8_ROLES = {"attention": "attention", "shared": "shared experts", "dense": "dense layers"}
+_MOST_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of tensor: how many, parameters, bytes as int8 (with scales) or 16 bit, and whether LoRA reaches it."""
+
+    name: str
+    tensors: int
+    parameters: int
+    stored: str
+    bytes: int
+    adapted: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All parts of a model, and what its checkpoint's headers say: bytes on disk, dtypes, elements."""
+
+    model: str
+    moe_layers: int
+    experts: int
+    parts: tuple[Part, ...]
+    checkpoint_bytes: int
+    checkpoint_dtypes: tuple[str, ...]
+    checkpoint_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """In memory: int8 with its scales, the rest in 16 bit."""
+        return sum(part.bytes for part in self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        sizes = {"parameters": self.parameters, "bytes": self.bytes, "bytes_fp32": 4 * self.parameters}
+        return {**asdict(self), **sizes, "bytes_bf16": 2 * self.parameters}
+
+
+def audit(name_or_path: str, *, revision: str = "main") -> Audit:
+    """Take stock of a checkpoint without loading it.
+
+    Raises:
+        ModelError: not an MoE, an unknown family, or no safetensors there. HubError: the Hub cannot be reached.
+    """
+    model = skeleton(name_or_path, revision=revision)
+    architecture = describe(model)
+    tensors = list(_headers(name_or_path, revision))
+    return Audit(
+        model=name_or_path,
+        moe_layers=len(architecture.layers),
+        experts=sum(layer.num_experts for layer in architecture.layers),
+        parts=parts_of(model, architecture),
+        checkpoint_bytes=sum(size for _, _, size in tensors),
+        checkpoint_dtypes=tuple(sorted({dtype for dtype, _, _ in tensors})),
+        checkpoint_parameters=sum(count for _, count, _ in tensors),
+    )
+
+
+def parts_of(model: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
+    """Every parameter of `model` (meta is enough) in exactly one part."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    rows = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
+    groups: dict[str, list[str]] = {"expert stacks": list(rows)}
+    for role, title in _INT8_ROLES.items():
+        groups[title] = [f"{name}.weight" for name in architecture.linear_names(role)]
+    groups["routers"] = [f"{layer.router}.weight" for layer in architecture.layers]
+    taken = {name for names in groups.values() for name in names}
+    groups["embeddings, head, norms and the rest"] = [name for name in shapes if name not in taken]
+    return tuple(_part(title, names, shapes, rows) for title, names in groups.items() if names)
+
+
+def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int]) -> Part:
+    parameters = sum(math.prod(shapes[name]) for name in names)
+    adapted = {"expert stacks": "yes", "routers": "yes", "attention": "yes"}.get(title, "no")
+    if title in ("shared experts", "dense layers"):
+        adapted = "with all-linear"
+    if title != "expert stacks" and title not in _INT8_ROLES.values():
+        return Part(title, len(names), parameters, "16 bit", 2 * parameters, adapted)
+    scales = sum(shapes[name][0] * shapes[name][rows[name]] if name in rows else shapes[name][0] for name in names)
+    return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted)
+
+
+def _headers(name_or_path: str, revision: str) -> Iterable[tuple[str, int, int]]:
+    """(dtype, elements, bytes) of every tensor in the checkpoint."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{name_or_path}: no .safetensors file in this folder; other formats are not read")
+        for file in files:
+            for entry in _read_header(file).values():
+                first, last = entry["data_offsets"]
+                yield str(entry["dtype"]), math.prod(entry["shape"]), last - first
+        return
+    try:
+        found = get_safetensors_metadata(name_or_path, revision=revision)
+    except (NotASafetensorsRepoError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise HubError(f"{name_or_path}: its safetensors headers cannot be read: {first_line(error)}") from None
+    for metadata in found.files_metadata.values():
+        for info in metadata.tensors.values():
+            yield info.dtype, math.prod(info.shape), info.data_offsets[1] - info.data_offsets[0]
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > min(_MOST_HEADER_BYTES, file.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(size))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{file}: not a safetensors file ({first_line(error)}); download it again") from None
