@@ -44,6 +44,7 @@ class TrainResult:
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
 
+    aux_loss_enabled: bool
     tokens_trained = 0
     """Real tokens that went through training here, padding not counted."""
 
@@ -61,6 +62,15 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower training.learning_rate "
                 "or look at the examples of this step; the last checkpoint is untouched"
             )
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation without the load-balancing loss, so that the held-out loss is that of the tokens alone."""
+        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            result: dict[str, float] = super().evaluate(*args, **kwargs)
+        finally:
+            self.aux_loss_enabled = balanced
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -129,7 +139,7 @@ def sft_config(
     folder: Path, arguments: dict[str, Any], device: str, dtype: str, *, train_router: bool, evaluates: bool
 ) -> SFTConfig:
     """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
-    given = dict(arguments)
+    given = {key: value for key, value in arguments.items() if key != "use_cpu"}
     coefficient = given.pop("router_aux_loss_coef")
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
     max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
@@ -145,6 +155,7 @@ def sft_config(
         router_aux_loss_coef=coefficient if train_router else 0.0,
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
+        use_cpu=device == "cpu",
         activation_checkpointing=checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         shuffle_dataset=False,
