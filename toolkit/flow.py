@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -145,7 +146,7 @@ def train(
         model,
         tokenizer,
         batches.train,
-        batches.validation,
+        _held_out(batches, plan),
         folder=run.checkpoints,
         metrics=run.metrics,
         arguments={**recipe.training.model_dump(exclude=_NOT_TRL), **tracking},
@@ -166,18 +167,24 @@ def train(
 
 def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> Comparison | None:
     """Base against adapted on the held-out examples, or None where there are none or the recipe says no."""
-    wanted = plan.recipe.eval
-    if not wanted.enabled or batches.validation is None:
+    wanted, sequences = plan.recipe.eval, _held_out(batches, plan)
+    if not wanted.enabled or sequences is None:
         return None
-    count = min(len(batches.validation), wanted.max_samples or len(batches.validation))
     return compare(
         model,
         tokenizer,
-        batches.validation.select(range(count)),
-        batches.held_out[:count],
+        sequences,
+        batches.held_out[: wanted.max_samples],
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
     )
+
+
+def _held_out(batches: Batches, plan: Plan) -> Dataset | None:
+    """The held-out sequences that the recipe wants looked at."""
+    if batches.validation is None:
+        return None
+    return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))
 
 
 def package(result: Trained, plan: Plan) -> Path:
