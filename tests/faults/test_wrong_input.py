@@ -91,10 +91,21 @@ def test_model_without_experts(onecard: Run, recipe: Path, tmp_path: Path) -> No
 def test_truncated_weights(onecard: Run, recipe: Path, tmp_path: Path) -> None:
     weights = own_model(tmp_path / "model") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    status, _, err = onecard("train", recipe, f"model.model_name_or_path={tmp_path}/model")
-    assert status == 4
-    assert "onecard: " in err.strip().splitlines()[-1]
-    assert "Traceback" not in err
+    fails(onecard("train", recipe, f"model.model_name_or_path={tmp_path}/model"), 4, "model.safetensors", "damaged")
+
+
+def test_a_shard_that_is_missing(onecard: Run, recipe: Path, tmp_path: Path) -> None:
+    folder = own_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({name: tensors[name] for name in names[:20]}, folder / next(iter(shards)), metadata={"format": "pt"})
+    fails(
+        onecard("train", recipe, f"model.model_name_or_path={folder}"), 4, "model-00002-of-00002.safetensors", "lacks"
+    )
 
 
 def test_weights_that_lack_a_stack(onecard: Run, recipe: Path, tmp_path: Path) -> None:

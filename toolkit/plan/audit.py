@@ -19,7 +19,7 @@ from torch import nn
 from toolkit.architecture import Architecture, describe, skeleton
 from toolkit.errors import HubError, ModelError, first_line
 
-__all__ = ["Audit", "Part", "audit", "parts_of"]
+__all__ = ["Audit", "Part", "audit", "check_shards", "parts_of"]
 
 _INT8_ROLES = {"attention": "attention", "shared": "shared experts", "dense": "dense layers"}
 _MOST_HEADER_BYTES = 100 << 20
@@ -111,15 +111,10 @@ def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], r
 
 def _headers(name_or_path: str, revision: str) -> Iterable[tuple[str, int, int]]:
     """(dtype, elements, bytes) of every tensor in the checkpoint."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{name_or_path}: no .safetensors file in this folder; other formats are not read")
-        for file in files:
-            for entry in _read_header(file).values():
-                first, last = entry["data_offsets"]
-                yield str(entry["dtype"]), math.prod(entry["shape"]), last - first
+    if Path(name_or_path).is_dir():
+        for entry in check_shards(Path(name_or_path)):
+            first, last = entry["data_offsets"]
+            yield str(entry["dtype"]), math.prod(entry["shape"]), last - first
         return
     try:
         found = get_safetensors_metadata(name_or_path, revision=revision)
@@ -130,13 +125,37 @@ def _headers(name_or_path: str, revision: str) -> Iterable[tuple[str, int, int]]
             yield info.dtype, math.prod(info.shape), info.data_offsets[1] - info.data_offsets[0]
 
 
-def _read_header(file: Path) -> dict[str, Any]:
+def check_shards(folder: Path) -> list[dict[str, Any]]:
+    """Header entries of every tensor in a local checkpoint, after checking that its files are there and whole.
+
+    Raises:
+        ModelError: a shard is missing, cut short or not safetensors; or there is none at all.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index}: not an index of shards ({first_line(error)}); download it again") from None
+    if missing := sorted({*map(str, listed)} - {file.name for file in files}):
+        raise ModelError(f"{folder}: lacks the shard {missing[0]} ({len(missing)} missing); download it again")
+    if not files:
+        raise ModelError(f"{folder}: no .safetensors file in this folder; other formats are not read")
+    return [entry for file in files for entry in _read_header(file)]
+
+
+def _read_header(file: Path) -> list[dict[str, Any]]:
+    size = file.stat().st_size
     try:
         with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if size > min(_MOST_HEADER_BYTES, file.stat().st_size):
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(_MOST_HEADER_BYTES, size):
                 raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(size))
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+            header = json.loads(stream.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not a safetensors file ({first_line(error)}); download it again") from None
+    if whole != size:
+        raise ModelError(f"{file}: damaged, {size} bytes where its header says {whole}; download it again")
+    return entries

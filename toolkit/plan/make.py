@@ -18,6 +18,7 @@ from torch import nn
 
 from toolkit.architecture import Architecture, describe, skeleton
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
+from toolkit.plan.audit import check_shards
 from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "Bytes", "Plan", "device_memory", "make_plan"]
@@ -94,7 +95,7 @@ def make_plan(recipe: Recipe) -> Plan:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
     device = "cuda" if torch.cuda.is_available() and not recipe.training.use_cpu else "cpu"
     name = recipe.model.model_name_or_path
-    _refuse_missing_folder(name)
+    _check_folder(name)
     model = skeleton(name, revision=recipe.model.revision)
     architecture = describe(model)
     dtype = _dtype(recipe.model.dtype, device)
@@ -110,11 +111,12 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _refuse_missing_folder(name: str) -> None:
+def _check_folder(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: no config.json in this folder; give a transformers checkpoint")
+        check_shards(path)
     elif path.exists():
         raise ModelError(f"{name}: a file; give the checkpoint's folder")
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
