@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.train.packing import isolate_documents
 from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
@@ -107,7 +108,8 @@ def train_adapter(
         masked = isolate_documents(model)
         console.print(f"packing: no example sees another, checked{' (with masks of our own)' if masked else ''}")
     log = MetricsLog(metrics, device)
-    config = sft_config(folder, arguments, device, dtype, train_router=train_router, evaluates=validation is not None)
+    balanced = train_router and _name_experts_for_trl(model)
+    config = sft_config(folder, arguments, device, dtype, train_router=balanced, evaluates=validation is not None)
     trainer = AdapterTrainer(
         model=model,
         args=config,
@@ -133,6 +135,17 @@ def train_adapter(
         peak_memory=peak_memory(device),
         resumed_from=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
     )
+
+
+def _name_experts_for_trl(model: PeftModel) -> bool:
+    """Whether TRL can compute the load-balancing loss: it reads expert counts under fixed names.
+
+    A config that keeps the number of experts under another name is given TRL's, in memory only.
+    """
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts"):
+        config.num_experts = describe(model).layers[0].num_experts
+    return hasattr(config, "num_experts_per_tok")
 
 
 def sft_config(
