@@ -1,8 +1,8 @@
 """What an MoE model is made of: its expert stacks, routers and linears, found by enumeration.
 
-No table of models. transformers marks every experts module (`use_experts_implementation`), a router is the parameter
-beside it with one row per expert, and everything else is read from shapes and positions. What this cannot tell is a row
-of data at the end of this file, each with its source.
+No table of models. transformers marks every experts module (`use_experts_implementation`) and says which class gives
+the router's logits (`_can_record_outputs`); everything else is read from shapes and positions. What cannot work is a
+row of data at the end of this file, with its reason.
 """
 
 from __future__ import annotations
@@ -10,10 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from toolkit.errors import ModelError, first_line
 
@@ -21,10 +29,12 @@ __all__ = [
     "Architecture",
     "ExpertLayer",
     "Linear",
+    "auto_class",
     "bare_modules",
     "describe",
     "expert_parameters",
     "is_experts",
+    "is_plain_linear",
     "skeleton",
     "strip_index",
 ]
@@ -34,7 +44,8 @@ __all__ = [
 class ExpertLayer:
     """One MoE layer: where its experts module and its router are, and its two stacks' names and storage order.
 
-    A stack is [E, out, in], or [E, in, out] where `is_transposed`.
+    A stack is [E, out, in], or [E, in, out] where `is_transposed`. `sees_text` is false for experts that only image or
+    sound tokens are routed to: they are stored in int8 like all others, but text cannot train them.
     """
 
     name: str
@@ -44,6 +55,7 @@ class ExpertLayer:
     num_experts: int
     router: str
     router_is_linear: bool
+    sees_text: bool = True
 
     @property
     def stacks(self) -> tuple[str, str]:
@@ -53,7 +65,12 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class Linear:
-    """An `nn.Linear` and its role: attention, shared, dense, gate (a few outputs that steer others) or head."""
+    """An `nn.Linear` and its role: what is stored in int8 and adapted, and why the others are neither.
+
+    Int8: attention, shared, dense. As they are: head; gate (a few outputs that steer others); selector (its scores only
+    choose tokens, so no gradient comes back); fused (a kernel reads its `weight` and never calls it); tower (outside
+    the text decoder: an encoder of images or sound, which text cannot train).
+    """
 
     name: str
     role: str
@@ -78,6 +95,13 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer that computes `x Wᵀ + b`: some families subclass `nn.Linear` to do otherwise."""
+    cls = type(module)
+    is_their_own = cls.__module__.startswith("transformers.models.") and cls.forward is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and not is_their_own
+
+
 def expert_parameters(module: nn.Module) -> tuple[str, str]:
     """Names of the first and second projection's stacks of an experts module."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
@@ -89,10 +113,12 @@ def describe(model: nn.Module) -> Architecture:
     An adapted model gives the same names as its bare base.
 
     Raises:
-        ModelError: there is no MoE layer, or a router cannot be told.
+        ModelError: there is no MoE layer, a router cannot be told, or the family is one that cannot work.
     """
+    _refuse(type(model))
     modules = bare_modules(model)
-    layers = tuple(_layer(modules, name) for name, module in modules.items() if is_experts(module))
+    recorded = _recorded_routers(modules)
+    layers = tuple(_layer(modules, name, recorded) for name, module in modules.items() if is_experts(module))
     if not layers:
         raise ModelError(
             f"{type(model).__name__}: not a Mixture-of-Experts model (no experts module in it); "
@@ -110,9 +136,19 @@ def skeleton(name_or_path: str, *, revision: str = "main") -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The auto class that builds a text-generating model from this config.
+
+    AutoModelForCausalLM wherever it can; some multimodal families have their language-model head only in the class of
+    another mapping, and that one takes text alone as well.
+    """
+    classes = (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText)
+    return next((cls for cls in classes if type(config) in cls._model_mapping), AutoModelForCausalLM)
 
 
 def strip_index(name: str) -> str:
@@ -125,37 +161,68 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name.replace(".base_layer", ""): module for name, module in model.named_modules() if ".lora_" not in name}
 
 
-def _layer(modules: Mapping[str, nn.Module], name: str) -> ExpertLayer:
+def _refuse(model_class: type[nn.Module]) -> None:
+    for pattern, reason in _CANNOT_WORK.items():
+        if re.search(pattern, model_class.__name__):
+            raise ModelError(f"{model_class.__name__}: {reason}")
+    if model_class.forward is nn.Module.forward:
+        raise ModelError(
+            f"{model_class.__name__}: transformers gives this model no forward pass, only its parts have one; save the "
+            "part that writes text on its own and give that"
+        )
+
+
+def _layer(modules: Mapping[str, nn.Module], name: str, recorded: tuple[type, ...]) -> ExpertLayer:
     experts = modules[name]
     up, down = expert_parameters(experts)
-    stack = getattr(experts, down)
-    num_experts = int(stack.shape[0])
-    hidden = int(stack.shape[2 if experts.is_transposed else 1])
-    router, is_linear = _find_router(modules, name, num_experts, hidden)
-    return ExpertLayer(name, up, down, bool(experts.is_transposed), num_experts, router, is_linear)
+    num_experts = int(getattr(experts, down).shape[0])
+    router = _find_router(modules, name, num_experts, recorded)
+    is_linear = is_plain_linear(modules[router])
+    sees_text = not re.search(_OTHER_SENSES, name)
+    return ExpertLayer(name, up, down, bool(experts.is_transposed), num_experts, router, is_linear, sees_text)
 
 
-def _find_router(modules: Mapping[str, nn.Module], name: str, num_experts: int, hidden: int) -> tuple[str, bool]:
-    """The one module near the experts whose `weight` is [E, H]; the search widens from the parent outwards."""
-    parent = name
+def _recorded_routers(modules: Mapping[str, nn.Module]) -> tuple[type, ...]:
+    """The classes whose output transformers records as `router_logits`."""
+    found: set[type] = set()
+    for module in modules.values():
+        recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for recorder in recorders if isinstance(recorders, (list, tuple)) else (recorders,):
+            target = getattr(recorder, "target_class", recorder)
+            found |= {target} if isinstance(target, type) else set()
+    return tuple(found)
+
+
+def _find_router(modules: Mapping[str, nn.Module], name: str, num_experts: int, recorded: tuple[type, ...]) -> str:
+    """The module near the experts that scores them; the search widens from the experts' parent to the decoder layer."""
+    parent, candidates = name, []
     while "." in parent:
         parent = parent.rpartition(".")[0]
-        if parent.rpartition(".")[2].isdigit() and (found := _ROUTERS_BESIDE.get(type(modules[parent]).__name__)):
-            return f"{parent}.{found}", isinstance(modules[f"{parent}.{found}"], nn.Linear)
-        candidates = [
-            key
-            for key, module in modules.items()
-            if key.startswith(f"{parent}.") and not key.startswith(f"{name}.") and key != name
-            if getattr(getattr(module, "weight", None), "shape", None) == (num_experts, hidden)
-        ]
+        beside = [key for key in modules if key.startswith(f"{parent}.") and not f"{key}.".startswith(f"{name}.")]
+        marked = tuple(f"{key}." for key in beside if isinstance(modules[key], recorded))
+        inside = [key for key in beside if f"{key}.".startswith(marked)]
+        candidates = _scorers(modules, inside, num_experts) or _scorers(modules, beside, num_experts, exact=True)
         if len(candidates) == 1:
-            return candidates[0], isinstance(modules[candidates[0]], nn.Linear)
+            return candidates[0]
         if candidates or parent.rpartition(".")[2].isdigit():
             break
     raise ModelError(
-        f"{name}: cannot tell its router: {len(candidates)} parameters of shape ({num_experts}, {hidden}) beside it"
-        f"{' (' + ', '.join(candidates[:3]) + ')' if candidates else ''}; please report this model family"
+        f"{name}: cannot tell its router: {len(candidates)} weights with a row for each of {num_experts} experts "
+        f"beside it{' (' + ', '.join(candidates[:3]) + ')' if candidates else ''}; please report this model family"
     )
+
+
+def _scorers(modules: Mapping[str, nn.Module], names: list[str], num_experts: int, exact: bool = False) -> list[str]:
+    """Modules with a weight of one row per expert or, not `exact`, a few more: for shared or skipping experts."""
+    rows = {name: shape[0] for name in names if len(shape := _weight_shape(modules[name])) == 2}
+    found = [name for name, count in rows.items() if count == num_experts]
+    if found or exact:
+        return found
+    return [name for name, count in rows.items() if num_experts < count < 2 * num_experts]
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    return tuple(getattr(getattr(module, "weight", None), "shape", ()))
 
 
 def _linears(model: nn.Module, modules: Mapping[str, nn.Module], layers: tuple[ExpertLayer, ...]) -> Iterator[Linear]:
@@ -163,19 +230,39 @@ def _linears(model: nn.Module, modules: Mapping[str, nn.Module], layers: tuple[E
     routers = {layer.router for layer in layers}
     blocks = {layer.name.rpartition(".")[0] for layer in layers}
     experts = tuple(f"{layer.name}." for layer in layers)
+    decoder = tuple({_decoder_of(layer.name) for layer in layers})
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and name not in routers and not name.startswith(experts):
-            yield Linear(name, _role(name, module, module is head, blocks))
+        if is_plain_linear(module) and name not in routers and not name.startswith(experts):
+            fused = name.rpartition(".")[2] in _FUSED and _is_state_space(modules.get(name.rpartition(".")[0]))
+            yield Linear(
+                name, "head" if module is head else "fused" if fused else _role(name, modules, blocks, decoder)
+            )
 
 
-def _role(name: str, module: nn.Linear, is_head: bool, blocks: set[str]) -> str:
-    if is_head or not re.search(r"\.\d+\.", f".{name}"):
-        return "head"
-    if module.out_features < _GATE_OUTPUTS:
+def _is_state_space(module: nn.Module | None) -> bool:
+    """Whether this is a Mamba mixer: only those have a skip `D` beside their decay `A_log`."""
+    return hasattr(module, "A_log") and hasattr(module, "D")
+
+
+def _decoder_of(name: str) -> str:
+    """`model.language_model.layers.` of `model.language_model.layers.3.mlp.experts`."""
+    return re.split(r"(?<=\.)\d+\.", name, maxsplit=1)[0]
+
+
+def _role(name: str, modules: Mapping[str, nn.Module], blocks: set[str], decoder: tuple[str, ...]) -> str:
+    is_other_sense = re.search(_OTHER_SENSES, name)
+    if not name.startswith(decoder):
+        return "tower" if is_other_sense or re.search(r"\.\d+\.", name) else "head"
+    if is_other_sense:
+        return "tower"
+    if re.search(_SELECTOR, name):
+        return "selector"
+    if _weight_shape(modules[name])[0] < _GATE_OUTPUTS:
         return "gate"
-    if any(name.startswith(f"{block}.") for block in blocks) and not _is_attention(name):
-        return "shared"
-    return "attention" if _is_attention(name) else "dense"
+    parent = name.rpartition(".")[0]
+    if not re.search(_FEED_FORWARD, type(modules[parent]).__name__) and _is_attention(name):
+        return "attention"
+    return "shared" if "shared" in strip_index(name) or any(name.startswith(f"{b}.") for b in blocks) else "dense"
 
 
 def _is_attention(name: str) -> bool:
@@ -185,8 +272,23 @@ def _is_attention(name: str) -> bool:
 _GATE_OUTPUTS = 16
 """A linear with fewer outputs than this steers others (a shared-expert gate) and is too small to be worth 8 bit."""
 
+_FEED_FORWARD = r"(?i)mlp|feed_?forward"
+"""Classes whose linears are no attention, whatever the block that holds them is called."""
+
 _ATTENTION = r"attn|attention|mixer|mamba|ssm|linear_attn|conv|temporal"
 """Names of the token-mixing block of a decoder layer, in transformers' modeling files."""
 
-_ROUTERS_BESIDE: dict[str, str] = {}
-"""Decoder-layer class to the router's path in it, where shapes do not tell."""
+_SELECTOR = r"\.indexer\."
+"""The part of sparse attention that scores past tokens; a hard top-k stands between it and the loss."""
+
+_FUSED = ("out_proj", "dt_proj")
+"""Of a Mamba mixer: its kernels take these as tensors (`outproj_weight=self.out_proj.weight`), so an adapter would be
+skipped and int8 values read as weights. PEFT refuses the first for the same reason."""
+
+_OTHER_SENSES = r"vision|visual|image|video|audio|speech"
+"""Words in the paths of parts that text tokens never reach."""
+
+_CANNOT_WORK: Mapping[str, str] = {
+    r"BlockDiffusion$": "it denoises blocks of text instead of predicting the next token, which this does not train",
+}
+"""Model classes, by pattern, that no rule can make work, and why."""

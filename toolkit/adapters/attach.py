@@ -14,18 +14,22 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import register
-from toolkit.architecture import Architecture, describe, strip_index
+from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line
 
 __all__ = ["AdapterCoverage", "adapter_coverage", "attach_lora", "load_adapter", "targets"]
 
 _ROLES = {"none": (), "attention": ("attention",), "all-linear": ("attention", "shared", "dense")}
+_NEVER = ("selector", "fused")
+"""Roles that no adapter can train, even where it is asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ def targets(
     Raises:
         ModelError: a name in `target_modules` matches no linear; the nearest names are given.
     """
-    parameters = [name for layer in architecture.layers if experts for name in layer.stacks]
-    modules = [layer.router for layer in architecture.layers if router and layer.router_is_linear]
-    parameters += [f"{layer.router}.weight" for layer in architecture.layers if router and not layer.router_is_linear]
+    layers = _trainable(architecture)
+    parameters = [name for layer in layers if experts for name in layer.stacks]
+    modules = [layer.router for layer in layers if router and layer.router_is_linear]
+    parameters += [f"{layer.router}.weight" for layer in layers if router and not layer.router_is_linear]
     if isinstance(target_modules, str):
         modules += architecture.linear_names(*_ROLES[target_modules])
     else:
@@ -132,23 +137,46 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
         peft_model = get_peft_model(model, register(config))
+        if _load_own_layout(peft_model, folder):
+            return _freeze(peft_model, is_trainable)
         result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not fit this base model: {first_line(error)}") from None
     for what, keys in (("lacks", _own(result.missing_keys)), ("has a key the model has not:", result.unexpected_keys)):
         if keys:
             raise ModelError(f"{folder}: the adapter {what} {keys[0]} ({len(keys)} in all); it is for another model")
-    for name, parameter in peft_model.named_parameters():
+    return _freeze(peft_model, is_trainable)
+
+
+def _load_own_layout(model: PeftModel, folder: str | Path) -> bool:
+    """Load a file whose keys are exactly this model's; False, and nothing done, where they are not.
+
+    PEFT renames every key it loads as if it came from the family's original checkpoint, and some families' patterns
+    then match names that are right already, which would be lost.
+    """
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return False
+    own = {key.replace(".default.", "."): key for key in model.state_dict() if ".lora_" in key}
+    tensors = load_file(file)
+    if own.keys() != tensors.keys():
+        return False
+    model.load_state_dict({own[key]: tensor for key, tensor in tensors.items()}, strict=False)
+    return True
+
+
+def _freeze(model: PeftModel, is_trainable: bool) -> PeftModel:
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trainable and "lora_" in name)
-    return peft_model
+    return model
 
 
 def adapter_coverage(model: PeftModel) -> AdapterCoverage:
     """Count adapted parts; an adapter has moved when its B is no longer all zero."""
     layers = {_base_name(name): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     architecture = describe(model.get_base_model())
-    stacks = {name for layer in architecture.layers for name in layer.stacks}
-    routers = {layer.router for layer in architecture.layers}
+    stacks = {name for layer in _trainable(architecture) for name in layer.stacks}
+    routers = {layer.router for layer in _trainable(architecture)}
     reached = [_part_name(name, module) for name, module in layers.items()]
     moved = [bool(B.weight.detach().count_nonzero()) for m in layers.values() for B in m.lora_B.values()]
     return AdapterCoverage(
@@ -161,6 +189,10 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
         adapters=len(moved),
         parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
     )
+
+
+def _trainable(architecture: Architecture) -> list[ExpertLayer]:
+    return [layer for layer in architecture.layers if layer.sees_text]
 
 
 def _spell_for_peft(
@@ -187,7 +219,7 @@ def _is_rewritten(model: PreTrainedModel, leaf: str) -> bool:
 
 
 def _match(architecture: Architecture, wanted: str) -> list[str]:
-    names = [linear.name for linear in architecture.linears]
+    names = [linear.name for linear in architecture.linears if linear.role not in _NEVER]
     found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
     if not found:
         known = sorted({strip_index(name) for name in names} | {name.rpartition(".")[2] for name in names})
@@ -214,10 +246,10 @@ def _shorten(wanted: Sequence[str], every: Sequence[str], *, leaf_too: bool = Tr
 def _patterns(pattern: Mapping[str, Any], architecture: Architecture, wanted: Sequence[str]) -> dict[str, Any]:
     """Part words to the names PEFT matches; a name that matches nothing is an error."""
     parts = {
-        "experts": {strip_index(name) for layer in architecture.layers for name in layer.stacks},
+        "experts": {strip_index(name) for layer in _trainable(architecture) for name in layer.stacks},
         "router": {
             strip_index(layer.router if layer.router_is_linear else f"{layer.router}.weight")
-            for layer in architecture.layers
+            for layer in _trainable(architecture)
         },
     }
     result: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from toolkit.architecture import is_experts
+from toolkit.architecture import is_experts, is_plain_linear
 from toolkit.errors import ModelError
 from toolkit.ops import FACTORS, LoraFactors
 
@@ -81,7 +81,7 @@ def _dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module 
     layer: nn.Module | None = None
     if kwargs.get("parameter_name") is not None and is_experts(base):
         layer = ParamWrapper(target, adapter_name, **kwargs)
-    elif kwargs.get("parameter_name") is not None and isinstance(base, nn.Linear):
+    elif kwargs.get("parameter_name") is not None and is_plain_linear(base):
         # The same parameters under the same names as PEFT's wrapper of `weight`, which would rebuild W + BA.
         layer = Linear(target, adapter_name, **{**kwargs, "parameter_name": None})
     return layer
