@@ -65,10 +65,12 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
         show.plan(console, made)
         show.data(console, batches.report)
         model, tokenizer = flow.load(made)
+        if compensated := flow.compensate(model, batches, made):
+            show.compensation(console, compensated)
         model = flow.attach(model, made)
         show.reached(console, flow.coverage(model, made))
         result = flow.train(model, tokenizer, batches, made, console)
-        finished = show.summarize(result, made, batches, flow.package(result, made))
+        finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
         write_text(run.summary, json.dumps(finished, indent=2))
     show.summary(console, finished)
     _emit(finished, json_)
@@ -131,7 +133,7 @@ def evaluate(run: RunPath, overrides: Overrides = None, base: Base = None, json_
     from toolkit.report import terminal as show
 
     console = _quiet_console()
-    made, model, tokenizer = _reopen(run, overrides, base, console)
+    made, model, tokenizer = _reopen(run, overrides, base, console, as_trained=True)
     batches = flow.build_batches(tokenizer, made)
     comparison = flow.evaluate(model, tokenizer, batches, made)
     if comparison is None:
@@ -223,6 +225,25 @@ def push(
         console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False)
     url = push_artifact(folder, repo_id, private=not public, revision=revision, create_pr=create_pr, dry_run=dry_run)
     print(url)
+
+
+@app.command("quantize")
+def write_int8(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or owner/name on the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist.")],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
+    json_: Json = False,
+) -> None:
+    """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers."""
+    from toolkit.quant import quantize_checkpoint
+
+    console = _quiet_console()
+    with console.status("reading") as status:
+        done = quantize_checkpoint(model, out, revision=revision, progress=lambda n, of: status.update(f"{n} of {of}"))
+    console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
+    if done.left_out:
+        console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
+    _emit(done.to_dict(), json_)
 
 
 @app.command()
@@ -343,7 +364,9 @@ def _artifact_of(path: Path) -> Path:
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
 
 
-def _reopen(path: Path, overrides: list[str] | None, base: str | None, console: Console) -> tuple[Plan, Any, Any]:
+def _reopen(
+    path: Path, overrides: list[str] | None, base: str | None, console: Console, *, as_trained: bool = False
+) -> tuple[Plan, Any, Any]:
     """The plan, adapted model and tokenizer of a run folder or artifact."""
     from toolkit import flow
     from toolkit.package import reopen_recipe
@@ -351,5 +374,5 @@ def _reopen(path: Path, overrides: list[str] | None, base: str | None, console: 
 
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
     made = make_plan(recipe)
-    model, tokenizer = flow.reopen(made, _artifact_of(path))
+    model, tokenizer = flow.reopen(made, _artifact_of(path), as_trained=as_trained)
     return made, model, tokenizer

@@ -23,6 +23,7 @@ from toolkit.ops import BACKENDS
 from toolkit.package import identify_base, write_artifact
 from toolkit.plan import Plan
 from toolkit.quant import load_int8, measure
+from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.recipe import dump
 from toolkit.train import RunFolder, TrainResult, train_adapter
 
@@ -30,6 +31,7 @@ __all__ = [
     "Trained",
     "attach",
     "build_batches",
+    "compensate",
     "coverage",
     "evaluate",
     "load",
@@ -90,6 +92,15 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def compensate(model: PreTrainedModel, batches: Batches, plan: Plan) -> Compensation | None:
+    """Round the int8 parts again with error feedback, on training examples, where the recipe asks for it."""
+    wanted = plan.recipe.quantization
+    if wanted.error_compensation == "none":
+        return None
+    examples = batches.train[: wanted.calibration_samples]["input_ids"]
+    return compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+
+
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk."""
     lora = plan.recipe.lora
@@ -99,9 +110,15 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
 
 
-def reopen(plan: Plan, artifact: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The plan's model with a finished adapter on it, for evaluation and generation."""
+def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The plan's model with a finished adapter on it, for evaluation and generation.
+
+    `as_trained` compensates the base again where the recipe says so, which reads the training data; without it the base
+    is rounded plainly.
+    """
     model, tokenizer = load(plan)
+    if as_trained and plan.recipe.quantization.error_compensation != "none":
+        compensate(model, build_batches(tokenizer, plan), plan)
     return load_adapter(model, artifact), tokenizer
 
 

@@ -167,7 +167,7 @@ def _stored(parts: list[tuple[int, int]], how: str, itemsize: int) -> int:
 
 def _adapter_parameters(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe: Recipe) -> int:
     lora, total = recipe.lora, 0
-    for layer in architecture.layers:
+    for layer in (layer for layer in architecture.layers if layer.sees_text):
         rank = lora.rank_pattern.get("experts", lora.r)
         total += sum(layer.num_experts * rank * sum(shapes[name][1:]) for name in layer.stacks if lora.experts)
         if lora.router:

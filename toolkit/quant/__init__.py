@@ -1,9 +1,10 @@
-"""Int8 storage of expert stacks and linears, and loading a checkpoint into it."""
+"""Int8 storage of expert stacks and linears, loading a checkpoint into it, and writing one."""
 
 from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
 from toolkit.quant.quantizer import LINEAR_ROLES, Int8Config
+from toolkit.quant.save import WrittenCheckpoint, quantize_checkpoint
 
 __all__ = [
     "LINEAR_ROLES",
@@ -12,10 +13,12 @@ __all__ = [
     "ExpertWeights",
     "Int8Config",
     "Int8Linear",
+    "WrittenCheckpoint",
     "dequantize",
     "dequantize_state",
     "expert_weights",
     "load_int8",
     "measure",
     "quantize",
+    "quantize_checkpoint",
 ]

@@ -10,32 +10,66 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["Int8Linear", "dequantize", "quantize"]
+__all__ = ["Int8Linear", "dequantize", "quantize", "scratch_for"]
 
 _LEVELS = 127.0
+_BLOCK = 1 << 20
+"""Elements rounded at a time on a CPU, in memory that is used again: fresh pages cost more than the arithmetic."""
 
 
-def quantize(weight: torch.Tensor, input_dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor,
+    input_dim: int = -1,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scratch: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a float weight to int8 with one scale per output row.
 
     Args:
-        weight: [..., out, in], or [..., in, out] with `input_dim=-2`; a leading expert dimension is handled one
-            expert at a time, so that only one expert exists in fp32.
+        weight: [..., out, in], or [..., in, out] with `input_dim=-2`. On a CPU only a few rows at a time exist in fp32,
+            elsewhere one matrix.
         input_dim: -1 or -2, the dimension a scale is shared along.
+        out: where to write; new tensors by default.
+        scratch: from `scratch_for`, to reuse between calls.
 
     Returns:
         int8 of the same shape, and the fp32 scales [..., out].
     """
-    if weight.dim() > 2:
+    output_dim = -3 - input_dim
+    if out is None:
         stored = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scales = torch.empty((*weight.shape[:-2], weight.shape[-3 - input_dim]), device=weight.device)
-        for index in range(weight.shape[0]):
-            stored[index], scales[index] = quantize(weight[index], input_dim)
-        return stored, scales
-    values = weight.float()
-    scale = values.abs().amax(dim=input_dim) / _LEVELS
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (values / scale.unsqueeze(input_dim)).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
+        shape = (*weight.shape[:-2], weight.shape[output_dim])
+        out = stored, torch.empty(shape, dtype=torch.float32, device=weight.device)
+    scratch = scratch_for(weight) if scratch is None else scratch
+    if weight.dim() > 2:
+        for matrix, stored, scale in zip(weight, *out, strict=True):
+            quantize(matrix, input_dim, out=(stored, scale), scratch=scratch)
+        return out
+    step = max(1, scratch.shape[1] // max(1, weight.shape[input_dim]))
+    parts = [tensor.split(step, dim=output_dim) for tensor in (weight, out[0])]
+    for block, target, scale in zip(*parts, out[1].split(step), strict=True):
+        _quantize_block(block, target, scale, scratch[:, : block.numel()].view(2, *block.shape), input_dim)
+    return out
+
+
+def scratch_for(weight: torch.Tensor) -> torch.Tensor:
+    """Room [2, elements] in fp32 that `quantize` needs for this weight: a few rows on a CPU, elsewhere one matrix."""
+    rows, columns = weight.shape[-2:]
+    block = max(_BLOCK, rows, columns) if weight.device.type == "cpu" else rows * columns
+    return torch.empty((2, min(block, rows * columns)), dtype=torch.float32, device=weight.device)
+
+
+@torch.no_grad()
+def _quantize_block(
+    block: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, scratch: torch.Tensor, input_dim: int
+) -> None:
+    values, magnitudes = scratch
+    torch.abs(values.copy_(block), out=magnitudes)
+    torch.div(magnitudes.amax(dim=input_dim), _LEVELS, out=scale)
+    # Below the smallest normal number a scale loses its precision and quotients could pass 127: such rows become zero.
+    scale.masked_fill_(scale < torch.finfo(scale.dtype).tiny, 1.0)
+    target.copy_(values.div_(scale.unsqueeze(input_dim)).round_())
 
 
 def dequantize(stored: torch.Tensor, scale: torch.Tensor, input_dim: int = -1) -> torch.Tensor:
@@ -74,7 +108,7 @@ class Int8Linear(nn.Linear):
         with torch.device(linear.weight.device):
             twin = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, dtype=linear.weight.dtype)
             twin.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.int8), requires_grad=False)
-            twin.weight_scale = nn.Parameter(torch.empty(linear.out_features), requires_grad=False)
+            twin.weight_scale = nn.Parameter(torch.empty(linear.out_features, dtype=torch.float32), requires_grad=False)
         return twin
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

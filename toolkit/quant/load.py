@@ -6,21 +6,22 @@ Everything about files, revisions and key layouts is transformers' `from_pretrai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import Architecture, bare_modules, describe
+from toolkit.architecture import Architecture, auto_class, bare_modules, describe
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.experts import expert_weights
 from toolkit.quant.int8 import dequantize
-from toolkit.quant.quantizer import LINEAR_ROLES, Int8Config
+from toolkit.quant.quantizer import LINEAR_ROLES, METHOD, SOURCES, Int8Config
 
-__all__ = ["Coverage", "dequantize_state", "load_int8", "measure"]
+__all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def load_int8(
 ) -> tuple[PreTrainedModel, Coverage]:
     """Load a frozen model whose expert stacks and linears become int8 as the shards stream in.
 
+    A checkpoint of 16- or 32-bit weights is rounded, one of FP8 or MXFP4 weights is requantised, and one that
+    `onecard quantize` wrote is mapped from the disk as it is.
+
     Args:
         name_or_path: local folder or Hub repository with safetensors.
         dtype: of everything that is not int8.
@@ -60,11 +64,15 @@ def load_int8(
         experts_implementation: the expert backend, by the name `toolkit.ops` registered it under.
 
     Raises:
-        ModelError: not an MoE, a damaged or missing shard, keys that do not fit, or a stack left in 16 bit.
+        ModelError: not an MoE, a damaged or missing shard, keys that do not fit, a quantised format that cannot be
+            requantised, or a stack left in 16 bit.
     """
+    config = read_config(name_or_path, revision)
+    wanted = storage(name_or_path, config, experts, linears)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             name_or_path,
+            config=config,
             revision=revision,
             dtype=dtype,
             device_map={"": device},
@@ -72,7 +80,8 @@ def load_int8(
             trust_remote_code=False,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             experts_implementation=experts_implementation,
-            quantization_config=Int8Config(experts, linears),
+            quantization_config=wanted,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -86,6 +95,56 @@ def load_int8(
     if linears != "none" and coverage.linears_8bit != coverage.linears:
         raise ModelError(f"{name_or_path}: only {coverage.linears_8bit} of {coverage.linears} linears are 8-bit")
     return model, coverage
+
+
+def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
+    """The checkpoint's config.
+
+    Raises:
+        ModelError: none there, or a family this transformers does not know.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+
+
+def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", linears: str = "int8") -> Any:
+    """The `Int8Config` to load with, or None where the checkpoint is int8 already and says how itself.
+
+    A foreign `quantization_config` is taken out of `config`, since transformers would insist on it, and recorded.
+
+    Raises:
+        ModelError: it is stored otherwise than asked for, or in a format that cannot be requantised.
+    """
+    declared = _declared(config)
+    if declared is None:
+        return Int8Config(experts, linears)
+    method = declared.get("quant_method")
+    if method == METHOD:
+        stored = Int8Config.from_dict(declared)
+        if (stored.experts, stored.linears) != (experts, linears):
+            raise ModelError(
+                f"{name_or_path}: stored with experts {stored.experts} and linears {stored.linears}, not {experts} and "
+                f"{linears}; change the recipe's quantization section, or take the checkpoint it was made from"
+            )
+        return None
+    if method not in SOURCES:
+        raise ModelError(
+            f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; only "
+            f"{', '.join(SOURCES)} can be requantised, so take the unquantised checkpoint of this model"
+        )
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return Int8Config(experts, linears, source=declared)
+
+
+def _declared(config: PretrainedConfig) -> dict[str, Any] | None:
+    for part in (config, config.get_text_config()):
+        if declared := getattr(part, "quantization_config", None):
+            return dict(declared) if isinstance(declared, Mapping) else {}
+    return None
 
 
 def measure(model: nn.Module, architecture: Architecture | None = None) -> Coverage:
@@ -109,11 +168,12 @@ def dequantize_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict in fp32 under the stock parameter names, int8 weights multiplied out."""
     transposed = {name for layer in describe(model).layers if layer.is_transposed for name in layer.stacks}
     state = model.state_dict()
+    scales = {f"{name}_scale" for name, value in state.items() if value.dtype == torch.int8}
     result: dict[str, torch.Tensor] = {}
     for name, value in state.items():
-        if f"{name}_scale" in state:
+        if f"{name}_scale" in scales:
             result[name] = dequantize(value, state[f"{name}_scale"], -2 if name in transposed else -1)
-        elif not (name.endswith("_scale") and state[name.removesuffix("_scale")].dtype == torch.int8):
+        elif name not in scales:
             result[name] = value.float() if value.is_floating_point() else value
     return result
 
@@ -123,9 +183,14 @@ def _nbytes(tensor: torch.Tensor | None) -> int:
 
 
 def _refuse_incomplete(name_or_path: str, info: dict[str, Any]) -> None:
-    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for"), ("error_msgs", "")):
-        if found := sorted(map(str, info.get(kind) or ())):
+    shapes = [f"{name} ({_shape(there)}, not {_shape(wanted)})" for name, there, wanted in info["mismatched_keys"]]
+    for found, what in ((info["missing_keys"], "lacks"), (shapes, "has the wrong shape for"), (info["error_msgs"], "")):
+        if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise ModelError(
-                f"{name_or_path}: the checkpoint {what} {found[0]}{more}; download it again or fix config.json"
+                f"{name_or_path}: the checkpoint {what} {min(found)}{more}; download it again or fix config.json"
             )
+
+
+def _shape(size: Any) -> str:
+    return "×".join(map(str, size))

@@ -1,52 +1,106 @@
 """transformers' quantizer seam: expert stacks and linears turn int8 one by one as the checkpoint streams in.
 
 bitsandbytes' own quantizer replaces `nn.Linear` only and leaves the experts, nearly all of an MoE, in 16 bit. This
-one declares int8 parameters on the meta skeleton and hands transformers' loader an operation that rounds each tensor
-when it arrives; fusing per-expert keys stays transformers' business (`conversion_mapping`).
+one declares int8 parameters on the meta skeleton and puts its rounding into the family's own key conversions; a
+checkpoint that `onecard quantize` or `save_pretrained` wrote holds those parameters as they are.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.integrations.bitsandbytes import Bnb8bitQuantize, replace_with_bnb_linear
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from toolkit.architecture import describe, is_experts
-from toolkit.quant.int8 import Int8Linear, quantize
+from toolkit.architecture import describe, strip_index
+from toolkit.quant.int8 import Int8Linear
+from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
 
-__all__ = ["LINEAR_ROLES", "METHOD", "Int8Config", "Int8Quantizer"]
+__all__ = ["EXPERT_BACKEND", "LINEAR_ROLES", "METHOD", "SOURCES", "Int8Config", "Int8Quantizer"]
 
 METHOD = "onecard_int8"
 LINEAR_ROLES = ("attention", "shared", "dense")
 """Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
 
+SOURCES = ("fp8", "mxfp8", "mxfp4")
+"""Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""
+
+EXPERT_BACKEND = "onecard_per_expert"
+"""What int8 experts compute with where the caller names no backend of ours; `toolkit.ops` registers it."""
+
 
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """What to store in 8 bit: `experts` int8 or none, `linears` int8, bnb or none."""
+    """What is stored in 8 bit: `experts` int8 or none, `linears` int8, bnb or none.
 
-    def __init__(self, experts: str = "int8", linears: str = "int8", **kwargs: Any) -> None:
+    `source` is the quantization_config the checkpoint declared before it was requantised, None for a 16- or 32-bit one.
+    """
+
+    def __init__(
+        self,
+        experts: str = "int8",
+        linears: str = "int8",
+        source: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(quant_method=METHOD)
         self.experts = experts
         self.linears = linears
+        self.source = None if source is None else dict(source)
 
 
 @register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Declares the int8 parameters before weights load and rounds each as it arrives."""
+    """Declares the int8 parameters before weights load; rounds float ones as they arrive, takes int8 ones as such."""
 
     requires_calibration = False
+    keeps_results = True
+    """Whether what is rounded stays in memory, as a model does; a writer lets go of each part."""
+
+    def __init__(self, quantization_config: Int8Config, **kwargs: Any) -> None:
+        # The loader casts every tensor to the compute dtype before a quantizer sees it, unless the checkpoint counts as
+        # prequantised; then the quantizer says how each tensor is read (`get_new_dtype`), which is what we do for both.
+        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
+        self.is_stored_int8 = bool(kwargs.get("pre_quantized", True))
+        self.workspace = Workspace()
+        self._source: HfQuantizer | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
 
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Tensors are rounded on the device the model goes to, where that is one."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else set()
+        self.workspace = Workspace(places.pop() if len(places) == 1 else "cpu")
+        return device_map
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Make int8 experts compute with our backend, whatever transformers would have chosen for float ones."""
+        if self.quantization_config.experts == "int8" and not str(config._experts_implementation).startswith(
+            "onecard_"
+        ):
+            config._experts_implementation = EXPERT_BACKEND
+        if EXPERT_BACKEND not in ALL_EXPERTS_FUNCTIONS:
+            # A later room, named here only as data: plain `from_pretrained` has nobody else to bring the backend in.
+            import_module(_BACKEND_ROOM)
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.quantization_config.source is not None and not self.is_stored_int8:
+            declared = AutoQuantizationConfig.from_dict({**self.quantization_config.source, "dequantize": True})
+            self._source = AutoHfQuantizer.from_config(declared, pre_quantized=True)
+            self.workspace.source = nn.Module.to(copy.deepcopy(model), torch.float32)
         architecture = describe(model)
         if self.quantization_config.experts == "int8":
             for layer in architecture.layers:
@@ -56,52 +110,103 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             for name in names:
                 if type(linear := model.get_submodule(name)) is nn.Linear:
                     model.set_submodule(name, Int8Linear.from_linear(linear))
-        elif self.quantization_config.linears == "bnb":
+        for module in _int8_modules(model):
+            # Nothing random in here: what is not read is refused afterwards.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        if self.quantization_config.linears == "bnb":
             keep = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in names]
             replace_with_bnb_linear(model, keep, BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0))
         return model
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether transformers' loader must hand this parameter to the rounding operation."""
-        module_name, _, name = param_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        return bool(hasattr(module, f"{name}_scale") or (type(module).__name__ == "Linear8bitLt" and name == "weight"))
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The family's own conversions with our rounding at their end; none for a checkpoint of ours.
 
-    def get_quantize_ops(self) -> ConversionOps:
-        """The operation applied to each such parameter."""
-        return _Round(self)
+        What no conversion makes (a linear, a stack that is stored fused) gets one that only rounds.
+        """
+        if self.is_stored_int8:
+            return []
+        if self.keeps_results:
+            self.workspace.reserve(model)
+        if self._source is not None:
+            weight_conversions = self._source.update_weight_conversions(weight_conversions, model)
+        wrapped = [self._rounding(entry) for entry in weight_conversions]
+        return [*wrapped, *(self._plain(name) for name in sorted(set(_bare(model))))]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Leave what goes through our rounding as it is in the file: a page of it, not a copy."""
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Round):
+                operation.dtype = dtype if dtype is not None and dtype.is_floating_point else None
+                return None
+        wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return wanted
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._source, self.workspace = None, Workspace()
+        _refuse_unread(model)
+        # Names and shapes in an int8 checkpoint are the model's own, so saving has nothing to convert back.
+        model._weight_conversions = []
+        return model
 
     def is_serializable(self) -> bool:
-        """Saving the int8 model is not this quantizer's job; adapters are saved instead."""
-        return False
+        """Whether `save_pretrained` writes it; bitsandbytes' linears keep state of their own."""
+        return bool(self.quantization_config.linears != "bnb")
 
     @property
     def is_trainable(self) -> bool:
         """Adapters on top of the frozen weights train."""
         return True
 
+    def _round(self, operations: list[ConversionOps]) -> Round:
+        return Round(operations, self.workspace)
 
-class _Round(ConversionOps):  # type: ignore[misc]
-    """{name: float tensor} to {name: int8, name_scale: fp32}, or to bitsandbytes' parameter."""
+    def _plain(self, name: str) -> WeightConverter:
+        """A conversion of a parameter that the checkpoint holds under its own name, with block scales or without."""
+        if not (self._source and name.rpartition(".")[2] != "weight" and "weight" in self._source.serialized_names):
+            return WeightConverter(name, name, [self._round([])], force_cpu=True)
+        operations = [self._round([RaggedFp8Dequantize(self._source)])]
+        return WeightConverter([name, f"{name}_scale_inv"], name, operations, force_cpu=True)
 
-    def __init__(self, quantizer: Int8Quantizer) -> None:
-        self.bnb = Bnb8bitQuantize(quantizer)
+    def _rounding(self, entry: Any) -> Any:
+        if not isinstance(entry, WeightConverter):
+            return entry
+        operations = [
+            RaggedFp8Dequantize(op.hf_quantizer) if type(op) is Fp8Dequantize else op for op in entry.operations
+        ]
+        return entry.copy(
+            list(entry._original_source_patterns),
+            list(entry._original_target_patterns),
+            operations=[self._round(operations)],
+            force_cpu=True,  # as a page of the file; each part is sent to the device when its turn comes
+        )
 
-    @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:
-        result: dict[str, torch.Tensor] = {}
-        for full_name, value in input_dict.items():
-            module_name, _, name = full_name.rpartition(".")
-            module = model.get_submodule(module_name)
-            if not hasattr(module, f"{name}_scale"):
-                result |= self.bnb.convert({full_name: value}, model=model, **kwargs)
-                continue
-            tensor = value[0] if isinstance(value, list) else value
-            if tensor.shape != getattr(module, name).shape:
-                result[full_name] = tensor  # transformers reports the mismatch by name
-                continue
-            result[full_name], result[f"{full_name}_scale"] = quantize(tensor, _input_dim(module))
-        return result
+
+_BACKEND_ROOM = "toolkit.ops"
+
+
+def _bare(model: nn.Module) -> Iterator[str]:
+    """Every 8-bit parameter's name without what differs between layers, as a pattern the loader matches keys with."""
+    for module_name, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if is_int8(module, name) or (name == "weight" and type(module).__name__ == "Linear8bitLt"):
+                yield strip_index(f"{module_name}.{name}")
+
+
+def _int8_modules(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if any(is_int8(module, name) for name, _ in module.named_parameters(recurse=False)):
+            yield module
+
+
+def _refuse_unread(model: nn.Module) -> None:
+    """transformers marks every tensor it read and only warns of the others, which then hold whatever lay in memory."""
+    modules = set(_int8_modules(model))
+    for name, parameter in model.named_parameters():
+        if model.get_submodule(name.rpartition(".")[0]) in modules and not hasattr(parameter, "_is_hf_initialized"):
+            raise ValueError(
+                f"the checkpoint lacks {name}, or has it in another shape than {tuple(parameter.shape)}; download it "
+                "again or fix config.json"
+            )
 
 
 def _declare_stacks(experts: nn.Module, names: tuple[str, ...]) -> None:
@@ -109,10 +214,6 @@ def _declare_stacks(experts: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         stack = getattr(experts, name)
         stored = torch.empty(stack.shape, dtype=torch.int8, device=stack.device)
-        scale = torch.empty((stack.shape[0], stack.shape[outputs]), device=stack.device)
+        scale = torch.empty((stack.shape[0], stack.shape[outputs]), dtype=torch.float32, device=stack.device)
         setattr(experts, name, nn.Parameter(stored, requires_grad=False))
         setattr(experts, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
-
-
-def _input_dim(module: nn.Module) -> int:
-    return -2 if is_experts(module) and module.is_transposed else -1

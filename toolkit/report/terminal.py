@@ -18,8 +18,23 @@ from toolkit.data import Batches, DataReport
 from toolkit.flow import Trained
 from toolkit.package import VerifyReport, stack_versions
 from toolkit.plan import Audit, Plan, device_memory
+from toolkit.quant.calibrate import Compensation
 
-__all__ = ["audit", "checks", "comparison", "data", "facts", "machine", "plan", "reached", "summarize", "summary"]
+__all__ = [
+    "audit",
+    "checks",
+    "comparison",
+    "compensation",
+    "data",
+    "facts",
+    "machine",
+    "plan",
+    "reached",
+    "summarize",
+    "summary",
+]
+
+_WORST_SHOWN = 3
 
 
 def plan(console: Console, made: Plan) -> None:
@@ -39,9 +54,7 @@ def audit(console: Console, found: Audit) -> None:
     console.print(f"[bold]{found.model}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
     table = _table("part", "tensors", "parameters", "stored", "MiB", "LoRA")
     for part in found.parts:
-        table.add_row(
-            part.name, str(part.tensors), f"{part.parameters:,}", part.stored, _mib(part.bytes), part.adapted
-        )
+        table.add_row(part.name, str(part.tensors), f"{part.parameters:,}", part.stored, _mib(part.bytes), part.adapted)
     table.add_row("total", "", f"{found.parameters:,}", "", _mib(found.bytes), "")
     console.print(table)
     share = found.bytes / (4 * found.parameters)
@@ -66,12 +79,35 @@ def data(console: Console, report: DataReport) -> None:
         console.print(f"[yellow]note[/yellow]  {notice}: {count}")
 
 
+def compensation(console: Console, found: Compensation) -> None:
+    """Output errors before and after error compensation by layer, and the experts with the largest, worst first."""
+    console.print(
+        f"[bold]compensated[/bold]  {len(found.parts)} parts on {found.examples} examples, {found.tokens} tokens; mean "
+        f"output error {found.rounded:.3%} rounded, {found.compensated:.3%} compensated"
+    )
+    table = _table("output error", "linears", "after", "experts", "after", "experts without rows")
+    for layer in dict.fromkeys(part.layer for part in found.parts):
+        linears = [part for part in found.parts if part.layer == layer and part.experts == 1]
+        stacks = [part for part in found.parts if part.layer == layer and part.experts > 1]
+        means = [_mean(parts, what) for parts in (linears, stacks) for what in ("rounded", "compensated")]
+        table.add_row(layer, *means, str(sum(part.unseen for part in stacks)) if stacks else "")
+    console.print(table)
+    for expert in found.worst[:_WORST_SHOWN]:
+        console.print(
+            f"  {expert.part}, expert {expert.expert}: {expert.rounded:.3%} rounded, {expert.compensated:.3%} "
+            f"compensated, {expert.rows} rows",
+            markup=False,
+        )
+
+
 def reached(console: Console, counts: Mapping[str, Any]) -> None:
     """Coverage, N of N."""
     console.print("[bold]coverage[/bold]  " + ", ".join(f"{name} {_of(value)}" for name, value in counts.items()))
 
 
-def summarize(result: Trained, made: Plan, batches: Batches, artifact: Path) -> dict[str, Any]:
+def summarize(
+    result: Trained, made: Plan, batches: Batches, artifact: Path, compensated: Compensation | None = None
+) -> dict[str, Any]:
     """The finished run as JSON: all that `summary` shows."""
     compared = result.comparison
     answers = zip(batches.held_out, compared.base.answers, compared.adapted.answers, strict=False) if compared else ()
@@ -85,6 +121,7 @@ def summarize(result: Trained, made: Plan, batches: Batches, artifact: Path) -> 
         "results": result.results(),
         "training": vars(result.training),
         "planned_bytes": made.bytes.total,
+        "compensation": compensated.to_dict() if compensated else None,
         "data": batches.report.to_dict(),
         "samples": samples[: made.recipe.eval.num_samples],
     }
@@ -93,6 +130,11 @@ def summarize(result: Trained, made: Plan, batches: Batches, artifact: Path) -> 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
     """Coverage, base against adapted, sample answers, where the adapter lies, and what to type next."""
     reached(console, finished["counts"])
+    if compensated := finished.get("compensation"):
+        console.print(
+            f"[bold]compensated[/bold]  mean output error {compensated['rounded']:.3%} rounded, "
+            f"{compensated['compensated']:.3%} compensated"
+        )
     training = finished["training"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
@@ -160,6 +202,10 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def _mean(parts: list[Any], what: str) -> str:
+    return f"{sum(getattr(part, what) for part in parts) / len(parts):.3%}" if parts else ""
 
 
 def _mib(size: int) -> str:

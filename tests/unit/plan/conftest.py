@@ -13,7 +13,7 @@ from tests.parity.conftest import COMMON, FAMILIES
 @pytest.fixture(params=FAMILIES)
 def family_skeleton(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder with a config and no weights."""
-    CONFIG_MAPPING[request.param](
-        **{**COMMON, **FAMILIES[request.param]}, architectures=["any"]
-    ).save_pretrained(tmp_path)
+    CONFIG_MAPPING[request.param](**{**COMMON, **FAMILIES[request.param]}, architectures=["any"]).save_pretrained(
+        tmp_path
+    )
     return tmp_path

@@ -1,0 +1,201 @@
+"""One conversion operation that rounds weights to int8 expert by expert, as they come out of the checkpoint's files.
+
+transformers would build a whole float stack first, and cast it to the compute dtype before that: several layers' worth
+of memory. Here a family's own chain of operations (merge experts, concatenate gate and up, dequantise FP8) runs inside
+ours, on one expert at a time, over tensors that are still pages of the mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
+from transformers.integrations.bitsandbytes import Bnb8bitQuantize
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
+
+from toolkit.architecture import is_experts
+from toolkit.quant.int8 import quantize, scratch_for
+
+__all__ = ["RaggedFp8Dequantize", "Round", "Workspace", "is_int8"]
+
+Tensors = dict[str, Any]
+
+
+@dataclass
+class Workspace:
+    """What all roundings of one load share.
+
+    Results are allocated before the first tensor is read and scratch memory is reused: a result that lands between two
+    short-lived tensors keeps the heap from shrinking, which came to 20% of the model.
+
+    Args:
+        device: where the results go; each expert is sent there before it is rounded.
+        source: a twin of the model with float parameters, for operations that ask for a parameter's dtype.
+    """
+
+    device: Any = "cpu"
+    source: nn.Module | None = None
+    _results: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _scratch: torch.Tensor | None = None
+
+    def reserve(self, model: nn.Module) -> None:
+        """Allocate every int8 parameter of a model on meta; nothing is touched yet."""
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if is_int8(module, name):
+                    self._results[f"{module_name}.{name}"] = self._new(parameter, getattr(module, f"{name}_scale"))
+
+    def result(self, model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The int8 tensor and scales to fill for a parameter."""
+        reserved = self._results.pop(name, None)
+        return reserved or self._new(model.get_parameter(name), model.get_parameter(f"{name}_scale"))
+
+    def quantize(self, weight: torch.Tensor, input_dim: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """As `int8.quantize`."""
+        wanted = scratch_for(weight)
+        if self._scratch is None or self._scratch.numel() < wanted.numel():
+            self._scratch = wanted
+        quantize(weight, input_dim, out=out, scratch=self._scratch)
+
+    def _new(self, *declared: torch.Tensor) -> Any:
+        return tuple(torch.empty(part.shape, dtype=part.dtype, device=self.device) for part in declared)
+
+
+class Round(ConversionOps):  # type: ignore[misc]
+    """Run `operations` (maybe none), then store each result as its parameter was declared: int8 and scale, or cast."""
+
+    def __init__(self, operations: list[ConversionOps], workspace: Workspace) -> None:
+        self.operations = operations
+        self.workspace = workspace
+        self.dtype: torch.dtype | None = None
+        """The loader's choice for a parameter that stays float, set before its tensor is read; None leaves it alone."""
+        self.supports_many_to_many = any(operation.supports_many_to_many for operation in operations)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Round:
+        """The loader copies a converter for every key of the checkpoint; what is in here never changes."""
+        return Round(self.operations, self.workspace)
+
+    @torch.no_grad()
+    def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
+        """{source pattern: tensors} to {full parameter name: tensor}, with `<name>_scale` beside each int8 one."""
+        name, model = kwargs["full_layer_name"].replace("*.", "0."), kwargs["model"]
+        kwargs["model"] = self.workspace.source or model
+        is_separable = all(_works_on_one_expert(operation) for operation in self.operations)
+        if is_separable and len(kwargs["target_patterns"]) == 1 and _is_int8_stack(model, name):
+            return self._round_experts(input_dict, name, model, kwargs)
+        stored: Tensors = {}
+        for full_name, value in _full_names(self._run(input_dict, kwargs), name):
+            stored |= self._store(model, full_name, value)
+        return stored
+
+    def _round_experts(self, input_dict: Tensors, name: str, model: nn.Module, kwargs: dict[str, Any]) -> Tensors:
+        stored, scales = self.workspace.result(model, name)
+        for expert, (rows, scale) in enumerate(zip(stored, scales, strict=True)):
+            parts = {pattern: _of_expert(tensors, expert, len(stored)) for pattern, tensors in input_dict.items()}
+            if not all(parts.values()):
+                return {}  # an expert is not in the checkpoint: the loader reports the stack as missing
+            [weight] = self._run(parts, kwargs).values()
+            weight = weight[0] if isinstance(weight, list) else weight
+            if weight.shape != (1, *stored.shape[1:]):
+                return {name: weight}  # the loader reports the mismatch by name
+            self.workspace.quantize(weight[0], _input_dim(model, name), (rows, scale))
+        return {name: stored, f"{name}_scale": scales}
+
+    def _run(self, tensors: Tensors, kwargs: dict[str, Any]) -> Tensors:
+        tensors = {pattern: [part.to(self.workspace.device) for part in parts] for pattern, parts in tensors.items()}
+        for operation in self.operations:
+            tensors = operation.convert(tensors, **kwargs)
+        return tensors
+
+    def _store(self, model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
+        module_name, _, leaf = name.rpartition(".")
+        module, declared = model.get_submodule(module_name), model.get_parameter_or_buffer(name)
+        if declared.shape != value.shape:
+            return {name: value}
+        if is_int8(module, leaf):
+            stored, scale = self.workspace.result(model, name)
+            self.workspace.quantize(value, _input_dim(model, name), (stored, scale))
+            return {name: stored, f"{name}_scale": scale}
+        if type(module).__name__ == "Linear8bitLt" and leaf == "weight":
+            return dict(Bnb8bitQuantize(None).convert({name: value}, model=model))
+        return {name: value if self.dtype is None else value.to(self.dtype)}
+
+
+class RaggedFp8Dequantize(Fp8Dequantize):  # type: ignore[misc]
+    """transformers' operation, also for weights whose last blocks are cut off, and for stacks that are stored fused.
+
+    It takes a block's size to be rows / scales: 576 rows in blocks of 128 are an error to it, and 192 rows count as two
+    blocks of 96. Here such a weight is filled up to whole blocks first.
+    """
+
+    def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
+        """As there; scales under any name have had their use."""
+        result: Tensors = super().convert(input_dict, **kwargs)
+        return {key: value for key, value in result.items() if not key.endswith("_scale_inv")}
+
+    def _dequantize_one(self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: Any = None) -> torch.Tensor:
+        block = self.hf_quantizer.quantization_config.weight_block_size
+        rows, columns = quantized.shape[-2:]
+        filled = _filled_up(quantized, tuple(scales.shape[-2:]), tuple(block or ()))
+        result: torch.Tensor = super()._dequantize_one(filled, scales, output_dtype)
+        return result if filled is quantized else result[..., :rows, :columns]
+
+
+def _filled_up(weight: torch.Tensor, grid: tuple[int, ...], block: tuple[int, ...]) -> torch.Tensor:
+    """A weight whose last blocks of the grid of scales are cut off, with zeros to their end; any other as it is."""
+    size = tuple(weight.shape[-2:])
+    if len(grid) != 2 or len(block) != 2 or grid != tuple(-(-n // step) for n, step in zip(size, block, strict=True)):
+        return weight
+    whole = tuple(count * step for count, step in zip(grid, block, strict=True))
+    if whole == size:
+        return weight
+    filled = weight.new_zeros((*weight.shape[:-2], *whole))
+    filled[..., : size[0], : size[1]] = weight
+    return filled
+
+
+def is_int8(module: nn.Module, name: str) -> bool:
+    """Whether a module's parameter `name` is stored in our format: int8, with its scales beside it."""
+    parameter = getattr(module, name, None)
+    return parameter is not None and parameter.dtype == torch.int8 and hasattr(module, f"{name}_scale")
+
+
+def _works_on_one_expert(operation: ConversionOps) -> bool:
+    """Whether an operation gives the same result for a stack of one expert as for that expert in the whole stack."""
+    merges = isinstance(operation, MergeModulelist) and operation.dim == 0
+    joins = isinstance(operation, Concatenate) and operation.dim != 0
+    return merges or joins or isinstance(operation, (Fp8Dequantize, Mxfp4Dequantize))
+
+
+def _of_expert(tensors: list[torch.Tensor], expert: int, num_experts: int) -> list[torch.Tensor]:
+    """One expert's part of what the checkpoint has: a list with a tensor for each, or one stacked tensor."""
+    if len(tensors) == num_experts and tensors[0].dim() < 3:
+        return [tensors[expert]]
+    if len(tensors) == 1 and tensors[0].dim() > 2:
+        return [tensors[0][expert : expert + 1]]
+    return []
+
+
+def _is_int8_stack(model: nn.Module, name: str) -> bool:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    return is_experts(module) and is_int8(module, leaf)
+
+
+def _input_dim(model: nn.Module, name: str) -> int:
+    module = model.get_submodule(name.rpartition(".")[0])
+    return -2 if is_experts(module) and module.is_transposed else -1
+
+
+def _full_names(result: Tensors, first: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Full parameter names of a chain's results, which are keyed by target patterns; as `WeightConverter.convert`."""
+    pattern = next((key for key in result if key in first), first)
+    prefix, _, suffix = first.partition(pattern)
+    for key, value in result.items():
+        yield f"{prefix}{key}{suffix}", value[0] if isinstance(value, list) else value

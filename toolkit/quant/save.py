@@ -1,0 +1,284 @@
+"""Write a checkpoint's int8 form to disk, part by part: one layer's weights are in memory at a time, never the model.
+
+`save_pretrained` wants the whole model loaded first. Here transformers' loader converts the keys of one layer into a
+skeleton on meta, what came out becomes a shard, and the skeleton is emptied again. The folder appears under its name
+only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from toolkit.architecture import auto_class
+from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
+from toolkit.quant.load import read_config, storage
+from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+from toolkit.quant.shards import Shards, targets
+
+__all__ = ["WrittenCheckpoint", "quantize_checkpoint"]
+
+_SMALL = 256 << 20
+"""Bytes up to which layers share a shard."""
+
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_OURS = {"config.json", "model.safetensors.index.json"}
+
+
+@dataclass(frozen=True)
+class WrittenCheckpoint:
+    """What was written: shards and bytes, bytes of the weights read, and their tensors that the model does not use."""
+
+    folder: str
+    shards: int
+    bytes: int
+    source_bytes: int
+    left_out: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def quantize_checkpoint(
+    name_or_path: str,
+    folder: str | Path,
+    *,
+    revision: str = "main",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WrittenCheckpoint:
+    """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
+
+    It loads bit-identically to `load_int8(name_or_path)`: with `load_int8(folder)`, or with plain `from_pretrained`
+    once `toolkit.quant` is imported. Weights that are not int8 keep the dtype they have in the source.
+
+    Args:
+        folder: must not exist.
+        progress: called with shards written and shards in all.
+
+    Raises:
+        RecipeError: the folder exists. ModelError: the checkpoint cannot be quantised, or is damaged.
+        ResourceError: the disk is full or cannot be written. HubError: the checkpoint cannot be downloaded.
+    """
+    target = Path(folder)
+    if target.exists() or target.is_symlink():
+        raise RecipeError(f"{target}: is there already; give another name")
+    source = _fetch(name_or_path, revision)
+    config = read_config(str(source))
+    wanted = storage(name_or_path, config)
+    if wanted is None:
+        raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
+    with Shards(name_or_path, source) as shards, _partial(target) as workplace:
+        written = _write_weights(name_or_path, shards, _skeleton(name_or_path, config), wanted, workplace, progress)
+        config.quantization_config = wanted
+        config.save_pretrained(workplace)
+        _copy_rest(source, workplace)
+        _finish(workplace, target)
+    return WrittenCheckpoint(str(target), *written)
+
+
+class _WriterQuantizer(Int8Quantizer):
+    """Leaves what is not rounded in the dtype of its file, as a page of it."""
+
+    keeps_results = False
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None: as in the file."""
+        return super().get_new_dtype(converter, param, None)
+
+
+def _fetch(name_or_path: str, revision: str) -> Path:
+    """The checkpoint's folder, downloaded where it is a Hub name."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise ModelError(f"{name_or_path}: no such folder, and not a Hub name (owner/name)")
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=[*_BESIDE, "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise HubError(f"{name_or_path}: cannot be downloaded: {first_line(error)}") from None
+
+
+def _skeleton(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{name}: {first_line(error)}") from None
+
+
+def _write_weights(
+    name: str,
+    shards: Shards,
+    model: PreTrainedModel,
+    wanted: Int8Config,
+    workplace: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[int, int, int, tuple[str, ...]]:
+    """Shards, bytes, bytes read, keys left out."""
+    quantizer = _WriterQuantizer(wanted, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    mapping = get_model_conversion_mapping(model, None, quantizer)
+    parameters = targets(model, mapping, shards.keys)
+    sizes = {key: value.numel() * value.element_size() for key, value in model.state_dict().items()}
+    bins = list(_bins({key: target for key, target in parameters.items() if target in sizes}, sizes))
+    _refuse_full_disk(workplace, sum(sizes.values()))
+    loading = LoadStateDictConfig(weight_mapping=mapping, hf_quantizer=quantizer, device_map={"": "cpu"})
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, keys in enumerate(bins, 1):
+        tensors = _convert(name, model, {key: shards.slice(key) for key in keys}, loading)
+        file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else "model.safetensors"
+        _save(tensors, workplace / file)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        progress(number, len(bins))
+    _refuse_missing(name, model, weight_map)
+    if len(bins) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (workplace / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))
+    return len(bins), total, shards.bytes, left_out
+
+
+def _bins(parameters: dict[str, str], sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Checkpoint keys by the shard they go to: a layer each, or several small ones; what is in no layer, one by one."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for key, target in parameters.items():
+        layer = re.search(r"\.(\d+)\.", target)
+        groups.setdefault((int(layer[1]), "") if layer else (-1, target), []).append(key)
+    current: list[str] = []
+    size = 0
+    for _, keys in sorted(groups.items()):
+        more = sum(sizes[target] for target in {parameters[key] for key in keys})
+        if current and size + more > _SMALL:
+            yield current
+            current, size = [], 0
+        current, size = [*current, *keys], size + more
+    yield current
+
+
+def _convert(
+    name: str, model: PreTrainedModel, slices: dict[str, Any], loading: LoadStateDictConfig
+) -> dict[str, torch.Tensor]:
+    """What the checkpoint's tensors become, by parameter name; the model is all meta again afterwards."""
+    try:
+        info, _ = convert_and_load_state_dict_in_model(model, slices, loading, None)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name}: {first_line(error)}; download the checkpoint again") from None
+    for parameter, there, declared in info.mismatched_keys:
+        raise ModelError(
+            f"{name}: {parameter} is {'×'.join(map(str, there))} in the files and {'×'.join(map(str, declared))} by "
+            "config.json; download the checkpoint again"
+        )
+    for parameter in info.conversion_errors:
+        raise ModelError(f"{name}: the tensors for {parameter} do not fit together; download the checkpoint again")
+    tensors = {key: value for key, value in model.state_dict().items() if not value.is_meta}
+    for key, tensor in tensors.items():
+        _forget(model, key, tensor)
+    return tensors
+
+
+def _forget(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    module_name, _, leaf = key.rpartition(".")
+    module, empty = model.get_submodule(module_name), torch.empty_like(tensor, device="meta")
+    if leaf in module._buffers:
+        module.register_buffer(leaf, empty)
+    else:
+        module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+
+
+def _refuse_missing(name: str, model: PreTrainedModel, written: dict[str, str]) -> None:
+    optional = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
+    missing = [key for key in model.state_dict() if key not in written]
+    if lost := sorted(key for key in missing if not any(re.search(pattern, key) for pattern in optional)):
+        raise ModelError(
+            f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} tensors in all); download it again or fix config.json"
+        )
+
+
+def _refuse_full_disk(workplace: Path, needed: int) -> None:
+    free = shutil.disk_usage(workplace).free
+    if needed > free:
+        raise ResourceError(
+            f"{workplace.parent}: {free / 1e9:.1f} GB free, the int8 checkpoint needs {needed / 1e9:.1f} GB; give a "
+            "folder on another disk"
+        )
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, path, metadata={"format": "pt"})
+        _sync(path)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"{path.parent}: cannot be written: {first_line(error)}; free space on the disk") from None
+
+
+def _copy_rest(source: Path, workplace: Path) -> None:
+    """Tokenizer, templates, generation config and licence, byte by byte."""
+    for pattern in _BESIDE:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in _OURS:
+                shutil.copyfile(path, workplace / path.name)
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, ours alone; gone when the work fails, cleared when a killed run left it."""
+    workplace = target.parent / f".{target.name}.partial"
+    try:
+        workplace.mkdir(parents=True, exist_ok=True)
+        lock = os.open(workplace, os.O_RDONLY)
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written ({error.strerror}); give another folder") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ResourceError(f"{target}: another onecard is writing it; wait, or give another name") from None
+        for leftover in workplace.iterdir():
+            leftover.unlink()
+        try:
+            yield workplace
+        except BaseException:
+            shutil.rmtree(workplace, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _finish(workplace: Path, target: Path) -> None:
+    for path in workplace.iterdir():
+        _sync(path)
+    _sync(workplace)
+    if target.exists():
+        raise RecipeError(f"{target}: somebody made it meanwhile; give another name")
+    workplace.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

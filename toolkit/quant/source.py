@@ -1,0 +1,138 @@
+"""The weights of a checkpoint as they were before rounding, one decoder layer at a time.
+
+`from_pretrained` loads whole models. Here transformers' own key conversion (fused experts, renamed prefixes, FP8 and
+MXFP4 multiplied out) runs on the few keys of one layer, sliced lazily from the safetensors files, into a skeleton that
+is otherwise on meta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from toolkit.architecture import auto_class
+from toolkit.errors import ModelError, first_line
+from toolkit.quant.load import read_config, storage
+from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+
+__all__ = ["SourceWeights"]
+
+
+class SourceWeights:
+    """Reads a checkpoint layer by layer; the weights of at most one layer are alive, in the dtype of the files.
+
+    Raises:
+        ModelError: no safetensors there, or they are int8 already.
+    """
+
+    def __init__(self, name_or_path: str, *, revision: str = "main") -> None:
+        self.name = name_or_path
+        config = read_config(name_or_path, revision)
+        declared = storage(name_or_path, config)
+        if declared is None:
+            raise ModelError(
+                f"{name_or_path}: int8 already, so its original weights are not there to compensate for; take the "
+                "checkpoint it was made from, or set quantization.error_compensation=none"
+            )
+        with torch.device("meta"):
+            self._model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
+        self._quantizer = _multiplied_out(self._model, declared.source)
+        self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
+        self._slices = self._open(revision)
+        self._targets = _targets(self._model, self._mapping, self._slices)
+
+    @contextmanager
+    def layer(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
+        """The parameters under module `name` by their full names, on the CPU, freed when the block ends.
+
+        Raises:
+            ModelError: a tensor is missing, has another shape than the config says, or cannot be read.
+        """
+        wanted = {key: self._slices[key] for key, target in self._targets.items() if target.startswith(f"{name}.")}
+        module = self._model.get_submodule(name).to(_dtype(wanted))
+        try:
+            self._read(name, wanted)
+            yield {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
+        finally:
+            module.to("meta")
+
+    def _read(self, name: str, slices: dict[str, Any]) -> None:
+        config = LoadStateDictConfig(
+            weight_mapping=self._mapping, device_map={"": "cpu"}, dtype=torch.float32, hf_quantizer=self._quantizer
+        )
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self._model, slices, config)
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{self.name}: {name}: {first_line(error)}; download the checkpoint again") from None
+        missing = sorted(key for key in info.missing_keys if key.startswith(f"{name}."))
+        if bad := [*missing, *(key for key, *_ in info.mismatched_keys), *info.conversion_errors]:
+            raise ModelError(f"{self.name}: cannot read {bad[0]} as its config says; download the checkpoint again")
+
+    def _open(self, revision: str) -> dict[str, Any]:
+        """Lazy slices of every tensor; safetensors keeps a file mapped as long as a slice of it lives."""
+        slices: dict[str, Any] = {}
+        try:
+            for file in _files(self.name, revision):
+                opened = safe_open(file, framework="pt")
+                slices |= {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (it is no mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"{self.name}: {first_line(error)}; download the checkpoint again") from None
+        return slices
+
+
+def _files(name_or_path: str, revision: str) -> list[str]:
+    """The shards transformers would load, from the folder or the Hub cache."""
+    if index := _cached(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision):
+        shards, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
+        return [str(shard) for shard in shards]
+    if single := _cached(name_or_path, SAFE_WEIGHTS_NAME, revision):
+        return [single]
+    raise ModelError(f"{name_or_path}: no safetensors weights there; other formats are not read")
+
+
+def _cached(name_or_path: str, file: str, revision: str) -> str | None:
+    found: str | None = cached_file(name_or_path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+def _multiplied_out(model: PreTrainedModel, source: Mapping[str, Any] | None) -> Int8Quantizer | None:
+    """What reads a checkpoint of FP8 or MXFP4 weights as float ones; nothing is needed for plain ones."""
+    if source is None:
+        return None
+    quantizer = Int8Quantizer(Int8Config("none", "none", source=source), pre_quantized=False)
+    quantizer.preprocess_model(model=model, dtype=torch.float32)
+    return quantizer
+
+
+def _targets(model: PreTrainedModel, mapping: list[Any], keys: Mapping[str, Any]) -> dict[str, str]:
+    """Checkpoint key to the parameter (the first, where there are several) it becomes."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    result = {}
+    for key in keys:
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        result[key] = key if target not in state and key in state else target
+    return result
+
+
+def _dtype(slices: Mapping[str, Any]) -> torch.dtype:
+    """What holds every tensor of the files without loss."""
+    found = {str(part.get_dtype()) for part in slices.values()}
+    half = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return half.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
