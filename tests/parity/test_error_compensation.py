@@ -273,5 +273,5 @@ def test_nothing_to_compensate_is_said(checkpoint: Path, tmp_path: Path) -> None
         compensate_model(model, str(checkpoint), examples(2))
     stored, _ = load_int8(str(checkpoint))
     stored.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="int8 already.*take the checkpoint it was made from"):
+    with pytest.raises(ModelError, match=r"int8 already.*take the checkpoint it was made from"):
         compensate_model(stored, str(tmp_path), examples(2))

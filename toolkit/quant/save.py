@@ -37,7 +37,7 @@ from toolkit.quant.shards import Shards, targets
 
 __all__ = ["WrittenCheckpoint", "quantize_checkpoint"]
 
-_SMALL = 256 << 20
+_SMALL = 128 << 20
 """Bytes up to which layers share a shard."""
 
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -267,7 +267,9 @@ def _partial(target: Path) -> Iterator[Path]:
 
 
 def _finish(workplace: Path, target: Path) -> None:
+    mode = (workplace / "config.json").stat().st_mode
     for path in workplace.iterdir():
+        path.chmod(mode)  # safetensors writes files that nobody else may read
         _sync(path)
     _sync(workplace)
     if target.exists():
