@@ -54,8 +54,8 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tenso
     feedback = _feedback(sorted_BII, damping_B)
     if feedback is None:
         return best if weight.shape[0] == 1 else _one_by_one(weight, hessian, damping_B)
-    # The scale that just avoids clipping stays: at smaller ones a row's largest weight is off by whole levels, which no
-    # other input makes good (0 of all rows of two models chose a share of 0.95 or less).
+    # The scale that just avoids clipping stays: at a smaller one a row's largest weight is off by whole levels, which
+    # nothing makes good. Trying 0.95, 0.9 and 0.85 of it for every row of the embedded model changed nothing.
     levels = _take(_round_columns(_take(weight_BOI, order), scale, feedback), order.argsort(dim=-1))
     for candidate in (scale, _refit(weight_BOI, levels, hessian_BII, scale)):
         best = _better_rows(best, weight_BOI, levels, candidate, hessian_BII)
