@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from toolkit.ops.factors import LoraFactors
-from toolkit.ops.rows import RowBlock, Routing
+from toolkit.ops.rows import Routing, RowBlock
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
 from toolkit.quant import ExpertWeights

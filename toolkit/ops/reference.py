@@ -23,8 +23,10 @@ def expert_layer(
     weights: ExpertWeights,
     up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
+    *,
+    keep_up: bool = False,
 ) -> torch.Tensor:
-    """The weighted sum of every token's experts: [T, H], in x's dtype."""
+    """The weighted sum of every token's experts: [T, H], in x's dtype. Autograd keeps everything, whatever is asked."""
     up_EOI, down_EOI = _effective(weights.up, up_lora, x_TH.dtype), _effective(weights.down, down_lora, x_TH.dtype)
     out_TH = torch.zeros_like(x_TH)
     for expert in range(up_EOI.shape[0]):

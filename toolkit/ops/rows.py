@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RowBlock", "Routing"]
+__all__ = ["Routing", "RowBlock"]
 
 _FEWEST_ROWS = 16
 """BLAS picks other kernels for a few rows, and then a row's bits depend on how many neighbours it has. Padding to this
@@ -31,7 +31,7 @@ class RowBlock:
     @property
     def count(self) -> int:
         """Real rows."""
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop) - int(self.rows.start)
 
     def gather(self, source_TH: torch.Tensor) -> torch.Tensor:
         """[N, H]; padding rows repeat the first one."""

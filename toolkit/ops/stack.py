@@ -21,7 +21,7 @@ FactorGradients = tuple[torch.Tensor, torch.Tensor]
 """Of one expert's A [R, I] and of its B, transposed: [R, O]."""
 
 _BUFFER = 1 << 19
-"""Elements of a weight multiplied out at a time on a CPU: little more than a core's own cache, and wide enough for BLAS."""
+"""Elements of a weight multiplied out at a time on a CPU: about a core's own cache, and wide enough for BLAS."""
 
 
 @dataclass(frozen=True)

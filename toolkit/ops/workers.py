@@ -40,11 +40,10 @@ def run_in_order(
     The first exception of any thread is raised here, once all have stopped.
     """
     threads = min(torch.get_num_threads(), len(tasks)) if parallel else 1
-    line = _Line(tasks, compute, collect)
+    line, inference = _Line(tasks, compute, collect), torch.is_inference_mode_enabled()
     if threads <= 1:
-        line.work()
+        line.work(inference)
         return
-    inference = torch.is_inference_mode_enabled()
     with _one_thread_a_product():
         others = [_pool(threads - 1).submit(line.work, inference) for _ in range(threads - 1)]
         try:
@@ -74,7 +73,7 @@ class _Line(Generic[Task, Result]):
         """No further task is begun."""
         self._stopped = True
 
-    def work(self, inference: bool = False) -> None:
+    def work(self, inference: bool) -> None:
         with torch.inference_mode(inference), torch.no_grad():
             while not self._stopped and (number := next(self._next)) < len(self._tasks):
                 try:

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
+from toolkit.ops import keep_up_outputs
 from toolkit.train.packing import isolate_documents
 from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
 
@@ -107,6 +108,7 @@ def train_adapter(
     if arguments["packing"]:
         masked = isolate_documents(model)
         console.print(f"packing: no example sees another, checked{' (with masks of our own)' if masked else ''}")
+    keep_up_outputs(model, arguments["gradient_checkpointing"])
     log = MetricsLog(metrics, device)
     balanced = train_router and _name_experts_for_trl(model)
     config = sft_config(folder, arguments, device, dtype, train_router=balanced, evaluates=validation is not None)
