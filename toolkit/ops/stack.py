@@ -1,6 +1,7 @@
 """Products with one expert of a stack: int8 weights through a cache-sized buffer, the low-rank update beside them.
 
-N rows of a block, S rows of all, E experts, O outputs, I inputs, R rank; a weight is stored as [P, Q], which is [O, I], or [I, O] transposed
+N rows of a block, S rows of all, E experts, O outputs, I inputs, R rank
+a weight is stored as [O, I], or [I, O] transposed
 """
 
 from __future__ import annotations
