@@ -29,13 +29,25 @@ Summary = dict[str, float]
 
 
 class Worker:
-    """A process that runs `program` under `python` and answers questions one at a time."""
+    """A process that runs `program` under `python` and answers questions one at a time.
 
-    def __init__(self, python: str, program: Path, *, threads: int, tuned: bool, arguments: Sequence[str] = ()) -> None:
+    `own` workers may import what this process finds by PYTHONPATH; the others only what is installed there.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        program: Path,
+        *,
+        threads: int,
+        tuned: bool,
+        own: bool = False,
+        arguments: Sequence[str] = (),
+    ) -> None:
         kept = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("MALLOC_", "PYTHON", "OMP_", "MKL_")) and key != "VIRTUAL_ENV"
+            if not key.startswith(("MALLOC_", "OMP_", "MKL_")) and (own or not key.startswith("PYTHON"))
         }
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
         self._log = tempfile.TemporaryFile(mode="w+")
