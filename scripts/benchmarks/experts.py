@@ -2,7 +2,7 @@
 """One expert layer, forward and backward, in fp32 on this CPU: ours against what else there is.
 
     .venv/bin/python scripts/benchmarks/experts.py [--shapes E128-H2048-I768-K8-T512 …] [--repeats 5] [--threads 2]
-        [--rank 16] [--backend NAME] [--scaling] [--json FILE] [--plot FILE.svg] [--peers .venv-peers]
+        [--rank 16] [--backend NAME] [--only ARM …] [--scaling] [--json FILE] [--plot FILE.svg] [--peers .venv-peers]
 
 Arms: ours (int8 + LoRA on both stacks), stock PEFT `target_parameters` on transformers' experts in fp32 with each of
 its expert implementations that fits in memory, experts4bit-qlora in int8, and both layers frozen, without an adapter.
@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ PEERS = ("transformers", "peft", "trl", "bitsandbytes", "experts4bit-qlora==0.58
 ARMS = Path(__file__).with_name("expert_arms.py")
 STOCK = ("grouped_mm", "eager")
 """grouped_mm is what transformers chooses by itself. batched_mm copies a matrix for each routed row: see `batched`."""
+ALWAYS = ("ours", f"stock PEFT, {STOCK[0]}", "sgemm")
 WITHIN = 1e-4
 SIDE = "4096"
 """Of the square product that measures the machine."""
@@ -84,7 +85,7 @@ def name_of(shape: Shape) -> str:
 
 
 def base_flops(shape: Shape) -> int:
-    """Floating-point operations of the frozen matrices in a step: up and down forward, up again in backward, both dX."""
+    """Operations of the frozen matrices in a step: up and down forward, up again in backward, both dX."""
     up, down = (shape.stack(name)[0] * shape.stack(name)[1] for name in ("gate_up_proj", "down_proj"))
     return 2 * shape.tokens * shape.top_k * (up + down + up + down + up)
 
@@ -134,6 +135,8 @@ def agreement(lines: Mapping[str, Arm], running: Mapping[str, Worker]) -> dict[s
 
         wanted = results(f"stock PEFT, {STOCK[0]}")
         for name in ("ours", "experts4bit-qlora int8"):
+            if name not in lines:
+                continue
             got = results(name)
             found[name] = {key: float((got[key] - want).abs().max() / want.abs().max()) for key, want in wanted.items()}
     return found
@@ -157,13 +160,15 @@ def batched(shape: Shape) -> int:
 
 def measure(shape: Shape, options: argparse.Namespace) -> Figures:
     """All figures of one shape."""
-    lines = arms(options.backend)
+    every = arms(options.backend)
+    wanted = options.only or list(every)
+    lines = {name: arm for name, arm in every.items() if name in wanted or name in ALWAYS}
     with workers({arm.worker for arm in lines.values()}, options, True, shape) as running:
         differences = agreement(lines, running)
         seconds = speed(lines, running, options.repeats)
     steps = {name: summary(figures) for name, figures in seconds.items()}
     rate = 2 * int(SIDE) ** 3 / steps["sgemm"]["median"]
-    best = min((f"stock PEFT, {name}" for name in STOCK), key=lambda name: steps[name]["median"])
+    best = min(_stock(steps), key=lambda name: steps[name]["median"])
     return {
         "shape": {**asdict(shape), "name": name_of(shape)},
         "sgemm_gflops": rate / 1e9,
@@ -182,10 +187,12 @@ def measure(shape: Shape, options: argparse.Namespace) -> Figures:
 
 def show(figures: Figures) -> None:
     """One shape's table."""
-    base, lora, rate = figures["base_gflop"], figures["lora_gflop"], figures["sgemm_gflops"]
-    print(f"\n{figures['shape']['name']} R={figures['shape']['rank']}: {base:.1f} GFLOP in base products, {lora:.1f} in "
-          f"LoRA; sgemm here {rate:.0f} GFLOP/s; ours at {figures['share_of_sgemm']:.0%} of it over the base products "
-          f"alone, {figures['share_of_sgemm'] * (1 + lora / base):.0%} with LoRA's")  # fmt: skip
+    base, lora, share = figures["base_gflop"], figures["lora_gflop"], figures["share_of_sgemm"]
+    print(
+        f"\n{figures['shape']['name']} R={figures['shape']['rank']}: {base:.1f} GFLOP in base products, {lora:.1f} in LoRA"
+    )
+    print(f"ours at {share:.0%} of sgemm ({figures['sgemm_gflops']:.0f} GFLOP/s here) over the base products alone, "
+          f"{share * (1 + lora / base):.0%} with LoRA's")  # fmt: skip
     print(f"{'':24} {'s (least–most)':>22} {'ours is':>9} {'step MB':>9} {'resident MB':>12}")
     for name, step in figures["seconds"].items():
         if name != "sgemm":
@@ -200,8 +207,12 @@ def show(figures: Figures) -> None:
 
 def memory_ratio(figures: Figures) -> float:
     """Our step's bytes as a share of the leanest stock's."""
-    stock = min(figures["memory"][f"stock PEFT, {name}"]["step"] for name in STOCK)
+    stock = min(figures["memory"][name]["step"] for name in _stock(figures["memory"]))
     return float(figures["memory"]["ours"]["step"] / stock)
+
+
+def _stock(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("stock PEFT")]
 
 
 def _memory_cells(figures: Figures, name: str) -> str:
@@ -267,6 +278,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--backend", default=BACKENDS["cpu"], help="ours, by its name in toolkit.ops")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help=f"these lines, and {', '.join(ALWAYS)}")
     parser.add_argument("--scaling", action="store_true", help="time against tokens, experts and rank instead")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory runs out")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -50,7 +50,7 @@ class Worker:
             if not key.startswith(("MALLOC_", "OMP_", "MKL_")) and (own or not key.startswith("PYTHON"))
         }
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-        self._log = tempfile.TemporaryFile(mode="w+")
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115: it lives as long as the process
         self._process = subprocess.Popen(
             [python, "-W", "ignore", str(program), *arguments],
             stdin=subprocess.PIPE,
@@ -93,7 +93,7 @@ def serve(answer: Callable[..., dict[str, Any]]) -> None:
 
 
 def turn(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`: each arm is first, second, … equally often, and every second round runs backwards."""
+    """The order of round `number`: the first place goes round, and every second round runs backwards."""
     start = number % len(names)
     order = [*names[start:], *names[:start]]
     return order if number % 2 == 0 else order[::-1]
