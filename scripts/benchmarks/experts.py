@@ -188,9 +188,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> Figures:
 def show(figures: Figures) -> None:
     """One shape's table."""
     base, lora, share = figures["base_gflop"], figures["lora_gflop"], figures["share_of_sgemm"]
-    print(
-        f"\n{figures['shape']['name']} R={figures['shape']['rank']}: {base:.1f} GFLOP in base products, {lora:.1f} in LoRA"
-    )
+    print(f"\n{figures['shape']['name']} R={figures['shape']['rank']}: {base:.1f} GFLOP of base, {lora:.1f} of LoRA")
     print(f"ours at {share:.0%} of sgemm ({figures['sgemm_gflops']:.0f} GFLOP/s here) over the base products alone, "
           f"{share * (1 + lora / base):.0%} with LoRA's")  # fmt: skip
     print(f"{'':24} {'s (least–most)':>22} {'ours is':>9} {'step MB':>9} {'resident MB':>12}")

@@ -50,7 +50,7 @@ class Worker:
             if not key.startswith(("MALLOC_", "OMP_", "MKL_")) and (own or not key.startswith("PYTHON"))
         }
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115: it lives as long as the process
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, "-W", "ignore", str(program), *arguments],
             stdin=subprocess.PIPE,
