@@ -1,0 +1,136 @@
+"""Long-lived worker processes that take turns, so that rivals run in their own memory but never at the same time.
+
+A worker answers one JSON line with another. Speed is measured with glibc told to keep freed memory, for every arm
+alike; memory with glibc's defaults. `timeit` and `multiprocessing` know neither a second environment nor turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Summary", "Worker", "alternate", "serve", "settled", "step_memory", "summary", "turn"]
+
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "17179869184",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+Summary = dict[str, float]
+
+
+class Worker:
+    """A process that runs `program` under `python` and answers questions one at a time.
+
+    `own` workers may import what this process finds by PYTHONPATH; the others only what is installed there.
+    """
+
+    def __init__(
+        self,
+        python: str,
+        program: Path,
+        *,
+        threads: int,
+        tuned: bool,
+        own: bool = False,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("MALLOC_", "OMP_", "MKL_")) and (own or not key.startswith("PYTHON"))
+        }
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [python, "-W", "ignore", str(program), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=tempfile.gettempdir(),
+            env={**kept, **offline, **(KEEP_FREED_MEMORY if tuned else {})},
+        )
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer; an exception in the worker is raised here with its last lines."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError("a worker ended: " + "".join(self._log.readlines()[-12:]))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+
+def serve(answer: Callable[..., dict[str, Any]]) -> None:
+    """The worker's side: answer each line of stdin. What libraries print goes to stderr."""
+    replies, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        replies.write(json.dumps(answer(**json.loads(line))) + "\n")
+        replies.flush()
+
+
+def turn(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number`: the first place goes round, and every second round runs backwards."""
+    start = number % len(names)
+    order = [*names[start:], *names[:start]]
+    return order if number % 2 == 0 else order[::-1]
+
+
+def alternate(arms: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Each arm's figures, after one round that is not counted."""
+    figures: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(-1, repeats):
+        for name in turn(list(arms), number):
+            figure = arms[name]()
+            if number >= 0:
+                figures[name].append(figure)
+    return figures
+
+
+def summary(figures: Sequence[float]) -> Summary:
+    """Median, least and most."""
+    return {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
+
+
+def settled() -> int:
+    """This process's resident bytes once nothing freed is held back; its high-water mark starts anew from there."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def step_memory(step: Callable[[], object]) -> int:
+    """Bytes by which a step raises the resident set at its highest point, measured on the second run of it."""
+    step()
+    before = settled()
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
