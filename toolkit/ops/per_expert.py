@@ -89,12 +89,12 @@ class _ExpertLayer(torch.autograd.Function):
         layer = _Backward(ctx.weights, up, down, x_TH, weight_S1, grads[0].contiguous(), kept_SO, needs_x)
         grad_x_TH = torch.zeros_like(x_TH) if needs_x else None
         grad_weight_S = weight_S1.new_zeros(weight_S1.shape[0])
-        up_grads, down_grads = StackGradients.zero(up), StackGradients.zero(down)
+        up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
 
         def collect(block: RowBlock, found: _Gradients) -> None:
             grad_weight_S[block.rows] = found.weight_N[: block.count]
-            up_grads.add(block.expert, found.up)
-            down_grads.add(block.expert, found.down)
+            up_grads.add(block, found.up)
+            down_grads.add(block, found.down)
             if grad_x_TH is not None and found.x_NH is not None:
                 block.scatter_add(grad_x_TH, found.x_NH)
 

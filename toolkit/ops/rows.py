@@ -27,6 +27,8 @@ class RowBlock:
     expert: int
     rows: slice
     token: torch.Tensor
+    is_first: bool
+    """Whether it is its expert's first block."""
 
     @property
     def count(self) -> int:
@@ -60,12 +62,14 @@ class Routing:
         self._order = flat.argsort(stable=True)
         token = self._order // index_TK.shape[1]
         counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+        self.idle = [expert for expert, count in enumerate(counts) if not count]
+        """Experts that nobody chose."""
         self.blocks: list[RowBlock] = []
         start = 0
         for expert, count in enumerate(counts):
             for first in range(start, start + count, most_rows):
                 rows = slice(first, min(first + most_rows, start + count))
-                self.blocks.append(RowBlock(expert, rows, _padded(token[rows])))
+                self.blocks.append(RowBlock(expert, rows, _padded(token[rows]), first == start))
             start += count
 
     def sort(self, values_TK: torch.Tensor) -> torch.Tensor:

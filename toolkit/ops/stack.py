@@ -160,15 +160,23 @@ class StackGradients:
     B: torch.Tensor | None
 
     @classmethod
-    def zero(cls, products: Products) -> StackGradients:
-        """For a projection that is adapted, or not."""
+    def of(cls, products: Products, idle: list[int]) -> StackGradients:
+        """To be filled for every expert but those in `idle`; nothing where the projection is not adapted."""
         if products.A is None or products.B is None:
             return cls(None, None)
-        E, O, R = products.B.shape  # noqa: E741
-        return cls(products.A.new_zeros(products.A.shape), products.B.new_zeros(E, R, O).transpose(1, 2))
+        grads = cls(products.A.new_empty(products.A.shape), products.B.new_empty(products.B.shape))
+        for expert in idle:
+            for factor in (grads.A, grads.B):
+                assert factor is not None
+                factor[expert].zero_()
+        return grads
 
-    def add(self, expert: int, found: FactorGradients | None) -> None:
+    def add(self, block: RowBlock, found: FactorGradients | None) -> None:
         """Add what one block of an expert's rows gives."""
-        if found is not None and self.A is not None and self.B is not None:
-            self.A[expert].add_(found[0])
-            self.B[expert].t().add_(found[1])
+        if found is None or self.A is None or self.B is None:
+            return
+        for target, part in ((self.A[block.expert], found[0]), (self.B[block.expert].t(), found[1])):
+            if block.is_first:
+                target.copy_(part)
+            else:
+                target.add_(part)
