@@ -62,6 +62,8 @@ class _ExpertLayer(torch.autograd.Function):
         up = Products.of(weights.up, _factors(up_A, up_B, scalings[0]), lows[0])
         down = Products.of(weights.down, _factors(down_A, down_B, scalings[1]), lows[1])
         kept_SO = x_TH.new_empty(rows, up.outputs) if trains and keep_up else None
+        if keep_up:  # then the factors in the order they are computed with, too
+            up_B, down_B = up.B, down.B
         ctx.save_for_backward(x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, *lows, kept_SO)
         ctx.weights, ctx.scalings = weights, scalings
         routing, out_TH = _routing(index_TK, weights), torch.zeros_like(x_TH)
@@ -86,10 +88,12 @@ class _ExpertLayer(torch.autograd.Function):
         up = Products.of(ctx.weights.up, _factors(up_A, up_B, ctx.scalings[0]), up_low, is_known=True)
         down = Products.of(ctx.weights.down, _factors(down_A, down_B, ctx.scalings[1]), down_low, is_known=True)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
-        layer = _Backward(ctx.weights, up, down, x_TH, weight_S1, grads[0].contiguous(), kept_SO, needs_x)
+        up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
+        layer = _Backward(
+            ctx.weights, up, down, up_grads, down_grads, x_TH, weight_S1, grads[0].contiguous(), kept_SO, needs_x
+        )
         grad_x_TH = torch.zeros_like(x_TH) if needs_x else None
         grad_weight_S = weight_S1.new_zeros(weight_S1.shape[0])
-        up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
 
         def collect(block: RowBlock, found: _Gradients) -> None:
             grad_weight_S[block.rows] = found.weight_N[: block.count]
@@ -137,6 +141,8 @@ class _Backward:
     weights: ExpertWeights
     up: Products
     down: Products
+    up_grads: StackGradients
+    down_grads: StackGradients
     x_TH: torch.Tensor
     weight_S1: torch.Tensor
     grad_TH: torch.Tensor
@@ -152,7 +158,7 @@ class _Backward:
         second = self._linear_second if self.weights.post_norm is None else self._through_norm
         grad_hidden_NI, grad_weight_N, down = second(block, hidden_NI, grad_NH, block.pad(self.weight_S1[block.rows]))
         grad_x_NH, up = self.up.backward(x_NH, through_gate(grad_hidden_NI), block, needs_input=self.needs_x)
-        return _Gradients(grad_x_NH, grad_weight_N, up, down)
+        return _Gradients(grad_x_NH, grad_weight_N, self.up_grads.take(block, up), self.down_grads.take(block, down))
 
     def _linear_second(
         self, block: RowBlock, hidden_NI: torch.Tensor, grad_NH: torch.Tensor, weight_N1: torch.Tensor

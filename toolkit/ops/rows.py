@@ -28,7 +28,8 @@ class RowBlock:
     rows: slice
     token: torch.Tensor
     is_first: bool
-    """Whether it is its expert's first block."""
+    is_only: bool
+    """Whether it is its expert's first block, and the only one."""
 
     @property
     def count(self) -> int:
@@ -69,7 +70,7 @@ class Routing:
         for expert, count in enumerate(counts):
             for first in range(start, start + count, most_rows):
                 rows = slice(first, min(first + most_rows, start + count))
-                self.blocks.append(RowBlock(expert, rows, _padded(token[rows]), first == start))
+                self.blocks.append(RowBlock(expert, rows, _padded(token[rows]), first == start, count <= most_rows))
             start += count
 
     def sort(self, values_TK: torch.Tensor) -> torch.Tensor:

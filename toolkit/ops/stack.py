@@ -171,8 +171,15 @@ class StackGradients:
                 factor[expert].zero_()
         return grads
 
+    def take(self, block: RowBlock, found: FactorGradients | None) -> FactorGradients | None:
+        """Write at once what nothing else is added to; what has to wait for its turn is given back."""
+        if not block.is_only:
+            return found
+        self.add(block, found)
+        return None
+
     def add(self, block: RowBlock, found: FactorGradients | None) -> None:
-        """Add what one block of an expert's rows gives."""
+        """Add what one block of an expert's rows gives; an expert's blocks one after the other."""
         if found is None or self.A is None or self.B is None:
             return
         for target, part in ((self.A[block.expert], found[0]), (self.B[block.expert].t(), found[1])):
