@@ -18,9 +18,10 @@ from torch import nn
 
 from toolkit.architecture import is_experts, is_plain_linear
 from toolkit.errors import ModelError
-from toolkit.ops import FACTORS, LoraFactors
+from toolkit.ops import FACTORS, LoraFactors, adapted_linear
+from toolkit.quant import Int8Linear
 
-__all__ = ["ParamWrapper", "factors_from_layout", "register"]
+__all__ = ["Int8LoraLinear", "ParamWrapper", "factors_from_layout", "register"]
 
 
 class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
@@ -60,6 +61,36 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
         return LoraFactors(torch.cat([p.A for p in pairs], dim=1), torch.cat([p.scaling * p.B for p in pairs], dim=2))
 
 
+class Int8LoraLinear(Linear):  # type: ignore[misc]
+    """PEFT's layer on an int8 linear, its usual case computed in one piece; everything else is PEFT's."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., in] to [..., out]."""
+        name = self._only_adapter()
+        if args or kwargs or name is None:
+            output: torch.Tensor = super().forward(x, *args, **kwargs)
+            return output
+        base = self.base_layer
+        return adapted_linear(
+            x,
+            base.weight,
+            base.weight_scale,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+
+    def _only_adapter(self) -> str | None:
+        """The one active adapter, where it is plain LoRA; None where PEFT has to look closer."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant:
+            return None
+        (name,) = names
+        has_dropout = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+        return None if has_dropout or self.lora_B[name].bias is not None else name
+
+
 def factors_from_layout(A: torch.Tensor, B: torch.Tensor, num_experts: int, scaling: float) -> LoraFactors:
     """PEFT's A (R·E, I), expert slowest, and B (O, R·E), expert fastest, as [E, R, I] and [E, O, R]; nothing is copied.
 
@@ -79,10 +110,15 @@ def register(config: LoraConfig) -> LoraConfig:
 
 def _dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    by_parameter = kwargs.get("parameter_name") is not None
+    # Linears that are named by their parameter get the same adapter under the same names as PEFT's wrapper of
+    # `weight`, which would rebuild W + BA.
+    as_module = {**kwargs, "parameter_name": None}
     layer: nn.Module | None = None
-    if kwargs.get("parameter_name") is not None and is_experts(base):
+    if by_parameter and is_experts(base):
         layer = ParamWrapper(target, adapter_name, **kwargs)
-    elif kwargs.get("parameter_name") is not None and is_plain_linear(base):
-        # The same parameters under the same names as PEFT's wrapper of `weight`, which would rebuild W + BA.
-        layer = Linear(target, adapter_name, **{**kwargs, "parameter_name": None})
+    elif type(base) is Int8Linear:
+        layer = Int8LoraLinear(target, adapter_name, **as_module)
+    elif by_parameter and is_plain_linear(base):
+        layer = Linear(target, adapter_name, **as_module)
     return layer

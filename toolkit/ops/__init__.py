@@ -1,6 +1,7 @@
 """The expert computation. `reference` is the law; every backend is registered with transformers under its own name."""
 
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.linear import adapted_linear
 from toolkit.ops.registry import BACKENDS, DEFAULT_BACKEND, FACTORS, keep_up_outputs
 
-__all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "LoraFactors", "keep_up_outputs"]
+__all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "LoraFactors", "adapted_linear", "keep_up_outputs"]

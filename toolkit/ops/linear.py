@@ -1,0 +1,68 @@
+"""An adapted int8 linear as one autograd function: `x Wᵀ + b + scaling (x Aᵀ) Bᵀ` into one output.
+
+PEFT's layer makes the base's output, the update, the scaled update and their sum, each as large as the output, and
+keeps what autograd wants of them. Here the update is added to the product where it stands, and backward keeps x and
+x Aᵀ only.
+
+    N rows, O outputs, I inputs, R rank
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["adapted_linear"]
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    stored: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """x [..., I] to [..., O], in x's dtype, or in that of autocast where it is on.
+
+    Args:
+        stored: int8 [O, I], frozen. scale: fp32 [O]. bias: [O], frozen.
+        A: [R, I]. B: [O, R].
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    output: torch.Tensor = _AdaptedLinear.apply(x, A.to(x.dtype), B.to(x.dtype), stored, scale, bias, scaling)
+    return output
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        x, A_RI, B_OR, stored, scale, bias, scaling = args
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI = x.reshape(-1, x.shape[-1])
+            y_NO = (x_NI @ stored.to(x.dtype).t()).mul_(scale.to(x.dtype))
+            if bias is not None:
+                y_NO.add_(bias.to(x.dtype))
+            low_NR = x_NI @ A_RI.t()
+            y_NO.addmm_(low_NR, B_OR.t(), alpha=scaling)
+        ctx.save_for_backward(x, low_NR, A_RI, B_OR, stored, scale)
+        ctx.scaling = scaling
+        output: torch.Tensor = y_NO.view(*x.shape[:-1], -1)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low_NR, A_RI, B_OR, stored, scale = ctx.saved_tensors
+        grad_NO, grad_x = grads[0].reshape(-1, B_OR.shape[0]), None
+        with torch.autocast(x.device.type, enabled=False):
+            grad_NR = (grad_NO @ B_OR).mul_(ctx.scaling)
+            if ctx.needs_input_grad[0]:
+                grad_NI = (grad_NO * scale.to(grad_NO.dtype)) @ stored.to(grad_NO.dtype)
+                grad_x = grad_NI.addmm_(grad_NR, A_RI).view(x.shape)
+            grad_A = grad_NR.t() @ x.reshape(-1, x.shape[-1])
+            grad_B = ((low_NR * ctx.scaling).t() @ grad_NO).t()
+        return grad_x, grad_A, grad_B, None, None, None, None
