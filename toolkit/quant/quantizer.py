@@ -137,6 +137,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, Round):
                 operation.dtype = dtype if dtype is not None and dtype.is_floating_point else None
+                self.workspace.expect(operation, param)
                 return None
         wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return wanted
