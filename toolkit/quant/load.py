@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import Architecture, auto_class, bare_modules, describe
+from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.experts import expert_weights
 from toolkit.quant.int8 import dequantize
-from toolkit.quant.quantizer import LINEAR_ROLES, METHOD, SOURCES, Int8Config
+from toolkit.quant.quantizer import METHOD, SOURCES, Int8Config
 
 __all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
 
