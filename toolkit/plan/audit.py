@@ -27,6 +27,7 @@ from torch import nn
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import HubError, ModelError, first_line
+from toolkit.plan.formats import declared_format
 
 __all__ = ["Audit", "Part", "audit", "check_shards", "parts_of"]
 
@@ -79,12 +80,13 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
     """Take stock of a checkpoint without loading it.
 
     Raises:
-        ModelError: not an MoE, an unknown family, no safetensors there, or a shard is missing or damaged.
+        ModelError: not an MoE, an unknown family or format, no safetensors there, or a shard is missing or damaged.
         HubError: the Hub cannot be reached, or has no such model for this user.
     """
     if not Path(name_or_path).exists():
         _ask_hub(name_or_path, revision)
     model = skeleton(name_or_path, revision=revision)
+    declared_format(name_or_path, model.config)
     architecture = describe(model)
     tensors = list(_headers(name_or_path, revision))
     return Audit(

@@ -19,6 +19,7 @@ from torch import nn
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
 from toolkit.plan.audit import check_shards
+from toolkit.plan.formats import declared_format
 from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "Bytes", "Plan", "device_memory", "make_plan"]
@@ -95,6 +96,7 @@ def make_plan(recipe: Recipe) -> Plan:
     name = recipe.model.model_name_or_path
     _check_folder(name)
     model = skeleton(name, revision=recipe.model.revision)
+    declared_format(name, model.config)
     architecture = describe(model)
     dtype = _dtype(recipe.model.dtype, device)
     sizes = _count(model, architecture, recipe, getattr(torch, dtype).itemsize)

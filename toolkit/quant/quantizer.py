@@ -24,15 +24,11 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from toolkit.architecture import LINEAR_ROLES, describe, strip_index
+from toolkit.plan.formats import METHOD
 from toolkit.quant.int8 import Int8Linear
 from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
 
-__all__ = ["EXPERT_BACKEND", "METHOD", "SOURCES", "Int8Config", "Int8Quantizer"]
-
-METHOD = "onecard_int8"
-
-SOURCES = ("fp8", "mxfp8", "mxfp4")
-"""Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""
+__all__ = ["EXPERT_BACKEND", "Int8Config", "Int8Quantizer"]
 
 EXPERT_BACKEND = "onecard_per_expert"
 """What int8 experts compute with where the caller names no backend of ours; `toolkit.ops` registers it."""
