@@ -26,6 +26,7 @@ from transformers import (
 from toolkit.errors import ModelError, first_line
 
 __all__ = [
+    "LINEAR_ROLES",
     "Architecture",
     "ExpertLayer",
     "Linear",
@@ -38,6 +39,9 @@ __all__ = [
     "skeleton",
     "strip_index",
 ]
+
+LINEAR_ROLES = ("attention", "shared", "dense")
+"""Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
 
 
 @dataclass(frozen=True)

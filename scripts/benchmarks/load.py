@@ -193,6 +193,20 @@ def show(figures: dict[str, Any]) -> None:
                   f"MB at most, {verdict} the bound {value['bound'] / 1e6:.0f} MB")  # fmt: skip
 
 
+def show_bounds(figures: dict[str, Any]) -> None:
+    """Which of disk and core a load of the bf16 files cannot beat, and how near to it the load comes."""
+    core = figures["bf16_file_bytes"] / figures["quantize_bytes_per_second"]
+    for state in ("cold", "warm"):
+        read = figures[f"bf16_read_{state}"]
+        bound = max(read, core)
+        for dtype in DTYPES:
+            taken = figures[f"bf16_load_{dtype}_{state}"]["seconds"]
+            print(f"{state} load to {dtype}: {taken:.1f} s = {taken / read:.2f} × reading the files ({read:.1f} s), "
+                  f"{taken / core:.2f} × rounding them on one core ({core:.1f} s); bound by the "
+                  f"{'disk' if read > core else 'core'}, {bound / taken:.0%} of its speed; one after the other "
+                  f"{read + core:.1f} s")  # fmt: skip
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -205,7 +219,11 @@ def main() -> None:
     if not (wanted.folder / "config.json").is_file():
         make(wanted.folder, settings)
     figures = measure(wanted.folder, settings)
-    print(json.dumps(figures, indent=2)) if wanted.json else show(figures)
+    if wanted.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        show(figures)
+        show_bounds(figures)
 
 
 if __name__ == "__main__":

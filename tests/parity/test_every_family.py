@@ -39,6 +39,7 @@ class Evidence:
 
     family: Family
     stored: Coverage
+    stored_again: Coverage
     fresh: AdapterCoverage
     stepped: AdapterCoverage
     int8_logits: torch.Tensor
@@ -57,9 +58,10 @@ def evidence(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def travel(family: Family, folder: Path) -> Evidence:
-    """Build, load in int8, attach, step, save, reload."""
+    """Build, load in int8, attach, step, save the int8 model and the adapter, reload both."""
     build(tiny_config(family.model_type)).save_pretrained(folder)
     model, stored = load_int8(str(folder))
+    model.save_pretrained(folder / "int8")
     stock = auto_class(model.config).from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     stock.load_state_dict(dequantize_state(model))
     int8_logits, stock_logits = logits(model), logits(stock)
@@ -72,11 +74,13 @@ def travel(family: Family, folder: Path) -> Evidence:
     adapted_logits = logits(adapted.eval())
     adapted.save_pretrained(folder / "adapter")
     # Trainable like the first: torch multiplies a weight that needs a gradient by another kernel.
-    reloaded = load_adapter(load_int8(str(folder))[0], folder / "adapter", is_trainable=True).eval()
+    mapped, mapped_again = load_int8(str(folder / "int8"))
+    reloaded = load_adapter(mapped, folder / "adapter", is_trainable=True).eval()
     reloaded_logits = logits(reloaded)
     return Evidence(
         family=family,
         stored=stored,
+        stored_again=mapped_again,
         fresh=fresh,
         stepped=stepped,
         int8_logits=int8_logits,
@@ -178,7 +182,8 @@ def per_expert(gradient: torch.Tensor, is_A: bool, rank: int) -> torch.Tensor:
     return gradient.reshape(gradient.shape[0], rank, -1).permute(2, 0, 1)
 
 
-def test_a_saved_adapter_gives_the_same_logits_bit_for_bit_here(evidence: Evidence) -> None:
+def test_a_saved_model_and_adapter_give_the_same_logits_bit_for_bit_here(evidence: Evidence) -> None:
+    assert evidence.stored_again == evidence.stored
     assert torch.equal(evidence.reloaded_logits, evidence.adapted_logits)
 
 

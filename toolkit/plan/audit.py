@@ -12,16 +12,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_safetensors_metadata
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)
 from torch import nn
 
-from toolkit.architecture import Architecture, describe, skeleton
+from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import HubError, ModelError, first_line
+from toolkit.plan.formats import declared_format
 
 __all__ = ["Audit", "Part", "audit", "check_shards", "parts_of"]
 
-_INT8_ROLES = {"attention": "attention", "shared": "shared experts", "dense": "dense layers"}
+_INT8_ROLES = dict(zip(LINEAR_ROLES, ("attention", "shared experts", "dense layers"), strict=True))
+_EXPERTS, _UNSEEN = "expert stacks", "expert stacks that text never reaches"
 _MOST_HEADER_BYTES = 100 << 20
 
 
@@ -69,9 +80,13 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
     """Take stock of a checkpoint without loading it.
 
     Raises:
-        ModelError: not an MoE, an unknown family, or no safetensors there. HubError: the Hub cannot be reached.
+        ModelError: not an MoE, an unknown family or format, no safetensors there, or a shard is missing or damaged.
+        HubError: the Hub cannot be reached, or has no such model for this user.
     """
+    if not Path(name_or_path).exists():
+        _ask_hub(name_or_path, revision)
     model = skeleton(name_or_path, revision=revision)
+    declared_format(name_or_path, model.config)
     architecture = describe(model)
     tensors = list(_headers(name_or_path, revision))
     return Audit(
@@ -89,10 +104,12 @@ def parts_of(model: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
     """Every parameter of `model` (meta is enough) in exactly one part."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     rows = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
-    groups: dict[str, list[str]] = {"expert stacks": list(rows)}
+    text, other = ([layer for layer in architecture.layers if layer.sees_text is sees] for sees in (True, False))
+    groups = {_EXPERTS: [name for layer in text for name in layer.stacks]}
+    groups[_UNSEEN] = [name for layer in other for name in layer.stacks]
     for role, title in _INT8_ROLES.items():
         groups[title] = [f"{name}.weight" for name in architecture.linear_names(role)]
-    groups["routers"] = [f"{layer.router}.weight" for layer in architecture.layers]
+    groups["routers"] = [f"{layer.router}.weight" for layer in text]
     taken = {name for names in groups.values() for name in names}
     groups["embeddings, head, norms and the rest"] = [name for name in shapes if name not in taken]
     return tuple(_part(title, names, shapes, rows) for title, names in groups.items() if names)
@@ -100,10 +117,10 @@ def parts_of(model: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
 
 def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int]) -> Part:
     parameters = sum(math.prod(shapes[name]) for name in names)
-    adapted = {"expert stacks": "yes", "routers": "yes", "attention": "yes"}.get(title, "no")
+    adapted = "yes" if title in (_EXPERTS, "routers", "attention") else "no"
     if title in ("shared experts", "dense layers"):
         adapted = "with all-linear"
-    if title != "expert stacks" and title not in _INT8_ROLES.values():
+    if title not in (_EXPERTS, _UNSEEN, *_INT8_ROLES.values()):
         return Part(title, len(names), parameters, "16 bit", 2 * parameters, adapted)
     scales = sum(shapes[name][0] * shapes[name][rows[name]] if name in rows else shapes[name][0] for name in names)
     return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted)
@@ -118,11 +135,34 @@ def _headers(name_or_path: str, revision: str) -> Iterable[tuple[str, int, int]]
         return
     try:
         found = get_safetensors_metadata(name_or_path, revision=revision)
-    except (NotASafetensorsRepoError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except RemoteEntryNotFoundError as error:
+        shard = error.response.url.path.rpartition("/")[2]
+        raise ModelError(f"{name_or_path}: lacks the shard {shard}, which its index names") from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise ModelError(f"{name_or_path}: no readable safetensors there: {first_line(error)}") from None
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise HubError(f"{name_or_path}: its safetensors headers cannot be read: {first_line(error)}") from None
     for metadata in found.files_metadata.values():
         for info in metadata.tensors.values():
             yield info.dtype, math.prod(info.shape), info.data_offsets[1] - info.data_offsets[0]
+
+
+def _ask_hub(name: str, revision: str) -> None:
+    """Fetch config.json, for the Hub's own reasons where it does not give it; transformers has one for all of them."""
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except GatedRepoError:
+        raise HubError(f"{name}: gated; accept its terms on its page on the Hub, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise HubError(f"{name}: no such model on the Hub, or a private one; check the name, or set HF_TOKEN") from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(f"{name}: no config.json there; give a transformers checkpoint") from None
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{name}: neither in the cache nor to be had from the Hub: {first_line(error)}") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise HubError(f"{name}: the Hub does not give it: {first_line(error)}") from None
+    except ValueError:
+        raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name)") from None
 
 
 def check_shards(folder: Path) -> list[dict[str, Any]]:

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.architecture import Architecture, describe, skeleton
+from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
 from toolkit.plan.audit import check_shards
+from toolkit.plan.formats import declared_format
 from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "Bytes", "Plan", "device_memory", "make_plan"]
 
 BACKENDS: Mapping[str, str] = {"cpu": "onecard_per_expert", "cuda": "onecard_per_expert"}
 """The expert backend of each device type, by the name it is registered under."""
-
-_LINEARS_8BIT = ("attention", "shared", "dense")
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ def make_plan(recipe: Recipe) -> Plan:
     name = recipe.model.model_name_or_path
     _check_folder(name)
     model = skeleton(name, revision=recipe.model.revision)
+    declared_format(name, model.config)
     architecture = describe(model)
     dtype = _dtype(recipe.model.dtype, device)
     sizes = _count(model, architecture, recipe, getattr(torch, dtype).itemsize)
@@ -146,7 +146,7 @@ def _count(model: nn.Module, architecture: Architecture, recipe: Recipe, itemsiz
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     outputs = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
     stacks = [(math.prod(shapes[name]), shapes[name][0] * shapes[name][axis]) for name, axis in outputs.items()]
-    names = architecture.linear_names(*_LINEARS_8BIT)
+    names = architecture.linear_names(*LINEAR_ROLES)
     linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
     rest = sum(math.prod(shape) for shape in shapes.values()) - sum(size for size, _ in [*stacks, *linears])
     adapter = _adapter_parameters(shapes, architecture, recipe)
@@ -172,7 +172,7 @@ def _adapter_parameters(shapes: Mapping[str, tuple[int, ...]], architecture: Arc
         total += sum(layer.num_experts * rank * sum(shapes[name][1:]) for name in layer.stacks if lora.experts)
         if lora.router:
             total += lora.rank_pattern.get("router", lora.r) * sum(shapes[f"{layer.router}.weight"])
-    roles = {"attention": ("attention",), "all-linear": _LINEARS_8BIT, "none": ()}
+    roles = {"attention": ("attention",), "all-linear": LINEAR_ROLES, "none": ()}
     wanted = lora.target_modules
     for linear in architecture.linears:
         leaf = linear.name.rpartition(".")[2]

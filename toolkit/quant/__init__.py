@@ -1,9 +1,10 @@
 """Int8 storage of expert stacks and linears, loading a checkpoint into it, and writing one."""
 
+from toolkit.architecture import LINEAR_ROLES
 from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
-from toolkit.quant.quantizer import LINEAR_ROLES, Int8Config
+from toolkit.quant.quantizer import Int8Config
 from toolkit.quant.save import WrittenCheckpoint, quantize_checkpoint
 
 __all__ = [

@@ -6,7 +6,6 @@ Everything about files, revisions and key layouts is transformers' `from_pretrai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import Architecture, auto_class, bare_modules, describe
+from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
 from toolkit.errors import ModelError, first_line
+from toolkit.plan.formats import METHOD, declared_format
 from toolkit.quant.experts import expert_weights
 from toolkit.quant.int8 import dequantize
-from toolkit.quant.quantizer import LINEAR_ROLES, METHOD, SOURCES, Int8Config
+from toolkit.quant.quantizer import Int8Config
 
 __all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
 
@@ -117,11 +117,10 @@ def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", 
     Raises:
         ModelError: it is stored otherwise than asked for, or in a format that cannot be requantised.
     """
-    declared = _declared(config)
+    declared = declared_format(name_or_path, config)
     if declared is None:
         return Int8Config(experts, linears)
-    method = declared.get("quant_method")
-    if method == METHOD:
+    if declared["quant_method"] == METHOD:
         stored = Int8Config.from_dict(declared)
         if (stored.experts, stored.linears) != (experts, linears):
             raise ModelError(
@@ -129,22 +128,10 @@ def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", 
                 f"{linears}; change the recipe's quantization section, or take the checkpoint it was made from"
             )
         return None
-    if method not in SOURCES:
-        raise ModelError(
-            f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; only "
-            f"{', '.join(SOURCES)} can be requantised, so take the unquantised checkpoint of this model"
-        )
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return Int8Config(experts, linears, source=declared)
-
-
-def _declared(config: PretrainedConfig) -> dict[str, Any] | None:
-    for part in (config, config.get_text_config()):
-        if declared := getattr(part, "quantization_config", None):
-            return dict(declared) if isinstance(declared, Mapping) else {}
-    return None
 
 
 def measure(model: nn.Module, architecture: Architecture | None = None) -> Coverage:

@@ -23,18 +23,12 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from toolkit.architecture import describe, strip_index
+from toolkit.architecture import LINEAR_ROLES, describe, strip_index
+from toolkit.plan.formats import METHOD
 from toolkit.quant.int8 import Int8Linear
 from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
 
-__all__ = ["EXPERT_BACKEND", "LINEAR_ROLES", "METHOD", "SOURCES", "Int8Config", "Int8Quantizer"]
-
-METHOD = "onecard_int8"
-LINEAR_ROLES = ("attention", "shared", "dense")
-"""Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
-
-SOURCES = ("fp8", "mxfp8", "mxfp4")
-"""Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""
+__all__ = ["EXPERT_BACKEND", "Int8Config", "Int8Quantizer"]
 
 EXPERT_BACKEND = "onecard_per_expert"
 """What int8 experts compute with where the caller names no backend of ours; `toolkit.ops` registers it."""
@@ -137,6 +131,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, Round):
                 operation.dtype = dtype if dtype is not None and dtype.is_floating_point else None
+                self.workspace.expect(operation, param)
                 return None
         wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return wanted

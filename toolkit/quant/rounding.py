@@ -20,6 +20,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 from toolkit.architecture import is_experts
+from toolkit.quant.ahead import ReadAhead
 from toolkit.quant.int8 import quantize, scratch_for
 
 __all__ = ["RaggedFp8Dequantize", "Round", "Workspace", "is_int8"]
@@ -43,6 +44,8 @@ class Workspace:
     source: nn.Module | None = None
     _results: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _scratch: torch.Tensor | None = None
+    _expected: dict[int, list[Any]] = field(default_factory=dict)
+    _ahead: ReadAhead | None = None
 
     def reserve(self, model: nn.Module) -> None:
         """Allocate every int8 parameter of a model on meta; nothing is touched yet."""
@@ -55,6 +58,18 @@ class Workspace:
         """The int8 tensor and scales to fill for a parameter."""
         reserved = self._results.pop(name, None)
         return reserved or self._new(model.get_parameter(name), model.get_parameter(f"{name}_scale"))
+
+    def expect(self, reader: Round, source: Any) -> None:
+        """A tensor of the files that `reader` will read; readers have their turns in their first tensors' order."""
+        self._expected.setdefault(id(reader), []).append(source)
+
+    def used(self, tensors: Tensors) -> None:
+        """These have been read, and what was expected meanwhile may be fetched in their place."""
+        if self._expected:
+            self._ahead = ReadAhead(source for sources in self._expected.values() for source in sources)
+            self._expected = {}
+        if self._ahead is not None:
+            self._ahead.used(sum(part.nbytes for parts in tensors.values() for part in parts))
 
     def quantize(self, weight: torch.Tensor, input_dim: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
         """As `int8.quantize`."""
@@ -86,32 +101,55 @@ class Round(ConversionOps):  # type: ignore[misc]
         """{source pattern: tensors} to {full parameter name: tensor}, with `<name>_scale` beside each int8 one."""
         name, model = kwargs["full_layer_name"].replace("*.", "0."), kwargs["model"]
         kwargs["model"] = self.workspace.source or model
+        self.workspace.used({})
         is_separable = all(_works_on_one_expert(operation) for operation in self.operations)
         if is_separable and len(kwargs["target_patterns"]) == 1 and _is_int8_stack(model, name):
             return self._round_experts(input_dict, name, model, kwargs)
         stored: Tensors = {}
         for full_name, value in _full_names(self._run(input_dict, kwargs), name):
             stored |= self._store(model, full_name, value)
+        self.workspace.used(input_dict)
         return stored
 
     def _round_experts(self, input_dict: Tensors, name: str, model: nn.Module, kwargs: dict[str, Any]) -> Tensors:
         stored, scales = self.workspace.result(model, name)
-        for expert, (rows, scale) in enumerate(zip(stored, scales, strict=True)):
+        input_dim = _input_dim(model, name)
+        outputs = -input_dim  # of [1, O, I], or of [1, I, O]
+        for expert, (weight, scale) in enumerate(zip(stored.split(1), scales, strict=True)):
             parts = {pattern: _of_expert(tensors, expert, len(stored)) for pattern, tensors in input_dict.items()}
             if not all(parts.values()):
                 return {}  # an expert is not in the checkpoint: the loader reports the stack as missing
-            [weight] = self._run(parts, kwargs).values()
-            weight = weight[0] if isinstance(weight, list) else weight
-            if weight.shape != (1, *stored.shape[1:]):
-                return {name: weight}  # the loader reports the mismatch by name
-            self.workspace.quantize(weight[0], _input_dim(model, name), (rows, scale))
+            pieces = self._pieces(parts, outputs, kwargs)
+            if not _fills(pieces, outputs, weight.shape):
+                return {name: torch.cat(pieces, outputs)}  # the loader reports the mismatch by name
+            sizes = [piece.shape[outputs] for piece in pieces]
+            for piece, rows, row_scale in zip(pieces, weight.split(sizes, outputs), scale.split(sizes), strict=True):
+                self.workspace.quantize(piece[0], input_dim, (rows[0], row_scale))
+            self.workspace.used(parts)
         return {name: stored, f"{name}_scale": scales}
 
+    def _pieces(self, parts: Tensors, outputs: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """One expert in pieces [1, ., .] along its outputs; merging and joining them first would only copy them."""
+        tensors = self._placed(parts)
+        for operation in self.operations:
+            if isinstance(operation, MergeModulelist):
+                tensors = {pattern: [part[None] for part in parts] for pattern, parts in tensors.items()}
+            elif isinstance(operation, Concatenate) and operation.dim == outputs:
+                joined = [tensors[pattern] for pattern in kwargs["source_patterns"] if pattern in tensors]
+                tensors = {"": [piece for part in joined for piece in _listed(part)]}
+            else:
+                tensors = operation.convert(tensors, **kwargs)
+        [pieces] = tensors.values()
+        return _listed(pieces)
+
     def _run(self, tensors: Tensors, kwargs: dict[str, Any]) -> Tensors:
-        tensors = {pattern: [part.to(self.workspace.device) for part in parts] for pattern, parts in tensors.items()}
+        tensors = self._placed(tensors)
         for operation in self.operations:
             tensors = operation.convert(tensors, **kwargs)
         return tensors
+
+    def _placed(self, tensors: Tensors) -> Tensors:
+        return {pattern: [part.to(self.workspace.device) for part in parts] for pattern, parts in tensors.items()}
 
     def _store(self, model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
         module_name, _, leaf = name.rpartition(".")
@@ -171,6 +209,16 @@ def _works_on_one_expert(operation: ConversionOps) -> bool:
     merges = isinstance(operation, MergeModulelist) and operation.dim == 0
     joins = isinstance(operation, Concatenate) and operation.dim != 0
     return merges or joins or isinstance(operation, (Fp8Dequantize, Mxfp4Dequantize))
+
+
+def _listed(part: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return part if isinstance(part, list) else [part]
+
+
+def _fills(pieces: list[torch.Tensor], dim: int, shape: torch.Size) -> bool:
+    """Whether pieces joined along `dim` have this shape."""
+    across = {(*piece.shape[:dim], *piece.shape[dim + 1 :]) for piece in pieces}
+    return across == {(*shape[:dim], *shape[dim + 1 :])} and sum(piece.shape[dim] for piece in pieces) == shape[dim]
 
 
 def _of_expert(tensors: list[torch.Tensor], expert: int, num_experts: int) -> list[torch.Tensor]:

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -29,6 +25,7 @@ from toolkit.architecture import auto_class
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+from toolkit.quant.shards import Shards, targets
 
 __all__ = ["SourceWeights"]
 
@@ -53,8 +50,10 @@ class SourceWeights:
             self._model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
         self._quantizer = _multiplied_out(self._model, declared.source)
         self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
-        self._slices = self._open(revision)
-        self._targets = _targets(self._model, self._mapping, self._slices)
+        with Shards(name_or_path, _folder(name_or_path, revision)) as shards:
+            # safetensors keeps a file mapped as long as a slice of it lives.
+            self._slices = {key: shards.slice(key) for key in shards.keys}
+        self._targets = targets(self._model, self._mapping, self._slices)
 
     @contextmanager
     def layer(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -83,25 +82,14 @@ class SourceWeights:
         if bad := [*missing, *(key for key, *_ in info.mismatched_keys), *info.conversion_errors]:
             raise ModelError(f"{self.name}: cannot read {bad[0]} as its config says; download the checkpoint again")
 
-    def _open(self, revision: str) -> dict[str, Any]:
-        """Lazy slices of every tensor; safetensors keeps a file mapped as long as a slice of it lives."""
-        slices: dict[str, Any] = {}
-        try:
-            for file in _files(self.name, revision):
-                opened = safe_open(file, framework="pt")
-                slices |= {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (it is no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{self.name}: {first_line(error)}; download the checkpoint again") from None
-        return slices
 
-
-def _files(name_or_path: str, revision: str) -> list[str]:
-    """The shards transformers would load, from the folder or the Hub cache."""
+def _folder(name_or_path: str, revision: str) -> Path:
+    """Where the shards that transformers would load lie, the folder itself or one of the Hub's cache."""
     if index := _cached(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision):
-        shards, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision)
-        return [str(shard) for shard in shards]
+        get_checkpoint_shard_files(name_or_path, index, revision=revision)  # downloads what is not there
+        return Path(index).parent
     if single := _cached(name_or_path, SAFE_WEIGHTS_NAME, revision):
-        return [single]
+        return Path(single).parent
     raise ModelError(f"{name_or_path}: no safetensors weights there; other formats are not read")
 
 
@@ -117,18 +105,6 @@ def _multiplied_out(model: PreTrainedModel, source: Mapping[str, Any] | None) ->
     quantizer = Int8Quantizer(Int8Config("none", "none", source=source), pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=torch.float32)
     return quantizer
-
-
-def _targets(model: PreTrainedModel, mapping: list[Any], keys: Mapping[str, Any]) -> dict[str, str]:
-    """Checkpoint key to the parameter (the first, where there are several) it becomes."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    result = {}
-    for key in keys:
-        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        result[key] = key if target not in state and key in state else target
-    return result
 
 
 def _dtype(slices: Mapping[str, Any]) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.package.hub_stand_in import HEAD, HubStandIn, serve
+from tests.hub_stand_in import HEAD, HubStandIn, serve
 from toolkit.errors import HubError
 from toolkit.package import check_token, push_artifact
 

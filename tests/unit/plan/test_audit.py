@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.conftest import MODEL
+from tests.parity.families import build, tiny_config
 from toolkit.architecture import describe, skeleton
 from toolkit.errors import HubError, ModelError
 from toolkit.plan import audit
@@ -33,6 +35,17 @@ def test_every_family_is_accounted_for(family_skeleton: Path) -> None:
     parts = parts_of(model, describe(model))
     assert sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
     assert sum(part.tensors for part in parts) == len(list(model.named_parameters()))
+
+
+def test_experts_that_only_images_reach_are_int8_and_not_adapted() -> None:
+    with torch.device("meta"):
+        model = build(tiny_config("ernie4_5_vl_moe"))
+    parts = {part.name: part for part in parts_of(model, describe(model))}
+    seen, unseen = parts["expert stacks"], parts["expert stacks that text never reaches"]
+    assert (seen.adapted, unseen.adapted) == ("yes", "no")
+    assert seen.stored == unseen.stored == "int8"
+    assert seen.tensors == unseen.tensors == 2 * parts["routers"].tensors
+    assert sum(part.parameters for part in parts.values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_damage_and_absence_are_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from toolkit.errors import ModelError
 from toolkit.quant import load_int8
@@ -43,6 +45,8 @@ LATENT: dict[str, Any] = {
     "topk_group": 1,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
 }
 BLOCK = 20
 """Divides nothing in the models above, so that weights end in cut-off blocks, as in published FP8 checkpoints."""
@@ -63,7 +67,7 @@ def tiny(folder: Path, family: str, dtype: torch.dtype = torch.float32, **sizes:
     return folder
 
 
-def rewrite(folder: Path, out: Path, tensors: Tensors, quantization: dict[str, Any] | None) -> Path:
+def rewrite(folder: Path, out: Path, tensors: Tensors, quantization: dict[str, Any] | None, shards: int = 1) -> Path:
     """Another checkpoint with the same config."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
@@ -71,7 +75,14 @@ def rewrite(folder: Path, out: Path, tensors: Tensors, quantization: dict[str, A
     (out / "config.json").write_text(
         json.dumps(config if quantization is None else {**config, "quantization_config": quantization})
     )
-    save_file({key: value.contiguous() for key, value in tensors.items()}, out / "model.safetensors", {"format": "pt"})
+    files = ["model.safetensors"] if shards == 1 else [f"part-{n}.safetensors" for n in range(shards)]
+    # By turns, so that a weight and its scales, and the experts of one stack, lie in different files.
+    weight_map = {key: files[number % shards] for number, key in enumerate(tensors)}
+    for file in files:
+        part = {key: value.contiguous() for key, value in tensors.items() if weight_map[key] == file}
+        save_file(part, out / file, {"format": "pt"})
+    if shards > 1:
+        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return out
 
 
@@ -97,8 +108,9 @@ def same(first: Path, second: Path, **arguments: Any) -> None:
         assert tensor.dtype == theirs[name].dtype, name
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_fp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "deepseek_v32"])
+def test_fp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str, shards: int) -> None:
     folder = tiny(tmp_path / "float", family, **LATENT if "deepseek" in family else {})
     stored: Tensors = {}
     exact: Tensors = {}
@@ -108,7 +120,7 @@ def test_fp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str) -> 
         else:
             stored[name] = exact[name] = weight
     declared = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
-    quantized = rewrite(folder, tmp_path / "fp8", stored, declared)
+    quantized = rewrite(folder, tmp_path / "fp8", stored, declared, shards)
     same(quantized, rewrite(folder, tmp_path / "exact", exact, None))
     model, coverage = load_int8(str(quantized))
     assert coverage.stacks_int8 == coverage.stacks > 0
@@ -134,7 +146,29 @@ def test_fused_fp8_stacks_round_as_their_exact_values(tmp_path: Path) -> None:
     same(rewrite(folder, tmp_path / "fp8", stored, declared), rewrite(folder, tmp_path / "exact", exact, None))
 
 
-def test_mxfp4_blocks_round_as_their_exact_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_mxfp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str, scale_dtype: torch.dtype) -> None:
+    folder = tiny(tmp_path / "float", family, **LATENT if "deepseek" in family else {})
+    declared = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
+    theirs = Fp8Quantize(AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(declared), pre_quantized=True))
+    stored: Tensors = {}
+    exact: Tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        made = theirs.convert({name: weight}) if ".layers." in name and "proj" in name else {name: weight}
+        stored |= made  # a weight whose rows are no whole blocks stays as it is
+        scale = made.get(f"{name}_scale_inv")
+        exact[name] = weight if scale is None else made[name].float() * scale.float().repeat_interleave(32, -1)
+        if scale is not None:
+            stored[f"{name}_scale_inv"] = scale.view(scale_dtype)
+    assert {weight.dtype for weight in stored.values()} == {torch.float32, torch.float8_e4m3fn, scale_dtype}
+    quantized = rewrite(folder, tmp_path / "mxfp8", stored, declared, shards=2)
+    same(quantized, rewrite(folder, tmp_path / "exact", exact, None))
+    assert load_int8(str(quantized))[0].config.quantization_config.source == declared
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_mxfp4_blocks_round_as_their_exact_values(tmp_path: Path, shards: int) -> None:
     folder = tiny(tmp_path / "float", "gpt_oss")
     generator = torch.Generator().manual_seed(3)
     stored: Tensors = {}
@@ -151,7 +185,7 @@ def test_mxfp4_blocks_round_as_their_exact_values(tmp_path: Path) -> None:
         values = FP4[codes.long()] * torch.exp2(scales.float() - 127)[..., None]
         exact[name] = values.flatten(2).transpose(1, 2)
     declared = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    quantized = rewrite(folder, tmp_path / "mxfp4", stored, declared)
+    quantized = rewrite(folder, tmp_path / "mxfp4", stored, declared, shards)
     same(quantized, rewrite(folder, tmp_path / "exact", exact, None))
     assert load_int8(str(quantized))[0].config.quantization_config.source == declared
 

@@ -1,8 +1,9 @@
-"""A Hub on localhost: the few endpoints that a push needs, everything it receives kept for the tests to look at."""
+"""A Hub on localhost: the few endpoints that a push or a download needs; what goes either way is kept for the tests."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ USERS = {"Bearer good": "write", "Bearer reader": "read"}
 
 
 class HubStandIn(ThreadingHTTPServer):
-    """`repositories` maps ids to `{private, files}`; `commits` and `created` record what clients asked for."""
+    """`repositories` maps ids to `{private, files}`; `commits` and `created` record what clients asked for.
+
+    A repository with `content` ({name: bytes}) can be read, unless it is `gated`; `served` counts the bytes by file.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -25,6 +29,7 @@ class HubStandIn(ThreadingHTTPServer):
         self.commits: list[dict[str, Any]] = []
         self.created: list[dict[str, Any]] = []
         self.blobs: dict[str, bytes] = {}
+        self.served: dict[str, int] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -47,7 +52,13 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
 
+    def do_HEAD(self) -> None:
+        self._resolve()
+
     def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            self._resolve()
+            return
         role = USERS.get(self.headers.get("Authorization", ""))
         if self.path == "/api/whoami-v2":
             if role is None:
@@ -62,6 +73,38 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = [{"rfilename": name} for name in repository["files"]]
         self._answer({"id": repo_id, "sha": HEAD, "private": repository["private"], "siblings": files})
+
+    def _resolve(self) -> None:
+        """A file, or the part of it in the Range header, or the Hub's own words for why not."""
+        repo_id, _, rest = self.path.lstrip("/").partition("/resolve/")
+        name = rest.partition("/")[2]
+        repository = self.server.repositories.get(repo_id)
+        if repository is None or repository.get("gated"):
+            self._refuse(401, "RepoNotFound" if repository is None else "GatedRepo")
+        elif (content := repository["content"].get(name)) is None:
+            self._refuse(404, "EntryNotFound")
+        else:
+            self._send(repo_id, name, content)
+
+    def _send(self, repo_id: str, name: str, content: bytes) -> None:
+        asked = self.headers.get("Range", "").removeprefix("bytes=")
+        first, last = (int(edge) for edge in asked.split("-")) if asked else (0, len(content) - 1)
+        part = content[first : last + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", HEAD)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if self.command == "GET":
+            key = f"{repo_id}/{name}"
+            self.server.served[key] = self.server.served.get(key, 0) + len(part)
+            self.wfile.write(part)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
