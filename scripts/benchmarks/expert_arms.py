@@ -129,11 +129,19 @@ class Arm:
 class PeftArm(Arm):
     """transformers' experts module with an adapter in PEFT's layout on both stacks.
 
-    Variants: an expert implementation of transformers' registry, and `frozen-…`, the same without the adapter.
+    Variants: an expert implementation of transformers' registry, `frozen-…`, the same without the adapter, and (ours)
+    `recomputing-…`, which computes the first projection again in backward instead of keeping its output.
     """
 
-    def __init__(self, shape: Shape, stored: Callable[[nn.Module, str], None], register: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        stored: Callable[[nn.Module, str], None],
+        register: Callable[[Any], Any] = lambda config: config,
+        keep: Callable[[nn.Module, bool], None] = lambda model, keep: None,
+    ) -> None:
         super().__init__(shape)
+        self.keep = keep
         from peft import LoraConfig, get_peft_model
 
         experts = experts_module(shape)
@@ -154,9 +162,11 @@ class PeftArm(Arm):
                 layer.lora_B["default"].weight.copy_(B_EOR.permute(1, 2, 0).flatten(1))
 
     def forward(self, variant: str) -> torch.Tensor:
-        self.experts_config._experts_implementation = variant.removeprefix("frozen-")
+        how, _, name = variant.rpartition("-")
+        self.experts_config._experts_implementation = name
         batch, layer = self.batch, self.model.base_model.model.experts
-        if variant.startswith("frozen-"):
+        self.keep(self.model, how != "recomputing")
+        if how == "frozen":
             with self.model.disable_adapter():
                 return layer(batch.x_TH, batch.index_TK, batch.weight_TK)
         return layer(batch.x_TH, batch.index_TK, batch.weight_TK)
@@ -192,13 +202,14 @@ def experts_module(shape: Shape) -> nn.Module:
 def ours(shape: Shape) -> Arm:
     """int8 with our adapter layer; the variant is a backend of `toolkit.ops`."""
     from toolkit.adapters.layer import register
+    from toolkit.ops import keep_up_outputs
 
     def stored(experts: nn.Module, name: str) -> None:
         weight_EOI, scale_EO = int8_stack(shape, name)
         setattr(experts, name, nn.Parameter(weight_EOI, requires_grad=False))
         setattr(experts, f"{name}_scale", nn.Parameter(scale_EO, requires_grad=False))
 
-    return PeftArm(shape, stored, register)
+    return PeftArm(shape, stored, register, keep_up_outputs)
 
 
 def stock(shape: Shape) -> Arm:
@@ -207,7 +218,7 @@ def stock(shape: Shape) -> Arm:
     def stored(experts: nn.Module, name: str) -> None:
         setattr(experts, name, nn.Parameter(float_stack(shape, name), requires_grad=False))
 
-    return PeftArm(shape, stored, lambda config: config)
+    return PeftArm(shape, stored)
 
 
 class Experts4bitArm(Arm):

@@ -42,7 +42,7 @@ PEERS = ("transformers", "peft", "trl", "bitsandbytes", "experts4bit-qlora==0.58
 ARMS = Path(__file__).with_name("expert_arms.py")
 STOCK = ("grouped_mm", "eager")
 """grouped_mm is what transformers chooses by itself. batched_mm copies a matrix for each routed row: see `batched`."""
-ALWAYS = ("ours", f"stock PEFT, {STOCK[0]}", "sgemm")
+ALWAYS = ("ours", "ours, recomputing", f"stock PEFT, {STOCK[0]}", "sgemm")
 WITHIN = 1e-4
 SIDE = "4096"
 """Of the square product that measures the machine."""
@@ -63,6 +63,7 @@ def arms(backend: str) -> dict[str, Arm]:
     frozen = {f"frozen fp32, {name}": Arm("stock", f"frozen-{name}") for name in STOCK}
     return {
         "ours": Arm("ours", backend),
+        "ours, recomputing": Arm("ours", f"recomputing-{backend}"),
         **stock,
         "experts4bit-qlora int8": Arm("experts4bit", ""),
         "ours, frozen": Arm("ours", f"frozen-{backend}"),
@@ -84,17 +85,17 @@ def name_of(shape: Shape) -> str:
     return f"E{shape.experts}-H{shape.hidden}-I{shape.intermediate}-K{shape.top_k}-T{shape.tokens}"
 
 
-def base_flops(shape: Shape) -> int:
-    """Operations of the frozen matrices in a step: up and down forward, up again in backward, both dX."""
+def base_flops(shape: Shape, recomputing: bool = False) -> int:
+    """Operations of the frozen matrices in a step: up and down forward, both dX, and maybe up again in backward."""
     up, down = (shape.stack(name)[0] * shape.stack(name)[1] for name in ("gate_up_proj", "down_proj"))
-    return 2 * shape.tokens * shape.top_k * (up + down + up + down + up)
+    return 2 * shape.tokens * shape.top_k * (2 * (up + down) + (up if recomputing else 0))
 
 
-def lora_flops(shape: Shape) -> int:
-    """Those of the factors: x Aᵀ and (x Aᵀ) Bᵀ forward, again in backward but for the last, then g B, dA, dB and dX."""
+def lora_flops(shape: Shape, recomputing: bool = False) -> int:
+    """Those of the factors: x Aᵀ and (x Aᵀ) Bᵀ forward, the latter maybe again for up, then g B, dA, dB and dX."""
     H, inner = shape.hidden, shape.intermediate
     forward = (H + 2 * inner) + (inner + H)
-    again = (H + 2 * inner) + inner
+    again = 2 * inner if recomputing else 0
     gradients = 2 * ((2 * inner + H) + (H + inner))
     return 2 * shape.tokens * shape.top_k * shape.rank * (forward + again + gradients)
 
@@ -134,7 +135,7 @@ def agreement(lines: Mapping[str, Arm], running: Mapping[str, Worker]) -> dict[s
             return read
 
         wanted = results(f"stock PEFT, {STOCK[0]}")
-        for name in ("ours", "experts4bit-qlora int8"):
+        for name in (*ALWAYS[:2], "experts4bit-qlora int8"):
             if name not in lines:
                 continue
             got = results(name)
@@ -172,25 +173,31 @@ def measure(shape: Shape, options: argparse.Namespace) -> Figures:
     return {
         "shape": {**asdict(shape), "name": name_of(shape)},
         "sgemm_gflops": rate / 1e9,
-        "base_gflop": base_flops(shape) / 1e9,
-        "lora_gflop": lora_flops(shape) / 1e9,
+        "work": {name: _work(shape, rate, steps[name]["median"], "recomputing" in name) for name in ALWAYS[:2]},
         "batched_mm_bytes": batched(shape),
         "stock_best": best,
         "seconds": steps,
         "every_run": seconds,
-        "share_of_sgemm": base_flops(shape) / steps["ours"]["median"] / rate,
         "times_faster": {name: steps[name]["median"] / steps["ours"]["median"] for name in steps if name != "sgemm"},
         "differences": differences,
         "memory": memory(lines, options, shape) if options.memory else {},
     }
 
 
+def _work(shape: Shape, rate: float, seconds: float, recomputing: bool) -> Figures:
+    base, lora = base_flops(shape, recomputing), lora_flops(shape, recomputing)
+    shares = {"share_of_sgemm": base / seconds / rate, "share_with_lora": (base + lora) / seconds / rate}
+    return {"base_gflop": base / 1e9, "lora_gflop": lora / 1e9, **shares}
+
+
 def show(figures: Figures) -> None:
     """One shape's table."""
-    base, lora, share = figures["base_gflop"], figures["lora_gflop"], figures["share_of_sgemm"]
-    print(f"\n{figures['shape']['name']} R={figures['shape']['rank']}: {base:.1f} GFLOP of base, {lora:.1f} of LoRA")
-    print(f"ours at {share:.0%} of sgemm ({figures['sgemm_gflops']:.0f} GFLOP/s here) over the base products alone, "
-          f"{share * (1 + lora / base):.0%} with LoRA's")  # fmt: skip
+    rate = figures["sgemm_gflops"]
+    print(f"\n{figures['shape']['name']} R={figures['shape']['rank']}, sgemm {rate:.0f} GFLOP/s here")
+    for name, work in figures["work"].items():
+        print(f"{name}: {work['base_gflop']:.1f} GFLOP of base, {work['lora_gflop']:.1f} of LoRA; "
+              f"{work['share_of_sgemm']:.0%} of sgemm over the base products alone, "
+              f"{work['share_with_lora']:.0%} with LoRA's")  # fmt: skip
     print(f"{'':24} {'s (least–most)':>22} {'ours is':>9} {'step MB':>9} {'resident MB':>12}")
     for name, step in figures["seconds"].items():
         if name != "sgemm":
@@ -259,7 +266,8 @@ def main() -> int:
         import charts
 
         (charts.scaling if options.scaling else charts.layers)(result, options.plot)
-    worst = max((max(each["differences"]["ours"].values()) for each in result.get("shapes", ())), default=0.0)
+    ours = (each["differences"][name] for each in result.get("shapes", ()) for name in ALWAYS[:2])
+    worst = max((max(found.values()) for found in ours), default=0.0)
     if not worst <= WITHIN:
         print(f"experts.py: ours differs from stock by {worst:.1e}, more than {WITHIN:.0e}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from toolkit.ops import LoraFactors, per_expert, reference
 from toolkit.quant import ExpertStack, ExpertWeights, quantize
 
 Layer = Callable[..., torch.Tensor]
-BACKENDS: dict[str, Layer] = {"per_expert": per_expert.expert_layer}
+BACKENDS: dict[str, Layer] = {
+    "per_expert": per_expert.expert_layer,
+    "per_expert, up outputs kept": partial(per_expert.expert_layer, keep_up=True),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ CASES = [
     Case(T=40, K=1, E=13, H=11, I=7, R=2, routing="one"),
     Case(T=9, K=2, E=31, H=6, I=10, R=16),
     Case(T=64, K=4, E=7, H=24, I=40, R=5),
+    Case(T=1100, K=1, E=2, H=6, I=4, R=9, routing="one"),
 ]
 
 
@@ -178,6 +183,72 @@ def test_a_tokens_output_does_not_depend_on_its_neighbours_bit_for_bit(layer: La
     for part in (slice(0, 1), slice(3, 9), slice(20, 48)):
         alone = layer(x[part], index[part], routing_weights[part], weights, up, down)
         assert torch.equal(alone, together[part])
+
+
+@pytest.mark.parametrize("keep_up", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(keep_up: bool) -> None:
+    case = Case(T=1300, K=2, E=3, H=20, I=12, R=4)
+    built = build(case, is_int8=True, is_transposed=False, has_bias=True, is_gated=True, has_norm=False)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(run(partial(per_expert.expert_layer, keep_up=keep_up), *built))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+
+
+def test_a_frozen_input_gets_no_gradient_and_the_factors_get_theirs() -> None:
+    weights, leaves, index = build(
+        CASES[0], is_int8=True, is_transposed=False, has_bias=False, is_gated=True, has_norm=False
+    )
+    wanted = run(per_expert.expert_layer, weights, leaves, index)[2:]
+    leaves[0].requires_grad_(False)
+    x, routing_weights, *factors = leaves
+    up, down = LoraFactors(*factors[:2]), LoraFactors(*factors[2:])
+    output = per_expert.expert_layer(x, index, routing_weights, weights, up, down)
+    probe = torch.linspace(-1, 1, output.numel()).view_as(output).sin()
+    got = torch.autograd.grad((output * probe).sum(), leaves[1:])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
+
+
+def test_layouts_and_scaling_of_the_factors_are_the_callers_own() -> None:
+    """PEFT keeps B expert-fastest: as a strided view it gives what a contiguous copy gives, gradients too."""
+    weights, leaves, index = build(
+        CASES[6], is_int8=True, is_transposed=True, has_bias=False, is_gated=True, has_norm=False
+    )
+    x, routing_weights, up_A, up_B, down_A, down_B = leaves
+    strided = [B.detach().permute(1, 2, 0).contiguous().requires_grad_() for B in (up_B, down_B)]
+    up, down = (LoraFactors(A, B.permute(2, 0, 1), 0.5) for A, B in zip((up_A, down_A), strided, strict=True))
+    got = per_expert.expert_layer(x, index, routing_weights, weights, up, down)
+    halves = [LoraFactors(up_A, up_B * 0.5), LoraFactors(down_A, down_B * 0.5)]
+    wanted = reference.expert_layer(x, index, routing_weights, weights, *halves)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.square().sum(), strided),
+        torch.autograd.grad(wanted.square().sum(), (up_B, down_B)),
+        strict=True,
+    ):
+        difference = (ours.permute(2, 0, 1) - theirs).norm()
+        assert difference <= 1e-5 * theirs.norm()
+
+
+def test_numbers_past_the_last_expert_are_computed_elsewhere() -> None:
+    """transformers marks rows of another rank's experts so."""
+    case = CASES[6]
+    weights, leaves, index = build(
+        case, is_int8=True, is_transposed=False, has_bias=True, is_gated=True, has_norm=False
+    )
+    elsewhere = index.clone()
+    elsewhere[::3, 1] = case.E
+    ours = run(per_expert.expert_layer, weights, leaves, elsewhere)
+    theirs = run(reference.expert_layer, weights, leaves, elsewhere)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert ours[2][::3, 1].count_nonzero() == 0
 
 
 def _double(stack: ExpertStack) -> ExpertStack:

@@ -18,6 +18,7 @@ from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
 from toolkit.train import TrainResult, train_adapter
+from toolkit.train.trainer import AdapterTrainer
 
 ARGUMENTS: dict[str, Any] = {
     "max_steps": 3,
@@ -28,14 +29,15 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def rows(count: int = 12) -> Dataset:
-    """Counting sequences of several lengths: easy to learn, so that the loss must fall."""
+def rows(count: int = 12, *, masked: bool = False) -> Dataset:
+    """Counting sequences of several lengths: easy to learn, so that the loss must fall; or only their ends labelled."""
     sequences = [[3 + (start + step) % 90 for step in range(20 + start % 5)] for start in range(count)]
-    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+    labels = [[-100] * (8 + start % 9) + row[8 + start % 9 :] for start, row in enumerate(sequences)]
+    return Dataset.from_dict({"input_ids": sequences, "labels": labels if masked else sequences})
 
 
 def train(
-    checkpoint: Path, folder: Path, **changes: Any
+    checkpoint: Path, folder: Path, *, masked: bool = False, **changes: Any
 ) -> tuple[TrainResult, dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Train a fresh adapter; gives the result, the adapter's tensors and the logged metrics."""
     model, _ = load_int8(str(checkpoint))
@@ -46,8 +48,8 @@ def train(
     result = train_adapter(
         adapted,
         AutoTokenizer.from_pretrained(EMBEDDED),
-        rows(),
-        rows(4),
+        rows(masked=masked),
+        rows(4, masked=masked),
         folder=folder / "checkpoints",
         metrics=folder / "metrics.jsonl",
         arguments={**arguments, "report_to": []},
@@ -85,3 +87,22 @@ def test_accumulation_is_normalised_by_tokens(checkpoint: Path, tmp_path: Path) 
     whole, parts = (train(checkpoint, tmp_path / name, **how)[1] for name, how in (("a", together), ("b", apart)))
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_of_labelled_positions_is_trls(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    """Loss, load-balancing loss, gradient norm and metrics, with prompts masked and several sequences a batch."""
+    how = {"packing": packing, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    ours = train(checkpoint, tmp_path / "ours", masked=True, **how)[2]
+    called = []
+    monkeypatch.setattr(AdapterTrainer, "_pays_to_keep_logits", lambda self, labels: called.append(1))
+    theirs = train(checkpoint, tmp_path / "theirs", masked=True, **how)[2]
+    assert called
+    assert len(ours) == len(theirs)
+    for entry, wanted in zip(ours, theirs, strict=True):
+        assert entry.keys() == wanted.keys()
+        for key in entry.keys() - {"memory_bytes", "tokens_per_second", "total_flos"}:
+            if not key.endswith(("runtime", "per_second")):
+                assert entry[key] == pytest.approx(wanted[key], rel=2e-4, abs=1e-5), key

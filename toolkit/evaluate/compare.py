@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
+from toolkit.train.labelled import labelled_logits
 
 __all__ = ["Comparison", "Measured", "compare", "measure"]
 
@@ -99,10 +100,10 @@ def _loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -> float:
             length = len(row["input_ids"])
             ids[index, :length], labels[index, :length] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
             mask[index, :length] = 1
-        keep = labels[:, 1:] != -100
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][keep]
-        total += float(functional.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="sum"))
-        count += int(keep.sum())
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        logits, targets, _ = labelled_logits(model, given, labels)
+        total += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        count += len(targets)
     return total / max(1, count)
 
 

@@ -1,7 +1,7 @@
 """The law: the expert layer in plain autograd, every weight multiplied out, one expert after the other.
 
     T tokens, K experts per token, E experts, H hidden, O and I a projection's outputs and inputs, R rank
-    h_e = gate(x W_upᵉᵀ + b),  y_t = Σ_k w_tk · norm(h_e W_downᵉᵀ + b),  W ← W + B_e A_e where adapted
+    h_e = gate(x W_upᵉᵀ + b),  y_t = Σ_k w_tk · norm(h_e W_downᵉᵀ + b),  W ← W + scaling · B_e A_e where adapted
 
 Fast paths are checked against it; nothing here is fast.
 """
@@ -23,8 +23,10 @@ def expert_layer(
     weights: ExpertWeights,
     up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
+    *,
+    keep_up: bool = False,
 ) -> torch.Tensor:
-    """The weighted sum of every token's experts: [T, H], in x's dtype."""
+    """The weighted sum of every token's experts: [T, H], in x's dtype. Autograd keeps everything, whatever is asked."""
     up_EOI, down_EOI = _effective(weights.up, up_lora, x_TH.dtype), _effective(weights.down, down_lora, x_TH.dtype)
     out_TH = torch.zeros_like(x_TH)
     for expert in range(up_EOI.shape[0]):
@@ -39,7 +41,7 @@ def expert_layer(
 
 def _effective(stack: ExpertStack, lora: LoraFactors | None, dtype: torch.dtype) -> torch.Tensor:
     weight = stack.dequantized().to(dtype)
-    return weight if lora is None else weight + (lora.B @ lora.A).to(dtype)
+    return weight if lora is None else weight + (lora.scaling * (lora.B @ lora.A)).to(dtype)
 
 
 def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:

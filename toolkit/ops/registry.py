@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from toolkit.architecture import is_experts
 from toolkit.ops import per_expert, reference
 from toolkit.quant import expert_weights
 
-__all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS"]
+__all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "keep_up_outputs"]
 
 FACTORS = "onecard_factors"
 """Attribute of an experts module: {stack name: LoraFactors} while an adapter is active."""
+
+_KEEP_UP = "onecard_keep_up"
 
 BACKENDS: Mapping[str, Callable[..., torch.Tensor]] = {
     "onecard_per_expert": per_expert.expert_layer,
@@ -32,9 +35,20 @@ def _forward_with(layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         weights = expert_weights(self)
         factors = getattr(self, FACTORS, {})
         up = factors.get("gate_up_proj" if self.has_gate else "up_proj")
-        return layer(hidden_states, top_k_index, top_k_weights, weights, up, factors.get("down_proj"))
+        keep_up = getattr(self, _KEEP_UP, False)
+        return layer(hidden_states, top_k_index, top_k_weights, weights, up, factors.get("down_proj"), keep_up=keep_up)
 
     return experts_forward
+
+
+def keep_up_outputs(model: nn.Module, keep: bool) -> None:
+    """Whether every expert layer keeps its first projection's output for backward, or computes it again there.
+
+    Under gradient checkpointing it should be kept: then one layer's is alive at a time, and nothing is computed thrice.
+    """
+    for module in model.modules():
+        if is_experts(module):
+            module.__dict__[_KEEP_UP] = keep
 
 
 DEFAULT_BACKEND = "onecard_per_expert"

@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,10 +25,16 @@ from trl import SFTConfig, SFTTrainer
 
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
+from toolkit.ops import keep_up_outputs
+from toolkit.train.labelled import can_keep_logits, labelled_logits
 from toolkit.train.packing import isolate_documents
 from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
+
+
+_MOST_LOGITS = 1 << 28
+"""Bytes of logits that may exist at once on a CPU before they are computed in chunks."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +59,62 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """TRL's loss, checked."""
-        result: torch.Tensor | tuple[torch.Tensor, Any] = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        """TRL's loss, checked; on a CPU, where TRL computes the logits of all tokens, that of the labelled ones."""
+        result: torch.Tensor | tuple[torch.Tensor, Any] | None = None
+        if not return_outputs and self._pays_to_keep_logits(inputs["labels"]):
+            result = self._labelled_loss(model, inputs, **kwargs)
+        if result is None:
+            result = super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if self.model.training:
             mask = inputs.get("attention_mask")
             self.tokens_trained += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
         if not torch.isfinite(loss.detach()):
             raise DivergedError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower training.learning_rate "
                 "or look at the examples of this step; the last checkpoint is untouched"
             )
         return result
+
+    def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
+        """TRL's way needs less memory where many positions are labelled, and is as fast on a card."""
+        if labels.device.type != "cpu" or not can_keep_logits(self.model):
+            return False
+        positions = int((labels[:, 1:] != -100).any(0).sum())
+        size = labels.shape[0] * positions * self.model.get_output_embeddings().weight.shape[0]
+        return bool(size * self.model.dtype.itemsize <= _MOST_LOGITS)
+
+    def _labelled_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor | None:
+        """As TRL computes it, and the same metrics; None where the family gives no load-balancing loss of its own."""
+        given = {**inputs, "use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
+        labels = given.pop("labels")
+        logits, targets, outputs = labelled_logits(model, given, labels)
+        balance = getattr(outputs, "aux_loss", None)
+        if self.aux_loss_enabled and balance is None:
+            return None
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum") / count
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if balance is not None and self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * balance / steps
+            metrics["aux_loss"].append(float(self.accelerator.gather_for_metrics(balance.detach()).mean()))
+        self._count_hits(logits.detach(), targets, metrics)
+        return loss
+
+    def _count_hits(self, logits: torch.Tensor, targets: torch.Tensor, metrics: dict[str, list[float]]) -> None:
+        log_probabilities = logits.float().log_softmax(-1)
+        entropy = -(log_probabilities.exp() * log_probabilities).sum()
+        hits = (log_probabilities.argmax(-1) == targets).sum()
+        sums = torch.stack([entropy, hits.to(entropy.dtype), torch.tensor(float(len(targets)))])
+        entropies, right, count = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
+        metrics["entropy"].append(entropies / max(1.0, count))
+        metrics["mean_token_accuracy"].append(right / max(1.0, count))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation without the load-balancing loss, so that the held-out loss is that of the tokens alone."""
@@ -107,6 +158,7 @@ def train_adapter(
     if arguments["packing"]:
         masked = isolate_documents(model)
         console.print(f"packing: no example sees another, checked{' (with masks of our own)' if masked else ''}")
+    keep_up_outputs(model, arguments["gradient_checkpointing"])
     log = MetricsLog(metrics, device)
     balanced = train_router and _name_experts_for_trl(model)
     config = sft_config(folder, arguments, device, dtype, train_router=balanced, evaluates=validation is not None)
