@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Summary", "Worker", "alternate", "serve", "settled", "step_memory", "summary", "turn"]
+__all__ = ["Summary", "Worker", "alternate", "peak", "serve", "settled", "step_memory", "summary", "turn"]
 
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "17179869184",
@@ -128,7 +128,12 @@ def step_memory(step: Callable[[], object]) -> int:
     step()
     before = settled()
     step()
-    return _status("VmHWM") - before
+    return peak() - before
+
+
+def peak() -> int:
+    """The high-water mark of this process's resident bytes."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:
