@@ -84,7 +84,7 @@ def workers(names: Sequence[str], job: Job, options: argparse.Namespace, tuned: 
             python = sys.executable if name == "ours" else options.python
             worker = Worker(python, PROGRAM, threads=options.threads, tuned=tuned, arguments=[name], own=name == "ours")
             running[name] = stack.enter_context(worker)
-            running[name].ask(do="build", job=asdict(job))
+            print(f"{name}: loaded, {running[name].ask(do='build', job=asdict(job))}", file=sys.stderr, flush=True)
         yield running
 
 

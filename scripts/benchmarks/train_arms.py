@@ -50,15 +50,22 @@ class Job:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, rows: Rows) -> float:
-    """Nats per answer token, each example by itself."""
+def held_out_loss(model: nn.Module, rows: Rows, batch: int = 16) -> float:
+    """Nats per answer token, over padded batches of examples of like length."""
     model.eval()
     total, count = 0.0, 0
-    for row in rows:
-        labels = torch.tensor(row["labels"][1:])
-        keep = labels != -100
-        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1][keep]
-        total += float(nn.functional.cross_entropy(logits.float(), labels[keep], reduction="sum"))
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        ids, labels = (
+            nn.utils.rnn.pad_sequence([torch.tensor(row[key]) for row in some], batch_first=True, padding_value=value)
+            for key, value in (("input_ids", 0), ("labels", -100))
+        )
+        lengths = torch.tensor([len(row["input_ids"]) for row in some])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        keep = labels[:, 1:] != -100
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][keep]
+        total += float(nn.functional.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="sum"))
         count += int(keep.sum())
     return total / count
 

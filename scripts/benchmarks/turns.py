@@ -100,11 +100,12 @@ def turn(names: Sequence[str], number: int) -> list[str]:
 
 
 def alternate(arms: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each arm's figures, after one round that is not counted."""
+    """Each arm's figures, after one round that is not counted. Progress goes to stderr."""
     figures: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(-1, repeats):
         for name in turn(list(arms), number):
             figure = arms[name]()
+            print(f"round {number + 1} of {repeats}: {name} {figure:.3f} s", file=sys.stderr, flush=True)
             if number >= 0:
                 figures[name].append(figure)
     return figures
