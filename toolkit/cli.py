@@ -65,7 +65,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
         show.plan(console, made)
         show.data(console, batches.report)
         model, tokenizer = flow.load(made)
-        if compensated := flow.compensate(model, batches, made):
+        if compensated := flow.compensate(model, batches, made, run.compensated):
             show.compensation(console, compensated)
         model = flow.attach(model, made)
         show.reached(console, flow.coverage(model, made))
@@ -232,14 +232,21 @@ def write_int8(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or owner/name on the Hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist.")],
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
+    recipe: Annotated[Path | None, typer.Option(help="Compensate rounding errors on this recipe's examples.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers."""
-    from toolkit.quant import quantize_checkpoint
+    """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers.
+
+    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none.
+    """
+    from toolkit.quant import quantize_checkpoint, refuse_existing
 
     console = _quiet_console()
+    refuse_existing(out)
+    compensated = _compensated(recipe, model, revision, console) if recipe else None
     with console.status("reading") as status:
-        done = quantize_checkpoint(model, out, revision=revision, progress=lambda n, of: status.update(f"{n} of {of}"))
+        options: dict[str, Any] = {"revision": revision, "compensated": compensated}
+        done = quantize_checkpoint(model, out, **options, progress=lambda n, of: status.update(f"{n} of {of}"))
     console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
     if done.left_out:
         console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
@@ -345,6 +352,21 @@ def _load_recipe(path: Path, overrides: list[str] | None, console: Console) -> R
     from toolkit.recipe import load
 
     return load(path, overrides or (), note=lambda line: console.print(f"note: {line}"))
+
+
+def _compensated(recipe: Path, model: str, revision: str, console: Console) -> Any:
+    """The checkpoint in int8, rounded with error feedback on a recipe's examples."""
+    from toolkit import flow
+    from toolkit.plan import make_plan
+    from toolkit.report import terminal as show
+
+    overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
+    overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
+    made = make_plan(_load_recipe(recipe, overrides, console))
+    loaded, tokenizer = flow.load(made)
+    if report := flow.compensate(loaded, flow.build_batches(tokenizer, made), made):
+        show.compensation(console, report)
+    return loaded
 
 
 def _emit(value: Any, wanted: bool) -> None:

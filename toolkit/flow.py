@@ -24,6 +24,7 @@ from toolkit.package import identify_base, write_artifact
 from toolkit.plan import Plan
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
+from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.recipe import dump
 from toolkit.train import RunFolder, TrainResult, train_adapter
 
@@ -92,13 +93,21 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def compensate(model: PreTrainedModel, batches: Batches, plan: Plan) -> Compensation | None:
-    """Round the int8 parts again with error feedback, on training examples, where the recipe asks for it."""
+def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path | None = None) -> Compensation | None:
+    """Round the int8 parts again with error feedback, on training examples, where the recipe asks for it.
+
+    `kept` is a file of integers: read where it is there, so that a resumed run has the same base, written otherwise.
+    """
     wanted = plan.recipe.quantization
     if wanted.error_compensation == "none":
         return None
+    if kept and kept.is_file():
+        return read_compensated(model, kept)
     examples = batches.train[: wanted.calibration_samples]["input_ids"]
-    return compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+    report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+    if kept:
+        write_compensated(model, report, kept)
+    return report
 
 
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -113,12 +122,16 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
 def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The plan's model with a finished adapter on it, for evaluation and generation.
 
-    `as_trained` compensates the base again where the recipe says so, which reads the training data; without it the base
-    is rounded plainly.
+    A compensated run keeps its base's integers beside the artifact. An artifact without its run has none: `as_trained`
+    then compensates again, which reads the training data; without it the base is rounded plainly.
     """
     model, tokenizer = load(plan)
-    if as_trained and plan.recipe.quantization.error_compensation != "none":
-        compensate(model, build_batches(tokenizer, plan), plan)
+    kept = RunFolder(Path(artifact).parent).compensated
+    if plan.recipe.quantization.error_compensation != "none":
+        if kept.is_file():
+            read_compensated(model, kept)
+        elif as_trained:
+            compensate(model, build_batches(tokenizer, plan), plan)
     return load_adapter(model, artifact), tokenizer
 
 

@@ -6,7 +6,9 @@
 
 Calibration and held-out examples come from different files. The output error of a part (a linear, an expert stack) is
 |X(W - Ŵ)ᵀ| / |XWᵀ| for X the inputs it has in the fp32 model on the held-out examples, an expert's rows weighted by its
-routing weights; a layer's is the mean over its parts. The loss is that of every held-out token.
+routing weights; a layer's is the mean over its parts. `whole` is the error of what a decoder layer adds to its input,
+|L̂(x) - L(x)| / |L(x) - x| on the fp32 model's inputs x, routing included. The loss is that of every held-out token; its
+difference to fp32 has the standard error over examples, since tokens of one example are not independent.
 """
 
 from __future__ import annotations
@@ -45,16 +47,21 @@ def main() -> None:
     started = time.monotonic()
     report = compensate_model(models["int8+gptq"], arguments.model, calibration)
     seconds = time.monotonic() - started
-    layers = {name: dict(errors) for name, errors in _layer_errors(original, models, held_out)}
-    losses = {name: _loss(model, held_out) for name, model in {"fp32": original, **models}.items()}
+    layers, whole = {}, {}
+    for layer, errors, outputs in _layer_errors(original, models, held_out):
+        layers[layer], whole[layer] = errors, outputs
+    losses = {name: _losses(model, held_out) for name, model in {"fp32": original, **models}.items()}
+    tokens = torch.tensor([len(row) - 1 for row in sorted(filter(len, held_out), key=len, reverse=True)]).double()
     found = {
         "model": arguments.model,
         "calibration": {"examples": len(calibration), "tokens": report.tokens, "seconds": round(seconds, 1)},
         "held_out": {"examples": len(held_out), "tokens": sum(map(len, held_out))},
-        "loss": losses,
-        "gap": {name: losses[name] / losses["fp32"] - 1 for name in models},
+        "loss": {name: float(each.sum() / tokens.sum()) for name, each in losses.items()},
+        "gap": {name: _gap(losses[name], losses["fp32"], tokens) for name in models},
         "layer_error": {name: sum(e[name] for e in layers.values()) / len(layers) for name in models},
+        "whole_error": {name: sum(e[name] for e in whole.values()) / len(whole) for name in models},
         "layers": layers,
+        "whole": whole,
     }
     print(json.dumps(found, indent=2) if arguments.json else _table(found))
 
@@ -84,7 +91,8 @@ def _examples(arguments: argparse.Namespace, files: Sequence[str], count: int) -
 
 def _layer_errors(
     original: PreTrainedModel, models: Models, examples: Sequence[Sequence[int]]
-) -> Iterator[tuple[str, dict[str, float]]]:
+) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
+    """Each layer's name, the mean error of its parts and that of its whole output, by model."""
     architecture = describe(original)
     for step in walk(original, decoder_layers(architecture), make_batches(examples, original.device)):
         parts = list(_parts(original, step, architecture))
@@ -92,7 +100,24 @@ def _layer_errors(
         for name, model in models.items():
             each = [_relative(weight, _weights(model, part), moment) for part, weight, moment in parts]
             errors[name] = sum(each) / len(each)
-        yield step.name, errors
+        yield step.name, errors, _output_errors(original, models, step)
+
+
+def _output_errors(original: PreTrainedModel, models: Models, step: Step) -> dict[str, float]:
+    """|L̂(x) - L(x)| / |L(x) - x| over the real rows x, the layer called just as the fp32 model calls it."""
+    squares, change = dict.fromkeys(models, 0.0), 0.0
+    for real, call in step.passes:
+        x, wanted = call.args[0], _rows(call(), real)
+        change += float((wanted - _rows(x, real)).square().sum())
+        for name, model in models.items():
+            found = model.get_submodule(step.name)(*call.args, **call.keywords)
+            squares[name] += float((_rows(found, real) - wanted).square().sum())
+    return {name: (square / change) ** 0.5 for name, square in squares.items()}
+
+
+def _rows(output: Any, real: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden.reshape(-1, hidden.shape[-1])[real].double()
 
 
 def _parts(
@@ -144,15 +169,23 @@ def _relative(weight: torch.Tensor, approximate: torch.Tensor, moment: torch.Ten
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, examples: Sequence[Sequence[int]]) -> float:
-    """Mean cross entropy in nats of every token but each example's first."""
-    total, count = 0.0, 0
+def _losses(model: PreTrainedModel, examples: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Each example's cross entropy in nats, summed over all tokens but its first; the longest example first."""
+    found = []
     for batch in make_batches(examples, model.device, most_tokens=1024):
         kept = batch.real.view(batch.ids.shape)[:, 1:]
-        logits, labels = model(batch.ids, use_cache=False).logits[:, :-1][kept], batch.ids[:, 1:][kept]
-        total += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
-        count += len(labels)
-    return total / count
+        logits = model(batch.ids, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+        each = nn.functional.cross_entropy(logits, batch.ids[:, 1:], reduction="none").double()
+        found.append((each * kept).sum(-1))
+    return torch.cat(found)
+
+
+def _gap(losses: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
+    """A mean loss's relative gap to the reference, and its standard error from the examples' paired differences."""
+    difference, count = losses - reference, len(tokens)
+    gap = difference.sum() / reference.sum()
+    spread = (difference - gap * reference).square().sum() * count / max(1, count - 1)
+    return float(gap), float(spread.sqrt() / reference.sum())
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -160,16 +193,22 @@ def _table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['model']}: calibrated on {calibration['examples']} examples ({calibration['tokens']} tokens) in "
         f"{calibration['seconds']} s, held out {held_out['examples']} examples ({held_out['tokens']} tokens)",
-        f"{'':12}{'loss':>12}{'to fp32':>12}{'layer error':>14}",
+        f"{'':12}{'loss':>12}{'to fp32':>12}{'± s.e.':>12}{'layer error':>14}{'whole':>12}",
         f"{'fp32':12}{found['loss']['fp32']:12.6f}",
     ]
     for name, error in found["layer_error"].items():
-        lines.append(f"{name:12}{found['loss'][name]:12.6f}{found['gap'][name]:+12.4%}{error:14.4%}")
-    rounded, compensated = found["layer_error"].values()
-    lines.append(f"compensated / rounded: {compensated / rounded:.3f}")
+        (gap, spread), whole = found["gap"][name], found["whole_error"][name]
+        lines.append(f"{name:12}{found['loss'][name]:12.6f}{gap:+12.4%}{spread:12.4%}{error:14.4%}{whole:12.4%}")
+    for what, label in (("layer_error", "parts"), ("whole_error", "whole layers")):
+        rounded, compensated = found[what].values()
+        lines.append(f"compensated / rounded, {label}: {compensated / rounded:.3f}")
     for layer, errors in found["layers"].items():
         rounded, compensated = errors.values()
-        lines.append(f"  {layer:20}{rounded:10.4%}{compensated:10.4%}{compensated / rounded:8.3f}")
+        whole_rounded, whole_compensated = found["whole"][layer].values()
+        lines.append(
+            f"  {layer:20}{rounded:10.4%}{compensated:10.4%}{compensated / rounded:8.3f}"
+            f"{whole_rounded:12.4%}{whole_compensated:10.4%}{whole_compensated / whole_rounded:8.3f}"
+        )
     return "\n".join(lines)
 
 

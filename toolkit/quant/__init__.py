@@ -5,7 +5,7 @@ from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
 from toolkit.quant.quantizer import Int8Config
-from toolkit.quant.save import WrittenCheckpoint, quantize_checkpoint
+from toolkit.quant.save import WrittenCheckpoint, quantize_checkpoint, refuse_existing
 
 __all__ = [
     "LINEAR_ROLES",
@@ -22,4 +22,5 @@ __all__ = [
     "measure",
     "quantize",
     "quantize_checkpoint",
+    "refuse_existing",
 ]

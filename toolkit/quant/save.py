@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,11 +31,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
+from toolkit.quant.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.quant.shards import Shards, targets
 
-__all__ = ["WrittenCheckpoint", "quantize_checkpoint"]
+__all__ = ["WrittenCheckpoint", "quantize_checkpoint", "refuse_existing"]
 
 _SMALL = 128 << 20
 """Bytes up to which layers share a shard."""
@@ -64,6 +65,7 @@ def quantize_checkpoint(
     folder: str | Path,
     *,
     revision: str = "main",
+    compensated: nn.Module | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenCheckpoint:
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
@@ -73,6 +75,8 @@ def quantize_checkpoint(
 
     Args:
         folder: must not exist.
+        compensated: this checkpoint as `load_int8` gave it and `compensate_model` rounded it again: its integers and
+            scales are written in place of plainly rounded ones.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -80,20 +84,27 @@ def quantize_checkpoint(
         ResourceError: the disk is full or cannot be written. HubError: the checkpoint cannot be downloaded.
     """
     target = Path(folder)
-    if target.exists() or target.is_symlink():
-        raise RecipeError(f"{target}: is there already; give another name")
+    refuse_existing(target)
     source = _fetch(name_or_path, revision)
     config = read_config(str(source))
     wanted = storage(name_or_path, config)
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
     with Shards(name_or_path, source) as shards, _partial(target) as workplace:
-        written = _write_weights(name_or_path, shards, _skeleton(name_or_path, config), wanted, workplace, progress)
+        rounded = {} if compensated is None else int8_state(compensated)
+        skeleton = _skeleton(name_or_path, config)
+        written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress)
         config.quantization_config = wanted
         config.save_pretrained(workplace)
         _copy_rest(source, workplace)
         _finish(workplace, target)
     return WrittenCheckpoint(str(target), *written)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise `RecipeError` where something has that name: a checkpoint is written to a new folder only."""
+    if folder.exists() or folder.is_symlink():
+        raise RecipeError(f"{folder}: is there already; give another name")
 
 
 class _WriterQuantizer(Int8Quantizer):
@@ -132,6 +143,7 @@ def _write_weights(
     model: PreTrainedModel,
     wanted: Int8Config,
     workplace: Path,
+    rounded: Mapping[str, torch.Tensor],
     progress: Callable[[int, int], None],
 ) -> tuple[int, int, int, tuple[str, ...]]:
     """Shards, bytes, bytes read, keys left out."""
@@ -148,6 +160,7 @@ def _write_weights(
     for number, keys in enumerate(bins, 1):
         tensors = _convert(name, model, {key: shards.slice(key) for key in keys}, loading)
         file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else "model.safetensors"
+        tensors |= {key: rounded[key].cpu() for key in tensors.keys() & rounded.keys()}
         _save(tensors, workplace / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())

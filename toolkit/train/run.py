@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def compensated(self) -> Path:
+        """The base's integers after error compensation, where the recipe asks for it."""
+        return self.path / "compensated.safetensors"
+
+    @property
     def summary(self) -> Path:
         """Coverage and results; its presence says that the run is finished."""
         return self.path / "summary.json"
