@@ -17,6 +17,7 @@ from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
+from toolkit.train.documents import _attention, documents_apart
 from toolkit.train.packing import isolate_documents
 from toolkit.train.trainer import AdapterTrainer, sft_config
 
@@ -84,6 +85,47 @@ def test_packed_loss_is_the_loss_of_the_documents_alone(adapted: PeftModel, tmp_
             single = adapted(input_ids=ids, use_cache=False).logits[0, :-1]
             alone += torch.nn.functional.cross_entropy(single, ids[0, 1:], reduction="sum")
     assert abs(packed - alone) <= 1e-5 * alone
+
+
+def test_attending_document_by_document_changes_no_number(adapted: PeftModel, tmp_path: Path) -> None:
+    batch = packed_batch(adapted, documents(2), tmp_path)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+    def outcome() -> list[torch.Tensor]:
+        logits = adapted(**inputs, use_cache=False).logits
+        probe = torch.linspace(-1, 1, logits.numel()).view_as(logits).sin()
+        return [logits.detach(), *torch.autograd.grad((logits * probe).sum(), factors)]
+
+    whole, implementation = outcome(), adapted.config._attn_implementation
+    with documents_apart(adapted) as can:
+        assert can == (implementation == "sdpa")
+        apart = outcome()
+    assert adapted.config._attn_implementation == implementation
+    for ours, wanted in zip(apart, whole, strict=True):
+        assert (ours - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3)
+
+
+def test_each_document_is_really_attended_to_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def attention(module: Any, query: torch.Tensor, *rest: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        seen.append((query.shape[2], rest[2] is not None))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr("toolkit.train.documents.sdpa_attention_forward", attention)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    narrow = causal & torch.ones(6, 6, dtype=torch.bool).triu(-1)
+    query = torch.randn(1, 2, 6, 4)
+    for mask in (None, causal, narrow):
+        output, _ = _attention(torch.nn.Module(), query, query, query, mask, cu_seq_lens_q=torch.tensor([0, 4, 6]))
+        assert output.equal(query.transpose(1, 2))
+    # A sliding window keeps its mask where it cuts something off.
+    assert seen == [(4, False), (2, False), (4, False), (2, False), (4, True), (2, False)]
+    seen.clear()
+    _attention(torch.nn.Module(), query, query, query, causal, cu_seq_lens_q=torch.tensor([0, 6]))
+    _attention(torch.nn.Module(), query, query, query, causal)
+    assert seen == [(6, True), (6, True)]
 
 
 class _Recurrent(torch.nn.Module):

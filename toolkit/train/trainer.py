@@ -8,6 +8,8 @@ block-diagonal mask for every attention backend.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.ops import keep_up_outputs
+from toolkit.train.documents import documents_apart
 from toolkit.train.labelled import can_keep_logits, labelled_logits
 from toolkit.train.packing import isolate_documents
 from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
@@ -155,9 +158,6 @@ def train_adapter(
     Raises:
         ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
     """
-    if arguments["packing"]:
-        masked = isolate_documents(model)
-        console.print(f"packing: no example sees another, checked{' (with masks of our own)' if masked else ''}")
     keep_up_outputs(model, arguments["gradient_checkpointing"])
     log = MetricsLog(metrics, device)
     balanced = train_router and _name_experts_for_trl(model)
@@ -176,7 +176,8 @@ def train_adapter(
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint:
         console.print(f"resuming from {Path(checkpoint).name}")
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    with _apart(model, console) if arguments["packing"] else nullcontext():
+        output = trainer.train(resume_from_checkpoint=checkpoint)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
     return TrainResult(
@@ -187,6 +188,16 @@ def train_adapter(
         peak_memory=peak_memory(device),
         resumed_from=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
     )
+
+
+@contextmanager
+def _apart(model: PeftModel, console: Console) -> Iterator[None]:
+    """No packed example sees another within the block, which is proven first."""
+    with documents_apart(model) as alone:
+        how = ", each attended to alone" if alone else ""
+        how += " (with masks of our own)" if isolate_documents(model) else ""
+        console.print(f"packing: no example sees another, checked{how}")
+        yield
 
 
 def _name_experts_for_trl(model: PeftModel) -> bool:
