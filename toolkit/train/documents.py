@@ -1,7 +1,8 @@
 """Attention of packed documents one by one, on a CPU: nothing is computed that the mask would throw away.
 
 A block-diagonal mask over L tokens costs L² whatever is in it; ten documents of L/10 tokens need a tenth of that.
-does this on cards; transformers has nothing for CPUs, so its own SDPA function is called here on each document.
+FlashAttention does so on cards; for CPUs transformers has nothing, so its own SDPA function is called document by
+document here.
 """
 
 from __future__ import annotations
