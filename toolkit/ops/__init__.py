@@ -1,6 +1,23 @@
-"""The expert computation. `reference` is the law; every backend is registered with transformers under its own name."""
+"""The expert computation. `reference` is the law; every backend is registered with transformers under its own name.
+
+The registry is imported when first asked for: the kernels and the law need torch alone, and scripts use them without
+transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from toolkit.ops.factors import LoraFactors
-from toolkit.ops.registry import BACKENDS, DEFAULT_BACKEND, FACTORS
+
+if TYPE_CHECKING:
+    from toolkit.ops.registry import BACKENDS, DEFAULT_BACKEND, FACTORS
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "LoraFactors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'toolkit.ops' has no attribute {name!r}")
+    return getattr(import_module("toolkit.ops.registry"), name)
