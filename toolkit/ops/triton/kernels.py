@@ -1,14 +1,14 @@
 """The kernels: grouped GEMM on int8 experts, gate, gather-sum, grouped gram, row quantiser.
 
 torch has no grouped product that reads int8 weights, and on GeForce cards its bf16 one is a loop over experts. Rows are
-sorted by expert through an index only; a program finds its expert from `offset` [E + 1] itself, so the host never waits
-for the routing. Nothing here adds atomically: every sum has one order. Interpreted and compiled, never yet run on a card.
+sorted by expert through an index only; a program finds its expert from `offset` [E + 1] itself, so the host never
+waits for the routing. No sum is atomic: each has one order. Interpreted and compiled, never yet run on a card.
 
-    S routed rows, E experts, N outputs and K inputs of a product, R rank, I width of the gate's output
+    S routed rows, E experts, N outputs and K inputs of a product, R rank, I the gate's width
 """
 
 # Kernel arguments carry no annotations but constexpr: Triton reads them as its own types.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def _tile_of(offset_ptr, tile, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: 
 
 @triton.jit
 def _dot(a, b, acc, UPCAST: tl.constexpr):
-    """a @ b + acc. The interpreter multiplies bf16 wrongly, so there both operands are widened."""
+    """a @ b + acc, b in a's dtype. The interpreter converts to and multiplies bf16 wrongly: there both are widened."""
     if UPCAST:
         acc += tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee", out_dtype=acc.dtype)
     else:
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 
@@ -103,8 +103,8 @@ def grouped_gemm_kernel(
         return
     n = (group * GROUP_N + inside % width) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = row + tl.arange(0, BLOCK_M)
-    # Past the edge some row or column is read again and never stored, which needs no mask in the loop. Columns wrap: the
-    # compiler still sees that they lie side by side where N is a multiple of 16, so it loads 16 bytes at once.
+    # Past the edge some row or column is read again and never stored, which needs no mask in the loop. Columns wrap,
+    # so the compiler still sees that they lie side by side where N is a multiple of 16, and loads 16 bytes at once.
     row_m = tl.minimum(m, end - 1)
     source = tl.load(row_ptr + row_m) if row_ptr is not None else row_m
     source = source.to(tl.int64)
@@ -123,7 +123,7 @@ def grouped_gemm_kernel(
         if SCALE_ON_INPUT:
             s = tl.load(scale_ptr + e * K + start + k, mask=k < K - start, other=0)
             x = (x.to(tl.float32) * s[None, :]).to(x.dtype)
-        acc = _dot(x, w.to(x.dtype), acc, UPCAST)
+        acc = _dot(x, w, acc, UPCAST and x_scale_ptr is None)
         x_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
     y = acc.to(tl.float32)
@@ -142,7 +142,7 @@ def grouped_gemm_kernel(
             low_at = low_ptr + row_m.to(tl.int64)[:, None] * R + start + r[None, :]
             factor_at = factor_ptr + e * stride_fe + column[None, :] * stride_fn + (start + r)[:, None] * stride_fr
             low = tl.load(low_at, mask=real[None, :], other=0)
-            y = _dot(low, tl.load(factor_at, mask=real[:, None], other=0).to(low.dtype), y, UPCAST)
+            y = _dot(low, tl.load(factor_at, mask=real[:, None], other=0), y, UPCAST)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     stored = (m < end)[:, None] & (n < N)[None, :]
     if addend_ptr is not None:
@@ -165,7 +165,7 @@ def grouped_gram_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out[e, l, r] = Σ over the rows s of expert e of left[s, l] · right[s, r], in row order; either side may gather."""
+    """out[e, l, r] = Σ over rows s of expert e of left[s, l] · right[s, r], in row order; either side may gather."""
     expert = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     j = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -208,18 +208,27 @@ def _activation(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _gate(y_ptr, i, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
-          ALPHA: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+def _gate(
+    y_ptr,
+    i,
+    width,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
     """The gate of one row's columns i: its value, its slopes towards both halves, and where those lie."""
     left_at = 2 * i if INTERLEAVED else i
-    right_at = 2 * i + 1 if INTERLEAVED else I + i
-    left = tl.load(y_ptr + left_at, mask=i < I, other=0).to(tl.float32)
+    right_at = 2 * i + 1 if INTERLEAVED else width + i
+    left = tl.load(y_ptr + left_at, mask=i < width, other=0).to(tl.float32)
     passes = left <= LIMIT if LIMIT is not None else left == left
     value, slope = _activation(tl.minimum(left, LIMIT) if LIMIT is not None else left, ACTIVATION, ALPHA)
     slope = tl.where(passes, slope, 0.0)
     right_slope = value
     if GATED:
-        right = tl.load(y_ptr + right_at, mask=i < I, other=0).to(tl.float32)
+        right = tl.load(y_ptr + right_at, mask=i < width, other=0).to(tl.float32)
         if LIMIT is not None:
             right_slope = tl.where((right <= LIMIT) & (right >= -LIMIT), value, 0.0)
             right = tl.minimum(tl.maximum(right, -LIMIT), LIMIT)
@@ -231,7 +240,7 @@ def _gate(y_ptr, i, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATIO
 def gate_forward_kernel(
     y_ptr,
     out_ptr,
-    I,
+    width,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -243,9 +252,9 @@ def gate_forward_kernel(
     """out [S, I] = gate(y), y [S, 2I] in halves or interleaved, [S, I] where there is no second half."""
     s = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    y_row = y_ptr + s * (2 * I if GATED else I)
-    value, _, _, _, _ = _gate(y_row, i, I, GATED, INTERLEAVED, ACTIVATION, LIMIT, ALPHA, OFFSET)
-    tl.store(out_ptr + s * I + i, value.to(out_ptr.dtype.element_ty), mask=i < I)
+    y_row = y_ptr + s * (2 * width if GATED else width)
+    value, _, _, _, _ = _gate(y_row, i, width, GATED, INTERLEAVED, ACTIVATION, LIMIT, ALPHA, OFFSET)
+    tl.store(out_ptr + s * width + i, value.to(out_ptr.dtype.element_ty), mask=i < width)
 
 
 @triton.jit
@@ -254,7 +263,7 @@ def gate_backward_kernel(
     grad_ptr,
     weight_ptr,
     dot_ptr,
-    I,
+    width,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -263,24 +272,24 @@ def gate_backward_kernel(
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row s a program, in place: y becomes w·gradient of y, grad [S, I] becomes w·gate(y), dot ⟨gate(y), grad⟩."""
+    """One row a program, in place: y becomes w·gradient of y, grad [S, I] becomes w·gate(y); dot is ⟨gate(y), grad⟩."""
     s = tl.program_id(0).to(tl.int64)
-    y_row = y_ptr + s * (2 * I if GATED else I)
+    y_row = y_ptr + s * (2 * width if GATED else width)
     weight = tl.load(weight_ptr + s).to(tl.float32)
     dot = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, I, BLOCK):
+    for start in range(0, width, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        grad_at = grad_ptr + s * I + i
-        grad = tl.load(grad_at, mask=i < I, other=0).to(tl.float32)
+        grad_at = grad_ptr + s * width + i
+        grad = tl.load(grad_at, mask=i < width, other=0).to(tl.float32)
         value, slope, right_slope, left_at, right_at = _gate(
-            y_row, i, I, GATED, INTERLEAVED, ACTIVATION, LIMIT, ALPHA, OFFSET
+            y_row, i, width, GATED, INTERLEAVED, ACTIVATION, LIMIT, ALPHA, OFFSET
         )
-        dot += tl.where(i < I, value * grad, 0.0)
+        dot += tl.where(i < width, value * grad, 0.0)
         element = y_ptr.dtype.element_ty
-        tl.store(y_row + left_at, (weight * grad * slope).to(element), mask=i < I)
+        tl.store(y_row + left_at, (weight * grad * slope).to(element), mask=i < width)
         if GATED:
-            tl.store(y_row + right_at, (weight * grad * right_slope).to(element), mask=i < I)
-        tl.store(grad_at, (weight * value).to(element), mask=i < I)
+            tl.store(y_row + right_at, (weight * grad * right_slope).to(element), mask=i < width)
+        tl.store(grad_at, (weight * value).to(element), mask=i < width)
     tl.store(dot_ptr + s, tl.sum(dot, 0))
 
 

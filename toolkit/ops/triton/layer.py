@@ -7,6 +7,9 @@ Checked in Triton's interpreter and by its compiler; never yet run on a card (`s
     T tokens, K experts per token, S = T·K rows sorted by expert, E experts, H hidden, I intermediate, O outputs, R rank
 """
 
+# torch types a custom operator's result as Any.
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -73,7 +76,7 @@ def expert_layer(
     up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of every token's experts: [T, H], in x's dtype (fp32, bf16 or fp16). As `reference.expert_layer`.
+    """The weighted sum of every token's experts: [T, H], in x's dtype: fp32, bf16 or fp16.
 
     Raises:
         ModelError: fp64, or a device that is no CUDA card outside Triton's interpreter.
