@@ -14,7 +14,9 @@ import triton
 
 from toolkit.ops.triton import kernels
 from toolkit.ops.triton.gates import GateForm
-from toolkit.ops.triton.tiles import INTERPRETED, Tile, default_tile, power_of_two
+from toolkit.ops.triton.launch import Product
+from toolkit.ops.triton.tiles import INTERPRETED, power_of_two
+from toolkit.ops.triton.tune import run
 
 __all__ = [
     "gate_backward",
@@ -22,7 +24,6 @@ __all__ = [
     "gather_sum",
     "grouped_gemm",
     "grouped_gram",
-    "launch_gemm",
     "quantize_rows",
 ]
 
@@ -58,60 +59,11 @@ def grouped_gemm(
         low, factor: [S, R] and [E, N, R] ([E, R, N] with `is_factor_swapped`); their product is added.
         addend: [S, N], added last.
     """
-    outputs = weight.shape[2 if is_swapped else 1]
-    rows = (x if row is None else row).shape[0]
-    tile = default_tile(max(1, rows // weight.shape[0]), outputs, x.element_size())
-    return launch_gemm(
-        tile, x, weight, offset, row, dtype, is_swapped, scale, is_scale_on_input, bias, column, x_scale, low, factor,
+    product = Product(
+        x, weight, offset, row, dtype, is_swapped, scale, is_scale_on_input, bias, column, x_scale, low, factor,
         is_factor_swapped, addend,
     )  # fmt: skip
-
-
-def launch_gemm(
-    tile: Tile,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    offset: torch.Tensor,
-    row: Optional,
-    dtype: torch.dtype,
-    is_swapped: bool,
-    scale: Optional,
-    is_scale_on_input: bool,
-    bias: Optional,
-    column: Optional,
-    x_scale: Optional,
-    low: Optional,
-    factor: Optional,
-    is_factor_swapped: bool,
-    addend: Optional,
-) -> torch.Tensor:
-    """`grouped_gemm` with this tile."""
-    E, N, K = weight.shape[0], weight.shape[2 if is_swapped else 1], x.shape[1]
-    S = (x if row is None else row).shape[0]
-    out = torch.empty((S, N), dtype=dtype, device=x.device)
-    if not out.numel():
-        return out
-    stride_e, stride_n, stride_k = weight.stride() if not is_swapped else _swapped(weight)
-    strides = (0, 0, 0) if factor is None else _swapped(factor) if is_factor_swapped else factor.stride()
-    # Every tile but one an expert is full, so this bound needs no look at the routing.
-    tiles = min(triton.cdiv(S, tile.m) + E, S)
-    kernels.grouped_gemm_kernel[(tiles * triton.cdiv(N, tile.n),)](
-        x.contiguous(), row, offset, weight, scale, bias, column, x_scale, low, factor, addend, out,
-        N, K, 0 if low is None else low.shape[1], stride_e, stride_n, stride_k, *strides,
-        E=E, BLOCK_E=power_of_two(E, least=1), SCALE_ON_INPUT=is_scale_on_input and scale is not None,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=rank_block(0 if low is None else low.shape[1]),
-        GROUP_N=tile.group, EVEN_K=K % tile.k == 0, UPCAST=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return out
-
-
-def _swapped(stack: torch.Tensor) -> tuple[int, int, int]:
-    return stack.stride(0), stack.stride(2), stack.stride(1)
-
-
-def rank_block(rank: int) -> int:
-    """How much of the rank one step takes: all of a usual one."""
-    return power_of_two(rank, most=64)
+    return run(product)
 
 
 @grouped_gemm.register_fake
