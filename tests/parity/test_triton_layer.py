@@ -211,6 +211,36 @@ def test_the_compiler_traces_through_without_a_break() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_scaling_and_layout_of_the_factors_are_the_callers_own() -> None:
+    """PEFT keeps B expert-fastest: as a strided, scaled view it gives what a contiguous scaled copy gives."""
+    weights, leaves, index = SETTINGS["plain"].build()
+    x, routing_weights, up_A, up_B, down_A, down_B = leaves
+    strided = [B.detach().permute(1, 2, 0).contiguous().requires_grad_() for B in (up_B, down_B)]
+    views = [LoraFactors(A, B.permute(2, 0, 1), 0.5) for A, B in zip((up_A, down_A), strided, strict=True)]
+    copies = [LoraFactors(up_A, up_B * 0.5), LoraFactors(down_A, down_B * 0.5)]
+    got = expert_layer(x, index, routing_weights, weights, *views)
+    wanted = reference.expert_layer(x, index, routing_weights, weights, *copies)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    ours = torch.autograd.grad(got.sum(), [up_A, down_A, *strided])
+    theirs = torch.autograd.grad(wanted.sum(), [up_A, down_A, up_B, down_B])
+    for mine, law in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine, law, rtol=1e-4, atol=1e-4)
+    for mine, law in zip(ours[2:], theirs[2:], strict=True):
+        torch.testing.assert_close(mine.permute(2, 0, 1), law, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "norm and bias, gate unknown"])
+def test_kept_up_outputs_give_the_same_bits_even_twice(name: str) -> None:
+    weights, leaves, index = SETTINGS[name].build()
+    x, routing_weights, *factors = leaves
+    loras = (LoraFactors(*factors[:2]), LoraFactors(*factors[2:]))
+    again, kept = (expert_layer(x, index, routing_weights, weights, *loras, keep_up=keep) for keep in (False, True))
+    wanted = torch.autograd.grad(again.sum(), leaves)
+    for _ in range(2):
+        got = torch.autograd.grad(kept.sum(), leaves, retain_graph=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
+
+
 def test_it_is_registered_and_refuses_what_it_cannot_do() -> None:
     weights, leaves, index = SETTINGS["one of everything"].build()
     x, routing_weights, *_ = (leaf.detach() for leaf in leaves)

@@ -45,7 +45,7 @@ def product(is_swapped: bool, is_scale_on_input: bool) -> Product:
 
 
 @pytest.mark.parametrize("experts_at_a_time", [1, 2, 5])
-@pytest.mark.parametrize(("is_swapped", "is_scale_on_input"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("is_swapped", "is_scale_on_input"), [*itertools.product([False, True], repeat=2)])
 def test_dequantised_experts_give_what_the_kernel_gives(
     is_swapped: bool, is_scale_on_input: bool, experts_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

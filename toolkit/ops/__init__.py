@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "LoraFactors"]
 
+_HOMES = dict.fromkeys(["BACKENDS", "DEFAULT_BACKEND", "FACTORS"], "toolkit.ops.registry")
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'toolkit.ops' has no attribute {name!r}")
-    return getattr(import_module("toolkit.ops.registry"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -11,7 +11,8 @@ __all__ = ["LoraFactors"]
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """`ΔW_e = B_e A_e`, the scaling already in B. A [E, R, I], B [E, O, R]."""
+    """`ΔW_e = scaling · B_e A_e`. A [E, R, I], B [E, O, R]; both may be views with any strides."""
 
     A: torch.Tensor
     B: torch.Tensor
+    scaling: float = 1.0

@@ -23,9 +23,9 @@ FACTORS = "onecard_factors"
 """Attribute of an experts module: {stack name: LoraFactors} while an adapter is active."""
 
 
-def _triton(name: str, *args: object) -> torch.Tensor:
+def _triton(name: str, *args: object, **options: object) -> torch.Tensor:
     """Triton is imported by the first layer that runs: most machines without a card have none."""
-    output: torch.Tensor = getattr(import_module("toolkit.ops.triton"), name)(*args)
+    output: torch.Tensor = getattr(import_module("toolkit.ops.triton"), name)(*args, **options)
     return output
 
 

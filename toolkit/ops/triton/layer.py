@@ -1,7 +1,7 @@
 """The expert layer as one autograd function over the kernels, for CUDA cards. `ops/reference.py` is the law.
 
-Kept for backward are the input, the routing and the factors; both projections are computed again there, in buffers that
-the gate's backward overwrites. No row-sorted copy of the input exists: kernels read its rows through an index.
+Kept for backward are the input, the routing and the factors; the first projection is computed again there, in memory
+that the gate's backward overwrites. No row-sorted copy of the input exists: kernels read its rows through an index.
 Checked in Triton's interpreter and by its compiler; never yet run on a card (`scripts/gpu_check.py` is for that day).
 
     T tokens, K experts per token, S = T·K rows sorted by expert, E experts, H hidden, I intermediate, O outputs, R rank
@@ -75,13 +75,17 @@ def expert_layer(
     weights: Weights,
     up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
+    *,
+    keep_up: bool = False,
 ) -> torch.Tensor:
     """The weighted sum of every token's experts: [T, H], in x's dtype: fp32, bf16 or fp16.
+
+    `keep_up` keeps the first projection's output [S, O] for backward, which is then not computed again.
 
     Raises:
         ModelError: fp64, or a device that is no CUDA card outside Triton's interpreter.
     """
-    return _apply(x_TH, index_TK, weight_TK, weights, up_lora, down_lora, is_int8=False)
+    return _apply(x_TH, index_TK, weight_TK, weights, (up_lora, down_lora), keep_up, is_int8=False)
 
 
 def expert_layer_w8a8(
@@ -91,13 +95,15 @@ def expert_layer_w8a8(
     weights: Weights,
     up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
+    *,
+    keep_up: bool = False,
 ) -> torch.Tensor:
     """The same with the frozen products of forward on int8 tensor cores: rows are rounded to int8 too.
 
     Less exact (see `w8a8.py` for smoothing and for the comparison of losses that should decide); backward passes
     gradients straight through the rounding. Float stacks stay as they are.
     """
-    return _apply(x_TH, index_TK, weight_TK, weights, up_lora, down_lora, is_int8=True)
+    return _apply(x_TH, index_TK, weight_TK, weights, (up_lora, down_lora), keep_up, is_int8=True)
 
 
 def _apply(
@@ -105,8 +111,8 @@ def _apply(
     index_TK: torch.Tensor,
     weight_TK: torch.Tensor,
     weights: Weights,
-    up_lora: LoraFactors | None,
-    down_lora: LoraFactors | None,
+    loras: tuple[LoraFactors | None, LoraFactors | None],
+    keep_up: bool,
     is_int8: bool,
 ) -> torch.Tensor:
     if x_TH.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -114,8 +120,11 @@ def _apply(
     if x_TH.device.type != "cuda" and not INTERPRETED:
         raise ModelError(f"the Triton experts need a CUDA card, not {x_TH.device.type}; use onecard_per_expert")
     form = recognize(weights.gate, _outputs(weights.up), x_TH.device)
-    factors = [f for lora in (up_lora, down_lora) for f in ((None, None) if lora is None else (lora.A, lora.B))]
-    output: torch.Tensor = _ExpertLayer.apply(x_TH, weight_TK, *factors, index_TK, weights, form, is_int8)
+    factors = [factor for lora in loras for factor in ((None, None) if lora is None else (lora.A, lora.B))]
+    scalings = tuple(1.0 if lora is None else lora.scaling for lora in loras)
+    output: torch.Tensor = _ExpertLayer.apply(
+        x_TH, weight_TK, *factors, index_TK, weights, form, scalings, keep_up, is_int8
+    )
     return output
 
 
@@ -130,6 +139,7 @@ class _Projection:
     stack: Stack
     A: torch.Tensor | None
     B: torch.Tensor | None
+    scaling: float
     offset: torch.Tensor
     is_int8: bool
 
@@ -140,13 +150,15 @@ class _Projection:
         return products.grouped_gemm(x, self.A.to(x.dtype), self.offset, row, x.dtype)
 
     def low_gradient(self, grad: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor | None:
-        """grad B: [S, R]."""
-        if self.B is None:
-            return None
-        return products.grouped_gemm(grad, self.B.to(grad.dtype), self.offset, row, grad.dtype, is_swapped=True)
+        """grad · scaling B: [S, R]."""
+        B = self._scaled_B(grad.dtype)
+        return None if B is None else products.grouped_gemm(grad, B, self.offset, row, grad.dtype, is_swapped=True)
+
+    def _scaled_B(self, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.B is None else (self.scaling * self.B).to(dtype).contiguous()
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
-        """x Wᵀ + b + low Bᵀ: [S, O]; x [S, I], or gathered by `row`."""
+        """x Wᵀ + b + low · scaling Bᵀ: [S, O]; x [S, I], or gathered by `row`."""
         stack, x_scale, dtype = self.stack, None, x.dtype
         if self.is_int8 and stack.scale is not None:
             x, x_scale = products.quantize_rows(x, self._smooth)
@@ -154,7 +166,7 @@ class _Projection:
             x = (x / self._smooth).to(dtype)
         return products.grouped_gemm(
             x, stack.weight, self.offset, row, dtype, is_swapped=stack.is_transposed, scale=stack.scale,
-            bias=stack.bias, x_scale=x_scale, low=low, factor=None if self.B is None else self.B.to(dtype),
+            bias=stack.bias, x_scale=x_scale, low=low, factor=self._scaled_B(dtype),
         )  # fmt: skip
 
     def input_gradient(
@@ -177,17 +189,17 @@ class _Projection:
 class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
-        x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, form, is_int8 = args
+        x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, form, scalings, keep_up, is_int8 = args
         routing = route(index_TK, weights.up.weight.shape[0])
+        # Not among the saved tensors: a stack may be streamed in again before backward, and hooks must not copy it.
+        ctx.weights, ctx.form, ctx.scalings, ctx.is_int8 = weights, form, scalings, is_int8
+        up = _Projection(weights.up, up_A, up_B, scalings[0], routing.offset, is_int8)
+        down = _Projection(weights.down, down_A, down_B, scalings[1], routing.offset, is_int8)
+        y_SO = up.forward(x_TH, routing.token, up.low(x_TH, routing.token))
         ctx.save_for_backward(
-            x_TH, weight_TK, up_A, up_B, down_A, down_B,
+            x_TH, weight_TK, up_A, up_B, down_A, down_B, y_SO if keep_up else None,
             index_TK, routing.token, routing.slot, routing.place, routing.offset,
         )  # fmt: skip
-        # Not among the saved tensors: a stack may be streamed in again before backward, and hooks must not copy it.
-        ctx.weights, ctx.form, ctx.is_int8 = weights, form, is_int8
-        up = _Projection(weights.up, up_A, up_B, routing.offset, is_int8)
-        down = _Projection(weights.down, down_A, down_B, routing.offset, is_int8)
-        y_SO = up.forward(x_TH, routing.token, up.low(x_TH, routing.token))
         hidden_SI = weights.gate(y_SO) if form is None else products.gate_forward(form, y_SO)
         del y_SO
         rows_SH = down.forward(hidden_SI, None, down.low(hidden_SI, None))
@@ -197,13 +209,14 @@ class _ExpertLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, *routing = ctx.saved_tensors
+        x_TH, weight_TK, up_A, up_B, down_A, down_B, kept_SO, index_TK, *routing = ctx.saved_tensors
         weights: Weights = ctx.weights
         rows = Routing(*routing)
-        up = _Projection(weights.up, up_A, up_B, rows.offset, ctx.is_int8)
-        down = _Projection(weights.down, down_A, down_B, rows.offset, ctx.is_int8)
+        up = _Projection(weights.up, up_A, up_B, ctx.scalings[0], rows.offset, ctx.is_int8)
+        down = _Projection(weights.down, down_A, down_B, ctx.scalings[1], rows.offset, ctx.is_int8)
         low_up_SR = up.low(x_TH, rows.token)
-        y_SO = up.forward(x_TH, rows.token, low_up_SR)
+        # A kept one is copied: the gate's backward writes into it, and somebody may want this backward twice.
+        y_SO = up.forward(x_TH, rows.token, low_up_SR) if kept_SO is None else kept_SO.clone()
         state = _Down(weights, down, rows, weight_TK.reshape(-1)[rows.slot], index_TK, grads[0].contiguous())
         grad_y_SO, grad_weight_TK, grad_down_A, grad_down_B = state.backward(y_SO, ctx.form)
         del y_SO
@@ -215,7 +228,7 @@ class _ExpertLayer(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x_TH = products.gather_sum(up.input_gradient(grad_y_SO, None, low_SR), rows.place, None)
         factors = (grad_up_A, grad_up_B, grad_down_A, grad_down_B)
-        return grad_x_TH, grad_weight_TK.to(weight_TK.dtype), *factors, None, None, None, None
+        return grad_x_TH, grad_weight_TK.to(weight_TK.dtype), *factors, *(None,) * 6
 
 
 @dataclass
@@ -309,10 +322,10 @@ def _factor_gradients(
     low_gradient_SR: torch.Tensor | None,
     offset: torch.Tensor,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """∂A = (grad B)ᵀ x [E, R, I] and ∂B = gradᵀ (x Aᵀ) [E, O, R], in the factors' dtypes."""
+    """∂A = (grad · scaling B)ᵀ x [E, R, I] and ∂B = scaling · gradᵀ (x Aᵀ) [E, O, R], in the factors' dtypes."""
     A, B = projection.A, projection.B
     if A is None or B is None or low_SR is None or low_gradient_SR is None:
         return None, None
     grad_A = products.grouped_gram(low_gradient_SR, None, *x, offset)
-    grad_B = products.grouped_gram(*grad, low_SR, None, offset)
+    grad_B = products.grouped_gram(*grad, low_SR, None, offset).mul_(projection.scaling)
     return grad_A.to(A.dtype), grad_B.to(B.dtype)

@@ -94,7 +94,7 @@ def choose(
 ) -> str:
     """The way remembered for this kind, or the fastest now, which is remembered. Ways that do not run are left out."""
     known = choices.get(kind)
-    if known in options:
+    if known is not None and known in options:
         return known
     times: dict[str, float] = {}
     for name, option in options.items():
@@ -129,7 +129,7 @@ def _card(index: int) -> str:
 
 def milliseconds(option: Callable[[], torch.Tensor]) -> float:
     """Median of five on the card, after two that compile and warm up."""
-    times = []
+    times: list[float] = []
     for number in range(7):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
