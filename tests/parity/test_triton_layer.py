@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from tests.parity.test_expert_layer import Case, build, run
 from toolkit.errors import ModelError
 from toolkit.ops import BACKENDS, LoraFactors, reference
-from toolkit.quant import ExpertWeights
+from toolkit.quant import ExpertWeights, load_int8
 
 pytest.importorskip("triton")
 
@@ -271,3 +272,15 @@ def test_rounded_rows_lose_what_eight_bits_lose_and_smoothing_gives_most_of_it_b
     plain, better = (loss(run(expert_layer_w8a8, w, leaves, index)) for w in (weights, smoothed))
     assert 0 < better < 0.7 * plain
     assert plain < 0.3
+
+
+def test_real_experts_modules_give_the_same_logits_by_way_of_the_registry(checkpoint: Path) -> None:
+    found = {}
+    for backend in ("onecard_reference", "onecard_triton"):
+        model, _ = load_int8(str(checkpoint), experts_implementation=backend)
+        with torch.no_grad():
+            found[backend] = model(torch.arange(6).unsqueeze(0)).logits
+    experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    outputs = experts.gate_up_proj.shape[1 + experts.is_transposed]
+    assert recognize(experts._apply_gate, outputs, torch.device("cpu")) is not None
+    torch.testing.assert_close(found["onecard_triton"], found["onecard_reference"], rtol=1e-4, atol=1e-4)

@@ -1,7 +1,7 @@
 """The expert computation. `reference` is the law; every backend is registered with transformers under its own name.
 
-The registry is imported when first asked for: the kernels and the law need torch alone, and scripts use them without
-transformers.
+The registry is imported when first asked for: the kernels need torch and triton alone, and `scripts/gpu_check.py` uses
+them without transformers.
 """
 
 from __future__ import annotations
