@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-import toolkit.ops  # noqa: F401  (registers the expert backends)
+import toolkit.ops.registry  # noqa: F401  (registers the expert backends)
 from toolkit.architecture import Architecture, describe, expert_parameters, is_experts
 from toolkit.data import build_batches
 from toolkit.quant import LINEAR_ROLES, ExpertStack, expert_weights, load_int8

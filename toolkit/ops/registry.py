@@ -6,6 +6,9 @@ An experts module then computes with `experts_implementation="onecard_<backend>"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -22,9 +25,22 @@ FACTORS = "onecard_factors"
 
 _KEEP_UP = "onecard_keep_up"
 
+
+def _triton(name: str, *args: object, **options: object) -> torch.Tensor:
+    """Triton is imported by the first layer that runs: most machines without a card have none."""
+    output: torch.Tensor = getattr(import_module("toolkit.ops.triton"), name)(*args, **options)
+    return output
+
+
+_TRITON: Mapping[str, Callable[..., torch.Tensor]] = {
+    "onecard_triton": partial(_triton, "expert_layer"),
+    "onecard_triton_w8a8": partial(_triton, "expert_layer_w8a8"),
+}
+
 BACKENDS: Mapping[str, Callable[..., torch.Tensor]] = {
     "onecard_per_expert": per_expert.expert_layer,
     "onecard_reference": reference.expert_layer,
+    **(_TRITON if find_spec("triton") else {}),
 }
 
 

@@ -24,7 +24,10 @@ from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "Bytes", "Plan", "device_memory", "make_plan"]
 
-BACKENDS: Mapping[str, str] = {"cpu": "onecard_per_expert", "cuda": "onecard_per_expert"}
+BACKENDS: Mapping[str, str] = {
+    "cpu": "onecard_per_expert",
+    "cuda": "onecard_triton" if find_spec("triton") else "onecard_per_expert",
+}
 """The expert backend of each device type, by the name it is registered under."""
 
 

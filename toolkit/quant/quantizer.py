@@ -176,7 +176,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         )
 
 
-_BACKEND_ROOM = "toolkit.ops"
+_BACKEND_ROOM = "toolkit.ops.registry"
 
 
 def _bare(model: nn.Module) -> Iterator[str]:

@@ -1,0 +1,141 @@
+"""Which way a product takes on this card: timed once for a kind of shape, then read from a file.
+
+Triton's own autotuner keeps its choices for one process and knows tiles only; here one of the ways is torch's product
+on dequantised experts, and a resumed run takes the ways it took before. Never yet run on a card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from toolkit.ops.triton.launch import Product, chunked, fused
+from toolkit.ops.triton.tiles import Tile, candidates, power_of_two
+
+__all__ = ["CHUNKED", "Choices", "choose", "kind_of", "milliseconds", "run", "ways"]
+
+CHUNKED = "chunked"
+
+
+class Choices:
+    """Names of ways by kind of product, in a JSON file that several processes may share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known = self._read()
+
+    def get(self, kind: str) -> str | None:
+        """The way chosen for this kind, if one was."""
+        return self._known.get(kind)
+
+    def put(self, kind: str, way: str) -> None:
+        """Remember, and write the file anew beside itself: a kill leaves the old one or the new one."""
+        self._known = {**self._read(), **self._known, kind: way}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
+                json.dump(self._known, file, indent=1, sort_keys=True)
+            os.replace(file.name, self.path)
+        except OSError:
+            pass  # a home that cannot be written costs the next process its timing, nothing else
+
+    def _read(self) -> dict[str, str]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there yet, or damaged: time again
+            return {}
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+@cache
+def _choices() -> Choices:
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Choices(Path(cache_home) / "onecard" / f"kernels-triton-{triton.__version__}-torch-{torch.__version__}.json")
+
+
+def run(product: Product) -> torch.Tensor:
+    """The product by the way that was fastest on this card; in the interpreter by the kernel."""
+    if product.x.device.type != "cuda":
+        return fused(product)
+    if torch.cuda.is_current_stream_capturing():  # a graph cannot wait, so nothing is timed and the kernel it is
+        return fused(product)
+    options = ways(product)
+    way = choose(kind_of(product, _card(product.x.device.index)), options, _choices(), milliseconds)
+    return options[way]()
+
+
+def ways(product: Product) -> dict[str, Callable[[], torch.Tensor]]:
+    """All ways by name, the default first."""
+    rows = max(1, product.rows // product.experts)
+    tiles = candidates(rows, product.outputs, product.x.element_size())
+    options = {str(tile): _by_tile(product, tile) for tile in tiles}
+    if product.x_scale is None and product.weight.dtype == torch.int8:
+        options[CHUNKED] = lambda: chunked(product)
+    return options
+
+
+def _by_tile(product: Product, tile: Tile) -> Callable[[], torch.Tensor]:
+    return lambda: fused(product, tile)
+
+
+def choose(
+    kind: str,
+    options: Mapping[str, Callable[[], torch.Tensor]],
+    choices: Choices,
+    timer: Callable[[Callable[[], torch.Tensor]], float],
+) -> str:
+    """The way remembered for this kind, or the fastest now, which is remembered. Ways that do not run are left out."""
+    known = choices.get(kind)
+    if known is not None and known in options:
+        return known
+    times: dict[str, float] = {}
+    for name, option in options.items():
+        try:
+            times[name] = timer(option)
+        except (RuntimeError, triton.runtime.errors.OutOfResources):
+            continue  # too large for this card, or a shape that torch's product does not take
+    if not times:
+        return next(iter(options))  # which then says itself why it fails
+    best = min(times, key=times.__getitem__)
+    choices.put(kind, best)
+    return best
+
+
+def kind_of(product: Product, card: str) -> str:
+    """What decides speed: card, types, sizes, how the weight lies, what is fused; rows an expert in powers of two."""
+    p = product
+    rows = power_of_two(max(1, p.rows // p.experts), least=1)
+    parts = (
+        card, p.x.dtype, p.weight.dtype, f"rows {rows}", f"E {p.experts}", f"N {p.outputs}", f"K {p.x.shape[1]}",
+        f"R {p.rank}", "input scale" if p.is_scale_on_input else "", "swapped" if p.is_swapped else "",
+        "gathered" if p.row is not None else "",
+    )  # fmt: skip
+    return ", ".join(str(part).removeprefix("torch.") for part in parts if part)
+
+
+@cache
+def _card(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name} sm_{properties.major}{properties.minor}"
+
+
+def milliseconds(option: Callable[[], torch.Tensor]) -> float:
+    """Median of five on the card, after two that compile and warm up."""
+    times: list[float] = []
+    for number in range(7):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        option()
+        end.record()
+        end.synchronize()
+        if number >= 2:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,77 @@
+"""What the cards can do that a plan or a benchmark reckons with, from NVIDIA's own tables; no driver is asked.
+
+Peaks follow from the number of multiprocessors and the boost clock: on GeForce, in all three generations, one does 512
+bf16 operations a clock with fp32 sums (half of what it does with fp16 sums) and 2,048 int8 operations. The products
+agree with the peaks that the white papers print: 71, 165.2 and 209.5 TFLOP/s for the 3090, 4090 and 5090.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["CARDS", "Card"]
+
+_AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.1.pdf"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_BLACKWELL = "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
+_PAGE_30 = "https://www.nvidia.com/en-us/geforce/graphics-cards/30-series/"
+_PAGE_40 = "https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/"
+
+_BF16_OPERATIONS, _INT8_OPERATIONS = 512, 2048
+_GENERATION_4_X16, _GENERATION_4_X8, _GENERATION_5_X16 = 31.5, 15.75, 63.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card. Clock in GHz, memory in GiB, memory and PCIe rates in GB/s (each direction), dense operations."""
+
+    name: str
+    memory_gib: int
+    multiprocessors: int
+    clock: float
+    memory_rate: float
+    pcie_rate: float
+    capability: tuple[int, int]
+    source: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes; the driver and the display take some of them."""
+        return self.memory_gib << 30
+
+    @property
+    def bf16_tflops(self) -> float:
+        """Tensor-core TFLOP/s in bf16 with fp32 accumulation."""
+        return self.multiprocessors * self.clock * _BF16_OPERATIONS / 1e3
+
+    @property
+    def int8_tops(self) -> float:
+        """Tensor-core TOP/s in int8."""
+        return self.multiprocessors * self.clock * _INT8_OPERATIONS / 1e3
+
+    def seconds(self, operations: float, moved: float, *, is_int8: bool = False) -> float:
+        """The least time for so many operations and bytes of device memory, at the peak of either."""
+        peak = self.int8_tops if is_int8 else self.bf16_tflops
+        return max(operations / (peak * 1e12), moved / (self.memory_rate * 1e9))
+
+
+CARDS: Mapping[str, Card] = {
+    card.name: card
+    for card in (
+        Card("rtx-3060-12gb", 12, 28, 1.777, 360, _GENERATION_4_X16, (8, 6), _PAGE_30),
+        Card("rtx-3060-ti", 8, 38, 1.665, 448, _GENERATION_4_X16, (8, 6), _PAGE_30),
+        Card("rtx-3070", 8, 46, 1.725, 448, _GENERATION_4_X16, (8, 6), _AMPERE),
+        Card("rtx-3080", 10, 68, 1.710, 760, _GENERATION_4_X16, (8, 6), _AMPERE),
+        Card("rtx-3090", 24, 82, 1.695, 936, _GENERATION_4_X16, (8, 6), _AMPERE),
+        Card("rtx-4060-ti-16gb", 16, 34, 2.535, 288, _GENERATION_4_X8, (8, 9), _PAGE_40),
+        Card("rtx-4070", 12, 46, 2.475, 504, _GENERATION_4_X16, (8, 9), _PAGE_40),
+        Card("rtx-4070-ti-super", 16, 66, 2.610, 672, _GENERATION_4_X16, (8, 9), _PAGE_40),
+        Card("rtx-4080", 16, 76, 2.505, 717, _GENERATION_4_X16, (8, 9), _ADA),
+        Card("rtx-4090", 24, 128, 2.520, 1008, _GENERATION_4_X16, (8, 9), _ADA),
+        Card("rtx-5070-ti", 16, 70, 2.452, 896, _GENERATION_5_X16, (12, 0), _BLACKWELL),
+        Card("rtx-5080", 16, 84, 2.617, 960, _GENERATION_5_X16, (12, 0), _BLACKWELL),
+        Card("rtx-5090", 32, 170, 2.407, 1792, _GENERATION_5_X16, (12, 0), _BLACKWELL),
+    )
+}
+"""By the name that `--device` takes."""
