@@ -18,10 +18,11 @@ from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, first_line
-from toolkit.evaluate import Comparison, compare
+from toolkit.evaluate import Comparison, compare, held_out_loss
 from toolkit.ops import BACKENDS
 from toolkit.package import identify_base, write_artifact
-from toolkit.plan import Plan
+from toolkit.plan import BACKENDS as PLANNED
+from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 _NOT_TRL = {"output_dir"}
+_LOOKED_AT = 64
+"""Training examples that stand in where none are held out."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,12 @@ def train(
 
     Raises:
         ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
+        RecipeError: int8 rows were asked for and raise the loss too far.
     """
     console = console or Console(quiet=True)
+    if plan.backend == ROUNDED_ROWS:
+        looked_at = _held_out(batches, plan) or batches.train.select(range(min(len(batches.train), _LOOKED_AT)))
+        require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
     recipe, run = plan.recipe, RunFolder(plan.folder)
     tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
     run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -193,6 +200,26 @@ def train(
             "train longer"
         )
     return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+
+
+def require_harmless_rounding(
+    model: PeftModel, sequences: Dataset, batch_size: int, plain: str = PLANNED["cuda"], rounded: str = ROUNDED_ROWS
+) -> None:
+    """Raise `RecipeError` where int8 rows raise the loss on these examples too far; the model then computes with them.
+
+    Args:
+        sequences: rows of `input_ids` and `labels`. plain, rounded: the backends compared, by name.
+    """
+    from toolkit.ops.triton.w8a8 import compare_losses
+
+    base = model.get_base_model()
+
+    def loss_of(backend: str) -> float:
+        base.set_experts_implementation(backend)
+        return held_out_loss(model, sequences, batch_size)
+
+    model.eval()
+    compare_losses(loss_of, plain=plain, rounded=rounded).require()
 
 
 def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> Comparison | None:

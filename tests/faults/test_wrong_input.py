@@ -119,6 +119,11 @@ def test_weights_that_lack_a_stack(onecard: Run, recipe: Path, tmp_path: Path) -
     assert "experts" in err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("setting", ["quantization.activations=int8", "training.activation_offloading=true"])
+def test_what_only_a_card_can_do(onecard: Run, recipe: Path, setting: str) -> None:
+    fails(onecard("train", recipe, "training.use_cpu=true", setting), 2, setting.partition("=")[0])
+
+
 def test_no_such_model(onecard: Run, recipe: Path) -> None:
     fails(onecard("train", recipe, "model.model_name_or_path=./nowhere"), 4, "nowhere", "no such folder")
 

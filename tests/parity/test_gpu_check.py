@@ -84,7 +84,7 @@ def test_what_it_times_as_stock_computes_the_same_layer(script: ModuleType) -> N
 def test_kernels_compile_for_cards_that_are_not_here(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "kernels.py"), "--json"]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "triton_kernels.py"), "--json"]
     command += ["--kernel", "grouped_gemm", "quantize_rows", "--capability", "89", "120"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

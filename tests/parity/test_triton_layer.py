@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn import functional
 
 from tests.parity.test_expert_layer import Case, build, run
-from toolkit.errors import ModelError
+from toolkit.adapters import attach_lora
+from toolkit.errors import ModelError, RecipeError
+from toolkit.evaluate import held_out_loss
+from toolkit.flow import require_harmless_rounding
 from toolkit.ops import BACKENDS, LoraFactors, reference
 from toolkit.quant import ExpertWeights, load_int8
 
@@ -284,3 +288,19 @@ def test_real_experts_modules_give_the_same_logits_by_way_of_the_registry(checkp
     outputs = experts.gate_up_proj.shape[1 + experts.is_transposed]
     assert recognize(experts._apply_gate, outputs, torch.device("cpu")) is not None
     torch.testing.assert_close(found["onecard_triton"], found["onecard_reference"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_moe"], indirect=True)
+def test_rounded_rows_are_refused_where_they_raise_the_loss(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach_lora(load_int8(str(checkpoint))[0], r=2)
+    rows = [[3 + (start + step) % 90 for step in range(6 + start)] for start in range(3)]
+    sequences = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    wanted = held_out_loss(model.eval(), sequences, 2)
+    require_harmless_rounding(model, sequences, 2)
+    assert model.config._experts_implementation == "onecard_triton_w8a8"
+    rounded = held_out_loss(model, sequences, 2)
+    assert 0 < abs(rounded - wanted) < 0.005 * wanted
+    losses = {"onecard_triton": 2.0, "onecard_triton_w8a8": 2.02}
+    monkeypatch.setattr("toolkit.flow.held_out_loss", lambda model, *_: losses[model.config._experts_implementation])
+    with pytest.raises(RecipeError, match=r"held-out loss 2\.0200 against 2\.0000"):
+        require_harmless_rounding(model, sequences, 2)

@@ -16,7 +16,7 @@ from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
 from toolkit.train.labelled import labelled_logits
 
-__all__ = ["Comparison", "Measured", "compare", "measure"]
+__all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,12 @@ def measure(
     )
     exact = [_normal(got) == _normal(q.answer) for got, q in zip(answers, questions, strict=True)]
     share = sum(exact) / len(exact) if exact else None
-    return Measured(_loss(model, sequences, batch_size), share, tuple(answers))
+    return Measured(held_out_loss(model, sequences, batch_size), share, tuple(answers))
 
 
 @torch.no_grad()
-def _loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -> float:
+def held_out_loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -> float:
+    """Mean loss in nats of every labelled token."""
     total, count = 0.0, 0
     order = sorted(sequences, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(order), batch_size):

@@ -1,6 +1,6 @@
 """Before any weight is read: what a run will load, adapt and need, and what a checkpoint is made of."""
 
 from toolkit.plan.audit import Audit, Part, audit
-from toolkit.plan.make import BACKENDS, Bytes, Plan, device_memory, make_plan
+from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Bytes, Plan, device_memory, make_plan
 
-__all__ = ["BACKENDS", "Audit", "Bytes", "Part", "Plan", "audit", "device_memory", "make_plan"]
+__all__ = ["BACKENDS", "ROUNDED_ROWS", "Audit", "Bytes", "Part", "Plan", "audit", "device_memory", "make_plan"]

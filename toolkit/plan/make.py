@@ -22,13 +22,16 @@ from toolkit.plan.audit import check_shards
 from toolkit.plan.formats import declared_format
 from toolkit.recipe import Recipe
 
-__all__ = ["BACKENDS", "Bytes", "Plan", "device_memory", "make_plan"]
+__all__ = ["BACKENDS", "ROUNDED_ROWS", "Bytes", "Plan", "device_memory", "make_plan"]
 
 BACKENDS: Mapping[str, str] = {
     "cpu": "onecard_per_expert",
     "cuda": "onecard_triton" if find_spec("triton") else "onecard_per_expert",
 }
 """The expert backend of each device type, by the name it is registered under."""
+
+ROUNDED_ROWS = "onecard_triton_w8a8"
+"""The backend that rounds rows to int8 as well."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def make_plan(recipe: Recipe) -> Plan:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
     device = "cuda" if torch.cuda.is_available() and not recipe.training.use_cpu else "cpu"
+    backend = _backend(recipe, device)
     name = recipe.model.model_name_or_path
     _check_folder(name)
     model = skeleton(name, revision=recipe.model.revision)
@@ -109,9 +113,17 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.model.model_name_or_path}: needs {sizes.total / 2**30:.1f} GiB before activations, {device} has "
             f"{memory / 2**30:.1f} GiB; lower lora.r or take a smaller model"
         )
-    return Plan(
-        recipe, name, device, dtype, BACKENDS[device], architecture, sizes, memory, Path(recipe.training.output_dir)
-    )
+    return Plan(recipe, name, device, dtype, backend, architecture, sizes, memory, Path(recipe.training.output_dir))
+
+
+def _backend(recipe: Recipe, device: str) -> str:
+    if device != "cuda" and recipe.training.activation_offloading:
+        raise RecipeError("training.activation_offloading: activations are in host memory already; remove the line")
+    if recipe.quantization.activations == "none":
+        return BACKENDS[device]
+    if device != "cuda" or not find_spec("triton"):
+        raise RecipeError("quantization.activations: int8 rows need a CUDA card and Triton; set it to none")
+    return ROUNDED_ROWS
 
 
 def _check_folder(name: str) -> None:

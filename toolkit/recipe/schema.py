@@ -56,6 +56,9 @@ class QuantizationSection(_Section):
     linears: Literal["int8", "bnb", "none"] = "int8"
     """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
     activations too; or left alone."""
+    activations: Literal["none", "int8"] = "none"
+    """`int8` also rounds the rows that experts compute in forward, for the int8 tensor cores of a card; refused before
+    step 1 where it raises the held-out loss by more than 0.5%."""
     error_compensation: Literal["none", "gptq"] = "none"
     """`gptq` rounds the int8 parts again, layer by layer, so that their outputs on training examples stay as near as
     they can: same storage, same speed, some minutes more before step 1."""
@@ -64,6 +67,8 @@ class QuantizationSection(_Section):
 
     @model_validator(mode="after")
     def _something_to_compensate(self) -> QuantizationSection:
+        if self.activations == "int8" and self.experts != "int8":
+            raise ValueError("activations: int8 needs experts: int8")
         if self.error_compensation != "none" and self.experts != "int8" and self.linears != "int8":
             raise ValueError("error_compensation needs experts or linears in int8")
         return self
@@ -191,6 +196,8 @@ class TrainingSection(_Section):
     """AdamW's second decay."""
     gradient_checkpointing: bool = True
     """Recompute activations in backward instead of keeping them."""
+    activation_offloading: bool = False
+    """Keep activations in host memory between forward and backward; on a card only."""
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
     """Weight of the load-balancing loss; without it the model's own coefficient, where the router is trained."""
     logging_steps: Positive = 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The Triton kernels without a card: compiled ahead of time, their work counted, and the time no card can beat.
 
-    .venv/bin/python scripts/benchmarks/kernels.py [--capability 89 …] [--kernel NAME …] [--json]
+    .venv/bin/python scripts/benchmarks/triton_kernels.py [--capability 89 …] [--kernel NAME …] [--json]
 
 Registers, spilled bytes and shared memory come from the compiled kernels themselves (`cuobjdump` of the triton wheel,
 or one on the PATH). Limits are peak figures of NVIDIA's tables (`toolkit/plan/cards.py`): no kernel has run on a card.
@@ -222,7 +222,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if INTERPRETED:
-        print("kernels.py: TRITON_INTERPRET is set, nothing can be compiled; unset it", file=sys.stderr)
+        print("triton_kernels.py: TRITON_INTERPRET is set, nothing can be compiled; unset it", file=sys.stderr)
         return 2
     chosen = [v for v in variants() if options.kernel is None or v.kernel in options.kernel]
     compiled = [compile_for(variant, capability) for variant in chosen for capability in options.capability]
