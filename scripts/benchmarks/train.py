@@ -7,8 +7,8 @@
 Arms: onecard packed with activations recomputed (a recipe's defaults), with activations kept, and on padded batches of
 eight; stock TRL + PEFT `target_parameters` at its defaults and with activations kept; experts4bit-qlora in int8. All
 train the same examples at about the same number a step; stock starts from our fresh adapter. Peers run in a second
-environment, made once. Arms take turns; peak memory is that of a process that loads and trains once, with glibc's
-defaults. `random` is a checkpoint of 128 experts a layer that is made at the first call; smollm2 is made by
+environment, made once. Arms take turns; peak memory is that of a fresh process with glibc's defaults, training and
+loading apart. `random` is a checkpoint of 128 experts a layer that is made at the first call; smollm2 is made by
 scripts/make_smollm2_moe.py. Exit status 1 where held-out loss is over 1% from stock's, or packing changes the loss.
 """
 
@@ -84,17 +84,20 @@ def workers(names: Sequence[str], job: Job, options: argparse.Namespace, tuned: 
             python = sys.executable if name == "ours" else options.python
             worker = Worker(python, PROGRAM, threads=options.threads, tuned=tuned, arguments=[name], own=name == "ours")
             running[name] = stack.enter_context(worker)
-            print(f"{name}: loaded, {running[name].ask(do='build', job=asdict(job))}", file=sys.stderr, flush=True)
+            running[name].ask(do="build", job=asdict(job))
+            print(f"{name}: loaded", file=sys.stderr, flush=True)
         yield running
 
 
-def peak_memory(arms: Mapping[str, Arm], job: Job, options: argparse.Namespace) -> dict[str, int]:
-    """The most bytes that a process which loads and trains once has resident."""
+def peak_memory(arms: Mapping[str, Arm], job: Job, options: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """The most bytes resident while a fresh process loads (pages of the files included), and while it trains."""
     found = {}
     for name, arm in arms.items():
         with workers([arm.worker], job, options, False) as running:
+            loading = running[arm.worker].ask(do="peak")["loading"]
             running[arm.worker].ask(do="run", variant=arm.variant)
-            found[name] = running[arm.worker].ask(do="peak")["peak"]
+            found[name] = {"loading": loading, "training": running[arm.worker].ask(do="peak")["training"]}
+            print(f"{name}: peak {found[name]}", file=sys.stderr, flush=True)
     return found
 
 
@@ -149,13 +152,16 @@ def show(name: str, figures: Figures) -> None:
     """One checkpoint's table."""
     speeds, packing = figures["tokens_per_second"], figures["packing"]
     print(f"\n{name}: {figures['examples']} examples, {figures['tokens']} tokens without padding, fp32")
-    print(f"{'':26} {'tokens/s (least–most)':>24} {'ours is':>8} {'steps':>6} {'held-out loss':>14} {'peak MB':>8}")
+    columns = ("ours is", 8), ("steps", 6), ("held-out loss", 14), ("peak MB", 8), ("loading", 8)
+    print(f"{'':26} {'tokens/s (least–most)':>24}", *(f"{what:>{width}}" for what, width in columns))
     for arm, speed in speeds.items():
         spread = f"{speed['median']:.1f} ({speed['min']:.1f}–{speed['max']:.1f})"
         times = speeds["ours"]["median"] / speed["median"]
-        peak = f"{figures['peak'][arm] / 1e6:.0f}" if figures["peak"] else ""
+        peak = "".join(
+            f" {figures['peak'][arm][when] / 1e6:>8.0f}" for when in ("training", "loading") if figures["peak"]
+        )
         print(f"{arm:26} {spread:>24} {times:>7.2f}× {figures['steps'][arm]:>6} "
-              f"{figures['held_out_loss'][arm]:>14.4f} {peak:>8}")  # fmt: skip
+              f"{figures['held_out_loss'][arm]:>14.4f}{peak}")  # fmt: skip
     print(f"  summed loss, packed {packing['packed']:.4f} and padded {packing['padded']:.4f}: "
           f"{packing['difference']:.1e} apart")  # fmt: skip
 

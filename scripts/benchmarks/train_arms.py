@@ -278,6 +278,7 @@ ARMS: dict[str, Callable[[Job], Arm]] = {"ours": Ours, "stock": Stock, "experts4
 def answer(arm: str) -> Callable[..., dict[str, Any]]:
     """What a worker of this arm does: `build`, `run`, `packing` or `peak`."""
     built: list[Arm] = []
+    loading: list[int] = []
 
     def respond(do: str, **given: Any) -> dict[str, Any]:
         if do == "build":
@@ -285,12 +286,13 @@ def answer(arm: str) -> Callable[..., dict[str, Any]]:
 
             logging.disable_progress_bar()
             built.append(ARMS[arm](Job(**given["job"])))
-            return {"torch": torch.__version__, "loading_peak": peak(), "loaded": settled()}
+            loading.append(peak())
+            return {"torch": torch.__version__, "loaded": settled()}
         (model,) = built
         if do == "packing":
             return model.packing()  # type: ignore[attr-defined]
         if do == "peak":
-            return {"peak": peak()}
+            return {"loading": loading[-1], "training": peak()}
         done = model.run(given["variant"])
         if given.get("held_out"):
             done["held_out"] = held_out_loss(model.model, model.job.rows("validation"))

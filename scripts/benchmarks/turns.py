@@ -78,10 +78,8 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._log.close()
+        with self._process, self._log:
+            pass  # closes its stdin, which ends it, and waits
 
 
 def serve(answer: Callable[..., dict[str, Any]]) -> None:

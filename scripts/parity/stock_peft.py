@@ -10,15 +10,12 @@ base, and the way back, an adapter saved by stock PEFT in ours. Exit status 0 wh
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
-import venv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -204,18 +201,15 @@ def encode_rows(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> li
 
 def _stock_python(folder: Path) -> str:
     """The second environment's Python; the environment is made where it is missing, incomplete or of other versions."""
-    python = folder / "bin" / "python"
-    pins, stamp = ROOT / "constraints.txt", folder / "parity-complete"
-    fingerprint = hashlib.sha256(pins.read_bytes()).hexdigest()
-    if not stamp.is_file() or stamp.read_text() != fingerprint:
-        print(f"making {folder} with torch, transformers and peft; this takes minutes once", file=sys.stderr)
-        venv.create(folder, with_pip=True, clear=True)
-        index = os.environ.get("ONECARD_TORCH_INDEX")
-        extra = ["--extra-index-url", index] if index else []
-        install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *extra]
-        _call([*install, "-c", str(pins), "torch", "transformers", "peft"], f"pip could not fill {folder}")
-        stamp.write_text(fingerprint)
-    return str(python)
+    from toolkit.errors import ModelError
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from second_environment import python_with
+
+    try:
+        return python_with(folder, ("torch", "transformers", "peft"))
+    except RuntimeError as error:
+        raise ModelError(str(error)) from None
 
 
 def _run_stock(python: str, job: dict[str, Any]) -> dict[str, Any]:

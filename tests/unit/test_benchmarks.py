@@ -1,0 +1,136 @@
+"""The benchmarks judge fairly: rivals get the same layer, turns are even, and what must not be is complained of."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the benchmarks as they import each other."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    known = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        return import_module(name)
+
+    yield load
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(SCRIPTS)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def layer(script: Any) -> Any:
+    """A shape no two of whose sizes are alike, and experts that nobody chooses."""
+    return script("expert_arms").Shape(experts=11, hidden=64, intermediate=40, top_k=2, tokens=5, rank=3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_ours_and_stock_compute_the_same_layer(script: Any, layer: Any, implementation: str) -> None:
+    arms, backend = script("expert_arms"), script("toolkit.plan").BACKENDS["cpu"]
+    ours, stock = arms.ours(layer).results(backend), arms.stock(layer).results(implementation)
+    assert ours.keys() == stock.keys()
+    for name, want in stock.items():
+        assert (ours[name] - want).abs().max() <= 1e-5 * want.abs().max(), name
+
+
+def test_the_adapter_counts_and_frozen_leaves_it_out(script: Any, layer: Any) -> None:
+    stock = script("expert_arms").stock(layer)
+    adapted, frozen = stock.step("eager"), stock.step("frozen-eager")
+    assert (adapted - frozen).abs().max() > 0.1 * frozen.abs().max()
+    assert all(leaf.grad is None for leaf in stock.leaves())
+
+
+def test_base_flops_are_those_of_a_frozen_step(script: Any, layer: Any) -> None:
+    stock = script("expert_arms").stock(layer)
+    with FlopCounterMode(display=False) as counted:
+        stock.step("frozen-eager")
+    assert script("experts").base_flops(layer) == counted.get_total_flops()
+
+
+def test_shapes_are_read_as_they_are_written(script: Any) -> None:
+    experts = script("experts")
+    assert [experts.name_of(experts.shape_of(name, 16)) for name in experts.SHAPES] == list(experts.SHAPES)
+
+
+def test_every_arm_is_first_equally_often_and_the_first_round_does_not_count(script: Any) -> None:
+    turns, seen = script("turns"), []
+    figures = turns.alternate({name: lambda name=name: seen.append(name) or len(seen) for name in "abc"}, 6)
+    assert [len(each) for each in figures.values()] == [6, 6, 6]
+    assert min(min(each) for each in figures.values()) > 3
+    assert sorted(seen[3::3]) == sorted("abcabc")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_worker_answers_in_an_environment_of_its_own(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfrom turns import serve\n"
+        "def answer(name):\n    print('noise')\n    return {'value': os.environ.get(name), 'half': 1 / len(name)}\n"
+        "serve(answer)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    turns = script("turns")
+    with turns.Worker(sys.executable, program, threads=3, tuned=not own, own=own) as worker:
+        kept = turns.KEEP_FREED_MEMORY
+        assert worker.ask(name="PYTHONPATH")["value"] == ("mine" if own else None)
+        assert worker.ask(name="OMP_NUM_THREADS")["value"] == "3"
+        assert worker.ask(name="MALLOC_ARENA_MAX")["value"] is None
+        assert worker.ask(name="MALLOC_TOP_PAD_")["value"] == (None if own else kept["MALLOC_TOP_PAD_"])
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            worker.ask(name="")
+
+
+def test_step_memory_sees_what_a_step_holds_at_its_highest(script: Any, tmp_path: Path) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfrom turns import serve, step_memory\n"
+        "serve(lambda size: {'bytes': step_memory(lambda: len(b'x' * size))})\n"
+    )
+    size = 64 << 20
+    with script("turns").Worker(sys.executable, program, threads=1, tuned=False) as worker:
+        assert 0.9 * size < worker.ask(size=size)["bytes"] < 2 * size
+
+
+class _Bigrams(nn.Module):
+    """Scores of the next token that depend on the last alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 7, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_held_out_loss_is_that_of_the_answers_tokens(script: Any) -> None:
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"input_ids": [4, 5, 6, 1, 2], "labels": [-100] * 4 + [2]},
+    ]
+    model = _Bigrams().requires_grad_(False)
+    wanted = -torch.stack([model.table.log_softmax(-1)[a, b] for a, b in ((1, 2), (2, 3), (1, 2))]).mean()
+    assert script("train_arms").held_out_loss(model, rows) == pytest.approx(float(wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "difference", "count"), [(2.0, 1e-7, 0), (2.03, 1e-7, 1), (float("nan"), 1e-7, 1), (2.0, 1e-4, 1)]
+)
+def test_loss_that_differs_is_complained_of(script: Any, ours: float, difference: float, count: int) -> None:
+    figures = {"held_out_loss": {"ours": ours, "stock TRL + PEFT": 2.0}, "packing": {"difference": difference}}
+    assert len(list(script("train").complaints("x", figures))) == count
