@@ -42,7 +42,7 @@ _HOMES = {
     "make_plan": ("toolkit.plan", "make_plan"),
     "package": ("toolkit.flow", "package"),
     "train": ("toolkit.flow", "train"),
-    "verify": ("toolkit.package", "verify_artifact"),
+    "verify": ("toolkit.packaging", "verify_artifact"),
 }
 
 

@@ -43,11 +43,11 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
     from toolkit import flow
-    from toolkit.package import check_token, push_artifact
+    from toolkit.packaging import check_token, push_artifact
     from toolkit.plan import make_plan
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
-    from toolkit.train import check_writable, open_run, write_text
+    from toolkit.training import check_writable, open_run, write_text
 
     console = _quiet_console()
     parsed = _load_recipe(recipe, overrides, console)
@@ -196,7 +196,7 @@ def verify(
     from dataclasses import asdict
 
     from toolkit.errors import ModelError
-    from toolkit.package import verify_artifact
+    from toolkit.packaging import verify_artifact
     from toolkit.report import terminal as show
 
     console = _quiet_console()
@@ -217,7 +217,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and list the files, send nothing.")] = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
-    from toolkit.package import push_artifact
+    from toolkit.packaging import push_artifact
 
     console = _quiet_console()
     folder = _artifact_of(artifact)
@@ -391,7 +391,7 @@ def _reopen(
 ) -> tuple[Plan, Any, Any]:
     """The plan, adapted model and tokenizer of a run folder or artifact."""
     from toolkit import flow
-    from toolkit.package import reopen_recipe
+    from toolkit.packaging import reopen_recipe
     from toolkit.plan import make_plan
 
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))

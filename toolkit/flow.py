@@ -20,14 +20,14 @@ from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, first_line
 from toolkit.evaluate import Comparison, compare, held_out_loss
 from toolkit.ops import BACKENDS
-from toolkit.package import identify_base, write_artifact
+from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.recipe import dump
-from toolkit.train import RunFolder, TrainResult, train_adapter
+from toolkit.training import RunFolder, TrainResult, train_adapter
 
 __all__ = [
     "Trained",

@@ -147,7 +147,7 @@ class Ours(Arm):
 
     def packing(self) -> dict[str, float]:
         """The summed loss of all examples, packed and padded, through the trainer's own batches."""
-        from toolkit.train.trainer import AdapterTrainer, sft_config
+        from toolkit.training.trainer import AdapterTrainer, sft_config
 
         found = {}
         for name, packing in (("packed", True), ("padded", False)):

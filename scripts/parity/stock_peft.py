@@ -84,7 +84,7 @@ def _check(options: argparse.Namespace) -> list[Line]:
 
     from toolkit.adapters import load_adapter
     from toolkit.errors import ModelError
-    from toolkit.package import read_manifest, verify_artifact
+    from toolkit.packaging import read_manifest, verify_artifact
     from toolkit.quant import dequantize_state, load_int8
 
     named = read_manifest(options.artifact)["base"]

@@ -17,9 +17,9 @@ from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
-from toolkit.train.documents import _attention, documents_apart
-from toolkit.train.packing import isolate_documents
-from toolkit.train.trainer import AdapterTrainer, sft_config
+from toolkit.training.documents import _attention, documents_apart
+from toolkit.training.packing import isolate_documents
+from toolkit.training.trainer import AdapterTrainer, sft_config
 
 LENGTHS = (23, 31, 9, 40)
 
@@ -113,7 +113,7 @@ def test_each_document_is_really_attended_to_alone(monkeypatch: pytest.MonkeyPat
         seen.append((query.shape[2], rest[2] is not None))
         return query.transpose(1, 2), None
 
-    monkeypatch.setattr("toolkit.train.documents.sdpa_attention_forward", attention)
+    monkeypatch.setattr("toolkit.training.documents.sdpa_attention_forward", attention)
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     narrow = causal & torch.ones(6, 6, dtype=torch.bool).triu(-1)
     query = torch.randn(1, 2, 6, 4)

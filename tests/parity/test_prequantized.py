@@ -21,7 +21,7 @@ from tests.faults.conftest import QUICKSTART
 from tests.parity.conftest import EMBEDDED
 from toolkit.cli import main
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError
-from toolkit.package import identify_base
+from toolkit.packaging import identify_base
 from toolkit.quant import load_int8, quantize_checkpoint, save
 
 IDS = torch.randint(3, 97, (3, 19), generator=torch.Generator().manual_seed(5))

@@ -17,8 +17,8 @@ from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
-from toolkit.train import TrainResult, train_adapter
-from toolkit.train.trainer import AdapterTrainer
+from toolkit.training import TrainResult, train_adapter
+from toolkit.training.trainer import AdapterTrainer
 
 ARGUMENTS: dict[str, Any] = {
     "max_steps": 3,

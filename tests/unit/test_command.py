@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,14 @@ def test_schema_init_and_doctor(onecard: Run, tmp_path: Path) -> None:
     assert status == 0
     assert json.loads(out)["versions"]["onecard"] == __version__
     assert "memory" in err
+
+
+def test_public_verbs_stay_verbs_once_their_rooms_are_imported() -> None:
+    """A submodule of the same name would take a verb's place in the package as soon as it is imported."""
+    code = (
+        "import pkgutil, importlib, toolkit\n"
+        "for room in pkgutil.iter_modules(toolkit.__path__): importlib.import_module(f'toolkit.{room.name}')\n"
+        "verbs = [n for n in toolkit.__all__ if n.islower()]\n"
+        "assert verbs and all(callable(getattr(toolkit, n)) for n in verbs), verbs\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -37,12 +37,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": _BASE | {"quant", "ops"},
     "mtp": _BASE | {"quant", "ops", "adapters"},
     "data": _BASE,
-    "train": _BASE | _MODEL,
-    "evaluate": _BASE | _MODEL | {"train"},
-    "package": _BASE | _MODEL | {"train", "evaluate"},
-    "flow": _BASE | _MODEL | {"train", "evaluate", "package"},
-    "report": _BASE | _MODEL | {"train", "evaluate", "package", "flow"},
-    "cli": _BASE | _MODEL | {"train", "evaluate", "package", "flow", "report"},
+    "training": _BASE | _MODEL,
+    "evaluate": _BASE | _MODEL | {"training"},
+    "packaging": _BASE | _MODEL | {"training", "evaluate"},
+    "flow": _BASE | _MODEL | {"training", "evaluate", "packaging"},
+    "report": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow"},
+    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "report"},
 }
 
 
@@ -82,11 +82,11 @@ def forbidden_imports(room: str, source: str) -> list[str]:
 @pytest.mark.parametrize(
     ("room", "source", "complaint"),
     [
-        ("quant", "def f():\n    from toolkit.train.loop import x", "toolkit.train.loop"),
+        ("quant", "def f():\n    from toolkit.training.loop import x", "toolkit.training.loop"),
         ("recipe", "from toolkit import plan", "toolkit.plan"),
         ("data", "import toolkit.adapters as a", "toolkit.adapters"),
         ("ops", "from . import reference", "toolkit.(a relative import)"),
-        ("package", "import toolkit", "toolkit"),
+        ("packaging", "import toolkit", "toolkit"),
         ("errors", "importlib.import_module('toolkit.cli')", "toolkit.cli"),
     ],
 )

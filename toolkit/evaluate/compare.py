@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
-from toolkit.train.labelled import labelled_logits
+from toolkit.training.labelled import labelled_logits
 
 __all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure"]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from toolkit.data import Batches, DataReport
 from toolkit.flow import Trained
-from toolkit.package import VerifyReport, stack_versions
+from toolkit.packaging import VerifyReport, stack_versions
 from toolkit.plan import Audit, Plan, device_memory
 from toolkit.quant.calibrate import Compensation
 

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.errors import ModelError, first_line
-from toolkit.package.base import identify_base
-from toolkit.package.manifest import (
+from toolkit.packaging.base import identify_base
+from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MANIFEST,

@@ -28,10 +28,10 @@ from trl import SFTConfig, SFTTrainer
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.ops import keep_up_outputs
-from toolkit.train.documents import documents_apart
-from toolkit.train.labelled import can_keep_logits, labelled_logits
-from toolkit.train.packing import isolate_documents
-from toolkit.train.progress import MetricsLog, ProgressDisplay, peak_memory
+from toolkit.training.documents import documents_apart
+from toolkit.training.labelled import can_keep_logits, labelled_logits
+from toolkit.training.packing import isolate_documents
+from toolkit.training.progress import MetricsLog, ProgressDisplay, peak_memory
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 

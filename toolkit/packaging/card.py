@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from toolkit.package.base import BaseIdentity
+from toolkit.packaging.base import BaseIdentity
 
 __all__ = ["model_card"]
 

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit import __version__
 from toolkit.errors import ModelError, ResourceError, first_line
-from toolkit.package.base import BaseIdentity
-from toolkit.package.card import model_card
-from toolkit.package.manifest import (
+from toolkit.packaging.base import BaseIdentity
+from toolkit.packaging.card import model_card
+from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FORMAT,
@@ -39,7 +39,7 @@ from toolkit.package.manifest import (
     read_manifest,
     write_json,
 )
-from toolkit.package.portable import figures, portable, refuse_secrets
+from toolkit.packaging.portable import figures, portable, refuse_secrets
 
 __all__ = ["check_folder", "stack_versions", "write_artifact"]
 

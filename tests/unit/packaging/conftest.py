@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from toolkit.package import identify_base, write_artifact
+from toolkit.packaging import identify_base, write_artifact
 
 BASE = Path(__file__).parents[3] / "recipes/quickstart/nano-qwen3moe-2m"
 RECIPE = """\

@@ -14,13 +14,13 @@ import pytest
 
 from tests.hub_stand_in import HEAD, HubStandIn, serve
 from toolkit.errors import HubError
-from toolkit.package import check_token, push_artifact
+from toolkit.packaging import check_token, push_artifact
 
 # huggingface_hub reads its switches at import, so one process of its own makes all the calls.
 CLIENT = """
 import json, sys
 from toolkit.errors import OnecardError
-from toolkit.package import check_token, push_artifact
+from toolkit.packaging import check_token, push_artifact
 
 good, damaged = sys.argv[1:3]
 

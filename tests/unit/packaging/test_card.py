@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.unit.package.conftest import BASE
-from toolkit.package import BaseIdentity, model_card
+from tests.unit.packaging.conftest import BASE
+from toolkit.packaging import BaseIdentity, model_card
 
 HUB = BaseIdentity("owner/nano-moe", "0" * 40, "f" * 64)
 CONFIG = {"r": 16, "lora_alpha": 32.0, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}

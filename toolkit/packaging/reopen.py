@@ -9,7 +9,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from toolkit.errors import ModelError
-from toolkit.package.manifest import read_manifest
+from toolkit.packaging.manifest import read_manifest
 from toolkit.recipe import Recipe, load, parse
 
 __all__ = ["reopen_recipe"]

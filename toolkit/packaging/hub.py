@@ -15,8 +15,8 @@ from httpx2 import HTTPError
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from toolkit.errors import HubError, first_line
-from toolkit.package.manifest import FILES, MANIFEST, read_manifest
-from toolkit.package.verify import verify_artifact
+from toolkit.packaging.manifest import FILES, MANIFEST, read_manifest
+from toolkit.packaging.verify import verify_artifact
 
 __all__ = ["check_token", "push_artifact"]
 

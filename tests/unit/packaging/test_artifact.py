@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.unit.package.conftest import BASE, RECIPE
+from tests.unit.packaging.conftest import BASE, RECIPE
 from toolkit.errors import ModelError, ResourceError
-from toolkit.package import check_folder, identify_base, read_manifest
-from toolkit.package.portable import figures, portable
+from toolkit.packaging import check_folder, identify_base, read_manifest
+from toolkit.packaging.portable import figures, portable
 
 Write = Callable[..., Path]
 

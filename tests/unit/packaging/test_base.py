@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.unit.package.conftest import BASE
+from tests.unit.packaging.conftest import BASE
 from toolkit.errors import ModelError
-from toolkit.package import identify_base
+from toolkit.packaging import identify_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
