@@ -56,6 +56,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
 
     aux_loss_enabled: bool
+    wants_trls_balance = False
+    """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     tokens_trained = 0
     """Real tokens that went through training here, padding not counted."""
 
@@ -82,7 +84,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
         """TRL's way needs less memory where many positions are labelled, and is as fast on a card."""
-        if labels.device.type != "cpu" or not can_keep_logits(self.model):
+        if labels.device.type != "cpu" or self.wants_trls_balance or not can_keep_logits(self.model):
             return False
         positions = int((labels[:, 1:] != -100).any(0).sum())
         size = labels.shape[0] * positions * self.model.get_output_embeddings().weight.shape[0]
@@ -97,6 +99,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         logits, targets, outputs = labelled_logits(model, given, labels)
         balance = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and balance is None:
+            self.wants_trls_balance = True
             return None
         metrics = self._metrics["train" if self.model.training else "eval"]
         count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
