@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from toolkit.quant.int8 import input_gradient, product
+
 __all__ = ["adapted_linear"]
 
 
@@ -44,7 +46,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, A_RI, B_OR, stored, scale, bias, scaling = args
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.shape[-1])
-            y_NO = (x_NI @ stored.to(x.dtype).t()).mul_(scale.to(x.dtype))
+            y_NO = product(x_NI, stored, scale)
             if bias is not None:
                 y_NO.add_(bias.to(x.dtype))
             low_NR = x_NI @ A_RI.t()
@@ -61,8 +63,7 @@ class _AdaptedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             grad_NR = (grad_NO @ B_OR).mul_(ctx.scaling)
             if ctx.needs_input_grad[0]:
-                grad_NI = (grad_NO * scale.to(grad_NO.dtype)) @ stored.to(grad_NO.dtype)
-                grad_x = grad_NI.addmm_(grad_NR, A_RI).view(x.shape)
+                grad_x = input_gradient(grad_NO, stored, scale).addmm_(grad_NR, A_RI).view(x.shape)
             grad_A = grad_NR.t() @ x.reshape(-1, x.shape[-1])
             grad_B = ((low_NR * ctx.scaling).t() @ grad_NO).t()
         return grad_x, grad_A, grad_B, None, None, None, None

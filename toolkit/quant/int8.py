@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["Int8Linear", "dequantize", "quantize", "scratch_for"]
+__all__ = ["Int8Linear", "dequantize", "input_gradient", "product", "quantize", "scratch_for"]
 
 _LEVELS = 127.0
 _BLOCK = 1 << 20
@@ -77,6 +77,16 @@ def dequantize(stored: torch.Tensor, scale: torch.Tensor, input_dim: int = -1) -
     return stored.float() * scale.unsqueeze(input_dim)
 
 
+def product(x: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [..., in] times an int8 weight [out, in] with its scales [out]: [..., out], in x's dtype."""
+    return (x @ stored.to(x.dtype).t()).mul_(scale.to(x.dtype))
+
+
+def input_gradient(grad: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The gradient of `product`'s x [..., in] from that of its result [..., out]."""
+    return (grad * scale.to(grad.dtype)) @ stored.to(grad.dtype)
+
+
 class _Int8Matmul(torch.autograd.Function):
     """x [..., in] times a frozen int8 weight [out, in]; the gradient flows to x only."""
 
@@ -84,13 +94,12 @@ class _Int8Matmul(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, *args: torch.Tensor) -> torch.Tensor:
         x, stored, scale = args
         ctx.save_for_backward(stored, scale)
-        return (x @ stored.to(x.dtype).t()).mul_(scale.to(x.dtype))
+        return product(x, stored, scale)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         stored, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = grads[0]
-        return (grad * scale.to(grad.dtype)) @ stored.to(grad.dtype), None, None
+        return input_gradient(grads[0], stored, scale), None, None
 
 
 class Int8Linear(nn.Linear):
