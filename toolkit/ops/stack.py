@@ -164,12 +164,9 @@ class StackGradients:
         """To be filled for every expert but those in `idle`; nothing where the projection is not adapted."""
         if products.A is None or products.B is None:
             return cls(None, None)
-        grads = cls(products.A.new_empty(products.A.shape), products.B.new_empty(products.B.shape))
-        for expert in idle:
-            for factor in (grads.A, grads.B):
-                assert factor is not None
-                factor[expert].zero_()
-        return grads
+        A, B = products.A.new_empty(products.A.shape), products.B.new_empty(products.B.shape)
+        A[idle], B[idle] = 0, 0
+        return cls(A, B)
 
     def take(self, block: RowBlock, found: FactorGradients | None) -> FactorGradients | None:
         """Write at once what nothing else is added to; what has to wait for its turn is given back."""

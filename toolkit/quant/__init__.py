@@ -1,6 +1,5 @@
 """Int8 storage of expert stacks and linears, loading a checkpoint into it, and writing one."""
 
-from toolkit.architecture import LINEAR_ROLES
 from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
@@ -8,7 +7,6 @@ from toolkit.quant.quantizer import Int8Config
 from toolkit.quant.save import WrittenCheckpoint, quantize_checkpoint, refuse_existing
 
 __all__ = [
-    "LINEAR_ROLES",
     "Coverage",
     "ExpertStack",
     "ExpertWeights",

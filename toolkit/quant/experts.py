@@ -29,21 +29,10 @@ class ExpertStack:
     bias: torch.Tensor | None
     is_transposed: bool
 
-    def integer(self, expert: int, buffer: torch.Tensor | None) -> torch.Tensor:
-        """Expert `expert` as [O, I] in the buffer's dtype, its scale not applied.
-
-        `buffer` ([O, I] or [I, O], as stored) is overwritten where the stack is int8 and may be None elsewhere.
-        """
-        weight = self.weight[expert]
-        if self.scale is not None and buffer is not None:
-            weight = buffer.copy_(weight)
+    def integer(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Expert `expert` as [O, I] in `dtype`, its scale not applied."""
+        weight = self.weight[expert].to(dtype)
         return weight.t() if self.is_transposed else weight
-
-    def buffer(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Room for one expert, where one is needed."""
-        if self.scale is None and self.weight.dtype == dtype:
-            return None
-        return torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
 
     def dequantized(self) -> torch.Tensor:
         """The whole stack as [E, O, I] in fp32 or wider."""
