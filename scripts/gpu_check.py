@@ -44,6 +44,10 @@ class Stack:
         weight = self.weight.transpose(1, 2) if self.is_transposed else self.weight
         return weight.to(dtype) if self.scale is None else weight.to(dtype) * self.scale.to(dtype).unsqueeze(-1)
 
+    def dequantized(self) -> torch.Tensor:
+        """[E, O, I], exactly."""
+        return self.dense(torch.float64)
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -124,21 +128,12 @@ def build(case: Case, device: str, dtype: torch.dtype) -> tuple[Weights, list[to
 
 
 def dense_layer(leaves: list[torch.Tensor], index: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """The law, written out here once more: every expert multiplied out in autograd, in the leaves' dtype."""
-    x, mixing, up_A, up_B, down_A, down_B = leaves
-    up, down = weights.up.dense(x.dtype) + up_B @ up_A, weights.down.dense(x.dtype) + down_B @ down_A
-    output = torch.zeros_like(x)
-    for expert in range(up.shape[0]):
-        token, slot = torch.where(index == expert)
-        hidden = weights.gate(_affine(x[token], up, weights.up.bias, expert))
-        rows = _affine(hidden, down, weights.down.bias, expert) * mixing[token, slot, None]
-        output = output.index_add(0, token, rows)
-    return output
+    """Every expert multiplied out in autograd, in the leaves' dtype."""
+    from toolkit.ops import reference
+    from toolkit.ops.factors import LoraFactors
 
-
-def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
-    y = x @ weight[expert].t()
-    return y if bias is None else y + bias[expert].to(y.dtype)
+    x, mixing, *factors = leaves
+    return reference.expert_layer(x, index, mixing, weights, LoraFactors(*factors[:2]), LoraFactors(*factors[2:]))
 
 
 def our_layer(leaves: list[torch.Tensor], index: torch.Tensor, weights: Weights, entry: str) -> torch.Tensor:

@@ -8,10 +8,14 @@ Fast paths are checked against it; nothing here is fast.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from toolkit.ops.factors import LoraFactors
-from toolkit.quant import ExpertStack, ExpertWeights
+
+if TYPE_CHECKING:  # it computes with anything alike: scripts/gpu_check.py has no transformers, which that room needs
+    from toolkit.quant import ExpertStack, ExpertWeights
 
 __all__ = ["expert_layer"]
 
