@@ -274,23 +274,28 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """With what all comparisons with peers can be asked."""
     from toolkit.plan import BACKENDS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=lambda text: shape_of(text, 16), metavar="SHAPE",
-                        default=[shape_of(text, 16) for text in SHAPES])  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each arm")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default=BACKENDS["cpu"], help="ours, by its name in toolkit.ops")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help=f"these lines, and {', '.join(ALWAYS)}")
-    parser.add_argument("--scaling", action="store_true", help="time against tokens, experts and rank instead")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory runs out")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers", help="the second environment")
     return parser.parse_args()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", type=lambda text: shape_of(text, 16), metavar="SHAPE",
+                        default=[shape_of(text, 16) for text in SHAPES])  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each arm")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help=f"these lines, and {', '.join(ALWAYS)}")
+    parser.add_argument("--scaling", action="store_true", help="time against tokens, experts and rank instead")
+    return parse(parser)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experts import PEERS, ROOT, Arm, python_with
+from experts import PEERS, ROOT, Arm, parse, python_with
 from train_arms import Job
 from turns import Worker, alternate, summary
 
@@ -201,8 +201,6 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    from toolkit.plan import BACKENDS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", nargs="+", default=list(CHECKPOINTS), help="random, smollm2 or a folder")
     parser.add_argument("--train", nargs="+", type=Path, default=[DATA / "dialog.train.jsonl"], metavar="FILE")
@@ -212,19 +210,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=64, help="drawn from the training files, and held out")
     parser.add_argument("--batch", type=int, default=8, help="examples in a padded batch")
     parser.add_argument("--length", type=int, default=512, help="tokens in a packed one; longer examples are dropped")
-    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--layers", type=int, default=4, help="of the random checkpoint, where it is made")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each arm")
-    parser.add_argument("--backend", default=BACKENDS["cpu"], help="ours, by its name in toolkit.ops")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help="these arms; `ours` among them")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory runs out")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers", help="the second environment")
-    return parser.parse_args()
+    return parse(parser)
 
 
 if __name__ == "__main__":
