@@ -1,0 +1,92 @@
+"""The command: verbs that call the flow and print. People read stderr, programs stdout; imports stay inside verbs.
+
+Every error is one line with the exit code of its class (`toolkit.errors`); `--debug` anywhere shows the traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+import typer
+
+from toolkit.cli import prepare, run, share, use
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="onecard",
+    help="Fine-tune open Mixture-of-Experts models in 8-bit on one card. Start: onecard train recipes/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_VERBS: dict[str, Callable[..., None]] = {
+    "train": run.train,
+    "plan": run.plan,
+    "preview": run.preview,
+    "eval": use.evaluate,
+    "generate": use.generate,
+    "chat": use.chat,
+    "verify": share.verify,
+    "push": share.push,
+    "quantize": prepare.quantize,
+    "schema": prepare.schema,
+    "init": prepare.init,
+    "doctor": prepare.doctor,
+}
+for _name, _verb in _VERBS.items():
+    app.command(_name)(_verb)
+
+
+def main() -> None:
+    """Run the command; errors become one line and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # One card is the point; with several visible and no launcher, transformers would split batches over all of them.
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if not debug:
+        _hush()
+    try:
+        app(arguments, prog_name="onecard", standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail("interrupted; rerun the same command to go on from the last checkpoint", 130, debug)
+    except Exception as error:
+        _fail(*_explain(error), debug)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to print for an error, and the exit code."""
+    from toolkit.errors import OnecardError, first_line
+
+    if isinstance(error, OnecardError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {first_line(error)}; lower training.max_length or lora.r", 5
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'the system'}: {error.strerror}", 5
+    return f"unexpected: {type(error).__name__}: {first_line(error)}; --debug shows where", 1
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"onecard: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _hush() -> None:
+    """Libraries' warnings are for us; what a person must know is said by the verbs. Before anything is imported."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("peft", "bitsandbytes", "datasets", "trl", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

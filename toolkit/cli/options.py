@@ -1,0 +1,77 @@
+"""What several verbs share: their arguments, the console, the recipe, a run opened again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from toolkit.plan import Plan
+    from toolkit.recipe import Recipe
+
+__all__ = [
+    "Base",
+    "Json",
+    "Overrides",
+    "RecipePath",
+    "RunPath",
+    "artifact_of",
+    "emit",
+    "load_recipe",
+    "quiet_console",
+    "reopen",
+]
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Base = Annotated[str | None, typer.Option(help="The base checkpoint, where the artifact names none that is here.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an artifact.")]
+
+
+def quiet_console() -> Console:
+    """A console on stderr, with the libraries' own progress bars off."""
+    import datasets
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def load_recipe(path: Path, overrides: list[str] | None, console: Console) -> Recipe:
+    """The recipe at `path` with overrides; what was translated or corrected is told on the console."""
+    from toolkit.recipe import load
+
+    return load(path, overrides or (), note=lambda line: console.print(f"note: {line}"))
+
+
+def emit(value: Any, wanted: bool) -> None:
+    """Print `value` as JSON to stdout where a program asked for it."""
+    if wanted:
+        print(json.dumps(value, indent=2))
+
+
+def artifact_of(path: Path) -> Path:
+    """A run's artifact, or the artifact itself."""
+    return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
+def reopen(
+    path: Path, overrides: list[str] | None, base: str | None, console: Console, *, as_trained: bool = False
+) -> tuple[Plan, Any, Any]:
+    """The plan, adapted model and tokenizer of a run folder or artifact."""
+    from toolkit import flow
+    from toolkit.packaging import reopen_recipe
+    from toolkit.plan import make_plan
+
+    recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
+    made = make_plan(recipe)
+    model, tokenizer = flow.reopen(made, artifact_of(path), as_trained=as_trained)
+    return made, model, tokenizer

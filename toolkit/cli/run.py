@@ -1,0 +1,97 @@
+"""Verbs that make a run: train, plan, preview."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, quiet_console
+
+__all__ = ["plan", "preview", "train"]
+
+
+def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+    """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
+    from toolkit import flow
+    from toolkit.packaging import check_token, push_artifact
+    from toolkit.plan import make_plan
+    from toolkit.recipe import dump
+    from toolkit.report import terminal as show
+    from toolkit.training import check_writable, open_run, write_text
+
+    console = quiet_console()
+    parsed = load_recipe(recipe, overrides, console)
+    check_writable(Path(parsed.training.output_dir))
+    if parsed.hub.push_to_hub:
+        check_token(parsed.hub.hub_token)
+    made = make_plan(parsed)
+    tokenizer = flow.load_tokenizer(made)
+    batches = flow.build_batches(tokenizer, made)
+    run = open_run(made.folder, dump(parsed))
+    if finished := run.read_summary():
+        console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
+    else:
+        write_text(run.plan, json.dumps(made.to_dict(), indent=2))
+        show.plan(console, made)
+        show.data(console, batches.report)
+        model, tokenizer = flow.load(made)
+        if compensated := flow.compensate(model, batches, made, run.compensated):
+            show.compensation(console, compensated)
+        model = flow.attach(model, made)
+        show.reached(console, flow.coverage(model, made))
+        result = flow.train(model, tokenizer, batches, made, console)
+        finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
+        write_text(run.summary, json.dumps(finished, indent=2))
+    show.summary(console, finished)
+    emit(finished, json_)
+    if parsed.hub.push_to_hub:
+        target = str(parsed.hub.hub_model_id)
+        print(push_artifact(run.adapter, target, private=parsed.hub.hub_private_repo, token=parsed.hub.hub_token))
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe YAML; with --audit, a model too.")],
+    overrides: Overrides = None,
+    audit: Annotated[bool, typer.Option("--audit", help="What the checkpoint is made of, from its headers.")] = False,
+    json_: Json = False,
+) -> None:
+    """What a run will load, adapt and need, from the config alone."""
+    from toolkit.plan import audit as take_stock
+    from toolkit.plan import make_plan
+    from toolkit.report import terminal as show
+
+    console = quiet_console()
+    if audit and not recipe.endswith((".yaml", ".yml")):
+        found = take_stock(recipe)
+    else:
+        parsed = load_recipe(Path(recipe), overrides, console)
+        if not audit:
+            made = make_plan(parsed)
+            show.plan(console, made)
+            emit(made.to_dict(), json_)
+            return
+        found = take_stock(parsed.model.model_name_or_path, revision=parsed.model.revision)
+    show.audit(console, found)
+    emit(found.to_dict(), json_)
+
+
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=0, help="Examples shown.")] = 3,
+    json_: Json = False,
+) -> None:
+    """The first examples as tokens with the loss mask, a length histogram, drop counts."""
+    from toolkit import flow
+    from toolkit.data import render_preview
+    from toolkit.plan import make_plan
+
+    console = quiet_console()
+    made = make_plan(load_recipe(recipe, overrides, console))
+    tokenizer = flow.load_tokenizer(made)
+    batches = flow.build_batches(tokenizer, made)
+    render_preview(console, batches, tokenizer, count)
+    emit(batches.report.to_dict(), json_)
