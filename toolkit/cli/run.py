@@ -16,11 +16,12 @@ __all__ = ["plan", "preview", "train"]
 def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
     from toolkit import flow
+    from toolkit.durable import write_text
     from toolkit.packaging import check_token, push_artifact
     from toolkit.plan import make_plan
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
-    from toolkit.training import check_writable, open_run, write_text
+    from toolkit.training import check_writable, open_run
 
     console = quiet_console()
     parsed = load_recipe(recipe, overrides, console)

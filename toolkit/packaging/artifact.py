@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import __version__
+from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.packaging.base import BaseIdentity
 from toolkit.packaging.card import model_card
@@ -94,7 +94,6 @@ def write_artifact(
     written.
     """
     folder = Path(folder)
-    staging = folder.with_name(f".{folder.name}.partial")
     facts = {
         "base": asdict(base),
         "recipe": _portable_recipe(recipe_yaml),
@@ -104,20 +103,16 @@ def write_artifact(
     }
     check_folder(folder, base=base, recipe_yaml=recipe_yaml)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _write_adapter(model, adapter_name, base, staging)
-        _write_tokenizer(tokenizer, staging)
-        _write_card(base, facts, license, staging)
-        _write_manifest(facts, staging)
-        _install(staging, folder)
+        with staged_folder(folder, replace=True) as staging:
+            _write_adapter(model, adapter_name, base, staging)
+            _write_tokenizer(tokenizer, staging)
+            _write_card(base, facts, license, staging)
+            _write_manifest(facts, staging)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(
             f"{folder}: cannot write the artifact: {reason}; free space or choose another folder"
         ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -143,8 +138,6 @@ def _write_adapter(model: PeftModel, adapter_name: str, base: BaseIdentity, fold
     # Contiguous copies: safetensors refuses views and shared memory.
     tensors = {name: state[name].detach().to("cpu", copy=True).contiguous() for name in sorted(state)}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    # safetensors creates its file readable by the owner only; the folder's mode carries the user's umask.
-    (folder / ADAPTER_WEIGHTS).chmod(folder.stat().st_mode & 0o666)
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.base_model_name_or_path = base.name
     config.revision = base.revision
@@ -195,26 +188,3 @@ def _write_manifest(facts: Mapping[str, Any], folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             refuse_secrets(path.read_text(encoding="utf-8"), path.name)
-
-
-def _install(staging: Path, folder: Path) -> None:
-    """Make the finished folder durable, then move it into place."""
-    for path in (*staging.iterdir(), staging):
-        _sync(path)
-    if folder.is_dir():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        staging.rename(folder)
-        shutil.rmtree(old)
-    else:
-        staging.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from toolkit.durable import sync
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.quant.calibrate import Compensation, ExpertError, PartError
 
@@ -38,6 +39,7 @@ def write_compensated(model: nn.Module, report: Compensation, path: Path) -> Non
     tensors = {name: value.cpu().contiguous() for name, value in int8_state(model).items()}
     try:
         save_file(tensors, temporary, metadata={"report": json.dumps(report.to_dict())})
+        sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

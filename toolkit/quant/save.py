@@ -7,13 +7,10 @@ only when it is complete.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
+from toolkit.durable import staged_folder
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.keep import int8_state
 from toolkit.quant.load import read_config, storage
@@ -90,14 +88,13 @@ def quantize_checkpoint(
     wanted = storage(name_or_path, config)
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
-    with Shards(name_or_path, source) as shards, _partial(target) as workplace:
+    with Shards(name_or_path, source) as shards, staged_folder(target) as workplace:
         rounded = {} if compensated is None else int8_state(compensated)
         skeleton = _skeleton(name_or_path, config)
         written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress)
         config.quantization_config = wanted
         config.save_pretrained(workplace)
         _copy_rest(source, workplace)
-        _finish(workplace, target)
     return WrittenCheckpoint(str(target), *written)
 
 
@@ -241,7 +238,6 @@ def _refuse_full_disk(workplace: Path, needed: int) -> None:
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, path, metadata={"format": "pt"})
-        _sync(path)
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"{path.parent}: cannot be written: {first_line(error)}; free space on the disk") from None
 
@@ -252,48 +248,3 @@ def _copy_rest(source: Path, workplace: Path) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _OURS:
                 shutil.copyfile(path, workplace / path.name)
-
-
-@contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, ours alone; gone when the work fails, cleared when a killed run left it."""
-    workplace = target.parent / f".{target.name}.partial"
-    try:
-        workplace.mkdir(parents=True, exist_ok=True)
-        lock = os.open(workplace, os.O_RDONLY)
-    except OSError as error:
-        raise ResourceError(f"{target}: cannot be written ({error.strerror}); give another folder") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ResourceError(f"{target}: another onecard is writing it; wait, or give another name") from None
-        for leftover in workplace.iterdir():
-            leftover.unlink()
-        try:
-            yield workplace
-        except BaseException:
-            shutil.rmtree(workplace, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-
-
-def _finish(workplace: Path, target: Path) -> None:
-    mode = (workplace / "config.json").stat().st_mode
-    for path in workplace.iterdir():
-        path.chmod(mode)  # safetensors writes files that nobody else may read
-        _sync(path)
-    _sync(workplace)
-    if target.exists():
-        raise RecipeError(f"{target}: somebody made it meanwhile; give another name")
-    workplace.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

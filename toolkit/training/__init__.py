@@ -1,6 +1,6 @@
 """Training: TRL's trainer on Accelerate, the run folder, metrics and progress."""
 
-from toolkit.training.run import RunFolder, check_writable, open_run, write_text
+from toolkit.training.run import RunFolder, check_writable, open_run
 from toolkit.training.trainer import TrainResult, train_adapter
 
-__all__ = ["RunFolder", "TrainResult", "check_writable", "open_run", "train_adapter", "write_text"]
+__all__ = ["RunFolder", "TrainResult", "check_writable", "open_run", "train_adapter"]

@@ -6,15 +6,15 @@ recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  summary.json
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.durable import write_text
 from toolkit.errors import RecipeError, ResourceError
 
-__all__ = ["RunFolder", "check_writable", "open_run", "write_text"]
+__all__ = ["RunFolder", "check_writable", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,6 @@ def open_run(path: Path, recipe_yaml: str) -> RunFolder:
     except OSError as error:
         raise ResourceError(f"training.output_dir: {path} cannot be written ({error.strerror})") from None
     return run
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _refuse_other_recipe(run: RunFolder, recipe_yaml: str) -> None:

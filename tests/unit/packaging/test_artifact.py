@@ -120,7 +120,7 @@ def test_a_free_folder_is_free_and_leftovers_of_a_killed_run_are_replaced(write:
 
 def test_where_nothing_can_be_written_it_says_so(write: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot write the artifact") as caught:
+    with pytest.raises(ResourceError, match="adapter: cannot be written") as caught:
         write(tmp_path / "file" / "adapter")
     assert "\n" not in str(caught.value)
 
