@@ -16,6 +16,12 @@ def fill(folder: Path, text: str) -> None:
     (folder / "inner" / "file").write_text(text)
 
 
+def fail_while_writing(target: Path) -> None:
+    with staged_folder(target, replace=True) as staging:
+        fill(staging, "new")
+        raise KeyError
+
+
 def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "a" / "target"
     with staged_folder(target) as staging:
@@ -29,9 +35,8 @@ def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with staged_folder(target) as staging:
         fill(staging, "old")
-    with pytest.raises(KeyError), staged_folder(target, replace=True) as staging:
-        fill(staging, "new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail_while_writing(target)
     assert (target / "inner" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -56,8 +61,8 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
 
 def test_a_replacement_cut_short_is_undone(tmp_path: Path) -> None:
     fill(_made(tmp_path / ".target.old"), "old")
-    with pytest.raises(KeyError), staged_folder(tmp_path / "target", replace=True):
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail_while_writing(tmp_path / "target")
     assert (tmp_path / "target" / "inner" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
