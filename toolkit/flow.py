@@ -105,12 +105,17 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     if wanted.error_compensation == "none":
         return None
     if kept and kept.is_file():
-        return read_compensated(model, kept)
+        return read_compensated(model, kept, _base_hash(plan))
     examples = batches.train[: wanted.calibration_samples]["input_ids"]
     report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
     if kept:
-        write_compensated(model, report, kept)
+        write_compensated(model, report, kept, _base_hash(plan))
     return report
+
+
+def _base_hash(plan: Plan) -> str:
+    """Of the checkpoint's weights: compensated integers belong to these alone."""
+    return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
 
 
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -132,7 +137,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
     kept = RunFolder(Path(artifact).parent).compensated
     if plan.recipe.quantization.error_compensation != "none":
         if kept.is_file():
-            read_compensated(model, kept)
+            read_compensated(model, kept, _base_hash(plan))
         elif as_trained:
             compensate(model, build_batches(tokenizer, plan), plan)
     return load_adapter(model, artifact), tokenizer

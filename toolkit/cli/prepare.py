@@ -25,7 +25,8 @@ def quantize(
 ) -> None:
     """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers.
 
-    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none.
+    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none; the
+    weights are then read twice, once to load and once to compensate, since each layer is calibrated behind the last.
     """
     from toolkit.quant import quantize_checkpoint, refuse_existing
 

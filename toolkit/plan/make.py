@@ -18,8 +18,9 @@ from torch import nn
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
-from toolkit.plan.audit import check_shards
+from toolkit.plan.audit import Header, check_shards
 from toolkit.plan.formats import declared_format
+from toolkit.plan.shapes import refuse_wrong_shapes
 from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "ROUNDED_ROWS", "Bytes", "Plan", "device_memory", "make_plan"]
@@ -101,10 +102,11 @@ def make_plan(recipe: Recipe) -> Plan:
     device = "cuda" if torch.cuda.is_available() and not recipe.training.use_cpu else "cpu"
     backend = _backend(recipe, device)
     name = recipe.model.model_name_or_path
-    _check_folder(name)
+    headers = _check_folder(name)
     model = skeleton(name, revision=recipe.model.revision)
     declared_format(name, model.config)
     architecture = describe(model)
+    refuse_wrong_shapes(name, model, ((tensor.name, tensor.shape) for tensor in headers))
     dtype = _dtype(recipe.model.dtype, device)
     sizes = _count(model, architecture, recipe, getattr(torch, dtype).itemsize)
     memory = device_memory(device)
@@ -126,18 +128,20 @@ def _backend(recipe: Recipe, device: str) -> str:
     return ROUNDED_ROWS
 
 
-def _check_folder(name: str) -> None:
+def _check_folder(name: str) -> list[Header]:
+    """What a local checkpoint's headers say; nothing of one on the Hub, which is not downloaded yet."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: no config.json in this folder; give a transformers checkpoint")
-        check_shards(path)
-    elif path.exists():
+        return check_shards(path)
+    if path.exists():
         raise ModelError(f"{name}: a file; give the checkpoint's folder")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name){hint}")
+    return []
 
 
 def _dtype(wanted: str, device: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def quantize_checkpoint(
     Args:
         folder: must not exist.
         compensated: this checkpoint as `load_int8` gave it and `compensate_model` rounded it again: its integers and
-            scales are written in place of plainly rounded ones.
+            scales are written, and what they were rounded from is not read again.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -155,9 +155,12 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     total = 0
     for number, keys in enumerate(bins, 1):
-        tensors = _convert(name, model, {key: shards.slice(key) for key in keys}, loading)
+        done = {parameters[key] for key in keys} & rounded.keys()
+        unread = {key: shards.slice(key) for key in keys if parameters[key] not in done}
+        tensors = (_convert(name, model, unread, loading) if unread else {}) | _with_scales(done, rounded)
         file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else "model.safetensors"
-        tensors |= {key: rounded[key].cpu() for key in tensors.keys() & rounded.keys()}
+        if number == len(bins):  # the other parameters that one tensor of the checkpoint becomes
+            tensors |= _with_scales(rounded.keys() - weight_map.keys() - tensors.keys(), rounded)
         _save(tensors, workplace / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -168,6 +171,11 @@ def _write_weights(
         (workplace / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))
     return len(bins), total, shards.bytes, left_out
+
+
+def _with_scales(names: Iterable[str], rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    keys = (key for name in names for key in (name, f"{name}_scale"))
+    return {key: rounded[key].cpu() for key in keys if key in rounded}
 
 
 def _bins(parameters: dict[str, str], sizes: dict[str, int]) -> Iterator[list[str]]:

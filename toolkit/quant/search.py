@@ -34,7 +34,7 @@ class Effort:
 
 
 def effort_for(outputs: int, inputs: int) -> Effort | None:
-    """What a matrix of this shape may cost, None where one pass of feedback is all: work is states · O · I², bounded."""
+    """What a matrix may cost, None where one pass of feedback is all: N · K · O · I² is bounded, whatever the shape."""
     states = _BUDGET // max(1, outputs * inputs * inputs)
     if states < 2:
         return None
