@@ -42,9 +42,8 @@ def main() -> None:
         for _, weight, moment in _parts(model, step, architecture):
             for name, row in _arms(weight.float(), moment).items():
                 found[name].append(row)
-    print(
-        f"{arguments.model}: {len(held_out)} examples, {sum(map(len, held_out))} tokens, {len(found['every row'])} parts"
-    )
+    size = f"{len(held_out)} examples, {sum(map(len, held_out))} tokens, {len(found['every row'])} parts"
+    print(f"{arguments.model}: {size}")
     print(f"{'block scales':14}{'output error':>14}{'of row scales':>15}{'weights':>10}{'rows':>9}{'bytes':>9}")
     plain = torch.tensor(found["one a row"]).mean(0)
     for name, rows in found.items():
