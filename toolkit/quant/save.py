@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import auto_class
 from toolkit.durable import staged_folder
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
+from toolkit.plan.shapes import refuse_wrong_shapes
 from toolkit.quant.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
@@ -91,6 +92,9 @@ def quantize_checkpoint(
     with Shards(name_or_path, source) as shards, staged_folder(target) as workplace:
         rounded = {} if compensated is None else int8_state(compensated)
         skeleton = _skeleton(name_or_path, config)
+        if wanted.source is None:
+            shapes = ((key, tuple(shards.slice(key).get_shape())) for key in shards.keys)
+            refuse_wrong_shapes(name_or_path, skeleton, shapes)
         written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress)
         config.quantization_config = wanted
         config.save_pretrained(workplace)
