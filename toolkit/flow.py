@@ -26,6 +26,7 @@ from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
+from toolkit.ranks import first_one_first, is_first, join
 from toolkit.recipe import dump
 from toolkit.training import RunFolder, TrainResult, train_adapter
 
@@ -82,6 +83,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
+    join(plan.device)
     tokenizer = load_tokenizer(plan)
     model, _ = load_int8(
         plan.model,
@@ -104,13 +106,14 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     wanted = plan.recipe.quantization
     if wanted.error_compensation == "none":
         return None
-    if kept and kept.is_file():
-        return read_compensated(model, kept)
-    examples = batches.train[: wanted.calibration_samples]["input_ids"]
-    report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
-    if kept:
-        write_compensated(model, report, kept)
-    return report
+    with first_one_first():
+        if kept and kept.is_file():
+            return read_compensated(model, kept)
+        examples = batches.train[: wanted.calibration_samples]["input_ids"]
+        report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+        if kept:
+            write_compensated(model, report, kept)
+        return report
 
 
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -166,7 +169,7 @@ def train(
     plan: Plan,
     console: Console | None = None,
 ) -> Trained:
-    """Train the adapter and compare it with its base on the held-out examples.
+    """Train the adapter and compare it with its base on the held-out examples (in the first process).
 
     Raises:
         ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
@@ -199,7 +202,8 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
             "train longer"
         )
-    return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+    compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
+    return Trained(model, tokenizer, training, counts, compared)
 
 
 def require_harmless_rounding(

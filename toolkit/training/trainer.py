@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.ops import keep_up_outputs
+from toolkit.ranks import is_first, processes
 from toolkit.training.documents import documents_apart
 from toolkit.training.labelled import can_keep_logits, labelled_logits
 from toolkit.training.packing import isolate_documents
@@ -59,7 +60,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     tokens_trained = 0
-    """Real tokens that went through training here, padding not counted."""
+    """Real tokens that went through training, in all processes, padding not counted."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -73,7 +74,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
         if self.model.training:
             mask = inputs.get("attention_mask")
-            self.tokens_trained += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self.tokens_trained += int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
         if not torch.isfinite(loss.detach()):
             raise DivergedError(
@@ -171,8 +173,11 @@ def train_adapter(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[log, ProgressDisplay(console, log)],
+        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
     )
+    if processes() > 1:
+        sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+        console.print(f"processes: {processes()}, {sequences} sequences in a step")
     trainer.remove_callback(PrinterCallback)
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
@@ -243,4 +248,6 @@ def sft_config(
         dataloader_pin_memory=device == "cuda",
         prediction_loss_only=True,
         data_seed=given["seed"],
+        # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
+        ddp_find_unused_parameters=False,
     )

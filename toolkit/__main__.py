@@ -1,0 +1,5 @@
+"""The command for launchers that start a module: `accelerate launch -m toolkit train RECIPE`."""
+
+from toolkit.cli import main
+
+main()
