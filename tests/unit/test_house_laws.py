@@ -43,8 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": _BASE | _MODEL | {"training"},
     "packaging": _BASE | _MODEL | {"training", "evaluate"},
     "flow": _BASE | _MODEL | {"training", "evaluate", "packaging"},
-    "report": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow"},
-    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "report"},
+    "sweep": _BASE | {"training"},
+    "report": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep"},
+    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep", "report"},
 }
 
 
