@@ -7,11 +7,14 @@ one process, and that the others wait for what they read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
-__all__ = ["first_one_first", "is_first", "join", "processes"]
+__all__ = ["first_one_first", "first_tells", "is_first", "join", "processes"]
+
+_Told = TypeVar("_Told")
 
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: error compensation of a large base takes hours on one of them."""
@@ -45,3 +48,13 @@ def first_one_first() -> Iterator[None]:
 
         with PartialState().main_process_first():
             yield
+
+
+def first_tells(find: Callable[[], _Told]) -> _Told:
+    """What `find` gives in the first process, in all of them; it is called nowhere else."""
+    if processes() == 1:
+        return find()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[_Told] = broadcast_object_list([find() if is_first() else None])
+    return told[0]

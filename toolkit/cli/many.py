@@ -41,7 +41,7 @@ def sweep(
     trials = expand(overrides)
     parsed = load_recipe(recipe, list(trials[0].overrides), console)
     folder = out or Path(f"{parsed.training.output_dir}-sweep")
-    planned = Sweep(recipe.resolve(), tuple(trials), folder.resolve(), metric)
+    planned = Sweep(recipe.resolve(), tuple(trials), folder.resolve())
     cards = 0 if parsed.training.use_cpu else torch.cuda.device_count()
     console.print(f"{len(trials)} trials, runs under {folder}")
     outcomes = run_trials(

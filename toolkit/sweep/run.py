@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried: a recipe file, the trials, the folder that their runs go to, and the figure that ranks them."""
+    """What is tried: a recipe file, the trials, the folder of their runs, and where relative paths in recipes start."""
 
     recipe: Path
     trials: tuple[Trial, ...]
     folder: Path
-    metric: str = "loss"
+    working_folder: Path = field(default_factory=Path.cwd)
 
     def run_of(self, trial: Trial) -> Path:
         """The trial's run folder."""
@@ -107,15 +107,16 @@ def finished(sweep: Sweep, trial: Trial) -> Outcome | None:
 
 
 def train_trial(sweep: Sweep, trial: Trial) -> Outcome:
-    """`onecard train` of one trial, with its output in the run folder's `log.txt`."""
+    """`onecard train` of one trial, with its output in `logs/NAME.txt`."""
     run, began = sweep.run_of(trial), time.monotonic()
     command = [sys.executable, "-m", "toolkit", "train", str(sweep.recipe), *sweep.overrides_of(trial)]
     log = sweep.folder / "logs" / f"{trial.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        # Ray runs trials in a folder of its own.
+        done = subprocess.run(command, cwd=sweep.working_folder, stdout=stream, stderr=subprocess.STDOUT, check=False)
     seconds = time.monotonic() - began
-    if code == 0 and (summary := RunFolder(run).read_summary()):
+    if done.returncode == 0 and (summary := RunFolder(run).read_summary()):
         return Outcome(trial, run, _figures(summary), seconds)
     said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("onecard: ")]
     return Outcome(trial, run, {}, seconds, said[-1].removeprefix("onecard: ") if said else _FAILED_SAYING_NOTHING)
@@ -160,7 +161,7 @@ def _on_ray(
             told(_outcome(sweep, by_name[trial.config["trial"]], trial.last_result))
 
         def __reduce__(self) -> tuple[type, tuple[()]]:
-            """Ray saves its callbacks to take up a sweep again, which our run folders do; what is told to stays here."""
+            """Ray saves callbacks to take up a sweep again, which our run folders do; a console cannot be saved."""
             return object, ()
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -204,7 +205,6 @@ def _outcome(sweep: Sweep, trial: Trial, reported: Mapping[str, Any] | None) -> 
 
 def _quieten_ray() -> None:
     """No telemetry, no loggers beside our table. Ray reads these when it is imported."""
-    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "RAY_DEDUP_LOGS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AIR_NEW_OUTPUT", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        os.environ.setdefault(name, "0")
