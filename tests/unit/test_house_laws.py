@@ -44,8 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packaging": _BASE | _MODEL | {"training", "evaluate"},
     "flow": _BASE | _MODEL | {"training", "evaluate", "packaging"},
     "sweep": _BASE | {"training"},
+    "serving": _BASE | _MODEL | {"training", "evaluate"},
     "report": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep"},
-    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep", "report"},
+    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep", "serving", "report"},
 }
 
 

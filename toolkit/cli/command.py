@@ -34,6 +34,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "eval": use.evaluate,
     "generate": use.generate,
     "chat": use.chat,
+    "serve": use.serve,
     "verify": share.verify,
     "push": share.push,
     "quantize": prepare.quantize,

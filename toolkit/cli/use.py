@@ -1,4 +1,4 @@
-"""Verbs that use a run or an artifact: eval, generate, chat."""
+"""Verbs that use a run or an artifact: eval, generate, chat, serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from toolkit.cli.options import Base, Json, Overrides, RunPath, emit, quiet_console, reopen
 
-__all__ = ["chat", "evaluate", "generate"]
+__all__ = ["chat", "evaluate", "generate", "serve"]
 
 
 def evaluate(run: RunPath, overrides: Overrides = None, base: Base = None, json_: Json = False) -> None:
@@ -53,20 +53,39 @@ def generate(
 def chat(
     run: RunPath,
     base: Base = None,
+    compare: Annotated[bool, typer.Option("--compare", help="The base answers too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
 ) -> None:
-    """Talk to the adapted model; an empty line ends it."""
-    from toolkit.evaluate import answer, encode_chat
+    """Talk to the adapted model; /adapter NAME|FOLDER switches, /reset forgets, /quit or an empty line ends."""
+    from toolkit.serving import Conversation, talk
 
-    made, model, tokenizer = reopen(run, None, base, quiet_console())
-    messages: list[dict[str, str]] = []
-    while line := _ask():
-        messages.append({"role": "user", "content": line})
-        ids = encode_chat(tokenizer, messages, made.recipe.data.system_prompt)
-        reply = answer(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0]
-        messages.append({"role": "assistant", "content": reply})
-        print(reply, flush=True)
+    console = quiet_console()
+    made, model, tokenizer = reopen(run, None, base, console)
+    conversation = Conversation(model, tokenizer, made.recipe.data.system_prompt, max_new_tokens, temperature)
+
+    def tell(text: str) -> None:
+        print(text, end="", flush=True)
+
+    talk(conversation, iter(_ask, ""), tell, lambda line: console.print(line, markup=False), compare=compare)
+
+
+def serve(
+    run: RunPath,
+    base: Base = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; only this machine reaches localhost.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Serve the adapted model, OpenAI-compatible, by transformers' own server."""
+    from toolkit.serving import require_server
+    from toolkit.serving import serve as run_server
+
+    require_server()
+    console = quiet_console()
+    _, model, tokenizer = reopen(run, None, base, console)
+    name = run.resolve().parent.name if run.name == "adapter" else run.resolve().name
+    console.print(f"http://{host}:{port}/v1  model {name}; Ctrl-C ends", markup=False)
+    run_server(model, tokenizer, name, host=host, port=port)
 
 
 def _ask() -> str:
