@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +13,21 @@ from toolkit.cli.options import Base, Json, Overrides, RunPath, emit, quiet_cons
 __all__ = ["chat", "evaluate", "generate", "serve"]
 
 
-def evaluate(run: RunPath, overrides: Overrides = None, base: Base = None, json_: Json = False) -> None:
-    """Base against adapted on the held-out examples of the run's recipe."""
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    base: Base = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, such as arc_easy,piqa.")
+    ] = None,
+    tasks: Annotated[Path | None, typer.Option(help="A folder with YAML files of lm-eval tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each lm-eval task.")] = None,
+    json_: Json = False,
+) -> None:
+    """Base against adapted on the held-out examples of the run's recipe, or on public benchmarks."""
+    if lm_eval:
+        _benchmark(run, overrides, base, [name.strip() for name in lm_eval.split(",")], tasks, limit, json_)
+        return
     from toolkit import flow
     from toolkit.report import terminal as show
 
@@ -27,6 +41,26 @@ def evaluate(run: RunPath, overrides: Overrides = None, base: Base = None, json_
         raise DataError(f"{run}: its recipe holds out no examples; add data.validation_size=0.1")
     show.comparison(console, comparison.to_dict())
     emit(comparison.to_dict(), json_)
+
+
+def _benchmark(
+    run: Path,
+    overrides: list[str] | None,
+    base: str | None,
+    names: list[str],
+    folder: Path | None,
+    limit: int | None,
+    json_: bool,
+) -> None:
+    from toolkit.evaluate import require_harness, run_harness
+    from toolkit.report import terminal as show
+
+    require_harness()
+    console = quiet_console()
+    made, model, tokenizer = reopen(run, overrides, base, console, as_trained=True)
+    found = run_harness(model, tokenizer, names, folder=folder, limit=limit, batch_size=made.recipe.eval.batch_size)
+    show.benchmarks(console, found)
+    emit({"lm_eval": found}, json_)
 
 
 def generate(

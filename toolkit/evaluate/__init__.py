@@ -3,6 +3,7 @@
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
 from toolkit.evaluate.general import read_windows
 from toolkit.evaluate.generate import answer, encode_chat, sampling
+from toolkit.evaluate.harness import require_harness, run_harness
 from toolkit.evaluate.metrics import LOSS, find_metric
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "find_metric",
     "held_out_loss",
     "read_windows",
+    "require_harness",
+    "run_harness",
     "sampling",
     "score_now",
 ]

@@ -22,6 +22,7 @@ from toolkit.quant.calibrate import Compensation
 
 __all__ = [
     "audit",
+    "benchmarks",
     "checks",
     "comparison",
     "compensation",
@@ -178,6 +179,15 @@ def comparison(console: Console, results: Mapping[str, Any]) -> None:
     console.print(table)
     if changed := results.get("answers"):
         console.print(f"answers: {changed['better']} better than the base's, {changed['worse']} worse")
+
+
+def benchmarks(console: Console, found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """lm-eval's figures, base against adapted."""
+    table = _table("task", "metric", "base", "adapted")
+    for task, metrics in found["adapted"].items():
+        for name, value in metrics.items():
+            table.add_row(task, name.removesuffix(",none"), f"{found['base'][task][name]:.4f}", f"{value:.4f}")
+    console.print(table)
 
 
 def checks(console: Console, report: VerifyReport) -> None:

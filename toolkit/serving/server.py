@@ -25,7 +25,7 @@ _NEEDED = ("fastapi", "uvicorn", "openai")
 def require_server() -> None:
     """Raise `RecipeError` where transformers' server lacks a package."""
     if missing := [name for name in _NEEDED if not find_spec(name)]:
-        raise RecipeError(f'serve: {", ".join(missing)} not installed; pip install "transformers[serving]"')
+        raise RecipeError(f'serve: {", ".join(missing)} not installed; pip install "onecard[serve]"')
 
 
 def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> FastAPI:
