@@ -148,7 +148,7 @@ def _on_ray(
     address: str | None,
     told: Callable[[Outcome], None],
 ) -> list[Outcome]:
-    _quieten_ray()
+    _prepare_ray()
     import ray
     from ray import tune
 
@@ -203,8 +203,13 @@ def _outcome(sweep: Sweep, trial: Trial, reported: Mapping[str, Any] | None) -> 
     return Outcome(trial, sweep.run_of(trial), **found)
 
 
-def _quieten_ray() -> None:
-    """No telemetry, no loggers beside our table. Ray reads these when it is imported."""
+def _prepare_ray() -> None:
+    """No telemetry, no loggers beside our table, patience. Ray reads these when it is imported and started.
+
+    A machine that was asleep, or busy for a minute, has missed the heartbeats after which Ray gives it up for dead.
+    """
+    os.environ.setdefault("RAY_health_check_failure_threshold", "100000")
+    os.environ.setdefault("RAY_health_check_timeout_ms", "3600000")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AIR_NEW_OUTPUT", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         os.environ.setdefault(name, "0")
