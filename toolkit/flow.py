@@ -6,6 +6,7 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
-from toolkit.errors import ModelError, first_line
-from toolkit.evaluate import Comparison, compare, held_out_loss
+from toolkit.errors import ModelError, RecipeError, first_line
+from toolkit.evaluate import LOSS, Comparison, compare, find_metric, held_out_loss, read_windows, score_now
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
@@ -26,8 +27,9 @@ from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
+from toolkit.ranks import first_one_first, is_first, join
 from toolkit.recipe import dump
-from toolkit.training import RunFolder, TrainResult, train_adapter
+from toolkit.training import BestAdapter, RunFolder, TrainResult, train_adapter
 
 __all__ = [
     "Trained",
@@ -43,7 +45,9 @@ __all__ = [
     "train",
 ]
 
-_NOT_TRL = {"output_dir"}
+_NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
+_LONGEST_WINDOW = 512
+"""Tokens of general text that are looked at together."""
 _LOOKED_AT = 64
 """Training examples that stand in where none are held out."""
 
@@ -82,6 +86,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
+    join(plan.device)
     tokenizer = load_tokenizer(plan)
     model, _ = load_int8(
         plan.model,
@@ -104,13 +109,14 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     wanted = plan.recipe.quantization
     if wanted.error_compensation == "none":
         return None
-    if kept and kept.is_file():
-        return read_compensated(model, kept, _base_hash(plan))
-    examples = batches.train[: wanted.calibration_samples]["input_ids"]
-    report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
-    if kept:
-        write_compensated(model, report, kept, _base_hash(plan))
-    return report
+    with first_one_first():
+        if kept and kept.is_file():
+            return read_compensated(model, kept, _base_hash(plan))
+        examples = batches.train[: wanted.calibration_samples]["input_ids"]
+        report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+        if kept:
+            write_compensated(model, report, kept, _base_hash(plan))
+        return report
 
 
 def _base_hash(plan: Plan) -> str:
@@ -158,7 +164,14 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
 
 
 def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
-    """The recipe's examples, validated and masked; TRL packs them."""
+    """The recipe's examples, validated and masked; TRL packs them. What evaluation needs is tried, too.
+
+    Raises:
+        DataError: the examples or the general text cannot be used. RecipeError: there is no such metric.
+    """
+    _general(tokenizer, plan)
+    if plan.recipe.eval.metric != LOSS:
+        find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
@@ -171,7 +184,7 @@ def train(
     plan: Plan,
     console: Console | None = None,
 ) -> Trained:
-    """Train the adapter and compare it with its base on the held-out examples.
+    """Train the adapter and compare it with its base on the held-out examples (in the first process).
 
     Raises:
         ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
@@ -196,15 +209,57 @@ def train(
         dtype=plan.dtype,
         train_router=recipe.lora.router,
         console=console,
+        best=_wanted_best(model, tokenizer, batches, plan),
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
+    if moved != adapters and training.best_step is not None:
+        raise ModelError(
+            f"the best evaluation is that of step {training.best_step}, where {moved} of {adapters} adapters had "
+            "moved: training made it worse; lower training.learning_rate or look at eval.metric"
+        )
     if moved != adapters:
         raise ModelError(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
             "train longer"
         )
-    return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+    compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
+    return Trained(model, tokenizer, training, counts, compared)
+
+
+def _wanted_best(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> BestAdapter | None:
+    """What the run keeps the best adapter or stops by; None where it does neither.
+
+    Raises:
+        RecipeError: there are no held-out examples to judge by.
+    """
+    training, wanted = plan.recipe.training, plan.recipe.eval
+    if not training.load_best_model_at_end and training.early_stopping_patience is None:
+        return None
+    questions = batches.held_out[: wanted.max_samples]
+    if batches.validation is None or (wanted.metric != LOSS and not questions):
+        raise RecipeError(
+            "training.load_best_model_at_end: nothing is held out to judge by; add data.validation_size=0.1"
+        )
+    score = partial(
+        score_now,
+        model,
+        tokenizer,
+        questions,
+        metric=wanted.metric,
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=wanted.batch_size,
+    )
+    return BestAdapter(
+        plan.folder,
+        LOSS if wanted.metric == LOSS else find_metric(wanted.metric)[0],
+        lower=wanted.metric == LOSS,
+        score=None if wanted.metric == LOSS else score,
+        patience=training.early_stopping_patience,
+        restore=training.load_best_model_at_end,
+    )
 
 
 def require_harmless_rounding(
@@ -237,9 +292,17 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
         tokenizer,
         sequences,
         batches.held_out[: wanted.max_samples],
+        metric=wanted.metric,
+        general=_general(tokenizer, plan),
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
     )
+
+
+def _general(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
+    """The recipe's general text in windows."""
+    path, length = plan.recipe.eval.regression, min(plan.recipe.training.max_length, _LONGEST_WINDOW)
+    return read_windows(tokenizer, Path(path), length) if path else None
 
 
 def _held_out(batches: Batches, plan: Plan) -> Dataset | None:

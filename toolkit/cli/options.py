@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from toolkit.ranks import is_first
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,14 +37,14 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 
 
 def quiet_console() -> Console:
-    """A console on stderr, with the libraries' own progress bars off."""
+    """A console on stderr, with the libraries' own progress bars off; mute in all processes of a run but the first."""
     import datasets
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def load_recipe(path: Path, overrides: list[str] | None, console: Console) -> Recipe:

@@ -19,9 +19,10 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     from toolkit.durable import write_text
     from toolkit.packaging import check_token, push_artifact
     from toolkit.plan import make_plan
+    from toolkit.ranks import is_first
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
-    from toolkit.training import check_writable, open_run
+    from toolkit.training import RunFolder, check_writable, open_run
 
     console = quiet_console()
     parsed = load_recipe(recipe, overrides, console)
@@ -31,11 +32,12 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     made = make_plan(parsed)
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
-    run = open_run(made.folder, dump(parsed))
+    run = open_run(made.folder, dump(parsed)) if is_first() else RunFolder(made.folder)
     if finished := run.read_summary():
         console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
     else:
-        write_text(run.plan, json.dumps(made.to_dict(), indent=2))
+        if is_first():
+            write_text(run.plan, json.dumps(made.to_dict(), indent=2))
         show.plan(console, made)
         show.data(console, batches.report)
         model, tokenizer = flow.load(made)
@@ -44,6 +46,8 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
         model = flow.attach(model, made)
         show.reached(console, flow.coverage(model, made))
         result = flow.train(model, tokenizer, batches, made, console)
+        if not is_first():
+            return
         finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
         write_text(run.summary, json.dumps(finished, indent=2))
     show.summary(console, finished)

@@ -1,6 +1,23 @@
-"""Held-out examples: loss and exact match, base against adapted, and generation."""
+"""Held-out examples: loss and metrics, base against adapted, and generation."""
 
-from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss
-from toolkit.evaluate.generate import answer, encode_chat
+from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
+from toolkit.evaluate.general import read_windows
+from toolkit.evaluate.generate import answer, encode_chat, sampling
+from toolkit.evaluate.harness import require_harness, run_harness
+from toolkit.evaluate.metrics import LOSS, find_metric
 
-__all__ = ["Comparison", "Measured", "answer", "compare", "encode_chat", "held_out_loss"]
+__all__ = [
+    "LOSS",
+    "Comparison",
+    "Measured",
+    "answer",
+    "compare",
+    "encode_chat",
+    "find_metric",
+    "held_out_loss",
+    "read_windows",
+    "require_harness",
+    "run_harness",
+    "sampling",
+    "score_now",
+]

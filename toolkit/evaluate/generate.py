@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["answer", "encode_chat"]
+__all__ = ["answer", "encode_chat", "sampling"]
 
 
 @torch.no_grad()
@@ -33,13 +34,21 @@ def answer(
         for row, index in enumerate(batch):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=_pad(tokenizer), **sampling
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad(tokenizer),
+            **sampling(temperature),
         )
         for row, index in enumerate(batch):
             texts[index] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
     return texts
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """What `generate` is told; a temperature of 0 is greedy."""
+    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
 
 def encode_chat(

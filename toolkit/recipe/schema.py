@@ -210,6 +210,10 @@ class TrainingSection(_Section):
     """Steps (below 1: share of all steps) between two checkpoints."""
     save_total_limit: Positive = 2
     """Checkpoints kept."""
+    load_best_model_at_end: bool = False
+    """End with the adapter of the best evaluation by `eval.metric` instead of the last one."""
+    early_stopping_patience: Positive | None = None
+    """Stop after this many evaluations in a row that were not better by `eval.metric`."""
     seed: NonNegative = 42
     """Seed of initialisation, shuffling and sampling."""
     dataloader_num_workers: NonNegative = 0
@@ -223,6 +227,11 @@ class EvalSection(_Section):
 
     enabled: bool = True
     """Compare base and adapted model after training, where there are held-out examples."""
+    metric: NonEmpty = "loss"
+    """What is best: `loss`, `exact_match`, `token_f1`, `rouge_l`, `json_valid`, or a function of yours, as
+    `file.py:function` or `module:function`, that takes an answer and the wanted one and gives a number, better high."""
+    regression: NonEmpty | None = None
+    """A UTF-8 file of general text; its perplexity before and after says whether the model forgot."""
     max_samples: Positive | None = 200
     """Held-out examples looked at, for the loss (during training too) and for generation; `null` for all."""
     max_new_tokens: Positive = 32

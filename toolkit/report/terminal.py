@@ -22,6 +22,7 @@ from toolkit.quant.calibrate import Compensation
 
 __all__ = [
     "audit",
+    "benchmarks",
     "checks",
     "comparison",
     "compensation",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _WORST_SHOWN = 3
+_SHARES = {"exact_match", "token_f1", "rouge_l", "json_valid"}
 
 
 def plan(console: Console, made: Plan) -> None:
@@ -115,6 +117,8 @@ def summarize(
         {"prompt": question.prompt_text, "wanted": question.answer, "base": base, "adapted": adapted}
         for question, base, adapted in answers
     ]
+    most = made.recipe.eval.num_samples
+    changed = {"better": compared.better[:most], "worse": compared.worse[:most]} if compared else {}
     return {
         "artifact": str(artifact),
         "counts": result.counts,
@@ -123,7 +127,8 @@ def summarize(
         "planned_bytes": made.bytes.total,
         "compensation": compensated.to_dict() if compensated else None,
         "data": batches.report.to_dict(),
-        "samples": samples[: made.recipe.eval.num_samples],
+        "samples": samples[:most],
+        "changed": {how: [samples[index] for index in indexes] for how, indexes in changed.items()},
     }
 
 
@@ -142,7 +147,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
-    for sample in finished["samples"]:
+    for sample in _telling(finished):
         console.print(_line(sample["prompt"]), style="dim", markup=False)
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
         console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
@@ -155,12 +160,33 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
         console.print(f"  {name} {command}", markup=False)
 
 
+def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The samples to show: answers that got better and worse, where there are such."""
+    changed = finished.get("changed") or {}
+    found: list[dict[str, str]] = [*changed.get("better", []), *changed.get("worse", [])]
+    return found or list(finished["samples"])
+
+
 def comparison(console: Console, results: Mapping[str, Any]) -> None:
     """Base against adapted on held-out examples."""
     table = _table(f"{results['examples']} held-out examples", "base", "adapted")
     table.add_row("loss", *(f"{results[who]['loss']:.4f}" for who in ("base", "adapted")))
-    if results["base"]["exact_match"] is not None:
-        table.add_row("exact match", *(f"{results[who]['exact_match']:.1%}" for who in ("base", "adapted")))
+    for name, value in results["adapted"].items():
+        if name != "loss" and value is not None:
+            both = (results[who][name] for who in ("base", "adapted"))
+            shares = name in _SHARES
+            table.add_row(name.replace("_", " "), *(f"{each:.1%}" if shares else f"{each:.4f}" for each in both))
+    console.print(table)
+    if changed := results.get("answers"):
+        console.print(f"answers: {changed['better']} better than the base's, {changed['worse']} worse")
+
+
+def benchmarks(console: Console, found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """lm-eval's figures, base against adapted."""
+    table = _table("task", "metric", "base", "adapted")
+    for task, metrics in found["adapted"].items():
+        for name, value in metrics.items():
+            table.add_row(task, name.removesuffix(",none"), f"{found['base'][task][name]:.4f}", f"{value:.4f}")
     console.print(table)
 
 
