@@ -35,14 +35,24 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 
 
 def quiet_console() -> Console:
-    """A console on stderr, with the libraries' own progress bars off."""
+    """A console on stderr that tells which part is at work.
+
+    On a terminal the bars of downloads and of loading are those of the Hub's client and transformers; elsewhere none.
+    """
     import datasets
+    import huggingface_hub.utils
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    from toolkit.steps import listen
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     datasets.disable_progress_bars()
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
+        huggingface_hub.utils.disable_progress_bars()
+    listen(console)
+    return console
 
 
 def load_recipe(path: Path, overrides: list[str] | None, console: Console) -> Recipe:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.steps import advance
+
 __all__ = ["answer", "encode_chat"]
 
 
@@ -26,6 +28,7 @@ def answer(
         temperature: 0 is greedy; above it samples.
     """
     texts: list[str] = [""] * len(prompts)
+    done = 0
     for batch in _similar_lengths(prompts, batch_size):
         width = max(len(prompts[index]) for index in batch)
         ids = torch.full((len(batch), width), _pad(tokenizer), device=model.device)
@@ -39,6 +42,8 @@ def answer(
         )
         for row, index in enumerate(batch):
             texts[index] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+        done += len(batch)
+        advance(done, len(prompts), "answers")
     return texts
 
 
