@@ -40,7 +40,7 @@ def quiet_console() -> Console:
     On a terminal the bars of downloads and of loading are those of the Hub's client and transformers; elsewhere none.
     """
     import datasets
-    import huggingface_hub.utils
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -50,7 +50,7 @@ def quiet_console() -> Console:
     datasets.disable_progress_bars()
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     listen(console)
     return console
 

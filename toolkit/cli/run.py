@@ -21,6 +21,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     from toolkit.plan import make_plan
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
+    from toolkit.report import write_page
     from toolkit.training import check_writable, open_run
 
     console = quiet_console()
@@ -46,6 +47,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
         result = flow.train(model, tokenizer, batches, made, console)
         finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
         write_text(run.summary, json.dumps(finished, indent=2))
+        write_page(run.path)
     show.summary(console, finished)
     emit(finished, json_)
     if parsed.hub.push_to_hub:

@@ -1,15 +1,16 @@
-"""Verbs that use a run or an artifact: eval, generate, chat."""
+"""Verbs that use a run or an artifact: eval, report, generate, chat."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from toolkit.cli.options import Base, Json, Overrides, RunPath, emit, quiet_console, reopen
 
-__all__ = ["chat", "evaluate", "generate"]
+__all__ = ["chat", "evaluate", "generate", "report"]
 
 
 def evaluate(run: RunPath, overrides: Overrides = None, base: Base = None, json_: Json = False) -> None:
@@ -27,6 +28,25 @@ def evaluate(run: RunPath, overrides: Overrides = None, base: Base = None, json_
         raise DataError(f"{run}: its recipe holds out no examples; add data.validation_size=0.1")
     show.comparison(console, comparison.to_dict())
     emit(comparison.to_dict(), json_)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    serve: Annotated[bool, typer.Option("--serve", help="Show it live on this machine until interrupted.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 0,
+) -> None:
+    """The run's page, one file that opens offline: outcome, curves, experts, memory, recipe."""
+    from toolkit.report import page_server, write_page
+
+    if not serve:
+        print(write_page(run))
+        return
+    with page_server(run, port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
 
 
 def generate(

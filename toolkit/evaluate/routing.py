@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from toolkit.adapters import ParamWrapper, factors_from_layout
 from toolkit.architecture import Architecture, ExpertLayer, describe
@@ -100,7 +101,8 @@ def router_entropy(output: Any, width: int, real: torch.Tensor | None = None) ->
         sums = logits_TE.sum(-1)
         is_share = bool((logits_TE >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
         shares_TE = logits_TE if is_share else logits_TE.softmax(-1)
-        return torch.special.entr(shares_TE).sum()
+        entropy: torch.Tensor = torch.special.entr(shares_TE).sum()
+        return entropy
     return None
 
 
@@ -140,7 +142,7 @@ class _Seen:
 
 
 @torch.no_grad()
-def _count(model: nn.Module, architecture: Architecture, examples: Sequence[Sequence[int]]) -> dict[str, _Seen]:
+def _count(model: PreTrainedModel, architecture: Architecture, examples: Sequence[Sequence[int]]) -> dict[str, _Seen]:
     """One pass over the examples with the model as it stands."""
     seen = {layer.name: _Seen(layer.num_experts) for layer in architecture.layers}
     batches = make_batches(examples, model.device)
@@ -156,7 +158,7 @@ def _count(model: nn.Module, architecture: Architecture, examples: Sequence[Sequ
 @contextmanager
 def _hooked(model: nn.Module, layers: Sequence[ExpertLayer], seen: dict[str, _Seen]) -> Iterator[None]:
     """Experts are watched below their adapters, where the rows arrive; routers above them, where scores leave."""
-    inner, outer = dict[str, nn.Module](), dict[str, nn.Module]()
+    inner, outer = dict[str, Any](), dict[str, Any]()
     for name, module in model.named_modules():
         if ".lora_" not in name:
             bare = name.replace(".base_layer", "")

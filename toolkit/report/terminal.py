@@ -19,6 +19,7 @@ from toolkit.flow import Trained
 from toolkit.packaging import VerifyReport, stack_versions
 from toolkit.plan import Audit, Plan, device_memory
 from toolkit.quant.calibrate import Compensation
+from toolkit.steps import seconds_by_part
 
 __all__ = [
     "audit",
@@ -120,6 +121,7 @@ def summarize(
         "counts": result.counts,
         "results": result.results(),
         "training": vars(result.training),
+        "seconds": seconds_by_part(),
         "planned_bytes": made.bytes.total,
         "compensation": compensated.to_dict() if compensated else None,
         "data": batches.report.to_dict(),
@@ -149,9 +151,16 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     artifact = finished["artifact"]
     run = str(Path(artifact).parent)
     console.print(f"[bold]adapter[/bold]  {artifact}")
+    console.print(f"[bold]page[/bold]     {run}/report.html")
     console.print("[bold]next[/bold]")
     name = "onecard" if shutil.which("onecard") else os.path.relpath(sys.argv[0])
-    for command in (f"verify {artifact}", f"chat {run}", f"eval {run}", f"push {artifact} OWNER/NAME"):
+    for command in (
+        f"verify {artifact}",
+        f"report {run} --serve",
+        f"chat {run}",
+        f"eval {run}",
+        f"push {artifact} OWNER/NAME",
+    ):
         console.print(f"  {name} {command}", markup=False)
 
 
