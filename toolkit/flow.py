@@ -5,6 +5,7 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,18 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
+from toolkit.durable import write_text
 from toolkit.errors import ModelError, RecipeError, first_line
-from toolkit.evaluate import LOSS, Comparison, compare, find_metric, held_out_loss, read_windows, score_now
+from toolkit.evaluate import (
+    LOSS,
+    Comparison,
+    compare,
+    expert_statistics,
+    find_metric,
+    held_out_loss,
+    read_windows,
+    score_now,
+)
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
@@ -29,6 +40,7 @@ from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, is_first, join
 from toolkit.recipe import dump
+from toolkit.steps import part
 from toolkit.training import BestAdapter, RunFolder, TrainResult, train_adapter
 
 __all__ = [
@@ -40,6 +52,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_tokenizer",
+    "look_at_experts",
     "package",
     "reopen",
     "train",
@@ -49,7 +62,7 @@ _NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
 _LONGEST_WINDOW = 512
 """Tokens of general text that are looked at together."""
 _LOOKED_AT = 64
-"""Training examples that stand in where none are held out."""
+"""Examples on which the experts are watched, and training examples that stand in where none are held out."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return result
 
 
+@part("load")
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
     if plan.backend not in BACKENDS:
@@ -101,6 +115,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+@part("calibrate")
 def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path | None = None) -> Compensation | None:
     """Round the int8 parts again with error feedback, on training examples, where the recipe asks for it.
 
@@ -124,6 +139,7 @@ def _base_hash(plan: Plan) -> str:
     return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
 
 
+@part("attach")
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk."""
     lora = plan.recipe.lora
@@ -163,6 +179,7 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
     }
 
 
+@part("tokenise")
 def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     """The recipe's examples, validated and masked; TRL packs them. What evaluation needs is tried, too.
 
@@ -177,6 +194,7 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
 
 
+@part("train")
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,6 +242,8 @@ def train(
             "train longer"
         )
     compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
+    if is_first():
+        look_at_experts(model, batches, plan)
     return Trained(model, tokenizer, training, counts, compared)
 
 
@@ -262,6 +282,19 @@ def _wanted_best(
     )
 
 
+@part("look at experts")
+def look_at_experts(model: PeftModel, batches: Batches, plan: Plan) -> dict[str, Any]:
+    """Who was routed to with the adapter off and on, and how far each expert's adapter moved; kept in the run folder.
+
+    Looked at are held-out examples, or training examples where none are held out.
+    """
+    held_out = _held_out(batches, plan)
+    examples = (batches.train if held_out is None else held_out)[:_LOOKED_AT]["input_ids"]
+    found = {"held_out": held_out is not None, **expert_statistics(model, examples)}
+    write_text(RunFolder(plan.folder).experts, json.dumps(found))
+    return found
+
+
 def require_harmless_rounding(
     model: PeftModel, sequences: Dataset, batch_size: int, plain: str = PLANNED["cuda"], rounded: str = ROUNDED_ROWS
 ) -> None:
@@ -282,6 +315,7 @@ def require_harmless_rounding(
     compare_losses(loss_of, plain=plain, rounded=rounded).require()
 
 
+@part("evaluate")
 def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> Comparison | None:
     """Base against adapted on the held-out examples, or None where there are none or the recipe says no."""
     wanted, sequences = plan.recipe.eval, _held_out(batches, plan)
@@ -312,6 +346,7 @@ def _held_out(batches: Batches, plan: Plan) -> Dataset | None:
     return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))
 
 
+@part("package")
 def package(result: Trained, plan: Plan) -> Path:
     """Write the artifact into the run folder; stock PEFT opens it as it is."""
     return write_artifact(

@@ -37,14 +37,24 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 
 
 def quiet_console() -> Console:
-    """A console on stderr, with the libraries' own progress bars off; mute in all processes of a run but the first."""
+    """A console on stderr that tells which part is at work; mute in all processes of a run but the first.
+
+    On a terminal the bars of downloads and of loading are those of the Hub's client and transformers; elsewhere none.
+    """
     import datasets
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    from toolkit.steps import listen
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
     datasets.disable_progress_bars()
-    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
+    if not console.is_terminal:
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
+    listen(console)
+    return console
 
 
 def load_recipe(path: Path, overrides: list[str] | None, console: Console) -> Recipe:

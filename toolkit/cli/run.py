@@ -22,6 +22,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     from toolkit.ranks import is_first
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
+    from toolkit.report import write_page
     from toolkit.training import RunFolder, check_writable, open_run
 
     console = quiet_console()
@@ -50,6 +51,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
             return
         finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
         write_text(run.summary, json.dumps(finished, indent=2))
+        write_page(run.path)
     show.summary(console, finished)
     emit(finished, json_)
     if parsed.hub.push_to_hub:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from toolkit.data import Batches, DataReport
 from toolkit.flow import Trained
-from toolkit.packaging import VerifyReport, stack_versions
-from toolkit.plan import Audit, Plan, device_memory
+from toolkit.packaging import VerifyReport
+from toolkit.plan import Audit, Plan
 from toolkit.quant.calibrate import Compensation
+from toolkit.steps import seconds_by_part
 
 __all__ = [
     "audit",
@@ -27,8 +26,7 @@ __all__ = [
     "comparison",
     "compensation",
     "data",
-    "facts",
-    "machine",
+    "next_command",
     "plan",
     "reached",
     "summarize",
@@ -124,6 +122,7 @@ def summarize(
         "counts": result.counts,
         "results": result.results(),
         "training": vars(result.training),
+        "seconds": seconds_by_part(),
         "planned_bytes": made.bytes.total,
         "compensation": compensated.to_dict() if compensated else None,
         "data": batches.report.to_dict(),
@@ -154,10 +153,22 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     artifact = finished["artifact"]
     run = str(Path(artifact).parent)
     console.print(f"[bold]adapter[/bold]  {artifact}")
+    console.print(f"[bold]page[/bold]     {run}/report.html")
     console.print("[bold]next[/bold]")
+    for command in (
+        f"verify {artifact}",
+        f"report {run} --serve",
+        f"chat {run}",
+        f"eval {run}",
+        f"push {artifact} OWNER/NAME",
+    ):
+        next_command(console, command)
+
+
+def next_command(console: Console, command: str) -> None:
+    """What to type next."""
     name = "onecard" if shutil.which("onecard") else os.path.relpath(sys.argv[0])
-    for command in (f"verify {artifact}", f"chat {run}", f"eval {run}", f"push {artifact} OWNER/NAME"):
-        console.print(f"  {name} {command}", markup=False)
+    console.print(f"  {name} {command}", markup=False)
 
 
 def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -195,32 +206,6 @@ def checks(console: Console, report: VerifyReport) -> None:
     for check in report.checks:
         console.print(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}", markup=False)
     console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
-
-
-def machine() -> dict[str, Any]:
-    """What this machine has: card, memory and disk in bytes, versions."""
-    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "cards": [
-            {"name": card.name, "memory": card.total_memory, "sm": f"{card.major}{card.minor}"} for card in cards
-        ],
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory": device_memory("cpu"),
-        "disk_free": shutil.disk_usage(".").free,
-        "versions": stack_versions(),
-    }
-
-
-def facts(console: Console, found: Mapping[str, Any]) -> None:
-    """`machine`, as lines."""
-    cards = [f"{card['name']} ({card['memory'] / 2**30:.0f} GiB, sm_{card['sm']})" for card in found["cards"]]
-    console.print(f"card      {', '.join(cards) or 'none: training runs on the CPU, in float32'}")
-    console.print(f"cores     {found['cores']}, {found['threads']} threads")
-    console.print(f"memory    {found['memory'] / 2**30:.1f} GiB")
-    console.print(f"disk      {found['disk_free'] / 2**30:.1f} GiB free here")
-    console.print(f"python    {found['python']}; " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
 
 
 def _table(title: str, *columns: str) -> Table:
