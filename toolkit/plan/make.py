@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
 from toolkit.plan.audit import check_shards
 from toolkit.plan.formats import declared_format
+from toolkit.plan.place import spread
 from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "ROUNDED_ROWS", "Bytes", "Plan", "device_memory", "make_plan"]
@@ -64,6 +65,8 @@ class Plan:
     bytes: Bytes
     memory: int
     folder: Path
+    placement: Mapping[str, str] = field(default_factory=dict)
+    """MoE layer module name to where its expert stacks live: resident, host or disk."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -83,6 +86,7 @@ class Plan:
             "experts_per_layer": sorted({layer.num_experts for layer in layers}),
             "bytes": {**asdict(self.bytes), "total": self.bytes.total},
             "memory": self.memory,
+            "placement": dict(self.placement),
         }
 
 
@@ -113,7 +117,9 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.model.model_name_or_path}: needs {sizes.total / 2**30:.1f} GiB before activations, {device} has "
             f"{memory / 2**30:.1f} GiB; lower lora.r or take a smaller model"
         )
-    return Plan(recipe, name, device, dtype, backend, architecture, sizes, memory, Path(recipe.training.output_dir))
+    placement = spread({layer.name: 0 for layer in architecture.layers}, 0, "resident")
+    folder = Path(recipe.training.output_dir)
+    return Plan(recipe, name, device, dtype, backend, architecture, sizes, memory, folder, placement)
 
 
 def _backend(recipe: Recipe, device: str) -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "MtpSection",
+    "PlacementSection",
     "QuantizationSection",
     "Recipe",
     "TrackingSection",
@@ -71,6 +72,22 @@ class QuantizationSection(_Section):
             raise ValueError("activations: int8 needs experts: int8")
         if self.error_compensation != "none" and self.experts != "int8" and self.linears != "int8":
             raise ValueError("error_compensation needs experts or linears in int8")
+        return self
+
+
+class PlacementSection(_Section):
+    """Where the frozen expert stacks live while the rest of the model is on the device."""
+
+    experts: Literal["auto", "resident", "host", "disk"] = "auto"
+    """`auto` keeps every stack on the device where the plan says that it fits, and else streams the fewest layers that
+    make it fit; `resident` never streams; `host` and `disk` stream from pinned memory or from an int8 file."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the MoE layers that is streamed; without it, what the plan finds needed."""
+
+    @model_validator(mode="after")
+    def _something_to_share(self) -> PlacementSection:
+        if self.experts == "resident" and self.share is not None:
+            raise ValueError("share says how much is streamed, and experts: resident streams nothing: keep one")
         return self
 
 
@@ -268,6 +285,8 @@ class Recipe(_Section):
     """Which checkpoint is fine-tuned."""
     quantization: QuantizationSection = QuantizationSection()
     """What is stored in 8 bit."""
+    placement: PlacementSection = PlacementSection()
+    """Where the expert stacks live."""
     lora: LoraSection = LoraSection()
     """The adapter."""
     mtp: MtpSection = MtpSection()
