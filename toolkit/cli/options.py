@@ -23,6 +23,7 @@ __all__ = [
     "artifact_of",
     "emit",
     "load_recipe",
+    "plain_console",
     "quiet_console",
     "reopen",
 ]
@@ -37,11 +38,17 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 def quiet_console() -> Console:
     """A console on stderr, with the libraries' own progress bars off."""
     import datasets
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    return plain_console()
+
+
+def plain_console() -> Console:
+    """A console on stderr where no library has anything to say; none is imported."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -72,6 +79,6 @@ def reopen(
     from toolkit.plan import make_plan
 
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
-    made = make_plan(recipe)
+    made = make_plan(recipe, for_training=False)
     model, tokenizer = flow.reopen(made, artifact_of(path), as_trained=as_trained)
     return made, model, tokenizer

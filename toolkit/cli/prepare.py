@@ -82,7 +82,7 @@ def _compensated(recipe: Path, model: str, revision: str, console: Console) -> A
 
     overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
-    made = make_plan(load_recipe(recipe, overrides, console))
+    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     loaded, tokenizer = flow.load(made)
     if report := flow.compensate(loaded, flow.build_batches(tokenizer, made), made):
         show.compensation(console, report)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, quiet_console
+from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, plain_console, quiet_console
 
 __all__ = ["plan", "preview", "train"]
 
@@ -54,29 +54,42 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe YAML; with --audit, a model too.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe YAML, or a model's folder or name.")],
     overrides: Overrides = None,
     audit: Annotated[bool, typer.Option("--audit", help="What the checkpoint is made of, from its headers.")] = False,
+    device: Annotated[str | None, typer.Option(help="Plan for this card, e.g. rtx-4090, not for this machine.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Plan for a device of this size, e.g. 12GiB.")] = None,
     json_: Json = False,
 ) -> None:
-    """What a run will load, adapt and need, from the config alone."""
+    """What a run will load, adapt and need, from the config alone; exit code 5 where it does not fit."""
     from toolkit.plan import audit as take_stock
-    from toolkit.plan import make_plan
-    from toolkit.report import terminal as show
+    from toolkit.plan import choose_device, make_plan
+    from toolkit.recipe import parse
+    from toolkit.report.plans import show_audit, show_plan
 
-    console = quiet_console()
-    if audit and not recipe.endswith((".yaml", ".yml")):
+    console = plain_console()
+    is_recipe = recipe.endswith((".yaml", ".yml"))
+    if audit and not is_recipe:
         found = take_stock(recipe)
     else:
-        parsed = load_recipe(Path(recipe), overrides, console)
+        parsed = (
+            load_recipe(Path(recipe), overrides, console)
+            if is_recipe
+            else parse(_DEFAULTS.format(recipe), recipe, overrides or ())
+        )
         if not audit:
-            made = make_plan(parsed)
-            show.plan(console, made)
+            made = make_plan(parsed, device=choose_device(device, memory, use_cpu=parsed.training.use_cpu))
+            show_plan(console, made)
             emit(made.to_dict(), json_)
+            made.require_fit()
             return
         found = take_stock(parsed.model.model_name_or_path, revision=parsed.model.revision)
-    show.audit(console, found)
+    show_audit(console, found)
     emit(found.to_dict(), json_)
+
+
+_DEFAULTS = "model: {{model_name_or_path: {!r}}}\ndata: {{train: none}}\n"
+"""A recipe of nothing but defaults."""
 
 
 def preview(
@@ -91,7 +104,7 @@ def preview(
     from toolkit.plan import make_plan
 
     console = quiet_console()
-    made = make_plan(load_recipe(recipe, overrides, console))
+    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)

@@ -1,6 +1,24 @@
 """Before any weight is read: what a run will load, adapt and need, and what a checkpoint is made of."""
 
 from toolkit.plan.audit import Audit, Part, audit
-from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Bytes, Plan, device_memory, make_plan
+from toolkit.plan.devices import Device, choose_device, device_memory, parse_bytes
+from toolkit.plan.fit import Change
+from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
+from toolkit.plan.memory import Bytes, StepShape
 
-__all__ = ["BACKENDS", "ROUNDED_ROWS", "Audit", "Bytes", "Part", "Plan", "audit", "device_memory", "make_plan"]
+__all__ = [
+    "BACKENDS",
+    "ROUNDED_ROWS",
+    "Audit",
+    "Bytes",
+    "Change",
+    "Device",
+    "Part",
+    "Plan",
+    "StepShape",
+    "audit",
+    "choose_device",
+    "device_memory",
+    "make_plan",
+    "parse_bytes",
+]

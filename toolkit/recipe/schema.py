@@ -94,8 +94,8 @@ class PlacementSection(_Section):
 class LoraSection(_Section):
     """The adapter. Experts and router are adapted by default; PEFT's names and meanings."""
 
-    r: Positive = 16
-    """Rank."""
+    r: Positive | Literal["auto"] = 16
+    """Rank; `auto` is the largest of 8, 16, 32 and 64 that fits the device."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     """Scale of the update: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
     lora_dropout: Fraction = 0.0
@@ -191,8 +191,9 @@ class TrainingSection(_Section):
     """Sequences (packed ones, with packing) in one forward pass."""
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
-    max_length: Positive = 1024
-    """Tokens in a sequence; with packing, tokens in a packed sequence."""
+    max_length: Positive | Literal["auto"] = 1024
+    """Tokens in a sequence; with packing, tokens in a packed sequence. `auto` is the longest that fits the device,
+    up to what the data or the model can use."""
     packing: bool = True
     """Pack several examples into one sequence with a block-diagonal mask; no example sees another."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4

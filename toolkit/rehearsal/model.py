@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters import attach_lora
-from toolkit.architecture import describe
+from toolkit.architecture import describe, is_experts
 from toolkit.ops import keep_up_outputs
+from toolkit.quant import expert_weights
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 
 __all__ = ["Depths", "adapted", "decoder_layers", "depths_of", "truncate"]
@@ -40,15 +41,30 @@ class Depths:
         return (self.all - self.short) // self.period if self.period else 0
 
 
-def adapted(model: PreTrainedModel, lora: Mapping[str, Any], *, experts: str, linears: str, keep_up: bool) -> PeftModel:
+def adapted(
+    model: PreTrainedModel, lora: Mapping[str, Any], *, experts: str, linears: str, keep_up: bool, backend: str
+) -> PeftModel:
     """A meta skeleton as it is after loading and attaching, still on meta; the skeleton becomes part of it."""
     model.requires_grad_(False)
+    model.set_experts_implementation(backend)
+    if backend.startswith("onecard_triton"):
+        _recognize_gates(model)
     stored = Int8Quantizer(Int8Config(experts, "none" if linears == "bnb" else linears))
     stored._process_model_before_weight_loading(model)
     with torch.device("meta"):
         result = attach_lora(model, **lora)
     keep_up_outputs(result, keep_up)
     return result
+
+
+def _recognize_gates(model: nn.Module) -> None:
+    """The kernels know a gate by its numbers, of which there are none later on; what is known stays known."""
+    from toolkit.ops.triton.gates import recognize
+
+    for module in model.modules():
+        if is_experts(module):
+            up = expert_weights(module).up
+            recognize(expert_weights(module).gate, up.weight.shape[2 if up.is_transposed else 1], torch.device("cpu"))
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:

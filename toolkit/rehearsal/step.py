@@ -21,7 +21,7 @@ from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
 
-__all__ = ["Step", "rehearse", "run_step"]
+__all__ = ["Step", "imagined_model", "rehearse", "run_step"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Step:
     balanced: bool
     """Whether the load-balancing loss is computed."""
     on_card: bool
+    backend: str = "onecard_per_expert"
     experts: str = "int8"
     linears: str = "int8"
     packed: bool = True
@@ -49,9 +50,7 @@ def rehearse(model: PreTrainedModel, step: Step) -> int:
         model: a skeleton on meta, which is used up.
     """
     depths = depths_of(model)
-    peft_model = adapted(
-        model, step.lora, experts=step.experts, linears=step.linears, keep_up=step.checkpointing and not step.on_card
-    )
+    peft_model = imagined_model(model, step)
     imagination = FakeTensorMode(allow_non_fake_inputs=True)
     truncate(peft_model, depths.short + depths.period)
     longer = run_step(peft_model, step, imagination)
@@ -59,6 +58,12 @@ def rehearse(model: PreTrainedModel, step: Step) -> int:
         return max(longer.values())
     truncate(peft_model, depths.short)
     return _extrapolated(run_step(peft_model, step, imagination), longer, depths)
+
+
+def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
+    """The skeleton as the run will have it, on meta still."""
+    kept = step.checkpointing
+    return adapted(model, step.lora, experts=step.experts, linears=step.linears, keep_up=kept, backend=step.backend)
 
 
 def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> dict[str, int]:

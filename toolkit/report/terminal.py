@@ -1,4 +1,4 @@
-"""Tables and lines on the terminal: the plan, the data, coverage, and a finished run's summary."""
+"""Tables and lines on the terminal: the data, coverage, and a finished run's summary."""
 
 from __future__ import annotations
 
@@ -12,57 +12,27 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from toolkit.data import Batches, DataReport
 from toolkit.flow import Trained
 from toolkit.packaging import VerifyReport, stack_versions
-from toolkit.plan import Audit, Plan, device_memory
+from toolkit.plan import Plan, device_memory
 from toolkit.quant.calibrate import Compensation
+from toolkit.report.plans import mib, table_of
 
 __all__ = [
-    "audit",
     "checks",
     "comparison",
     "compensation",
     "data",
     "facts",
     "machine",
-    "plan",
     "reached",
     "summarize",
     "summary",
 ]
 
 _WORST_SHOWN = 3
-
-
-def plan(console: Console, made: Plan) -> None:
-    """What will be loaded where, and its bytes."""
-    layers = made.architecture.layers
-    experts = sum(layer.num_experts for layer in layers)
-    console.print(f"[bold]plan[/bold]  {len(layers)} MoE layers, {experts} experts, on {made.device} in {made.dtype}")
-    table = _table("in memory", "MiB")
-    for name, size in vars(made.bytes).items():
-        table.add_row(name, _mib(size))
-    table.add_row("total, activations on top", f"{_mib(made.bytes.total)} of {_mib(made.memory)}")
-    console.print(table)
-
-
-def audit(console: Console, found: Audit) -> None:
-    """What a checkpoint is made of, what becomes int8, what is adapted, what is left."""
-    console.print(f"[bold]{found.model}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
-    table = _table("part", "tensors", "parameters", "stored", "MiB", "LoRA")
-    for part in found.parts:
-        table.add_row(part.name, str(part.tensors), f"{part.parameters:,}", part.stored, _mib(part.bytes), part.adapted)
-    table.add_row("total", "", f"{found.parameters:,}", "", _mib(found.bytes), "")
-    console.print(table)
-    share = found.bytes / (4 * found.parameters)
-    console.print(f"{share:.1%} of fp32 ({_mib(4 * found.parameters)} MiB), {2 * share:.1%} of bf16")
-    console.print(
-        f"on disk: {_mib(found.checkpoint_bytes)} MiB in {', '.join(found.checkpoint_dtypes)}, "
-        f"{found.checkpoint_parameters:,} elements"
-    )
 
 
 def data(console: Console, report: DataReport) -> None:
@@ -85,7 +55,7 @@ def compensation(console: Console, found: Compensation) -> None:
         f"[bold]compensated[/bold]  {len(found.parts)} parts on {found.examples} examples, {found.tokens} tokens; mean "
         f"output error {found.rounded:.3%} rounded, {found.compensated:.3%} compensated"
     )
-    table = _table("output error", "linears", "after", "experts", "after", "experts without rows")
+    table = table_of("output error", "linears", "after", "experts", "after", "experts without rows")
     for layer in dict.fromkeys(part.layer for part in found.parts):
         linears = [part for part in found.parts if part.layer == layer and part.experts == 1]
         stacks = [part for part in found.parts if part.layer == layer and part.experts > 1]
@@ -138,7 +108,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     training = finished["training"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {_mib(training['peak_memory'])} MiB (planned {_mib(finished['planned_bytes'])} before activations)"
+        f"peak {mib(training['peak_memory'])} MiB (planned {mib(finished['planned_bytes'])} before activations)"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
@@ -157,7 +127,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
 
 def comparison(console: Console, results: Mapping[str, Any]) -> None:
     """Base against adapted on held-out examples."""
-    table = _table(f"{results['examples']} held-out examples", "base", "adapted")
+    table = table_of(f"{results['examples']} held-out examples", "base", "adapted")
     table.add_row("loss", *(f"{results[who]['loss']:.4f}" for who in ("base", "adapted")))
     if results["base"]["exact_match"] is not None:
         table.add_row("exact match", *(f"{results[who]['exact_match']:.1%}" for who in ("base", "adapted")))
@@ -197,19 +167,8 @@ def facts(console: Console, found: Mapping[str, Any]) -> None:
     console.print(f"python    {found['python']}; " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title, box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _mean(parts: list[Any], what: str) -> str:
     return f"{sum(getattr(part, what) for part in parts) / len(parts):.3%}" if parts else ""
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f}"
 
 
 def _of(value: Any) -> str:
