@@ -5,6 +5,7 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from toolkit.evaluate import Comparison, compare, held_out_loss
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
-from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
@@ -40,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "package",
     "reopen",
+    "step_shape",
     "train",
 ]
 
@@ -156,7 +158,27 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     """The recipe's examples, validated and masked; TRL packs them."""
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
+    assert isinstance(training.max_length, int)
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
+
+
+def step_shape(batches: Batches, plan: Plan) -> StepShape:
+    """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later."""
+    training = plan.recipe.training
+    assert isinstance(training.max_length, int)
+    labels = [len(row) - row.count(-100) for row in batches.train["labels"]]
+    lengths = [len(row) for row in batches.train["input_ids"]]
+    if not training.packing:
+        one = training.per_device_train_batch_size == 1
+        return StepShape(max(lengths), max(labels) if one else max(lengths))
+    length = min(training.max_length, sum(lengths))
+    shares = sorted((label / size, size) for label, size in zip(labels, lengths, strict=True))
+    room, labelled = length, 0.0
+    while shares and room > 0:
+        share, size = shares.pop()
+        labelled += share * min(size, room)
+        room -= size
+    return StepShape(length, max(1, math.ceil(labelled)))
 
 
 def train(
@@ -191,6 +213,7 @@ def train(
         dtype=plan.dtype,
         train_router=recipe.lora.router,
         console=console,
+        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]

@@ -21,22 +21,28 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     from toolkit.plan import make_plan
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
+    from toolkit.report.plans import show_plan
     from toolkit.training import check_writable, open_run
+    from toolkit.training.memory import anonymous_memory
 
     console = quiet_console()
     parsed = load_recipe(recipe, overrides, console)
     check_writable(Path(parsed.training.output_dir))
     if parsed.hub.push_to_hub:
         check_token(parsed.hub.hub_token)
-    made = make_plan(parsed)
+    undecided = "auto" in (parsed.lora.r, parsed.training.max_length)
+    made = make_plan(parsed, for_training=undecided)
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
-    run = open_run(made.folder, dump(parsed))
+    made = make_plan(parsed, shape=flow.step_shape(batches, made))
+    run = open_run(made.folder, dump(made.recipe))
     if finished := run.read_summary():
         console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
     else:
         write_text(run.plan, json.dumps(made.to_dict(), indent=2))
-        show.plan(console, made)
+        show_plan(console, made)
+        made.require_fit()
+        before = anonymous_memory()
         show.data(console, batches.report)
         model, tokenizer = flow.load(made)
         if compensated := flow.compensate(model, batches, made, run.compensated):
@@ -44,7 +50,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
         model = flow.attach(model, made)
         show.reached(console, flow.coverage(model, made))
         result = flow.train(model, tokenizer, batches, made, console)
-        finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
+        finished = show.summarize(result, made, batches, flow.package(result, made), compensated, before)
         write_text(run.summary, json.dumps(finished, indent=2))
     show.summary(console, finished)
     emit(finished, json_)

@@ -2,7 +2,7 @@
 
 from toolkit.plan.audit import Audit, Part, audit
 from toolkit.plan.devices import Device, choose_device, device_memory, parse_bytes
-from toolkit.plan.fit import Change
+from toolkit.plan.fit import Change, nearest_change
 from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
 from toolkit.plan.memory import Bytes, StepShape
 
@@ -20,5 +20,6 @@ __all__ = [
     "choose_device",
     "device_memory",
     "make_plan",
+    "nearest_change",
     "parse_bytes",
 ]

@@ -13,7 +13,7 @@ from toolkit.plan.budget import Budget
 from toolkit.plan.place import spread
 from toolkit.recipe import Recipe
 
-__all__ = ["Change", "cheapest_changes", "settle"]
+__all__ = ["Change", "cheapest_changes", "nearest_change", "settle"]
 
 _RANKS = (64, 32, 16, 8)
 _SHORTEST = 128
@@ -59,6 +59,13 @@ def cheapest_changes(recipe: Recipe, budget: Budget) -> tuple[Change, ...]:
         if len(found) == _MOST:
             break
     return tuple(found)
+
+
+def nearest_change(recipe: Recipe) -> str:
+    """The cheapest change there is left, whether or not it suffices."""
+    for what, _, _ in (*_for_time(recipe), *_shorter(recipe), *_lower(recipe)):
+        return what
+    return "a smaller model"
 
 
 def _candidates(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str, Recipe]]:

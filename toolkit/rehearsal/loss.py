@@ -4,6 +4,9 @@ On a CPU that is `toolkit.training.labelled` and its cross entropy, or TRL's til
 on a card always TRL's tiles, whose kernel cannot run here, so that its buffers are allocated in its stead.
 """
 
+# torch types an autograd function's result as Any.
+# mypy: disable-error-code="no-any-return"
+
 from __future__ import annotations
 
 from typing import Any
@@ -36,12 +39,12 @@ def imagined_loss(
     if on_card or size > _MOST_LOGITS:
         outputs = base.base_model(**given)
         hidden = outputs.last_hidden_state[:, :-1][:, :labelled].flatten(0, 1)
-        loss = _Tiles.apply(hidden, head, on_card).sum()  # type: ignore[no-untyped-call]
-        return loss + _balance(base, outputs, balanced)
+        tiled: torch.Tensor = _Tiles.apply(hidden, head, on_card)
+        return tiled.sum() + _balance(base, outputs, balanced)
     outputs = model(**given, logits_to_keep=torch.zeros(labelled, dtype=torch.long))
     targets = labels[:, :labelled].flatten()
     logits = outputs.logits.reshape(-1, head.shape[0])[torch.ones(len(targets), dtype=torch.long)]
-    loss = cross_entropy(logits.float(), targets, reduction="sum")
+    loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum")
     if balanced and outputs.get("aux_loss") is not None:
         loss = loss + outputs.aux_loss
     log_probabilities = logits.detach().float().log_softmax(-1)

@@ -95,7 +95,7 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
             loss = imagined_loss(model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card)
         for handle in handles:
             handle.remove()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     finally:
         for handle in handles:
             handle.remove()

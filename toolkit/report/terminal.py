@@ -76,9 +76,14 @@ def reached(console: Console, counts: Mapping[str, Any]) -> None:
 
 
 def summarize(
-    result: Trained, made: Plan, batches: Batches, artifact: Path, compensated: Compensation | None = None
+    result: Trained,
+    made: Plan,
+    batches: Batches,
+    artifact: Path,
+    compensated: Compensation | None = None,
+    before: int = 0,
 ) -> dict[str, Any]:
-    """The finished run as JSON: all that `summary` shows."""
+    """The finished run as JSON: all that `summary` shows. `before`: the process's bytes before anything was loaded."""
     compared = result.comparison
     answers = zip(batches.held_out, compared.base.answers, compared.adapted.answers, strict=False) if compared else ()
     samples = [
@@ -90,11 +95,17 @@ def summarize(
         "counts": result.counts,
         "results": result.results(),
         "training": vars(result.training),
-        "planned_bytes": made.bytes.total,
+        "memory": _memory(result, made, before),
         "compensation": compensated.to_dict() if compensated else None,
         "data": batches.report.to_dict(),
         "samples": samples[: made.recipe.eval.num_samples],
     }
+
+
+def _memory(result: Trained, made: Plan, before: int) -> dict[str, int]:
+    """Bytes planned and measured, both without what Python and the libraries take."""
+    taken = before if made.device == "cpu" else 0
+    return {"planned": made.bytes.run, "measured": result.training.peak_memory - taken, "libraries": taken}
 
 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
@@ -105,10 +116,10 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
             f"[bold]compensated[/bold]  mean output error {compensated['rounded']:.3%} rounded, "
             f"{compensated['compensated']:.3%} compensated"
         )
-    training = finished["training"]
+    training, memory = finished["training"], finished["memory"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {mib(training['peak_memory'])} MiB (planned {mib(finished['planned_bytes'])} before activations)"
+        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])})"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
