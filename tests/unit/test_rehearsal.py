@@ -45,14 +45,13 @@ def skeleton(family: str, **sizes: Any) -> PreTrainedModel:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize(("family", "checkpointing"), [("qwen3_moe", False), ("deepseek_v2", True), ("gpt_oss", True)])
 def test_a_few_layers_tell_all(family: str, checkpointing: bool) -> None:
     step = Step(1, 48, 20, torch.float32, checkpointing, True, False)
-    model = skeleton(family, num_hidden_layers=8)
-    assert depths_of(model).short + depths_of(model).period < 8
+    model = skeleton(family, num_hidden_layers=10)
+    assert depths_of(model).short + depths_of(model).period < 10
     whole = run_step(imagined_model(model, step), step, FakeTensorMode(allow_non_fake_inputs=True))
-    assert rehearse(skeleton(family, num_hidden_layers=8), step) == max(whole.values())
+    assert rehearse(skeleton(family, num_hidden_layers=10), step) == max(whole.values())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -84,10 +84,9 @@ def depths_of(model: nn.Module) -> Depths:
     best = Depths(len(kinds), len(kinds), 0)
     for period in range(1, _LONGEST_PERIOD + 1):
         for short in range(2 * period, len(kinds) - period + 1):
-            repeats = (
-                kinds[short - period :] == (kinds[short - period : short] * len(kinds))[: len(kinds) - short + period]
-            )
-            if repeats and (len(kinds) - short) % period == 0:
+            # One more period before the last: a layer with its like on both sides may be the highest of all.
+            tail = kinds[short - 2 * period :]
+            if tail == [tail[number % period] for number in range(len(tail))] and (len(kinds) - short) % period == 0:
                 if short + period < best.short + best.period:
                     best = Depths(len(kinds), short, period)
                 break

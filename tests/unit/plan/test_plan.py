@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_streamed_layers_are_spread_evenly(count: int) -> None:
     placement = spread(layers, count, "host")
     away = [list(layers).index(name) for name in streamed(placement)]
     assert len(away) == count
-    assert all(later - earlier in {5 // count, -(-5 // count)} for earlier, later in zip(away, away[1:], strict=False))
+    assert all(later - earlier in {5 // count, -(-5 // count)} for earlier, later in itertools.pairwise(away))
     stay, slots = resident_bytes(layers, placement)
     assert stay == sum(size for number, size in enumerate(layers.values()) if number not in away)
     assert slots == min(2, count) * max((10 + number for number in away), default=0)
