@@ -6,6 +6,7 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from toolkit.evaluate import (
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
-from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
@@ -55,6 +56,7 @@ __all__ = [
     "look_at_experts",
     "package",
     "reopen",
+    "step_shape",
     "train",
 ]
 
@@ -191,7 +193,27 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
+    assert isinstance(training.max_length, int)
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
+
+
+def step_shape(batches: Batches, plan: Plan) -> StepShape:
+    """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later."""
+    training = plan.recipe.training
+    assert isinstance(training.max_length, int)
+    labels = [len(row) - row.count(-100) for row in batches.train["labels"]]
+    lengths = [len(row) for row in batches.train["input_ids"]]
+    if not training.packing:
+        one = training.per_device_train_batch_size == 1
+        return StepShape(max(lengths), max(labels) if one else max(lengths))
+    length = min(training.max_length, sum(lengths))
+    shares = sorted((label / size, size) for label, size in zip(labels, lengths, strict=True))
+    room, labelled = length, 0.0
+    while shares and room > 0:
+        share, size = shares.pop()
+        labelled += share * min(size, room)
+        room -= size
+    return StepShape(length, max(1, math.ceil(labelled)))
 
 
 @part("train")
@@ -228,6 +250,7 @@ def train(
         train_router=recipe.lora.router,
         console=console,
         best=_wanted_best(model, tokenizer, batches, plan),
+        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
@@ -335,7 +358,8 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
 
 def _general(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
     """The recipe's general text in windows."""
-    path, length = plan.recipe.eval.regression, min(plan.recipe.training.max_length, _LONGEST_WINDOW)
+    path, longest = plan.recipe.eval.regression, plan.recipe.training.max_length
+    length = _LONGEST_WINDOW if longest == "auto" else min(longest, _LONGEST_WINDOW)
     return read_windows(tokenizer, Path(path), length) if path else None
 
 

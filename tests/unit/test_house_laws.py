@@ -25,7 +25,7 @@ PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.nam
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 _BASE = {"errors", "ranks", "durable", "steps", "recipe", "architecture", "plan"}
-_MODEL = {"quant", "ops", "offload", "adapters", "mtp", "data"}
+_MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ranks": set(),
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": _BASE | {"quant"},
     "offload": _BASE,
     "adapters": _BASE | {"quant", "ops"},
+    "rehearsal": _BASE | {"quant", "ops", "adapters"},
     "mtp": _BASE | {"quant", "ops", "adapters"},
     "data": _BASE,
     "training": _BASE | _MODEL,

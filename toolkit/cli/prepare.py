@@ -60,7 +60,7 @@ def init(
     from toolkit.errors import RecipeError
     from toolkit.plan import first_that_fits
     from toolkit.recipe import starter
-    from toolkit.report import terminal as show
+    from toolkit.report.plans import show_plan
 
     if path.exists():
         raise RecipeError(f"{path}: is there already; give another name")
@@ -72,7 +72,7 @@ def init(
     fields: dict[tuple[str, str], Any] = {}
     if model is not None and data is not None:
         fields, made = first_that_fits(model, data, card)
-        show.plan(console, made)
+        show_plan(console, made)
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(starter(str(path), fields))
@@ -109,7 +109,7 @@ def _compensated(recipe: Path, model: str, revision: str, console: Console) -> A
 
     overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
-    made = make_plan(load_recipe(recipe, overrides, console))
+    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     loaded, tokenizer = flow.load(made)
     if report := flow.compensate(loaded, flow.build_batches(tokenizer, made), made):
         show.compensation(console, report)

@@ -69,7 +69,8 @@ def report(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 0,
 ) -> None:
     """The run's page, one file that opens offline: outcome, curves, experts, memory, recipe."""
-    from toolkit.report import page_server, write_page
+    from toolkit.report.page import write_page
+    from toolkit.report.serve import page_server
 
     if not serve:
         print(write_page(run))

@@ -123,7 +123,7 @@ def _run(
     device: torch.device,
 ) -> None:
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu")
+        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_imagined)
 
 
 @dataclass(frozen=True)

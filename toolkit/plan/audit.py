@@ -27,8 +27,8 @@ from torch import nn
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import HubError, ModelError, first_line
+from toolkit.plan.agreement import refuse_wrong_shapes
 from toolkit.plan.formats import declared_format
-from toolkit.plan.shapes import refuse_wrong_shapes
 
 __all__ = ["Audit", "Header", "Part", "audit", "check_shards", "parts_of"]
 

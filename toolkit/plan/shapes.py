@@ -1,57 +1,68 @@
-"""Whether a checkpoint's tensors have the shapes that its config says, told from the headers before anything is read.
+"""Shapes of a model without its weights: from its config, or from the published configs that come with the package.
 
-transformers compares them while it loads. Its own key conversion runs here on tensors without data, so a stack that the
-files hold expert by expert is compared as the stack that it becomes.
+transformers asks the Hub for a config of 2 kB; the models of our recipes are planned without any connection.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.errors import ModelError
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.architecture import auto_class, skeleton
 
-__all__ = ["refuse_wrong_shapes"]
+__all__ = ["is_published", "published", "published_config", "shape_of", "stated_billions"]
+
+_FOLDER = Path(__file__).parent / "published"
 
 
-def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    """Compare a checkpoint's (key, shape) pairs with a model on meta, which stays as it is.
+def published() -> tuple[str, ...]:
+    """Models whose config.json comes with the package, by their names on the Hub."""
+    return tuple(sorted(path.stem.replace("__", "/") for path in _FOLDER.glob("*.json")))
 
-    FP8 and MXFP4 weights are left to the loader: their blocks and scales have shapes of their own.
+
+def published_config(name: str) -> dict[str, Any]:
+    """What decides shapes in that model's config.json, `model_type` among it."""
+    values = _read(name)
+    values.pop("stated_billions")
+    return values
+
+
+def stated_billions(name: str) -> float:
+    """Parameters as the model's card states them, which shows that the config is the right one."""
+    return float(_read(name)["stated_billions"])
+
+
+def is_published(name: str, revision: str) -> bool:
+    """Whether no connection is needed for this model's shapes."""
+    return revision == "main" and not Path(name).exists() and _file(name).is_file()
+
+
+def shape_of(name: str, revision: str = "main", attn_implementation: str = "auto") -> PreTrainedModel:
+    """The model on the meta device.
 
     Raises:
-        ModelError: a tensor disagrees with the config, or the tensors of a stack do not fit together.
+        ModelError: as `toolkit.architecture.skeleton`.
     """
-    declared = declared_format(name, model.config)
-    if declared is not None and declared["quant_method"] != METHOD:
-        return
-    with torch.device("meta"):
-        tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes}
-    mapping = get_model_conversion_mapping(model) if declared is None else []
-    loading = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "meta"})
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        info, _ = convert_and_load_state_dict_in_model(copy.deepcopy(model), tensors, loading)
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
-    for parameter, there, wanted in sorted(info.mismatched_keys):
-        raise ModelError(
-            f"{name}: {parameter} is {_times(there)} in the files and {_times(wanted)} by config.json; download the "
-            "checkpoint again or fix config.json"
-        )
-    for parameter in sorted(info.conversion_errors):
-        raise ModelError(f"{name}: the tensors for {parameter} do not fit together; download the checkpoint again")
+    if not is_published(name, revision):
+        model = skeleton(name, revision=revision)
+    else:
+        values = published_config(name)
+        with torch.device("meta"):
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+    if attn_implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(attn_implementation)
+    return model
 
 
-def _times(shape: Iterable[int]) -> str:
-    return "×".join(map(str, shape))
+def _file(name: str) -> Path:
+    return _FOLDER / f"{name.replace('/', '__')}.json"
+
+
+def _read(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(_file(name).read_text(encoding="utf-8"))
+    return values

@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import auto_class
 from toolkit.durable import staged_folder
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
-from toolkit.plan.shapes import refuse_wrong_shapes
+from toolkit.plan.agreement import refuse_wrong_shapes
 from toolkit.quant.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
