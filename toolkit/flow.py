@@ -17,12 +17,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
-from toolkit.errors import ModelError, first_line
+from toolkit.errors import ModelError, RecipeError, first_line
 from toolkit.evaluate import Comparison, compare, held_out_loss
+from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.plan.place import streamed
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
@@ -79,21 +81,30 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
 
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
+    """The frozen int8 model, quantised as its shards stream in, and its tokenizer.
+
+    Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
+    """
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
-    tokenizer = load_tokenizer(plan)
-    model, _ = load_int8(
-        plan.model,
-        revision=plan.recipe.model.revision,
-        dtype=plan.torch_dtype,
-        device=plan.device,
-        experts=plan.recipe.quantization.experts,
-        linears=plan.recipe.quantization.linears,
-        attn_implementation=plan.recipe.model.attn_implementation,
-        experts_implementation=plan.backend,
-    )
-    return model, tokenizer
+    tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
+    options: dict[str, Any] = {
+        "revision": plan.recipe.model.revision,
+        "dtype": plan.torch_dtype,
+        "device": plan.device,
+        "experts": stored.experts,
+        "linears": stored.linears,
+        "attn_implementation": plan.recipe.model.attn_implementation,
+        "experts_implementation": plan.backend,
+    }
+    if not streamed(plan.placement):
+        return load_int8(plan.model, **options)[0], tokenizer
+    if stored.error_compensation != "none":
+        raise RecipeError(
+            "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
+            "quantize` with compensation, and give its folder as model.model_name_or_path"
+        )
+    return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
 
 
 def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path | None = None) -> Compensation | None:

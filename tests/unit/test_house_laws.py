@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": _BASE - {"plan"},
     "quant": _BASE,
     "ops": _BASE | {"quant"},
-    "offload": _BASE,
+    "offload": _BASE | {"quant"},
     "adapters": _BASE | {"quant", "ops"},
     "mtp": _BASE | {"quant", "ops", "adapters"},
     "data": _BASE,

@@ -29,6 +29,7 @@ from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.ops import keep_up_outputs
 from toolkit.training.documents import documents_apart
+from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.labelled import can_keep_logits, labelled_logits
 from toolkit.training.packing import isolate_documents
 from toolkit.training.progress import MetricsLog, ProgressDisplay, peak_memory
@@ -52,7 +53,7 @@ class TrainResult:
     resumed_from: int
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
     """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
 
     aux_loss_enabled: bool
@@ -174,6 +175,7 @@ def train_adapter(
         callbacks=[log, ProgressDisplay(console, log)],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.layer_major = layer_major_for(model, arguments)
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
