@@ -112,7 +112,7 @@ class ExpertStream:
             self._slots = [_Slot(image) for image in images]
         return self._slots
 
-    def _oldest_idle(self, but: str | None = None) -> _Slot | None:
+    def _oldest_idle(self, but: str = "") -> _Slot | None:
         idle = [slot for slot in self._all_slots() if not slot.users and slot.layer != but]
         return min(idle, key=lambda slot: slot.stamp, default=None)
 
