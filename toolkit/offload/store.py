@@ -192,9 +192,11 @@ def _entries(folder: Path) -> dict[str, tuple[Path, int, dict[str, object]]]:
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: not a safetensors file ({error}); write the int8 checkpoint again") from None
+                header = json.loads(file.read(length)) if length < path.stat().st_size else None
+        except (OSError, ValueError):
+            header = None
+        if not isinstance(header, dict):
+            raise ModelError(f"{path}: not a safetensors file; write the int8 checkpoint again")
         found |= {name: (path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
     return found
 

@@ -95,7 +95,9 @@ class _ExpertLayer(torch.autograd.Function):
             return _ExpertLayer._gradients(ctx, there, grads[0], *saved)
 
     @staticmethod
-    def _gradients(ctx: Any, there: ExpertWeights, grad_TH: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
+    def _gradients(
+        ctx: Any, there: ExpertWeights, grad_TH: torch.Tensor, *saved: Any
+    ) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, up_low, down_low, kept_SO = saved
         routing, needs_x = _routing(index_TK, ctx.weights), ctx.needs_input_grad[0]
         up = Products.of(there.up, _factors(up_A, up_B, ctx.scalings[0]), up_low, is_known=True)

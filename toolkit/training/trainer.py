@@ -29,8 +29,8 @@ from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.ops import keep_up_outputs
 from toolkit.training.documents import documents_apart
-from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.labelled import can_keep_logits, labelled_logits
+from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.packing import isolate_documents
 from toolkit.training.progress import MetricsLog, ProgressDisplay, peak_memory
 
