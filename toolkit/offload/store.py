@@ -80,7 +80,7 @@ class FromFiles:
         entries = _entries(folder)
         self._where = {layer: [_int8(folder, entries, name) for name in names] for layer, names in stacks.items()}
         self.layouts = {layer: Layout(up[2], down[2]) for layer, (up, down) in self._where.items()}
-        self._files = {path: os.open(path, os.O_RDONLY) for path, *_ in sum(self._where.values(), [])}
+        self._files = {path: os.open(path, os.O_RDONLY) for where in self._where.values() for path, *_ in where}
         self._readers = ThreadPoolExecutor(_READERS, "onecard-stack-reader")
 
     def fill(self, image: torch.Tensor, layer: str, experts: Sequence[int] | None) -> int:
@@ -89,7 +89,7 @@ class FromFiles:
         Raises:
             ResourceError: the disk fails, or the file has been cut short.
         """
-        memory = memoryview(image.view(torch.uint8).numpy())
+        memory = memoryview(image.view(torch.uint8).numpy())  # type: ignore[arg-type]
         chunks = [chunk for piece in self.pieces(layer, experts) for chunk in _chunks(piece)]
         return sum(self._readers.map(lambda chunk: self._read(memory, chunk), chunks))
 
@@ -187,7 +187,7 @@ _Where = tuple[Path, int, tuple[int, ...]]
 
 def _entries(folder: Path) -> dict[str, tuple[Path, int, dict[str, object]]]:
     """Tensor name to file, offset of the file's data, and header entry."""
-    found = {}
+    found: dict[str, tuple[Path, int, dict[str, object]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:

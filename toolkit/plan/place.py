@@ -1,7 +1,7 @@
 """Which MoE layers' expert stacks stay on the device and which are streamed through it: a static split, made once.
 
-accelerate's device maps split by module order and move whole layers back and forth; here only frozen expert stacks move,
-and those that do are spread evenly, so that a resident layer's work hides the next one's copy.
+accelerate's device maps split by module order and move whole layers back and forth; here only frozen expert stacks
+move, and those that do are spread evenly, so that a resident layer's work hides the next one's copy.
 """
 
 from __future__ import annotations

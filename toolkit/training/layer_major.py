@@ -129,7 +129,7 @@ class LayerMajorSteps:
     """
 
     layer_major: LayerMajor[torch.Tensor] | None = None
-    _samples: Sequence[Any] = ()
+    _samples: list[Any]
     _losses: Sequence[torch.Tensor] = ()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -140,7 +140,7 @@ class LayerMajorSteps:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of all where this is a step's first; gives its loss."""
         step = super().training_step  # type: ignore[misc]
-        if self.layer_major is None or len(self._samples) < 2:
+        if self.layer_major is None or len(self._samples) < 2:  # set by `get_batch_samples`
             loss: torch.Tensor = step(model, inputs, *args, **kwargs)
             return loss
         number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
@@ -155,7 +155,7 @@ def layer_major_for(model: nn.Module, arguments: dict[str, Any]) -> LayerMajor[t
     """What runs an optimizer step's micro-batches, None where the ordinary order is the right one.
 
     That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
-    moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in the ordinary order.
+    moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
     """
     stream = stream_of(model)
     is_alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1

@@ -1,4 +1,4 @@
-"""Stacks in files, slots in memory: right bytes at right places, failures in one line, and the guess what comes next."""
+"""Stacks in files, slots in memory: right bytes at right places, failures in one line, and the guess what is next."""
 
 from __future__ import annotations
 
