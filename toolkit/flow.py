@@ -32,10 +32,12 @@ from toolkit.evaluate import (
     read_windows,
     score_now,
 )
+from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
+from toolkit.plan.place import streamed
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
@@ -99,22 +101,31 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
 @part("load")
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
+    """The frozen int8 model, quantised as its shards stream in, and its tokenizer.
+
+    Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
+    """
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
     join(plan.device)
-    tokenizer = load_tokenizer(plan)
-    model, _ = load_int8(
-        plan.model,
-        revision=plan.recipe.model.revision,
-        dtype=plan.torch_dtype,
-        device=plan.device,
-        experts=plan.recipe.quantization.experts,
-        linears=plan.recipe.quantization.linears,
-        attn_implementation=plan.recipe.model.attn_implementation,
-        experts_implementation=plan.backend,
-    )
-    return model, tokenizer
+    tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
+    options: dict[str, Any] = {
+        "revision": plan.recipe.model.revision,
+        "dtype": plan.torch_dtype,
+        "device": plan.device,
+        "experts": stored.experts,
+        "linears": stored.linears,
+        "attn_implementation": plan.recipe.model.attn_implementation,
+        "experts_implementation": plan.backend,
+    }
+    if not streamed(plan.placement):
+        return load_int8(plan.model, **options)[0], tokenizer
+    if stored.error_compensation != "none":
+        raise RecipeError(
+            "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
+            "quantize` with compensation, and give its folder as model.model_name_or_path"
+        )
+    return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
 
 
 @part("calibrate")

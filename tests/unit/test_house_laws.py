@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": _BASE - {"plan"},
     "quant": _BASE,
     "ops": _BASE | {"quant"},
-    "offload": _BASE,
+    "offload": _BASE | {"quant"},
     "adapters": _BASE | {"quant", "ops"},
     "rehearsal": _BASE | {"quant", "ops", "adapters"},
     "mtp": _BASE | {"quant", "ops", "adapters"},

@@ -61,6 +61,7 @@ def init(
     from toolkit.plan import first_that_fits
     from toolkit.recipe import starter
     from toolkit.report.plans import show_plan
+    from toolkit.report.terminal import next_command
 
     if path.exists():
         raise RecipeError(f"{path}: is there already; give another name")
@@ -81,7 +82,7 @@ def init(
     print(path)
     console.print("[bold]next[/bold]")
     for verb in ("plan", "preview", "train"):
-        show.next_command(console, f"{verb} {path}")
+        next_command(console, f"{verb} {path}")
 
 
 def _ask_for_recipe(card: str | None) -> tuple[str, str, str | None]:

@@ -35,7 +35,7 @@ from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.quant.shards import Shards, targets
 
-__all__ = ["WrittenCheckpoint", "quantize_checkpoint", "refuse_existing"]
+__all__ = ["WrittenCheckpoint", "fetch", "quantize_checkpoint", "refuse_existing"]
 
 _SMALL = 128 << 20
 """Bytes up to which layers share a shard."""
@@ -65,17 +65,19 @@ def quantize_checkpoint(
     *,
     revision: str = "main",
     compensated: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenCheckpoint:
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
 
     It loads bit-identically to `load_int8(name_or_path)`: with `load_int8(folder)`, or with plain `from_pretrained`
-    once `toolkit.quant` is imported. Weights that are not int8 keep the dtype they have in the source.
+    once `toolkit.quant` is imported.
 
     Args:
         folder: must not exist.
         compensated: this checkpoint as `load_int8` gave it and `compensate_model` rounded it again: its integers and
             scales are written, and what they were rounded from is not read again.
+        dtype: of the weights that are not int8; as in the source by default.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -84,7 +86,7 @@ def quantize_checkpoint(
     """
     target = Path(folder)
     refuse_existing(target)
-    source = _fetch(name_or_path, revision)
+    source = fetch(name_or_path, revision)
     config = read_config(str(source))
     wanted = storage(name_or_path, config)
     if wanted is None:
@@ -95,7 +97,7 @@ def quantize_checkpoint(
         if wanted.source is None:
             shapes = ((key, tuple(shards.slice(key).get_shape())) for key in shards.keys)
             refuse_wrong_shapes(name_or_path, skeleton, shapes)
-        written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress)
+        written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
         config.quantization_config = wanted
         config.save_pretrained(workplace)
         _copy_rest(source, workplace)
@@ -109,16 +111,17 @@ def refuse_existing(folder: Path) -> None:
 
 
 class _WriterQuantizer(Int8Quantizer):
-    """Leaves what is not rounded in the dtype of its file, as a page of it."""
+    """Leaves what is not rounded in the dtype of its file, as a page of it, unless `dtype` is given."""
 
     keeps_results = False
+    dtype: torch.dtype | None = None
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None: as in the file."""
-        return super().get_new_dtype(converter, param, None)
+        return super().get_new_dtype(converter, param, self.dtype)
 
 
-def _fetch(name_or_path: str, revision: str) -> Path:
+def fetch(name_or_path: str, revision: str) -> Path:
     """The checkpoint's folder, downloaded where it is a Hub name."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -146,9 +149,11 @@ def _write_weights(
     workplace: Path,
     rounded: Mapping[str, torch.Tensor],
     progress: Callable[[int, int], None],
+    dtype: torch.dtype | None,
 ) -> tuple[int, int, int, tuple[str, ...]]:
     """Shards, bytes, bytes read, keys left out."""
     quantizer = _WriterQuantizer(wanted, pre_quantized=False)
+    quantizer.dtype = dtype
     quantizer.preprocess_model(model)
     mapping = get_model_conversion_mapping(model, None, quantizer)
     parameters = targets(model, mapping, shards.keys)

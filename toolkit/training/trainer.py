@@ -33,6 +33,7 @@ from toolkit.ranks import first_tells, is_first, processes
 from toolkit.training.best import BestAdapter, KeepBest
 from toolkit.training.documents import documents_apart
 from toolkit.training.labelled import can_keep_logits, labelled_logits
+from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, probe
@@ -58,7 +59,7 @@ class TrainResult:
     best_step: int | None = None
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
     """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
 
     aux_loss_enabled: bool
@@ -235,6 +236,7 @@ def train_adapter(
         trainer.score = best.score
         trainer.add_callback(keeper)
     trainer.probe_advice = advice
+    trainer.layer_major = layer_major_for(model, arguments)
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
