@@ -5,7 +5,9 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,32 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
+from toolkit.adapters import adapter_coverage, attach_lora, load_adapter, unmoved_adapters
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, first_line
 from toolkit.evaluate import Comparison, compare, held_out_loss
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging.manifest import file_entry
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
-from toolkit.recipe import dump
-from toolkit.training import RunFolder, TrainResult, train_adapter
+from toolkit.recipe import dump, flat
+from toolkit.training import (
+    Resume,
+    RunFolder,
+    StopRequest,
+    TrainResult,
+    data_sha256,
+    find_resume,
+    require_disk,
+    tokenizer_sha256,
+    train_adapter,
+    versions,
+)
 
 __all__ = [
     "Trained",
@@ -40,10 +54,13 @@ __all__ = [
     "load_tokenizer",
     "package",
     "reopen",
+    "resume",
     "train",
 ]
 
 _NOT_TRL = {"output_dir"}
+_MARGIN = 64 << 20
+"""Bytes for everything small that a run writes."""
 _LOOKED_AT = 64
 """Training examples that stand in where none are held out."""
 
@@ -159,20 +176,58 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
 
 
+def resume(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, batches: Batches, note: Callable[[str], None] = lambda line: None
+) -> Resume:
+    """The checkpoint that this run goes on from, if it may, and room for the next ones; cheap, so ask before loading.
+
+    What is skipped or changed and allowed is noted. The base's weights are compared in `train`, once they are here.
+
+    Raises:
+        ModelError: the run in the plan's folder was trained with something else. ResourceError: the disk is too small.
+    """
+    run = RunFolder(plan.folder)
+    adapter, kept = plan.bytes.adapter, max(2, plan.recipe.training.save_total_limit)
+    integers = plan.bytes.experts + plan.bytes.linears
+    compensated = integers if plan.recipe.quantization.error_compensation != "none" else 0
+    # What is kept, the best one, the one being written; and the artifact, written beside an older one.
+    require_disk(run.path, (kept + 2) * (adapter + plan.bytes.optimizer) + 2 * adapter + compensated + _MARGIN)
+    found = find_resume(run.checkpoints, note)
+    found.bind(
+        note,
+        recipe=flat(plan.recipe),
+        data=data_sha256(batches.train),
+        tokenizer=tokenizer_sha256(tokenizer),
+        versions=versions(),
+        device=plan.device,
+        dtype=plan.dtype,
+        backend=plan.backend,
+    )
+    return found
+
+
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     batches: Batches,
     plan: Plan,
     console: Console | None = None,
+    resumed: Resume | None = None,
+    stop: StopRequest | None = None,
 ) -> Trained:
     """Train the adapter and compare it with its base on the held-out examples.
 
+    Goes on from a checkpoint in the plan's folder: `resumed`, or what `resume` finds.
+
     Raises:
-        ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
+        ModelError: an adapter did not move, or the checkpoint was trained on another base.
+        DivergedError: the loss stopped being finite. ResourceError: memory or disk ran out.
         RecipeError: int8 rows were asked for and raise the loss too far.
     """
     console = console or Console(quiet=True)
+    note = partial(console.print, highlight=False, markup=False)
+    resumed = resumed or resume(plan, tokenizer, batches, note)
+    resumed.bind(note, **_base_facts(plan))
     if plan.backend == ROUNDED_ROWS:
         looked_at = _held_out(batches, plan) or batches.train.select(range(min(len(batches.train), _LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
@@ -191,15 +246,25 @@ def train(
         dtype=plan.dtype,
         train_router=recipe.lora.router,
         console=console,
+        resume=resumed,
+        stop=stop,
+        places=batches.places,
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
     if moved != adapters:
+        still = unmoved_adapters(model)
         raise ModelError(
-            f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
-            "train longer"
+            f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
+            f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
         )
     return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+
+
+def _base_facts(plan: Plan) -> dict[str, Any]:
+    kept = RunFolder(plan.folder).compensated
+    facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
+    return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
 
 
 def require_harmless_rounding(

@@ -25,7 +25,7 @@ from toolkit.adapters.layer import register
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line
 
-__all__ = ["AdapterCoverage", "adapter_coverage", "attach_lora", "load_adapter", "targets"]
+__all__ = ["AdapterCoverage", "adapter_coverage", "attach_lora", "load_adapter", "targets", "unmoved_adapters"]
 
 _ROLES = {"none": (), "attention": ("attention",), "all-linear": ("attention", "shared", "dense")}
 _NEVER = ("selector", "fused")
@@ -189,6 +189,16 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
         adapters=len(moved),
         parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
     )
+
+
+def unmoved_adapters(model: PeftModel) -> list[str]:
+    """The adapted parts whose B is still all zero, by name."""
+    layers = {_base_name(name): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return [
+        _part_name(name, layer)
+        for name, layer in layers.items()
+        if not any(bool(B.weight.detach().count_nonzero()) for B in layer.lora_B.values())
+    ]
 
 
 def _trainable(architecture: Architecture) -> list[ExpertLayer]:

@@ -3,54 +3,115 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, quiet_console
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from toolkit.data import Batches
+    from toolkit.plan import Plan
+    from toolkit.training import RunFolder, StopRequest
+
 __all__ = ["plan", "preview", "train"]
 
 
-def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fork: Annotated[bool, typer.Option("--fork", help="Start a new run from the weights of the one there.")] = False,
+    json_: Json = False,
+) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
     from toolkit import flow
-    from toolkit.durable import write_text
     from toolkit.packaging import check_token, push_artifact
     from toolkit.plan import make_plan
-    from toolkit.recipe import dump
     from toolkit.report import terminal as show
-    from toolkit.training import check_writable, open_run
+    from toolkit.training import (
+        RunFolder,
+        check_folder_is_ours,
+        check_writable,
+        copy_start,
+        fork_recipe,
+        open_run,
+        owned,
+        signals_heeded,
+    )
 
     console = quiet_console()
     parsed = load_recipe(recipe, overrides, console)
     check_writable(Path(parsed.training.output_dir))
+    source = RunFolder(Path(parsed.training.output_dir))
+    parsed = fork_recipe(parsed) if fork else parsed
     if parsed.hub.push_to_hub:
         check_token(parsed.hub.hub_token)
-    made = make_plan(parsed)
-    tokenizer = flow.load_tokenizer(made)
-    batches = flow.build_batches(tokenizer, made)
-    run = open_run(made.folder, dump(parsed))
-    if finished := run.read_summary():
-        console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
-    else:
-        write_text(run.plan, json.dumps(made.to_dict(), indent=2))
-        show.plan(console, made)
-        show.data(console, batches.report)
-        model, tokenizer = flow.load(made)
-        if compensated := flow.compensate(model, batches, made, run.compensated):
-            show.compensation(console, compensated)
-        model = flow.attach(model, made)
-        show.reached(console, flow.coverage(model, made))
-        result = flow.train(model, tokenizer, batches, made, console)
-        finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
-        write_text(run.summary, json.dumps(finished, indent=2))
+    with signals_heeded() as stop:
+        made = make_plan(parsed)
+        tokenizer = flow.load_tokenizer(made)
+        batches = flow.build_batches(tokenizer, made)
+        check_folder_is_ours(made.folder)
+        note = _once(console)
+        with owned(made.folder):
+            run = open_run(made.folder, parsed, note)
+            if fork:
+                copy_start(run, source)
+            finished = run.read_summary()
+            if finished is None:
+                finished = _train(console, made, batches, tokenizer, run, stop, note)
+            else:
+                console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
     show.summary(console, finished)
     emit(finished, json_)
     if parsed.hub.push_to_hub:
         target = str(parsed.hub.hub_model_id)
         print(push_artifact(run.adapter, target, private=parsed.hub.hub_private_repo, token=parsed.hub.hub_token))
+
+
+def _train(
+    console: Console,
+    made: Plan,
+    batches: Batches,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunFolder,
+    stop: StopRequest,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything from the loaded model to the summary; gives the summary."""
+    from toolkit import flow
+    from toolkit.durable import write_text
+    from toolkit.report import terminal as show
+
+    resumed = flow.resume(made, tokenizer, batches, note)
+    write_text(run.plan, json.dumps(made.to_dict(), indent=2))
+    show.plan(console, made)
+    show.data(console, batches.report)
+    model, tokenizer = flow.load(made)
+    if compensated := flow.compensate(model, batches, made, run.compensated):
+        show.compensation(console, compensated)
+    model = flow.attach(model, made)
+    show.reached(console, flow.coverage(model, made))
+    result = flow.train(model, tokenizer, batches, made, console, resumed, stop)
+    finished: dict[str, Any] = show.summarize(result, made, batches, flow.package(result, made), compensated)
+    write_text(run.summary, json.dumps(finished, indent=2))
+    return finished
+
+
+def _once(console: Console) -> Callable[[str], None]:
+    """Print a line, unless it was printed before: recipe and checkpoint may both tell of the same change."""
+    said: set[str] = set()
+
+    def note(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            console.print(line, highlight=False, markup=False)
+
+    return note
 
 
 def plan(

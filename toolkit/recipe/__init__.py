@@ -1,5 +1,6 @@
 """The recipe: YAML in, a frozen and fully validated `Recipe` out. Imports no torch."""
 
+from toolkit.recipe.binding import Change, Effect, changes, flat
 from toolkit.recipe.schema import (
     DataSection,
     EvalSection,
@@ -17,7 +18,9 @@ from toolkit.recipe.starter import starter
 
 __all__ = [
     "ALIASES",
+    "Change",
     "DataSection",
+    "Effect",
     "EvalSection",
     "HubSection",
     "LoraSection",
@@ -27,7 +30,9 @@ __all__ = [
     "Recipe",
     "TrackingSection",
     "TrainingSection",
+    "changes",
     "dump",
+    "flat",
     "load",
     "parse",
     "starter",
