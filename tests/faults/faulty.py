@@ -90,15 +90,17 @@ def preloaded(arguments: list[str], folder: Path, **options: Any) -> subprocess.
 
 
 def changes_of(act: Callable[[], object], below: str) -> int:
-    """How many changes `act` makes below a path, counted in this process."""
-    shim = ctypes.CDLL(None)
-    shim.faults_arm(below.encode(), 0, _COUNT, 0)
-    try:
+    """How many changes `act`, run in a fork, makes below a path."""
+    ours, theirs = os.pipe()
+
+    def counted() -> None:
         act()
-    finally:
-        seen = int(shim.faults_seen())
-        shim.faults_arm(b"", 0, _COUNT, 0)
-    return seen
+        os.write(theirs, str(ctypes.CDLL(None).faults_seen()).encode())
+
+    assert in_fork(counted, below, 0, Fault("none", _COUNT)) == 0
+    os.close(theirs)
+    with os.fdopen(ours) as answer:
+        return int(answer.read())
 
 
 def in_fork(act: Callable[[], object], below: str = "", at: int = 0, fault: Fault | None = None) -> int:
