@@ -30,10 +30,10 @@ from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.recipe import dump, flat
+from toolkit.signals import StopRequest
 from toolkit.training import (
     Resume,
     RunFolder,
-    StopRequest,
     TrainResult,
     data_sha256,
     find_resume,

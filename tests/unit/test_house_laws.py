@@ -24,11 +24,12 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
-_BASE = {"errors", "durable", "recipe", "architecture", "plan"}
+_BASE = {"errors", "durable", "signals", "recipe", "architecture", "plan"}
 _MODEL = {"quant", "ops", "offload", "adapters", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "durable": {"errors"},
+    "signals": {"errors"},
     "recipe": {"errors"},
     "architecture": {"errors", "durable", "recipe"},
     "plan": _BASE - {"plan"},

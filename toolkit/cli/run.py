@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from toolkit.data import Batches
     from toolkit.plan import Plan
-    from toolkit.training import RunFolder, StopRequest
+    from toolkit.recipe import Recipe
+    from toolkit.signals import StopRequest
+    from toolkit.training import RunFolder
 
 __all__ = ["plan", "preview", "train"]
 
@@ -29,10 +31,20 @@ def train(
     json_: Json = False,
 ) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
+    from toolkit.signals import signals_heeded
+
+    with signals_heeded() as stop:
+        parsed, run, console, finished = _main_job(recipe, overrides, fork, stop)
+        _hand_over(parsed, run, console, finished, json_)
+
+
+def _main_job(
+    recipe: Path, overrides: list[str] | None, fork: bool, stop: StopRequest
+) -> tuple[Recipe, RunFolder, Console, dict[str, Any]]:
+    """Everything up to the finished run, and its summary."""
     from toolkit import flow
-    from toolkit.packaging import check_token, push_artifact
+    from toolkit.packaging import check_token
     from toolkit.plan import make_plan
-    from toolkit.report import terminal as show
     from toolkit.training import (
         RunFolder,
         check_folder_is_ours,
@@ -41,31 +53,37 @@ def train(
         fork_recipe,
         open_run,
         owned,
-        signals_heeded,
     )
 
     console = quiet_console()
+    note = _once(console)
     parsed = load_recipe(recipe, overrides, console)
     check_writable(Path(parsed.training.output_dir))
     source = RunFolder(Path(parsed.training.output_dir))
     parsed = fork_recipe(parsed) if fork else parsed
     if parsed.hub.push_to_hub:
         check_token(parsed.hub.hub_token)
-    with signals_heeded() as stop:
-        made = make_plan(parsed)
-        tokenizer = flow.load_tokenizer(made)
-        batches = flow.build_batches(tokenizer, made)
-        check_folder_is_ours(made.folder)
-        note = _once(console)
-        with owned(made.folder):
-            run = open_run(made.folder, parsed, note)
-            if fork:
-                copy_start(run, source)
-            finished = run.read_summary()
-            if finished is None:
-                finished = _train(console, made, batches, tokenizer, run, stop, note)
-            else:
-                console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
+    made = make_plan(parsed)
+    tokenizer = flow.load_tokenizer(made)
+    batches = flow.build_batches(tokenizer, made)
+    check_folder_is_ours(made.folder)
+    with owned(made.folder):
+        run = open_run(made.folder, parsed, note)
+        if fork:
+            copy_start(run, source)
+        finished = run.read_summary()
+        if finished is None:
+            finished = _train(console, made, batches, tokenizer, run, stop, note)
+        else:
+            console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
+    return parsed, run, console, finished
+
+
+def _hand_over(parsed: Recipe, run: RunFolder, console: Console, finished: dict[str, Any], json_: bool) -> None:
+    """Show the summary, and push where the recipe says so."""
+    from toolkit.packaging import push_artifact
+    from toolkit.report import terminal as show
+
     show.summary(console, finished)
     emit(finished, json_)
     if parsed.hub.push_to_hub:

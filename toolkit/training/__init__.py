@@ -4,13 +4,11 @@ from toolkit.training.fork import copy_start, fork_recipe
 from toolkit.training.lock import owned
 from toolkit.training.resume import Resume, data_sha256, find_resume, tokenizer_sha256, versions
 from toolkit.training.run import RunFolder, check_folder_is_ours, check_writable, open_run, require_disk
-from toolkit.training.signals import StopRequest, signals_heeded
 from toolkit.training.trainer import TrainResult, is_out_of_memory, train_adapter
 
 __all__ = [
     "Resume",
     "RunFolder",
-    "StopRequest",
     "TrainResult",
     "check_folder_is_ours",
     "check_writable",
@@ -22,7 +20,6 @@ __all__ = [
     "open_run",
     "owned",
     "require_disk",
-    "signals_heeded",
     "tokenizer_sha256",
     "train_adapter",
     "versions",

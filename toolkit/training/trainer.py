@@ -27,6 +27,7 @@ from trl import SFTConfig
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
 from toolkit.ops import keep_up_outputs
+from toolkit.signals import StopRequest
 from toolkit.training.checkpoint import Checkpoint, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.documents import documents_apart
@@ -35,7 +36,6 @@ from toolkit.training.packing import isolate_documents
 from toolkit.training.progress import MetricsLog, ProgressDisplay, StillAdapters, peak_memory
 from toolkit.training.resumable import Part, ResumableTrainer
 from toolkit.training.resume import Resume
-from toolkit.training.signals import StopRequest
 
 __all__ = ["AdapterTrainer", "TrainResult", "is_out_of_memory", "sft_config", "train_adapter"]
 

@@ -65,7 +65,7 @@ class StopRequest:
             _say(f"{name}: saving after this step, then leaving; once more leaves at once")
             return
         code = PreemptedError.exit_code if number == signal.SIGTERM else InterruptedRunError.exit_code
-        _say(f"{name}: left at once; {_AGAIN}")
+        _say(f"{name}: leaving at once; {_AGAIN}")
         if self._number is not None:
             # In the middle of anything: no handler of anybody else may hold this up.
             os._exit(code)
