@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import register
+from toolkit.adapters.stranger import check_adapter_files
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line
 
@@ -130,9 +131,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     Raises:
         ModelError: not an adapter, made for another model, or with keys missing, left over or of another shape.
     """
+    check_adapter_files(Path(folder))
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder}: not a PEFT adapter ({first_line(error)})") from None
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
