@@ -1,6 +1,6 @@
 """A kill or a disk error at any change of a file leaves the old state or the new one, and a rerun ends the same.
 
-Every point of a save and its rotation, of packaging, and a sample of the rest; `scripts/faults/kill_points.py` does all.
+Every kill in a save and its rotation, and a sample of the rest; `scripts/faults/kill_points.py` does all.
 """
 
 from __future__ import annotations

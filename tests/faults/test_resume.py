@@ -1,4 +1,4 @@
-"""A rerun goes on bit by bit, or says why it does not: changes that matter are refused with a diff, others are listed."""
+"""A rerun goes on bit by bit, or says why not: changes that matter are refused with a diff, others are listed."""
 
 from __future__ import annotations
 
@@ -91,9 +91,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (QUICKSTART / "data" / "category.train.jsonl").read_text().splitlines()[:24]
     (place / "rows.jsonl").write_text("\n".join(rows))
     (place / "recipe.yaml").write_text(RECIPE.format(place=place))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["onecard", "train", str(place / "recipe.yaml")])
-        main()
+        with pytest.raises(SystemExit) as end:
+            main()
     assert not end.value.code
     return place
 
