@@ -144,7 +144,7 @@ def try_every(scenario: Scenario, fault: Fault, folder: Path, points: Callable[[
             scenario.act(place)
             if scenario.final(place) != expected:
                 tally.failures.append(f"{what}: other results after the rerun")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             tally.failures.append(f"{what}: {type(error).__name__}: {error}")
     return tally
 

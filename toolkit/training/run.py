@@ -22,6 +22,9 @@ from toolkit.training.resume import refuse_changes
 
 __all__ = ["RunFolder", "check_folder_is_ours", "check_writable", "open_run", "read_recipe", "require_disk"]
 
+_FIRST = {LOCK, ".recipe.yaml.tmp"}
+"""What lies in a run folder before its recipe does; a kill may leave it there."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -108,7 +111,7 @@ def require_disk(path: Path, needed: int) -> None:
 def check_folder_is_ours(path: Path) -> None:
     """Raise `RecipeError` where the folder holds something that is no run."""
     run = RunFolder(path)
-    if not run.recipe.is_file() and path.is_dir() and any(each.name != LOCK for each in path.iterdir()):
+    if not run.recipe.is_file() and path.is_dir() and any(each.name not in _FIRST for each in path.iterdir()):
         raise RecipeError(f"training.output_dir: {path} is not empty and not a run; give another folder")
 
 
@@ -133,8 +136,9 @@ def open_run(path: Path, recipe: Recipe, note: Callable[[str], None] = lambda li
                 run.summary.unlink(missing_ok=True)
         elif found:  # integers compensated on another recipe's examples
             run.compensated.unlink(missing_ok=True)
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, dump(recipe))
+        run.checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise ResourceError(f"training.output_dir: {path} cannot be written ({error.strerror})") from None
     return run
