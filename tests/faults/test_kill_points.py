@@ -1,6 +1,6 @@
 """A kill or a disk error at any change of a file leaves the old state or the new one, and a rerun ends the same.
 
-Every kill in a save and its rotation, and a sample of the rest; `scripts/faults/kill_points.py` does all.
+A sample; `scripts/faults/kill_points.py` strikes at every change.
 """
 
 from __future__ import annotations
@@ -28,19 +28,13 @@ def measure(*arguments: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_every_kill_in_a_save_and_its_rotation_is_survived() -> None:
-    (found,) = measure("save and rotate", "--fault", "kill")
-    assert found["failures"] == []
-    assert found["struck"] == found["changes"] > 40
-
-
-def test_kills_and_disk_errors_elsewhere_are_survived() -> None:
+def test_kills_and_disk_errors_are_survived_wherever_something_is_written() -> None:
     wanted = ["save and rotate", "package", "package again", "quantize", "push"]
-    found = measure(*wanted, "--most", "6")
+    found = measure(*wanted, "--most", "4")
     assert [each["failures"] for each in found if each["failures"]] == []
-    assert {(each["scenario"], each["fault"]) for each in found} >= {(w, "kill") for w in wanted} | {
-        (w, f) for w in wanted[:-1] for f in ("ENOSPC", "EIO")
-    }
+    expected = {(name, fault) for name in wanted for fault in ("kill", "ENOSPC", "EIO")}
+    assert {(each["scenario"], each["fault"]) for each in found} == expected - {("push", "ENOSPC"), ("push", "EIO")}
+    assert all(each["struck"] == 4 < each["changes"] for each in found)
 
 
 def test_a_whole_run_is_survived() -> None:

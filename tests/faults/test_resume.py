@@ -23,8 +23,6 @@ from toolkit.training.resume import refuse_changes
 SOME = (
     "an epoch's end with dropout",
     "two resumes in a row",
-    "a step left out, logged in threes",
-    "cut after the last step",
 )
 
 
