@@ -79,6 +79,7 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
             x = torch.randn(64, 16).requires_grad_()
             index = torch.randint(0, 4, (64, 2))
             weight = torch.rand(64, 2)
+            expert_layer(x, index, weight, weights, keep_up=True)  # a thread's buffer is made once and kept
             with Ledger([x, index, weight, *(t for p in parts for t in p)]) as ledger:
                 output = expert_layer(x, index, weight, weights, keep_up=True)
                 kept = ledger.live
