@@ -113,6 +113,9 @@ install() {
     if [ "$build" = cuda ] && ! "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
         say "there is an NVIDIA card, but pip took a torch without CUDA; name its index in ONECARD_TORCH_INDEX"
     fi
+    if [ "$extra" = dev ] && ! "$venv/bin/python" scripts/browser.py "$venv/chromium" 2>>"$log"; then
+        say "no Chromium, so the tests of the run's page in a browser are skipped; $(tail -n 1 "$log")"
+    fi
     rm -f -- "$venv"/onecard-run "$venv"/onecard-dev
     printf '%s' "$build" >"$venv/onecard-build"
     printf '%s' "${ONECARD_TORCH_INDEX:-}" >"$venv/onecard-index"

@@ -5,6 +5,8 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +20,30 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
+from toolkit.durable import write_text
 from toolkit.errors import ModelError, RecipeError, first_line
-from toolkit.evaluate import LOSS, Comparison, compare, find_metric, held_out_loss, read_windows, score_now
+from toolkit.evaluate import (
+    LOSS,
+    Comparison,
+    compare,
+    expert_statistics,
+    find_metric,
+    held_out_loss,
+    read_windows,
+    score_now,
+)
+from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
-from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
+from toolkit.plan.place import streamed
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, is_first, join
 from toolkit.recipe import dump
+from toolkit.steps import part
 from toolkit.training import BestAdapter, RunFolder, TrainResult, train_adapter
 
 __all__ = [
@@ -40,8 +55,10 @@ __all__ = [
     "evaluate",
     "load",
     "load_tokenizer",
+    "look_at_experts",
     "package",
     "reopen",
+    "step_shape",
     "train",
 ]
 
@@ -49,7 +66,7 @@ _NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
 _LONGEST_WINDOW = 512
 """Tokens of general text that are looked at together."""
 _LOOKED_AT = 64
-"""Training examples that stand in where none are held out."""
+"""Examples on which the experts are watched, and training examples that stand in where none are held out."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +99,36 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return result
 
 
+@part("load")
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
+    """The frozen int8 model, quantised as its shards stream in, and its tokenizer.
+
+    Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
+    """
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
     join(plan.device)
-    tokenizer = load_tokenizer(plan)
-    model, _ = load_int8(
-        plan.model,
-        revision=plan.recipe.model.revision,
-        dtype=plan.torch_dtype,
-        device=plan.device,
-        experts=plan.recipe.quantization.experts,
-        linears=plan.recipe.quantization.linears,
-        attn_implementation=plan.recipe.model.attn_implementation,
-        experts_implementation=plan.backend,
-    )
-    return model, tokenizer
+    tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
+    options: dict[str, Any] = {
+        "revision": plan.recipe.model.revision,
+        "dtype": plan.torch_dtype,
+        "device": plan.device,
+        "experts": stored.experts,
+        "linears": stored.linears,
+        "attn_implementation": plan.recipe.model.attn_implementation,
+        "experts_implementation": plan.backend,
+    }
+    if not streamed(plan.placement):
+        return load_int8(plan.model, **options)[0], tokenizer
+    if stored.error_compensation != "none":
+        raise RecipeError(
+            "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
+            "quantize` with compensation, and give its folder as model.model_name_or_path"
+        )
+    return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
 
 
+@part("calibrate")
 def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path | None = None) -> Compensation | None:
     """Round the int8 parts again with error feedback, on training examples, where the recipe asks for it.
 
@@ -111,14 +139,20 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
         return None
     with first_one_first():
         if kept and kept.is_file():
-            return read_compensated(model, kept)
+            return read_compensated(model, kept, _base_hash(plan))
         examples = batches.train[: wanted.calibration_samples]["input_ids"]
         report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
         if kept:
-            write_compensated(model, report, kept)
+            write_compensated(model, report, kept, _base_hash(plan))
         return report
 
 
+def _base_hash(plan: Plan) -> str:
+    """Of the checkpoint's weights: compensated integers belong to these alone."""
+    return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
+
+
+@part("attach")
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk."""
     lora = plan.recipe.lora
@@ -138,7 +172,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
     kept = RunFolder(Path(artifact).parent).compensated
     if plan.recipe.quantization.error_compensation != "none":
         if kept.is_file():
-            read_compensated(model, kept)
+            read_compensated(model, kept, _base_hash(plan))
         elif as_trained:
             compensate(model, build_batches(tokenizer, plan), plan)
     return load_adapter(model, artifact), tokenizer
@@ -158,6 +192,7 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
     }
 
 
+@part("tokenise")
 def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     """The recipe's examples, validated and masked; TRL packs them. What evaluation needs is tried, too.
 
@@ -169,9 +204,30 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
+    assert isinstance(training.max_length, int)
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
 
 
+def step_shape(batches: Batches, plan: Plan) -> StepShape:
+    """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later."""
+    training = plan.recipe.training
+    assert isinstance(training.max_length, int)
+    labels = [len(row) - row.count(-100) for row in batches.train["labels"]]
+    lengths = [len(row) for row in batches.train["input_ids"]]
+    if not training.packing:
+        one = training.per_device_train_batch_size == 1
+        return StepShape(max(lengths), max(labels) if one else max(lengths))
+    length = min(training.max_length, sum(lengths))
+    shares = sorted((label / size, size) for label, size in zip(labels, lengths, strict=True))
+    room, labelled = length, 0.0
+    while shares and room > 0:
+        share, size = shares.pop()
+        labelled += share * min(size, room)
+        room -= size
+    return StepShape(length, max(1, math.ceil(labelled)))
+
+
+@part("train")
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -205,6 +261,7 @@ def train(
         train_router=recipe.lora.router,
         console=console,
         best=_wanted_best(model, tokenizer, batches, plan),
+        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
@@ -219,6 +276,8 @@ def train(
             "train longer"
         )
     compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
+    if is_first():
+        look_at_experts(model, batches, plan)
     return Trained(model, tokenizer, training, counts, compared)
 
 
@@ -257,6 +316,19 @@ def _wanted_best(
     )
 
 
+@part("look at experts")
+def look_at_experts(model: PeftModel, batches: Batches, plan: Plan) -> dict[str, Any]:
+    """Who was routed to with the adapter off and on, and how far each expert's adapter moved; kept in the run folder.
+
+    Looked at are held-out examples, or training examples where none are held out.
+    """
+    held_out = _held_out(batches, plan)
+    examples = (batches.train if held_out is None else held_out)[:_LOOKED_AT]["input_ids"]
+    found = {"held_out": held_out is not None, **expert_statistics(model, examples)}
+    write_text(RunFolder(plan.folder).experts, json.dumps(found))
+    return found
+
+
 def require_harmless_rounding(
     model: PeftModel, sequences: Dataset, batch_size: int, plain: str = PLANNED["cuda"], rounded: str = ROUNDED_ROWS
 ) -> None:
@@ -277,6 +349,7 @@ def require_harmless_rounding(
     compare_losses(loss_of, plain=plain, rounded=rounded).require()
 
 
+@part("evaluate")
 def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> Comparison | None:
     """Base against adapted on the held-out examples, or None where there are none or the recipe says no."""
     wanted, sequences = plan.recipe.eval, _held_out(batches, plan)
@@ -296,7 +369,8 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
 
 def _general(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
     """The recipe's general text in windows."""
-    path, length = plan.recipe.eval.regression, min(plan.recipe.training.max_length, _LONGEST_WINDOW)
+    path, longest = plan.recipe.eval.regression, plan.recipe.training.max_length
+    length = _LONGEST_WINDOW if longest == "auto" else min(longest, _LONGEST_WINDOW)
     return read_windows(tokenizer, Path(path), length) if path else None
 
 
@@ -307,6 +381,7 @@ def _held_out(batches: Batches, plan: Plan) -> Dataset | None:
     return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))
 
 
+@part("package")
 def package(result: Trained, plan: Plan) -> Path:
     """Write the artifact into the run folder; stock PEFT opens it as it is."""
     return write_artifact(

@@ -40,6 +40,7 @@ def test_train_then_every_verb_that_reads_a_run(
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
         "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
+        "experts.json", "report.html",
     }  # fmt: skip
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3]

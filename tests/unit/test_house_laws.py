@@ -24,19 +24,21 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
-_BASE = {"errors", "ranks", "durable", "recipe", "architecture", "plan"}
-_MODEL = {"quant", "ops", "offload", "adapters", "mtp", "data"}
+_BASE = {"errors", "ranks", "durable", "steps", "recipe", "architecture", "plan"}
+_MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ranks": set(),
     "durable": {"errors"},
+    "steps": {"errors"},
     "recipe": {"errors"},
     "architecture": {"errors", "durable", "recipe"},
     "plan": _BASE - {"plan"},
     "quant": _BASE,
     "ops": _BASE | {"quant"},
-    "offload": _BASE,
+    "offload": _BASE | {"quant"},
     "adapters": _BASE | {"quant", "ops"},
+    "rehearsal": _BASE | {"quant", "ops", "adapters"},
     "mtp": _BASE | {"quant", "ops", "adapters"},
     "data": _BASE,
     "training": _BASE | _MODEL,

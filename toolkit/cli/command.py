@@ -21,7 +21,7 @@ app = typer.Typer(
     name="onecard",
     help="Fine-tune open Mixture-of-Experts models in 8-bit on one card. Start: onecard train recipes/quickstart.yaml",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -32,6 +32,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "plan": run.plan,
     "preview": run.preview,
     "eval": use.evaluate,
+    "report": use.report,
     "generate": use.generate,
     "chat": use.chat,
     "serve": use.serve,

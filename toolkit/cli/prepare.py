@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,8 @@ def quantize(
 ) -> None:
     """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers.
 
-    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none.
+    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none; the
+    weights are then read twice, once to load and once to compensate, since each layer is calibrated behind the last.
     """
     from toolkit.quant import quantize_checkpoint, refuse_existing
 
@@ -50,28 +52,54 @@ def schema() -> None:
 
 def init(
     path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="A checkpoint folder or owner/name on the Hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training examples: a file, a folder or a Hub dataset.")] = None,
+    card: Annotated[str | None, typer.Option(help="A card such as rtx-4090; without it, this machine.")] = None,
 ) -> None:
-    """Write a commented starter recipe."""
+    """Write a commented recipe; with model and data, asked for on a terminal, one that plans successfully."""
     from toolkit.errors import RecipeError
+    from toolkit.plan import first_that_fits
     from toolkit.recipe import starter
+    from toolkit.report.plans import show_plan
+    from toolkit.report.terminal import next_command
 
+    if path.exists():
+        raise RecipeError(f"{path}: is there already; give another name")
+    if model is None and data is None and sys.stdin.isatty():
+        model, data, card = _ask_for_recipe(card)
+    if (model is None) != (data is None):
+        raise RecipeError("init: --model and --data go together; without both a plain template is written")
+    console = quiet_console()
+    fields: dict[tuple[str, str], Any] = {}
+    if model is not None and data is not None:
+        fields, made = first_that_fits(model, data, card)
+        show_plan(console, made)
     try:
         with path.open("x", encoding="utf-8") as stream:
-            stream.write(starter(str(path)))
-    except FileExistsError:
-        raise RecipeError(f"{path}: is there already; give another name") from None
+            stream.write(starter(str(path), fields))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written ({error.strerror}); give another name") from None
     print(path)
+    console.print("[bold]next[/bold]")
+    for verb in ("plan", "preview", "train"):
+        next_command(console, f"{verb} {path}")
+
+
+def _ask_for_recipe(card: str | None) -> tuple[str, str, str | None]:
+    """Model, data and card, from the person at the terminal."""
+    model = typer.prompt("Model (a folder, or owner/name on the Hub)", err=True)
+    data = typer.prompt("Training examples (a .jsonl, .json, .csv or .parquet file, or a Hub dataset)", err=True)
+    asked = card or typer.prompt("Card (such as rtx-4090; empty for this machine)", default="", err=True)
+    return model, data, asked or None
 
 
 def doctor(json_: Json = False) -> None:
-    """What this machine has: card, memory, disk, versions."""
-    from toolkit.report import terminal as show
+    """What this machine has, what a run would use of it and why, and what would help."""
+    from toolkit.report import machine
 
-    facts = show.machine()
-    show.facts(quiet_console(), facts)
-    emit(facts, json_)
+    found = machine.machine()
+    machine.facts(quiet_console(), found)
+    emit(found, json_)
 
 
 def _compensated(recipe: Path, model: str, revision: str, console: Console) -> Any:
@@ -82,7 +110,7 @@ def _compensated(recipe: Path, model: str, revision: str, console: Console) -> A
 
     overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
-    made = make_plan(load_recipe(recipe, overrides, console))
+    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     loaded, tokenizer = flow.load(made)
     if report := flow.compensate(loaded, flow.build_batches(tokenizer, made), made):
         show.compensation(console, report)

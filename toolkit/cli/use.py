@@ -1,4 +1,4 @@
-"""Verbs that use a run or an artifact: eval, generate, chat, serve."""
+"""Verbs that use a run or an artifact: eval, report, generate, chat, serve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from toolkit.cli.options import Base, Json, Overrides, RunPath, emit, quiet_console, reopen
 
-__all__ = ["chat", "evaluate", "generate", "serve"]
+__all__ = ["chat", "evaluate", "generate", "report", "serve"]
 
 
 def evaluate(
@@ -61,6 +61,26 @@ def _benchmark(
     found = run_harness(model, tokenizer, names, folder=folder, limit=limit, batch_size=made.recipe.eval.batch_size)
     show.benchmarks(console, found)
     emit({"lm_eval": found}, json_)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    serve: Annotated[bool, typer.Option("--serve", help="Show it live on this machine until interrupted.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 0,
+) -> None:
+    """The run's page, one file that opens offline: outcome, curves, experts, memory, recipe."""
+    from toolkit.report.page import write_page
+    from toolkit.report.serve import page_server
+
+    if not serve:
+        print(write_page(run))
+        return
+    with page_server(run, port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
 
 
 def generate(

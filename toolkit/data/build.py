@@ -25,6 +25,7 @@ from toolkit.data.report import DataReport, HeldOut, SplitReport, length_bins
 from toolkit.data.sources import open_source
 from toolkit.data.split import overlap, set_apart
 from toolkit.errors import DataError
+from toolkit.steps import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,6 +141,7 @@ def _encode(
     while seen < len(order) and (most is None or len(kept) < most):
         chunk = order[seen : seen + min(_CHUNK, most - len(kept) if most else _CHUNK)]
         seen += len(chunk)
+        advance(seen, len(order), "examples")
         results = encoder.encode([split.examples[i] for i in chunk], hold_out=hold_out)
         for index, result in zip(chunk, results, strict=True):
             if isinstance(result, Encoded):

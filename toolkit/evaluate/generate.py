@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.steps import advance
+
 __all__ = ["answer", "encode_chat", "sampling"]
 
 
@@ -27,6 +29,7 @@ def answer(
         temperature: 0 is greedy; above it samples.
     """
     texts: list[str] = [""] * len(prompts)
+    done = 0
     for batch in _similar_lengths(prompts, batch_size):
         width = max(len(prompts[index]) for index in batch)
         ids = torch.full((len(batch), width), _pad(tokenizer), device=model.device)
@@ -43,6 +46,8 @@ def answer(
         )
         for row, index in enumerate(batch):
             texts[index] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+        done += len(batch)
+        advance(done, len(prompts), "answers")
     return texts
 
 

@@ -23,7 +23,9 @@ from toolkit.quant.experts import ExpertStack, expert_weights
 from toolkit.quant.gptq import blend, compensate, row_errors
 from toolkit.quant.int8 import Int8Linear, quantize
 from toolkit.quant.observe import Batch, ExpertInputs, LinearInputs, Step, decoder_layers, observe, walk
+from toolkit.quant.search import effort_for
 from toolkit.quant.source import SourceWeights
+from toolkit.steps import advance
 
 __all__ = ["Compensation", "ExpertError", "PartError", "compensate_model", "make_batches"]
 
@@ -110,11 +112,13 @@ def compensate_model(
     batches = make_batches(examples, model.device)
     parts: list[PartError] = []
     experts: list[ExpertError] = []
-    for step in walk(model, decoder_layers(architecture), batches):
+    depth = len({layer.name for layer in architecture.layers})
+    for number, step in enumerate(walk(model, decoder_layers(architecture), batches), 1):
         # In a call of its own: a part left in a variable here would keep its weights through the next layer.
         for total, group in _solve_layer(model, step, architecture, source):
             parts.append(total)
             experts += group if total.experts > 1 else ()
+        advance(number, max(number, depth), "layers")
     if not parts:
         raise ModelError(f"{name_or_path}: nothing in int8 to compensate; set quantization.experts or linears to int8")
     experts.sort(key=lambda expert: (-expert.compensated, expert.part, expert.expert))
@@ -256,7 +260,8 @@ def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
     weight, moment = part.original(group), torch.stack([part.moment_of(expert) for expert in group])
     rows = part.rows[group.start : group.stop].to(moment.device)
     damping = (_DAMPING + _FEW_ROWS * weight.shape[-1] / (rows + _TYPICAL_ROWS)).clamp(max=1.0)
-    solved = compensate(weight, blend(moment, rows, mean, _TYPICAL_ROWS), damping)
+    effort = effort_for(*weight.shape[1:])
+    solved = compensate(weight, blend(moment, rows, mean, _TYPICAL_ROWS), damping, effort)
     plain, scale = quantize(weight)
     before = row_errors(weight, plain, scale, moment).sum(-1)
     after = row_errors(weight, solved.stored, solved.scale, moment).sum(-1)

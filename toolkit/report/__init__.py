@@ -1,5 +1,3 @@
-"""What a person sees of a run: tables on the terminal."""
+"""What a person sees of a run: `plans` before it, `terminal` beside it, its `page` after it."""
 
-from toolkit.report import terminal
-
-__all__ = ["terminal"]
+__all__: list[str] = []

@@ -1,6 +1,6 @@
 """The run folder: recipe, plan, metrics, checkpoints and artifact of one training run.
 
-recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  summary.json
+recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  experts.json  summary.json  report.html
 """
 
 from __future__ import annotations
@@ -52,6 +52,16 @@ class RunFolder:
     def compensated(self) -> Path:
         """The base's integers after error compensation, where the recipe asks for it."""
         return self.path / "compensated.safetensors"
+
+    @property
+    def experts(self) -> Path:
+        """What happened to the experts: load, router entropy, adapter size, by layer."""
+        return self.path / "experts.json"
+
+    @property
+    def report(self) -> Path:
+        """The run's page."""
+        return self.path / "report.html"
 
     @property
     def summary(self) -> Path:

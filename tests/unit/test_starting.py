@@ -1,0 +1,88 @@
+"""`init` from nothing to a recipe that plans, `doctor`'s hints, and what the shell is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard
+from toolkit.errors import ResourceError
+from toolkit.plan import make_plan, starting
+from toolkit.recipe import load
+from toolkit.report import machine
+
+__all__ = ["onecard"]
+DATA = QUICKSTART / "data" / "dialog.train.jsonl"
+
+
+def test_init_writes_a_recipe_that_plans_and_previews(onecard: Run, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    status, out, err = onecard("init", path, "--model", MODEL, "--data", DATA, "--card", "rtx-3060-12gb")
+    assert status == 0, err
+    assert out.strip() == str(path)
+    assert f"onecard preview {path}" in err
+    assert onecard("plan", path)[0] == 0
+    assert json.loads(onecard("preview", path, "--json")[1])["splits"]["validation"]["kept"] > 0
+
+
+def test_init_asks_on_a_terminal(onecard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([str(MODEL), str(DATA), ""])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("typer.prompt", lambda *_, **__: next(answers))
+    path = tmp_path / "asked.yaml"
+    assert onecard("init", path)[0] == 0
+    assert load(path).model.model_name_or_path == str(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", MODEL), "--model and --data go together"),
+        (("--model", MODEL, "--data", DATA, "--card", "rtx-4091"), "rtx-4090"),
+    ],
+)
+def test_init_refuses_and_leaves_nothing(onecard: Run, tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
+    status, _, err = onecard("init", tmp_path / "x.yaml", *arguments)
+    assert status == 2
+    assert words in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_setting_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    generous, _ = starting.first_that_fits(str(MODEL), str(DATA))
+    assert ("lora", "r") not in generous
+    total = make_plan(starting._recipe({**generous, ("lora", "r"): 8, ("training", "optim"): "paged_adamw_8bit"})).bytes
+    room = total.total / (1 - starting._FOR_ACTIVATIONS)
+
+    def small(recipe: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(make_plan(recipe), memory=int(room) + 1)
+
+    monkeypatch.setattr(starting, "make_plan", small)
+    frugal, made = starting.first_that_fits(str(MODEL), str(DATA))
+    assert frugal["lora", "r"] == 8
+    assert made.recipe.training.optim == "paged_adamw_8bit"
+    room = 1
+    with pytest.raises(ResourceError, match="even with a rank-4 adapter"):
+        starting.first_that_fits(str(MODEL), str(DATA))
+
+
+def test_doctor_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_driver", lambda: "999.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = machine.machine()
+    assert found["used"]["device"]["choice"] == "cpu"
+    assert any("torch sees no card" in hint for hint in found["hints"])
+    monkeypatch.setattr(machine, "_cards", lambda: iter([{"name": "old", "memory": 8 << 30, "sm": "75"}]))
+    found = machine.machine()
+    assert found["used"]["dtype"]["choice"] == "bfloat16"
+    assert any("sm_80" in hint for hint in found["hints"])
+
+
+def test_the_shell_can_complete(onecard: Run) -> None:
+    assert "--install-completion" in onecard("--help")[1]
