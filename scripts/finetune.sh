@@ -2,8 +2,17 @@
 # Fine-tunes by a recipe: sets up .venv where needed, then runs `onecard train` with what it is given.
 set -euo pipefail
 
-usage='usage: bash scripts/finetune.sh RECIPE [section.key=value ...]
-  e.g. bash scripts/finetune.sh recipes/quickstart.yaml training.learning_rate=1e-4'
+usage='usage: bash scripts/finetune.sh [--processes N] RECIPE [section.key=value ...]
+  e.g. bash scripts/finetune.sh recipes/quickstart.yaml training.learning_rate=1e-4
+  --processes N trains on N cards of this machine, one process each'
+processes=1
+if [ "${1:-}" = --processes ]; then
+    case ${2:-} in
+    '' | *[!0-9]* | 0*) printf '%s\n' "$usage" >&2; exit 2 ;;
+    esac
+    processes=$2
+    shift 2
+fi
 case ${1:-} in
 '') printf '%s\n' "$usage" >&2; exit 2 ;;
 -h | --help) printf '%s\n' "$usage"; exit ;;
@@ -18,4 +27,7 @@ if [ "$(cat "$root/.venv/onecard-build")" = cpu ]; then
     export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-17179869184}"
     export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_-268435456}"
 fi
-exec "$root/.venv/bin/onecard" train "$@"
+if [ "$processes" = 1 ]; then exec "$root/.venv/bin/onecard" train "$@"; fi
+# Accelerate says "multi_gpu" of several processes, on cards or not; all is given so that it asks for nothing.
+exec "$root/.venv/bin/accelerate" launch --multi_gpu --num_processes "$processes" --num_machines 1 \
+    --mixed_precision no --dynamo_backend no --main_process_port 0 -m toolkit train "$@"

@@ -8,11 +8,14 @@
     result = train(model, tokenizer, batches, plan)
     artifact = package(result, plan)
 
-The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch.
+The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch. Where
+transformers is imported already, its `from_pretrained` knows our int8 checkpoints from here on; where `toolkit` comes
+first, any of these names, or `import toolkit.quant`, tells it.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -51,3 +54,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)
+
+
+if "transformers" in sys.modules:
+    # Whoever has transformers has paid for torch. Asked the other way round, a light import cannot tell it anything.
+    import_module("toolkit.quant")

@@ -6,7 +6,9 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,30 @@ from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.durable import write_text
-from toolkit.errors import ModelError, first_line
-from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss
+from toolkit.errors import ModelError, RecipeError, first_line
+from toolkit.evaluate import (
+    LOSS,
+    Comparison,
+    compare,
+    expert_statistics,
+    find_metric,
+    held_out_loss,
+    read_windows,
+    score_now,
+)
+from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
-from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
+from toolkit.plan.place import streamed
 from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
+from toolkit.ranks import first_one_first, is_first, join
 from toolkit.recipe import dump
 from toolkit.steps import part
-from toolkit.training import RunFolder, TrainResult, train_adapter
+from toolkit.training import BestAdapter, RunFolder, TrainResult, train_adapter
 
 __all__ = [
     "Trained",
@@ -44,10 +58,13 @@ __all__ = [
     "look_at_experts",
     "package",
     "reopen",
+    "step_shape",
     "train",
 ]
 
-_NOT_TRL = {"output_dir"}
+_NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
+_LONGEST_WINDOW = 512
+"""Tokens of general text that are looked at together."""
 _LOOKED_AT = 64
 """Examples on which the experts are watched, and training examples that stand in where none are held out."""
 
@@ -84,21 +101,31 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
 @part("load")
 def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen int8 model, quantised as its shards stream in, and its tokenizer."""
+    """The frozen int8 model, quantised as its shards stream in, and its tokenizer.
+
+    Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
+    """
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
-    tokenizer = load_tokenizer(plan)
-    model, _ = load_int8(
-        plan.model,
-        revision=plan.recipe.model.revision,
-        dtype=plan.torch_dtype,
-        device=plan.device,
-        experts=plan.recipe.quantization.experts,
-        linears=plan.recipe.quantization.linears,
-        attn_implementation=plan.recipe.model.attn_implementation,
-        experts_implementation=plan.backend,
-    )
-    return model, tokenizer
+    join(plan.device)
+    tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
+    options: dict[str, Any] = {
+        "revision": plan.recipe.model.revision,
+        "dtype": plan.torch_dtype,
+        "device": plan.device,
+        "experts": stored.experts,
+        "linears": stored.linears,
+        "attn_implementation": plan.recipe.model.attn_implementation,
+        "experts_implementation": plan.backend,
+    }
+    if not streamed(plan.placement):
+        return load_int8(plan.model, **options)[0], tokenizer
+    if stored.error_compensation != "none":
+        raise RecipeError(
+            "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
+            "quantize` with compensation, and give its folder as model.model_name_or_path"
+        )
+    return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
 
 
 @part("calibrate")
@@ -110,13 +137,19 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     wanted = plan.recipe.quantization
     if wanted.error_compensation == "none":
         return None
-    if kept and kept.is_file():
-        return read_compensated(model, kept)
-    examples = batches.train[: wanted.calibration_samples]["input_ids"]
-    report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
-    if kept:
-        write_compensated(model, report, kept)
-    return report
+    with first_one_first():
+        if kept and kept.is_file():
+            return read_compensated(model, kept, _base_hash(plan))
+        examples = batches.train[: wanted.calibration_samples]["input_ids"]
+        report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+        if kept:
+            write_compensated(model, report, kept, _base_hash(plan))
+        return report
+
+
+def _base_hash(plan: Plan) -> str:
+    """Of the checkpoint's weights: compensated integers belong to these alone."""
+    return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
 
 
 @part("attach")
@@ -139,7 +172,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
     kept = RunFolder(Path(artifact).parent).compensated
     if plan.recipe.quantization.error_compensation != "none":
         if kept.is_file():
-            read_compensated(model, kept)
+            read_compensated(model, kept, _base_hash(plan))
         elif as_trained:
             compensate(model, build_batches(tokenizer, plan), plan)
     return load_adapter(model, artifact), tokenizer
@@ -161,10 +194,37 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
 
 @part("tokenise")
 def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
-    """The recipe's examples, validated and masked; TRL packs them."""
+    """The recipe's examples, validated and masked; TRL packs them. What evaluation needs is tried, too.
+
+    Raises:
+        DataError: the examples or the general text cannot be used. RecipeError: there is no such metric.
+    """
+    _general(tokenizer, plan)
+    if plan.recipe.eval.metric != LOSS:
+        find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
+    assert isinstance(training.max_length, int)
     return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
+
+
+def step_shape(batches: Batches, plan: Plan) -> StepShape:
+    """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later."""
+    training = plan.recipe.training
+    assert isinstance(training.max_length, int)
+    labels = [len(row) - row.count(-100) for row in batches.train["labels"]]
+    lengths = [len(row) for row in batches.train["input_ids"]]
+    if not training.packing:
+        one = training.per_device_train_batch_size == 1
+        return StepShape(max(lengths), max(labels) if one else max(lengths))
+    length = min(training.max_length, sum(lengths))
+    shares = sorted((label / size, size) for label, size in zip(labels, lengths, strict=True))
+    room, labelled = length, 0.0
+    while shares and room > 0:
+        share, size = shares.pop()
+        labelled += share * min(size, room)
+        room -= size
+    return StepShape(length, max(1, math.ceil(labelled)))
 
 
 @part("train")
@@ -175,7 +235,7 @@ def train(
     plan: Plan,
     console: Console | None = None,
 ) -> Trained:
-    """Train the adapter and compare it with its base on the held-out examples.
+    """Train the adapter and compare it with its base on the held-out examples (in the first process).
 
     Raises:
         ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
@@ -200,17 +260,60 @@ def train(
         dtype=plan.dtype,
         train_router=recipe.lora.router,
         console=console,
+        best=_wanted_best(model, tokenizer, batches, plan),
+        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
+    if moved != adapters and training.best_step is not None:
+        raise ModelError(
+            f"the best evaluation is that of step {training.best_step}, where {moved} of {adapters} adapters had "
+            "moved: training made it worse; lower training.learning_rate or look at eval.metric"
+        )
     if moved != adapters:
         raise ModelError(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
             "train longer"
         )
-    compared = evaluate(model, tokenizer, batches, plan)
-    look_at_experts(model, batches, plan)
+    compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
+    if is_first():
+        look_at_experts(model, batches, plan)
     return Trained(model, tokenizer, training, counts, compared)
+
+
+def _wanted_best(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> BestAdapter | None:
+    """What the run keeps the best adapter or stops by; None where it does neither.
+
+    Raises:
+        RecipeError: there are no held-out examples to judge by.
+    """
+    training, wanted = plan.recipe.training, plan.recipe.eval
+    if not training.load_best_model_at_end and training.early_stopping_patience is None:
+        return None
+    questions = batches.held_out[: wanted.max_samples]
+    if batches.validation is None or (wanted.metric != LOSS and not questions):
+        raise RecipeError(
+            "training.load_best_model_at_end: nothing is held out to judge by; add data.validation_size=0.1"
+        )
+    score = partial(
+        score_now,
+        model,
+        tokenizer,
+        questions,
+        metric=wanted.metric,
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=wanted.batch_size,
+    )
+    return BestAdapter(
+        plan.folder,
+        LOSS if wanted.metric == LOSS else find_metric(wanted.metric)[0],
+        lower=wanted.metric == LOSS,
+        score=None if wanted.metric == LOSS else score,
+        patience=training.early_stopping_patience,
+        restore=training.load_best_model_at_end,
+    )
 
 
 @part("look at experts")
@@ -257,9 +360,18 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
         tokenizer,
         sequences,
         batches.held_out[: wanted.max_samples],
+        metric=wanted.metric,
+        general=_general(tokenizer, plan),
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
     )
+
+
+def _general(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
+    """The recipe's general text in windows."""
+    path, longest = plan.recipe.eval.regression, plan.recipe.training.max_length
+    length = _LONGEST_WINDOW if longest == "auto" else min(longest, _LONGEST_WINDOW)
+    return read_windows(tokenizer, Path(path), length) if path else None
 
 
 def _held_out(batches: Batches, plan: Plan) -> Dataset | None:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
+from turns import anonymous, most_anonymous
 
 from toolkit.quant import load_int8, quantize, quantize_checkpoint
 
@@ -109,15 +110,6 @@ def read_seconds(folder: Path, cold: bool) -> float:
     return time.perf_counter() - started
 
 
-def anonymous(pid: int | str) -> int:
-    """RssAnon of a process in bytes, 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
 def child(folder: str, goal: str) -> None:
     """Do one thing once; the parent watches."""
     logging.disable_progress_bar()
@@ -137,12 +129,10 @@ def watched(folder: Path, goal: str, cold: bool) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     command = [sys.executable, __file__, CHILD, str(folder), goal]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
-        time.sleep(0.005)
     assert process.stdout is not None
-    return {**json.loads(process.stdout.read()), "peak": peak}
+    with most_anonymous(process.pid) as most, process:
+        said = process.stdout.read()
+    return {**json.loads(said), "peak": most[0]}
 
 
 def quantizing_speed(rows: int, columns: int, seconds: float = 2.0) -> float:

@@ -20,44 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from toolkit.architecture import describe
 from toolkit.plan import Part
 from toolkit.plan.audit import parts_of
+from toolkit.plan.shapes import published, published_config, stated_billions
 
 MODELS: dict[str, tuple[str, float, dict[str, Any]]] = {
-    "allenai/OLMoE-1B-7B-0924-Instruct": (
-        "olmoe",
-        6.92,
-        {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
-         "num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 1024, "vocab_size": 50304},
-    ),
-    "Qwen/Qwen1.5-MoE-A2.7B-Chat": (
-        "qwen2_moe",
-        14.3,
-        {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
-         "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "intermediate_size": 5632,
-         "shared_expert_intermediate_size": 5632, "vocab_size": 151936},
-    ),
-    "deepseek-ai/DeepSeek-V2-Lite-Chat": (
-        "deepseek_v2",
-        15.7,
-        {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
-         "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
-         "intermediate_size": 10944, "first_k_dense_replace": 1, "kv_lora_rank": 512, "q_lora_rank": None,
-         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "vocab_size": 102400},
-    ),
-    "openai/gpt-oss-20b": (
-        "gpt_oss",
-        20.9,
-        {"hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
-         "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 2880,
-         "vocab_size": 201088},
-    ),
-    "Qwen/Qwen3-30B-A3B-Instruct-2507": (
-        "qwen3_moe",
-        30.5,
-        {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-         "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
-         "intermediate_size": 6144, "vocab_size": 151936},
-    ),
-}  # fmt: skip
+    name: (values.pop("model_type"), stated_billions(name), values)
+    for name in published()
+    if (values := published_config(name))
+}
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@
 Arms: onecard packed with activations recomputed (a recipe's defaults), with activations kept, and on padded batches of
 eight; stock TRL + PEFT `target_parameters` at its defaults and with activations kept; experts4bit-qlora in int8. All
 train the same examples at about the same number a step; stock starts from our fresh adapter. Peers run in a second
-environment, made once. Arms take turns; peak memory is that of a fresh process with glibc's defaults, training and
-loading apart. `random` is a checkpoint of 128 experts a layer that is made at the first call; smollm2 is made by
-scripts/make_smollm2_moe.py. Exit status 1 where held-out loss is over 1% from stock's, or packing changes the loss.
+environment, made once. Arms take turns; peak memory is the anonymous memory of a fresh process with glibc's defaults,
+training and loading apart. `random` is a checkpoint of 128 experts a layer that is made at the first call; smollm2 is
+made by scripts/make_smollm2_moe.py. Exit status 1 where held-out loss is over 1% from stock's, or packing changes the
+loss.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,13 @@ def draw(files: Sequence[Path], count: int, seed: int, target: Path) -> str:
 
 
 @contextmanager
-def workers(names: Sequence[str], job: Job, options: argparse.Namespace, tuned: bool) -> Iterator[dict[str, Worker]]:
+def workers(names: Sequence[str], job: Job, options: argparse.Namespace) -> Iterator[dict[str, Worker]]:
     """One process for each name, its model loaded; ours first, which prepares the job."""
     with ExitStack() as stack:
         running = {}
         for name in sorted(names, key=lambda name: name != "ours"):
             python = sys.executable if name == "ours" else options.python
-            worker = Worker(python, PROGRAM, threads=options.threads, tuned=tuned, arguments=[name], own=name == "ours")
+            worker = Worker(python, PROGRAM, threads=options.threads, tuned=True, arguments=[name], own=name == "ours")
             running[name] = stack.enter_context(worker)
             running[name].ask(do="build", job=asdict(job))
             print(f"{name}: loaded", file=sys.stderr, flush=True)
@@ -90,14 +91,16 @@ def workers(names: Sequence[str], job: Job, options: argparse.Namespace, tuned: 
 
 
 def peak_memory(arms: Mapping[str, Arm], job: Job, options: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """The most bytes resident while a fresh process loads (pages of the files included), and while it trains."""
+    """The most anonymous bytes of a fresh process while it loads, and while it trains for the first time."""
     found = {}
     for name, arm in arms.items():
-        with workers([arm.worker], job, options, False) as running:
-            loading = running[arm.worker].ask(do="peak")["loading"]
-            running[arm.worker].ask(do="run", variant=arm.variant)
-            found[name] = {"loading": loading, "training": running[arm.worker].ask(do="peak")["training"]}
-            print(f"{name}: peak {found[name]}", file=sys.stderr, flush=True)
+        own, python = arm.worker == "ours", sys.executable if arm.worker == "ours" else options.python
+        with Worker(python, PROGRAM, threads=options.threads, tuned=False, arguments=[arm.worker], own=own) as worker:
+            found[name] = {
+                "loading": worker.most_anonymous(do="build", job=asdict(replace(job, runs=1))),
+                "training": worker.most_anonymous(do="run", variant=arm.variant),
+            }
+        print(f"{name}: peak {found[name]}", file=sys.stderr, flush=True)
     return found
 
 
@@ -114,6 +117,7 @@ def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figu
         learning_rate=options.learning_rate,
         seed=options.seed,
         backend=options.backend,
+        runs=options.repeats + 1,
     )
     arms = {name: arm for name, arm in ARMS.items() if not options.only or name in options.only}
     last: dict[str, dict[str, Any]] = {}
@@ -129,7 +133,7 @@ def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figu
 
         return run
 
-    with workers({arm.worker for arm in arms.values()}, job, options, True) as running:
+    with workers({arm.worker for arm in arms.values()}, job, options) as running:
         packing = running["ours"].ask(do="packing")
         seconds = alternate({name: turn(name, running[arm.worker]) for name, arm in arms.items()}, options.repeats)
     rows = job.rows("train")
@@ -178,7 +182,8 @@ def complaints(name: str, figures: Figures) -> Iterator[str]:
 def main() -> int:
     """See the module's docstring."""
     options = _options()
-    options.python = python_with(options.peers, PEERS)
+    if any(ARMS[name].worker != "ours" for name in options.only or ARMS):
+        options.python = python_with(options.peers, PEERS)
     result: Figures = {"threads": options.threads, "backend": options.backend, "checkpoints": {}}
     for name in options.checkpoints:
         checkpoint = CHECKPOINTS.get(name, Path(name))

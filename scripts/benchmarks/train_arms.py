@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from turns import peak, serve, settled
+from turns import serve, settled
 
 __all__ = ["ARMS", "Job", "answer", "held_out_loss"]
 
@@ -42,6 +42,7 @@ class Job:
     learning_rate: float
     seed: int
     backend: str
+    runs: int = 1
 
     def rows(self, split: str) -> Rows:
         """Token ids and labels of a split, as `ours` wrote them."""
@@ -77,10 +78,12 @@ class Arm:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._start: dict[str, torch.Tensor] = {}
 
     def keep_start(self) -> None:
-        """Remember the trainable parameters as they are."""
-        self._start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        """Remember the trainable parameters as they are, where there is more than one run to start."""
+        if self.job.runs > 1:
+            self._start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def back_to_start(self) -> None:
         """Undo whatever a run did to the model."""
@@ -276,9 +279,8 @@ ARMS: dict[str, Callable[[Job], Arm]] = {"ours": Ours, "stock": Stock, "experts4
 
 
 def answer(arm: str) -> Callable[..., dict[str, Any]]:
-    """What a worker of this arm does: `build`, `run`, `packing` or `peak`."""
+    """What a worker of this arm does: `build`, `run` or `packing`."""
     built: list[Arm] = []
-    loading: list[int] = []
 
     def respond(do: str, **given: Any) -> dict[str, Any]:
         if do == "build":
@@ -286,13 +288,10 @@ def answer(arm: str) -> Callable[..., dict[str, Any]]:
 
             logging.disable_progress_bar()
             built.append(ARMS[arm](Job(**given["job"])))
-            loading.append(peak())
             return {"torch": torch.__version__, "loaded": settled()}
         (model,) = built
         if do == "packing":
             return model.packing()  # type: ignore[attr-defined]
-        if do == "peak":
-            return {"loading": loading[-1], "training": peak()}
         done = model.run(given["variant"])
         if given.get("held_out"):
             done["held_out"] = held_out_loss(model.model, model.job.rows("validation"))

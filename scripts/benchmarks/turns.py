@@ -14,11 +14,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
-__all__ = ["Summary", "Worker", "alternate", "peak", "serve", "settled", "step_memory", "summary", "turn"]
+__all__ = [
+    "Summary",
+    "Worker",
+    "alternate",
+    "anonymous",
+    "most_anonymous",
+    "serve",
+    "settled",
+    "step_memory",
+    "summary",
+    "turn",
+]
 
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "17179869184",
@@ -74,6 +87,12 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def most_anonymous(self, **question: Any) -> int:
+        """The most bytes of anonymous memory that the worker holds while it answers."""
+        with most_anonymous(self._process.pid) as most:
+            self.ask(**question)
+        return most[0]
+
     def __enter__(self) -> Worker:
         return self
 
@@ -127,14 +146,38 @@ def step_memory(step: Callable[[], object]) -> int:
     step()
     before = settled()
     step()
-    return peak() - before
+    return _status("VmHWM") - before
 
 
-def peak() -> int:
-    """The high-water mark of this process's resident bytes."""
-    return _status("VmHWM")
+@contextmanager
+def most_anonymous(pid: int) -> Iterator[list[int]]:
+    """Watches a process's anonymous bytes (mapped files are the page cache's, not its own); the most seen, in a list.
+
+    Looks every five milliseconds, from outside: a thread of its own would have to wait for its interpreter lock.
+    """
+    most, ended = [0], Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            most[0] = max(most[0], anonymous(pid))
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        watcher.join()
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def anonymous(pid: int | str) -> int:
+    """Anonymous resident bytes of a process, 0 once it has ended."""
+    try:
+        return _status("RssAnon", pid)
+    except (OSError, StopIteration):
+        return 0
+
+
+def _status(field: str, pid: int | str = "self") -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

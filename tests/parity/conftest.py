@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from toolkit.quant import search
+
 EMBEDDED = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 
 COMMON: dict[str, Any] = {
@@ -74,3 +76,9 @@ def randomize() -> Callable[[torch.nn.Module], None]:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
     return fill
+
+
+@pytest.fixture(autouse=True)
+def little_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error compensation looks further on the tiniest matrices only; what a long search finds is for the benchmarks."""
+    monkeypatch.setattr(search, "_BUDGET", 1 << 20)

@@ -94,15 +94,17 @@ def test_a_kept_file_that_does_not_fit_is_refused_and_changes_nothing(tmp_path: 
     model, other = models
     report = compensate_model(model, str(tmp_path / "qwen2_moe"), [list(range(3, 30))] * 4)
     kept = tmp_path / "compensated.safetensors"
-    write_compensated(model, report, kept)
+    write_compensated(model, report, kept, base="1f")
     assert [path.name for path in tmp_path.glob("*compensated*")] == [kept.name]
     again, _ = load_int8(str(tmp_path / "qwen2_moe"))
-    assert read_compensated(again, kept) == report
+    assert read_compensated(again, kept, base="1f") == report
     assert_same_integers(again, model)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ModelError, match="of another model than the one loaded"):
-        read_compensated(other, kept)
+        read_compensated(other, kept, base="1f")
+    with pytest.raises(ModelError, match="rounded from other weights than the base"):
+        read_compensated(again, kept, base="2e")
     kept.write_bytes(kept.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"damaged.*remove it to compensate again"):
-        read_compensated(other, kept)
+        read_compensated(other, kept, base="1f")
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in before.items())

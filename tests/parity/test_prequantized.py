@@ -100,9 +100,11 @@ def test_save_pretrained_of_an_int8_model_writes_the_same_tensors(checkpoint: Pa
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), rounded)
 
 
-def test_plain_from_pretrained_needs_one_import_and_keeps_the_dtype(stored: Path) -> None:
+@pytest.mark.parametrize("imports", ["import transformers, toolkit", "import toolkit.quant, transformers"])
+def test_plain_from_pretrained_needs_one_import_and_keeps_the_dtype(stored: Path, imports: str) -> None:
     program = f"""
-import hashlib, torch, toolkit.quant
+{imports}
+import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(stored)!r}, dtype=torch.bfloat16)
 assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.int8

@@ -24,10 +24,11 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
-_BASE = {"errors", "durable", "steps", "recipe", "architecture", "plan"}
-_MODEL = {"quant", "ops", "offload", "adapters", "mtp", "data"}
+_BASE = {"errors", "ranks", "durable", "steps", "recipe", "architecture", "plan"}
+_MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "ranks": set(),
     "durable": {"errors"},
     "steps": {"errors"},
     "recipe": {"errors"},
@@ -35,16 +36,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": _BASE - {"plan"},
     "quant": _BASE,
     "ops": _BASE | {"quant"},
-    "offload": _BASE,
+    "offload": _BASE | {"quant"},
     "adapters": _BASE | {"quant", "ops"},
+    "rehearsal": _BASE | {"quant", "ops", "adapters"},
     "mtp": _BASE | {"quant", "ops", "adapters"},
     "data": _BASE,
     "training": _BASE | _MODEL,
     "evaluate": _BASE | _MODEL | {"training"},
     "packaging": _BASE | _MODEL | {"training", "evaluate"},
     "flow": _BASE | _MODEL | {"training", "evaluate", "packaging"},
-    "report": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow"},
-    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "report"},
+    "sweep": _BASE | {"training"},
+    "serving": _BASE | _MODEL | {"training", "evaluate"},
+    "report": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep"},
+    "cli": _BASE | _MODEL | {"training", "evaluate", "packaging", "flow", "sweep", "serving", "report"},
 }
 
 

@@ -1,12 +1,13 @@
 """LoRA on experts, router and linears, in the layout stock PEFT writes."""
 
-from toolkit.adapters.attach import AdapterCoverage, adapter_coverage, attach_lora, load_adapter, targets
+from toolkit.adapters.attach import AdapterCoverage, adapter_coverage, add_adapter, attach_lora, load_adapter, targets
 from toolkit.adapters.layer import ParamWrapper, factors_from_layout
 
 __all__ = [
     "AdapterCoverage",
     "ParamWrapper",
     "adapter_coverage",
+    "add_adapter",
     "attach_lora",
     "factors_from_layout",
     "load_adapter",

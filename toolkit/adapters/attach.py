@@ -25,7 +25,7 @@ from toolkit.adapters.layer import register
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line
 
-__all__ = ["AdapterCoverage", "adapter_coverage", "attach_lora", "load_adapter", "targets"]
+__all__ = ["AdapterCoverage", "adapter_coverage", "add_adapter", "attach_lora", "load_adapter", "targets"]
 
 _ROLES = {"none": (), "attention": ("attention",), "all-linear": ("attention", "shared", "dense")}
 _NEVER = ("selector", "fused")
@@ -148,7 +148,27 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     return _freeze(peft_model, is_trainable)
 
 
-def _load_own_layout(model: PeftModel, folder: str | Path) -> bool:
+def add_adapter(model: PeftModel, folder: str | Path, name: str) -> None:
+    """Put one more adapter on a model that has one, frozen and under its own name; `set_adapter` switches to it.
+
+    Raises:
+        ModelError: not an adapter in PEFT's layout, or made for another model.
+    """
+    try:
+        model.add_adapter(name, register(LoraConfig.from_pretrained(str(folder))))
+        if _load_own_layout(model, folder, name):
+            model.requires_grad_(False)
+            return
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = first_line(error)
+    else:
+        reason = "its tensors have other names"
+    if name in model.peft_config:
+        model.delete_adapter(name)
+    raise ModelError(f"{folder}: not an adapter of this model: {reason}")
+
+
+def _load_own_layout(model: PeftModel, folder: str | Path, name: str = "default") -> bool:
     """Load a file whose keys are exactly this model's; False, and nothing done, where they are not.
 
     PEFT renames every key it loads as if it came from the family's original checkpoint, and some families' patterns
@@ -157,7 +177,7 @@ def _load_own_layout(model: PeftModel, folder: str | Path) -> bool:
     file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         return False
-    own = {key.replace(".default.", "."): key for key in model.state_dict() if ".lora_" in key}
+    own = {key.replace(f".{name}.", "."): key for key in model.state_dict() if f".{name}." in key and ".lora_" in key}
     tensors = load_file(file)
     if own.keys() != tensors.keys():
         return False

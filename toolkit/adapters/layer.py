@@ -39,7 +39,8 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
         try:
             output = self.base_layer(x, *args, **kwargs)
         finally:
-            del active[self.parameter_name]
+            # Gone already where several micro-batches are in this layer at once; each read it when it entered.
+            active.pop(self.parameter_name, None)
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

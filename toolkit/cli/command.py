@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import typer
 
-from toolkit.cli import prepare, run, share, use
+from toolkit.cli import many, prepare, run, share, use
 
 __all__ = ["app", "main"]
 
@@ -28,12 +28,14 @@ app = typer.Typer(
 
 _VERBS: dict[str, Callable[..., None]] = {
     "train": run.train,
+    "sweep": many.sweep,
     "plan": run.plan,
     "preview": run.preview,
     "eval": use.evaluate,
     "report": use.report,
     "generate": use.generate,
     "chat": use.chat,
+    "serve": use.serve,
     "verify": share.verify,
     "push": share.push,
     "quantize": prepare.quantize,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from toolkit.ranks import is_first
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,6 +25,7 @@ __all__ = [
     "artifact_of",
     "emit",
     "load_recipe",
+    "plain_console",
     "quiet_console",
     "reopen",
 ]
@@ -35,24 +38,30 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 
 
 def quiet_console() -> Console:
-    """A console on stderr that tells which part is at work.
+    """A console on stderr that tells which part is at work; mute in all processes of a run but the first.
 
     On a terminal the bars of downloads and of loading are those of the Hub's client and transformers; elsewhere none.
     """
     import datasets
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from toolkit.steps import listen
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = plain_console()
     datasets.disable_progress_bars()
     if not console.is_terminal:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
     listen(console)
     return console
+
+
+def plain_console() -> Console:
+    """A console on stderr where no library has anything to say; none is imported."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
 
 
 def load_recipe(path: Path, overrides: list[str] | None, console: Console) -> Recipe:
@@ -82,6 +91,6 @@ def reopen(
     from toolkit.plan import make_plan
 
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
-    made = make_plan(recipe)
+    made = make_plan(recipe, for_training=False)
     model, tokenizer = flow.reopen(made, artifact_of(path), as_trained=as_trained)
     return made, model, tokenizer

@@ -26,7 +26,8 @@ def quantize(
 ) -> None:
     """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers.
 
-    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none.
+    With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none; the
+    weights are then read twice, once to load and once to compensate, since each layer is calibrated behind the last.
     """
     from toolkit.quant import quantize_checkpoint, refuse_existing
 
@@ -59,7 +60,8 @@ def init(
     from toolkit.errors import RecipeError
     from toolkit.plan import first_that_fits
     from toolkit.recipe import starter
-    from toolkit.report import terminal as show
+    from toolkit.report.plans import show_plan
+    from toolkit.report.terminal import next_command
 
     if path.exists():
         raise RecipeError(f"{path}: is there already; give another name")
@@ -71,7 +73,7 @@ def init(
     fields: dict[tuple[str, str], Any] = {}
     if model is not None and data is not None:
         fields, made = first_that_fits(model, data, card)
-        show.plan(console, made)
+        show_plan(console, made)
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(starter(str(path), fields))
@@ -80,7 +82,7 @@ def init(
     print(path)
     console.print("[bold]next[/bold]")
     for verb in ("plan", "preview", "train"):
-        show.next_command(console, f"{verb} {path}")
+        next_command(console, f"{verb} {path}")
 
 
 def _ask_for_recipe(card: str | None) -> tuple[str, str, str | None]:
@@ -108,7 +110,7 @@ def _compensated(recipe: Path, model: str, revision: str, console: Console) -> A
 
     overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
-    made = make_plan(load_recipe(recipe, overrides, console))
+    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     loaded, tokenizer = flow.load(made)
     if report := flow.compensate(loaded, flow.build_batches(tokenizer, made), made):
         show.compensation(console, report)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, quiet_console
+from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, plain_console, quiet_console
 
 __all__ = ["plan", "preview", "train"]
 
@@ -19,25 +19,33 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     from toolkit.durable import write_text
     from toolkit.packaging import check_token, push_artifact
     from toolkit.plan import make_plan
+    from toolkit.ranks import is_first
     from toolkit.recipe import dump
     from toolkit.report import terminal as show
-    from toolkit.report import write_page
-    from toolkit.training import check_writable, open_run
+    from toolkit.report.page import write_page
+    from toolkit.report.plans import show_plan
+    from toolkit.training import RunFolder, check_writable, open_run
+    from toolkit.training.memory import anonymous_memory
 
     console = quiet_console()
     parsed = load_recipe(recipe, overrides, console)
     check_writable(Path(parsed.training.output_dir))
     if parsed.hub.push_to_hub:
         check_token(parsed.hub.hub_token)
-    made = make_plan(parsed)
+    undecided = "auto" in (parsed.lora.r, parsed.training.max_length)
+    made = make_plan(parsed, for_training=undecided)
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
-    run = open_run(made.folder, dump(parsed))
+    made = make_plan(parsed, shape=flow.step_shape(batches, made))
+    run = open_run(made.folder, dump(made.recipe)) if is_first() else RunFolder(made.folder)
     if finished := run.read_summary():
         console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
     else:
-        write_text(run.plan, json.dumps(made.to_dict(), indent=2))
-        show.plan(console, made)
+        if is_first():
+            write_text(run.plan, json.dumps(made.to_dict(), indent=2))
+        show_plan(console, made)
+        made.require_fit()
+        before = anonymous_memory()
         show.data(console, batches.report)
         model, tokenizer = flow.load(made)
         if compensated := flow.compensate(model, batches, made, run.compensated):
@@ -45,7 +53,9 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
         model = flow.attach(model, made)
         show.reached(console, flow.coverage(model, made))
         result = flow.train(model, tokenizer, batches, made, console)
-        finished = show.summarize(result, made, batches, flow.package(result, made), compensated)
+        if not is_first():
+            return
+        finished = show.summarize(result, made, batches, flow.package(result, made), compensated, before)
         write_text(run.summary, json.dumps(finished, indent=2))
         write_page(run.path)
     show.summary(console, finished)
@@ -56,29 +66,42 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe YAML; with --audit, a model too.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe YAML, or a model's folder or name.")],
     overrides: Overrides = None,
     audit: Annotated[bool, typer.Option("--audit", help="What the checkpoint is made of, from its headers.")] = False,
+    device: Annotated[str | None, typer.Option(help="Plan for this card, e.g. rtx-4090, not for this machine.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Plan for a device of this size, e.g. 12GiB.")] = None,
     json_: Json = False,
 ) -> None:
-    """What a run will load, adapt and need, from the config alone."""
+    """What a run will load, adapt and need, from the config alone; exit code 5 where it does not fit."""
     from toolkit.plan import audit as take_stock
-    from toolkit.plan import make_plan
-    from toolkit.report import terminal as show
+    from toolkit.plan import choose_device, make_plan
+    from toolkit.recipe import parse
+    from toolkit.report.plans import show_audit, show_plan
 
-    console = quiet_console()
-    if audit and not recipe.endswith((".yaml", ".yml")):
+    console = plain_console()
+    is_recipe = recipe.endswith((".yaml", ".yml"))
+    if audit and not is_recipe:
         found = take_stock(recipe)
     else:
-        parsed = load_recipe(Path(recipe), overrides, console)
+        parsed = (
+            load_recipe(Path(recipe), overrides, console)
+            if is_recipe
+            else parse(_DEFAULTS.format(recipe), recipe, overrides or ())
+        )
         if not audit:
-            made = make_plan(parsed)
-            show.plan(console, made)
+            made = make_plan(parsed, device=choose_device(device, memory, use_cpu=parsed.training.use_cpu))
+            show_plan(console, made)
             emit(made.to_dict(), json_)
+            made.require_fit()
             return
         found = take_stock(parsed.model.model_name_or_path, revision=parsed.model.revision)
-    show.audit(console, found)
+    show_audit(console, found)
     emit(found.to_dict(), json_)
+
+
+_DEFAULTS = "model: {{model_name_or_path: {!r}}}\ndata: {{train: none}}\n"
+"""A recipe of nothing but defaults."""
 
 
 def preview(
@@ -93,7 +116,7 @@ def preview(
     from toolkit.plan import make_plan
 
     console = quiet_console()
-    made = make_plan(load_recipe(recipe, overrides, console))
+    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)

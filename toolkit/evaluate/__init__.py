@@ -1,10 +1,14 @@
-"""Held-out examples: loss and exact match, base against adapted, generation, and where experts went."""
+"""Held-out examples: loss and metrics, base against adapted, generation, and where experts went."""
 
-from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss
-from toolkit.evaluate.generate import answer, encode_chat
+from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
+from toolkit.evaluate.general import read_windows
+from toolkit.evaluate.generate import answer, encode_chat, sampling
+from toolkit.evaluate.harness import require_harness, run_harness
+from toolkit.evaluate.metrics import LOSS, find_metric
 from toolkit.evaluate.routing import adapter_norms, expert_statistics, router_entropy
 
 __all__ = [
+    "LOSS",
     "Comparison",
     "Measured",
     "adapter_norms",
@@ -12,6 +16,12 @@ __all__ = [
     "compare",
     "encode_chat",
     "expert_statistics",
+    "find_metric",
     "held_out_loss",
+    "read_windows",
+    "require_harness",
     "router_entropy",
+    "run_harness",
+    "sampling",
+    "score_now",
 ]

@@ -1,9 +1,11 @@
-"""Base against adapted on the same held-out examples: loss of the answer's tokens, and exact match of the answer."""
+"""Base against adapted on the same held-out examples: loss of the answer's tokens, how good the answers are, and
+perplexity on general text, which says what was forgotten."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,18 +16,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
+from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
 from toolkit.training.labelled import labelled_logits
 
-__all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure"]
+__all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "score_now"]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Loss in nats per answer token, share of exact answers (None where nothing is asked), and the answers."""
+    """Loss in nats per answer token, share of exact answers (None where nothing is asked), and the answers.
+
+    `figures` are the other metrics' means by name and `perplexity` of general text; `scores` are those of each answer,
+    by the metric that was chosen.
+    """
 
     loss: float
     exact_match: float | None
     answers: tuple[str, ...]
+    figures: dict[str, float] = field(default_factory=dict)
+    scores: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able figures, answers left out."""
+        return {"loss": self.loss, "exact_match": self.exact_match, **self.figures}
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,24 @@ class Comparison:
     base: Measured
     adapted: Measured
 
+    @property
+    def better(self) -> list[int]:
+        """Examples that the adapted model answers better than the base."""
+        return self._changed(1)
+
+    @property
+    def worse(self) -> list[int]:
+        """Examples that it answers worse."""
+        return self._changed(-1)
+
+    def _changed(self, sign: int) -> list[int]:
+        pairs = zip(self.base.scores, self.adapted.scores, strict=True)
+        return [index for index, (before, after) in enumerate(pairs) if sign * (after - before) > 0]
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able figures, answers left out."""
-        figures = {
-            who: {k: v for k, v in asdict(getattr(self, who)).items() if k != "answers"} for who in ("base", "adapted")
-        }
-        return {"examples": self.examples, **figures}
+        figures = {"examples": self.examples, "base": self.base.to_dict(), "adapted": self.adapted.to_dict()}
+        return {**figures, "answers": {"better": len(self.better), "worse": len(self.worse)}}
 
 
 def compare(
@@ -50,6 +75,8 @@ def compare(
     sequences: Dataset,
     questions: Sequence[HeldOut],
     *,
+    metric: str = LOSS,
+    general: Dataset | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
 ) -> Comparison:
@@ -57,16 +84,30 @@ def compare(
 
     Args:
         sequences: rows of `input_ids` and `labels`, for the loss.
-        questions: prompts and answers wanted, for exact match; they may be fewer.
+        questions: prompts and answers wanted; they may be fewer.
+        metric: what ranks answers (`find_metric`); exact match, F1 and ROUGE-L are measured anyway.
+        general: rows like `sequences` of text that has nothing to do with the task, for perplexity.
         max_new_tokens: longest answer.
         batch_size: prompts, or sequences, at a time.
     """
     model.eval()
     model.config.use_cache = True
+
+    def measured() -> Measured:
+        return measure(
+            model,
+            tokenizer,
+            sequences,
+            questions,
+            metric=metric,
+            general=general,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+
     with model.disable_adapter():
-        base = measure(model, tokenizer, sequences, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    adapted = measure(model, tokenizer, sequences, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return Comparison(len(questions), base, adapted)
+        base = measured()
+    return Comparison(len(questions), base, measured())
 
 
 def measure(
@@ -75,16 +116,48 @@ def measure(
     sequences: Dataset,
     questions: Sequence[HeldOut],
     *,
+    metric: str = LOSS,
+    general: Dataset | None = None,
     max_new_tokens: int,
     batch_size: int,
 ) -> Measured:
-    """Loss and exact match of the model as it stands."""
+    """Loss, the answers' metrics and the perplexity of the model as it stands."""
+    wanted = [question.answer for question in questions]
+    metrics = metrics_for(metric, wanted)
     answers = answer(
         model, tokenizer, [q.prompt_ids for q in questions], max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    exact = [_normal(got) == _normal(q.answer) for got, q in zip(answers, questions, strict=True)]
-    share = sum(exact) / len(exact) if exact else None
-    return Measured(held_out_loss(model, sequences, batch_size), share, tuple(answers))
+    scores = {name: score(name, function, answers, wanted) for name, function in metrics.items()}
+    figures = {name: sum(each) / len(each) for name, each in scores.items() if each}
+    exact = figures.pop("exact_match", None)
+    if general is not None:
+        figures["perplexity"] = math.exp(held_out_loss(model, general, batch_size))
+    ranks = scores["exact_match" if metric == LOSS else find_metric(metric)[0]]
+    return Measured(held_out_loss(model, sequences, batch_size), exact, tuple(answers), figures, tuple(ranks))
+
+
+def score_now(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[HeldOut],
+    *,
+    metric: str,
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """The mean of one metric by its short name, in the middle of training; settings come back as they were."""
+    name, function = find_metric(metric)
+    config = model.config.get_text_config()
+    held = (model.config.use_cache, getattr(config, "output_router_logits", False))
+    # TRL switches router logits on for training, and generation then fails on its growing attention mask.
+    model.config.use_cache, config.output_router_logits = True, False
+    try:
+        prompts = [question.prompt_ids for question in questions]
+        answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    finally:
+        model.config.use_cache, config.output_router_logits = held
+    scores = score(name, function, answers, [question.answer for question in questions])
+    return {name: sum(scores) / len(scores)}
 
 
 @torch.no_grad()
@@ -106,7 +179,3 @@ def held_out_loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -
         total += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
         count += len(targets)
     return total / max(1, count)
-
-
-def _normal(text: str) -> str:
-    return text.strip().casefold().rstrip(".")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.steps import advance
 
-__all__ = ["answer", "encode_chat"]
+__all__ = ["answer", "encode_chat", "sampling"]
 
 
 @torch.no_grad()
@@ -36,15 +37,23 @@ def answer(
         for row, index in enumerate(batch):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=_pad(tokenizer), **sampling
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad(tokenizer),
+            **sampling(temperature),
         )
         for row, index in enumerate(batch):
             texts[index] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
         done += len(batch)
         advance(done, len(prompts), "answers")
     return texts
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """What `generate` is told; a temperature of 0 is greedy."""
+    return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
 
 def encode_chat(

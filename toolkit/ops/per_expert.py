@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.presence import present
 from toolkit.ops.rows import Routing, RowBlock
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
@@ -56,11 +57,17 @@ def expert_layer(
 class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        *_, index_TK, weights, _, _ = args
+        with present(weights, index_TK, trains=any(ctx.needs_input_grad)) as there:
+            return _ExpertLayer._compute(ctx, there, *args)
+
+    @staticmethod
+    def _compute(ctx: Any, there: ExpertWeights, *args: Any) -> torch.Tensor:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, scalings, keep_up = args
         rows, trains = index_TK.numel(), any(ctx.needs_input_grad)
         lows = [x_TH.new_empty(rows, A.shape[1]) if trains and A is not None else None for A in (up_A, down_A)]
-        up = Products.of(weights.up, _factors(up_A, up_B, scalings[0]), lows[0])
-        down = Products.of(weights.down, _factors(down_A, down_B, scalings[1]), lows[1])
+        up = Products.of(there.up, _factors(up_A, up_B, scalings[0]), lows[0])
+        down = Products.of(there.down, _factors(down_A, down_B, scalings[1]), lows[1])
         kept_SO = x_TH.new_empty(rows, up.outputs) if trains and keep_up else None
         if keep_up:  # then the factors in the order they are computed with, too
             up_B, down_B = up.B, down.B
@@ -83,14 +90,22 @@ class _ExpertLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, up_low, down_low, kept_SO = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once only: under gradient checkpointing this is what computes the layer again
+        with present(ctx.weights, saved[6], trains=True) as there:
+            return _ExpertLayer._gradients(ctx, there, grads[0], *saved)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, there: ExpertWeights, grad_TH: torch.Tensor, *saved: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, up_low, down_low, kept_SO = saved
         routing, needs_x = _routing(index_TK, ctx.weights), ctx.needs_input_grad[0]
-        up = Products.of(ctx.weights.up, _factors(up_A, up_B, ctx.scalings[0]), up_low, is_known=True)
-        down = Products.of(ctx.weights.down, _factors(down_A, down_B, ctx.scalings[1]), down_low, is_known=True)
+        up = Products.of(there.up, _factors(up_A, up_B, ctx.scalings[0]), up_low, is_known=True)
+        down = Products.of(there.down, _factors(down_A, down_B, ctx.scalings[1]), down_low, is_known=True)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
         up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
         layer = _Backward(
-            ctx.weights, up, down, up_grads, down_grads, x_TH, weight_S1, grads[0].contiguous(), kept_SO, needs_x
+            ctx.weights, up, down, up_grads, down_grads, x_TH, weight_S1, grad_TH.contiguous(), kept_SO, needs_x
         )
         grad_x_TH = torch.zeros_like(x_TH) if needs_x else None
         grad_weight_S = weight_S1.new_zeros(weight_S1.shape[0])
@@ -123,7 +138,7 @@ def _run(
     device: torch.device,
 ) -> None:
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu")
+        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_imagined)
 
 
 @dataclass(frozen=True)

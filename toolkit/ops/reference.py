@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.presence import present
 
 if TYPE_CHECKING:  # it computes with anything alike: scripts/gpu_check.py has no transformers, which that room needs
     from toolkit.quant import ExpertStack, ExpertWeights
@@ -31,7 +32,9 @@ def expert_layer(
     keep_up: bool = False,
 ) -> torch.Tensor:
     """The weighted sum of every token's experts: [T, H], in x's dtype. Autograd keeps everything, whatever is asked."""
-    up_EOI, down_EOI = _effective(weights.up, up_lora, x_TH.dtype), _effective(weights.down, down_lora, x_TH.dtype)
+    # Multiplied out they are copies, which autograd keeps: a streamed stack is not asked for again.
+    with present(weights, index_TK, trains=False) as there:
+        up_EOI, down_EOI = _effective(there.up, up_lora, x_TH.dtype), _effective(there.down, down_lora, x_TH.dtype)
     out_TH = torch.zeros_like(x_TH)
     for expert in range(up_EOI.shape[0]):
         token, slot = torch.where(index_TK == expert)

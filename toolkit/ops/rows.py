@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Routing", "RowBlock"]
+__all__ = ["Routing", "RowBlock", "is_imagined"]
 
 _FEWEST_ROWS = 16
 """BLAS picks other kernels for a few rows, and then a row's bits depend on how many neighbours it has. Padding to this
 many makes a token's output the same, bit for bit, whatever else is in the batch."""
+_BUSY = 2
+"""How many times its even share a busy expert is taken to have, where there are no numbers to route by."""
 _MULTIPLE = 4
 """BLAS takes as long for 33 rows as for 36."""
 
@@ -60,9 +63,11 @@ class Routing:
 
     def __init__(self, index_TK: torch.Tensor, num_experts: int, most_rows: int) -> None:
         flat = index_TK.flatten()
+        self.is_imagined = is_imagined(index_TK)
+        """No numbers: blocks stand for any routing, and threads must not leave the mode that imagines."""
         self._order = flat.argsort(stable=True)
         token = self._order // index_TK.shape[1]
-        counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+        counts = _imagined_counts(index_TK, num_experts) if self.is_imagined else _counts(flat, num_experts)
         self.idle = [expert for expert, count in enumerate(counts) if not count]
         """Experts that nobody chose."""
         self.blocks: list[RowBlock] = []
@@ -80,6 +85,23 @@ class Routing:
     def unsort(self, values_S: torch.Tensor, like_TK: torch.Tensor) -> torch.Tensor:
         """The inverse of `sort`."""
         return torch.empty_like(like_TK).flatten().index_copy_(0, self._order, values_S).view_as(like_TK)
+
+
+def is_imagined(tensor: torch.Tensor) -> bool:
+    """Whether it has a shape and no numbers (`FakeTensorMode`): the plan rehearses a step that way to count bytes."""
+    return isinstance(tensor, FakeTensor)
+
+
+def _counts(flat_S: torch.Tensor, num_experts: int) -> list[int]:
+    counts: list[int] = torch.bincount(flat_S, minlength=num_experts)[:num_experts].tolist()
+    return counts
+
+
+def _imagined_counts(index_TK: torch.Tensor, num_experts: int) -> list[int]:
+    """Rows of two busy experts: what all of them hold at once, blocks being let go one after the other, is no more."""
+    tokens, slots = index_TK.shape
+    busy = max(1, min(tokens, _BUSY * tokens * slots // num_experts))
+    return [busy, min(busy, tokens * slots - busy)][: min(2, num_experts)]
 
 
 def _padded(token_N: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from toolkit.ops.factors import LoraFactors
-from toolkit.ops.rows import RowBlock
+from toolkit.ops.rows import RowBlock, is_imagined
 from toolkit.quant import ExpertStack
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
@@ -131,7 +131,8 @@ class Products:
             yield slice(0, weight.shape[0]), weight
             return
         step = max(1, _BUFFER // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
-        buffer = _buffer(min(step, weight.shape[0]) * weight.shape[1], dtype, weight.device)
+        elements, reuses = min(step, weight.shape[0]) * weight.shape[1], not is_imagined(weight)
+        buffer = _buffer(elements, dtype, weight.device) if reuses else weight.new_empty(elements, dtype=dtype)
         for start in range(0, weight.shape[0], step):
             rows = slice(start, min(start + step, weight.shape[0]))
             part = weight[rows]

@@ -1,7 +1,10 @@
 """Before any weight is read: what a run will load, adapt and need, and what a checkpoint is made of."""
 
 from toolkit.plan.audit import Audit, Part, audit
-from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Bytes, Plan, device_memory, make_plan
+from toolkit.plan.devices import Device, choose_device, device_memory, parse_bytes
+from toolkit.plan.fit import Change, nearest_change
+from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
+from toolkit.plan.memory import Bytes, StepShape
 from toolkit.plan.starting import first_that_fits
 
 __all__ = [
@@ -9,10 +12,16 @@ __all__ = [
     "ROUNDED_ROWS",
     "Audit",
     "Bytes",
+    "Change",
+    "Device",
     "Part",
     "Plan",
+    "StepShape",
     "audit",
+    "choose_device",
     "device_memory",
     "first_that_fits",
     "make_plan",
+    "nearest_change",
+    "parse_bytes",
 ]

@@ -27,13 +27,24 @@ from torch import nn
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import HubError, ModelError, first_line
+from toolkit.plan.agreement import refuse_wrong_shapes
 from toolkit.plan.formats import declared_format
 
-__all__ = ["Audit", "Part", "audit", "check_shards", "parts_of"]
+__all__ = ["Audit", "Header", "Part", "audit", "check_shards", "parts_of"]
 
 _INT8_ROLES = dict(zip(LINEAR_ROLES, ("attention", "shared experts", "dense layers"), strict=True))
 _EXPERTS, _UNSEEN = "expert stacks", "expert stacks that text never reaches"
 _MOST_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says of one tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,15 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
     declared_format(name_or_path, model.config)
     architecture = describe(model)
     tensors = list(_headers(name_or_path, revision))
+    refuse_wrong_shapes(name_or_path, model, ((tensor.name, tensor.shape) for tensor in tensors))
     return Audit(
         model=name_or_path,
         moe_layers=len(architecture.layers),
         experts=sum(layer.num_experts for layer in architecture.layers),
         parts=parts_of(model, architecture),
-        checkpoint_bytes=sum(size for _, _, size in tensors),
-        checkpoint_dtypes=tuple(sorted({dtype for dtype, _, _ in tensors})),
-        checkpoint_parameters=sum(count for _, count, _ in tensors),
+        checkpoint_bytes=sum(tensor.bytes for tensor in tensors),
+        checkpoint_dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
+        checkpoint_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
     )
 
 
@@ -126,12 +138,10 @@ def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], r
     return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted)
 
 
-def _headers(name_or_path: str, revision: str) -> Iterable[tuple[str, int, int]]:
-    """(dtype, elements, bytes) of every tensor in the checkpoint."""
+def _headers(name_or_path: str, revision: str) -> Iterable[Header]:
+    """Of every tensor in the checkpoint."""
     if Path(name_or_path).is_dir():
-        for entry in check_shards(Path(name_or_path)):
-            first, last = entry["data_offsets"]
-            yield str(entry["dtype"]), math.prod(entry["shape"]), last - first
+        yield from check_shards(Path(name_or_path))
         return
     try:
         found = get_safetensors_metadata(name_or_path, revision=revision)
@@ -143,8 +153,8 @@ def _headers(name_or_path: str, revision: str) -> Iterable[tuple[str, int, int]]
     except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise HubError(f"{name_or_path}: its safetensors headers cannot be read: {first_line(error)}") from None
     for metadata in found.files_metadata.values():
-        for info in metadata.tensors.values():
-            yield info.dtype, math.prod(info.shape), info.data_offsets[1] - info.data_offsets[0]
+        for key, info in metadata.tensors.items():
+            yield Header(key, info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
 
 
 def _ask_hub(name: str, revision: str) -> None:
@@ -165,8 +175,8 @@ def _ask_hub(name: str, revision: str) -> None:
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name)") from None
 
 
-def check_shards(folder: Path) -> list[dict[str, Any]]:
-    """Header entries of every tensor in a local checkpoint, after checking that its files are there and whole.
+def check_shards(folder: Path) -> list[Header]:
+    """What the headers say of every tensor in a local checkpoint, after checking that its files are there and whole.
 
     Raises:
         ModelError: a shard is missing, cut short or not safetensors; or there is none at all.
@@ -184,7 +194,7 @@ def check_shards(folder: Path) -> list[dict[str, Any]]:
     return [entry for file in files for entry in _read_header(file)]
 
 
-def _read_header(file: Path) -> list[dict[str, Any]]:
+def _read_header(file: Path) -> list[Header]:
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -192,10 +202,16 @@ def _read_header(file: Path) -> list[dict[str, Any]]:
             if length > min(_MOST_HEADER_BYTES, size):
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        whole = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        found = [_header(name, entry) for name, entry in entries.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not a safetensors file ({first_line(error)}); download it again") from None
     if whole != size:
         raise ModelError(f"{file}: damaged, {size} bytes where its header says {whole}; download it again")
-    return entries
+    return found
+
+
+def _header(name: str, entry: dict[str, Any]) -> Header:
+    first, last = entry["data_offsets"]
+    return Header(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), last - first)

@@ -6,23 +6,29 @@ what the plan says can be held against what a run measures.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
+from toolkit.architecture import Architecture
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
-from toolkit.plan.audit import check_shards
+from toolkit.plan.agreement import refuse_wrong_shapes
+from toolkit.plan.audit import Header, check_shards
+from toolkit.plan.budget import Budget
+from toolkit.plan.devices import Device, this_device
+from toolkit.plan.duration import Duration, step_duration
+from toolkit.plan.fit import Change, cheapest_changes, settle
 from toolkit.plan.formats import declared_format
+from toolkit.plan.memory import Bytes, StepShape, stack_bytes
+from toolkit.plan.place import streamed
+from toolkit.plan.shapes import is_published
 from toolkit.recipe import Recipe
 
-__all__ = ["BACKENDS", "ROUNDED_ROWS", "Bytes", "Plan", "device_memory", "make_plan"]
+__all__ = ["BACKENDS", "ROUNDED_ROWS", "Plan", "make_plan"]
 
 BACKENDS: Mapping[str, str] = {
     "cpu": "onecard_per_expert",
@@ -35,27 +41,11 @@ ROUNDED_ROWS = "onecard_triton_w8a8"
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """Bytes of everything that stays in memory during training; activations come on top."""
-
-    experts: int
-    linears: int
-    other: int
-    adapter: int
-    optimizer: int
-    gradients: int
-
-    @property
-    def total(self) -> int:
-        """Their sum."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run will do, decided before any weight is read."""
 
     recipe: Recipe
+    """With rank and length decided."""
     model: str
     device: str
     dtype: str
@@ -64,6 +54,19 @@ class Plan:
     bytes: Bytes
     memory: int
     folder: Path
+    placement: Mapping[str, str] = field(default_factory=dict)
+    """MoE layer module name to where its expert stacks live: resident, host or disk."""
+    device_name: str = ""
+    length: int = 0
+    """Tokens of the sequence that `bytes` are for: the longest of the data where they were looked at."""
+    labelled: int = 0
+    duration: Duration | None = None
+    """Of an optimizer step, on a card whose rates are known."""
+    disk: Mapping[str, int] = field(default_factory=dict)
+    """Bytes on the disk by what they are."""
+    changes: tuple[Change, ...] = ()
+    """The cheapest ones that make it fit, where it does not."""
+    notes: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -71,49 +74,126 @@ class Plan:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    @property
+    def fits(self) -> bool:
+        """Whether the device has the bytes."""
+        return self.bytes.total <= self.memory
+
+    def require_fit(self) -> None:
+        """Raise `ResourceError` with the cheapest change where the device lacks the bytes."""
+        if self.fits:
+            return
+        advice = f"; cheapest: {self.changes[0].what}" if self.changes else "; take a smaller model or a larger device"
+        raise ResourceError(
+            f"{self.model}: training needs {self.bytes.total / 2**30:.1f} GiB, {self.device_name or self.device} has "
+            f"{self.memory / 2**30:.1f} GiB{advice}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; no local paths but the model's own name."""
         layers = self.architecture.layers
         return {
             "model": self.model,
             "device": self.device,
+            "device_name": self.device_name,
             "dtype": self.dtype,
             "backend": self.backend,
             "moe_layers": len(layers),
             "experts_per_layer": sorted({layer.num_experts for layer in layers}),
+            "r": self.recipe.lora.r,
+            "length": self.length,
+            "labelled": self.labelled,
             "bytes": {**asdict(self.bytes), "total": self.bytes.total},
             "memory": self.memory,
+            "fits": self.fits,
+            "placement": dict(self.placement),
+            "streamed_layers": len(streamed(self.placement)),
+            "step_seconds": self.duration.to_dict() if self.duration else None,
+            "disk": dict(self.disk),
+            "changes": [asdict(change) for change in self.changes],
+            "notes": list(self.notes),
         }
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Decide device, dtype and backend, enumerate the model, count its bytes, refuse what cannot work.
+def make_plan(
+    recipe: Recipe, *, device: Device | None = None, shape: StepShape | None = None, for_training: bool = True
+) -> Plan:
+    """Decide device, dtype, backend and placement, enumerate the model, count its bytes, refuse what cannot work.
+
+    Args:
+        device: another one than this machine's. shape: the data's longest sequence, where they were looked at.
+        for_training: whether a training step is rehearsed and counted; evaluation needs none.
 
     Raises:
         ModelError: not an MoE, unknown family, missing folder. RecipeError: a setting that cannot be honoured here.
-        ResourceError: what must be resident exceeds the memory there is.
+        ResourceError: the weights alone exceed the memory there is.
     """
+    _check_settings(recipe)
+    device = device or this_device(recipe.training.use_cpu)
+    name, revision = recipe.model.model_name_or_path, recipe.model.revision
+    backend = _backend(recipe, device.kind)
+    headers = _check_folder(name)
+    dtype = _dtype(recipe.model.dtype, device.kind)
+    attn = recipe.model.attn_implementation
+    budget = Budget(name, revision, device, getattr(torch, dtype), backend, attn, for_training, shape)
+    if not is_published(name, revision):
+        declared_format(name, budget.model.config)
+        refuse_wrong_shapes(name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))
+    recipe, notes = settle(recipe, budget)
+    placement = budget.place(recipe)
+    sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)
+    made = Plan(
+        recipe,
+        name,
+        device.kind,
+        dtype,
+        backend,
+        budget.architecture,
+        sizes,
+        device.memory,
+        Path(recipe.training.output_dir),
+        placement,
+        device.name,
+        chosen.length,
+        chosen.labelled,
+        _duration(budget, recipe, sizes, placement, chosen.length),
+        _disk(budget, recipe, sizes, placement),
+    )
+    changes = cheapest_changes(recipe, budget) if for_training and not made.fits else ()
+    return replace(made, changes=changes, notes=(*notes, *filter(None, [budget.note])))
+
+
+def _check_settings(recipe: Recipe) -> None:
     if recipe.mtp.enabled:
         raise RecipeError("mtp.enabled: this version trains no multi-token-prediction head; remove the line")
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
-    device = "cuda" if torch.cuda.is_available() and not recipe.training.use_cpu else "cpu"
-    backend = _backend(recipe, device)
-    name = recipe.model.model_name_or_path
-    _check_folder(name)
-    model = skeleton(name, revision=recipe.model.revision)
-    declared_format(name, model.config)
-    architecture = describe(model)
-    dtype = _dtype(recipe.model.dtype, device)
-    sizes = _count(model, architecture, recipe, getattr(torch, dtype).itemsize)
-    memory = device_memory(device)
-    if sizes.total > memory:
-        raise ResourceError(
-            f"{recipe.model.model_name_or_path}: needs {sizes.total / 2**30:.1f} GiB before activations, {device} has "
-            f"{memory / 2**30:.1f} GiB; lower lora.r or take a smaller model"
-        )
-    return Plan(recipe, name, device, dtype, backend, architecture, sizes, memory, Path(recipe.training.output_dir))
+
+
+def _duration(
+    budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], length: int
+) -> Duration | None:
+    if budget.device.card is None:
+        return None
+    stacks = stack_bytes(budget.model, budget.architecture, recipe.quantization.experts, budget.dtype.itemsize)
+    adapter = sizes.adapter // 4
+    return step_duration(
+        budget.model, budget.architecture, recipe, budget.device.card, sizes, stacks, placement, adapter, length
+    )
+
+
+def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str]) -> dict[str, int]:
+    """Download in 16 bit, the int8 file that streams from the disk, checkpoints kept and the one being written."""
+    stacks = stack_bytes(budget.model, budget.architecture, recipe.quantization.experts, budget.dtype.itemsize)
+    on_disk = sum(stacks[name] for name in streamed(placement) if placement[name] == "disk")
+    checkpoint = sizes.adapter + sizes.optimizer
+    return {
+        "download": 2 * sum(parameter.numel() for parameter in budget.model.parameters()),
+        "int8 file": on_disk,
+        "checkpoints": (recipe.training.save_total_limit + 1) * checkpoint,
+        "artifact": sizes.adapter,
+    }
 
 
 def _backend(recipe: Recipe, device: str) -> str:
@@ -126,71 +206,23 @@ def _backend(recipe: Recipe, device: str) -> str:
     return ROUNDED_ROWS
 
 
-def _check_folder(name: str) -> None:
+def _check_folder(name: str) -> list[Header]:
+    """What a local checkpoint's headers say; nothing of one on the Hub, which is not downloaded yet."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: no config.json in this folder; give a transformers checkpoint")
-        check_shards(path)
-    elif path.exists():
+        return check_shards(path)
+    if path.exists():
         raise ModelError(f"{name}: a file; give the checkpoint's folder")
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name){hint}")
+    return []
 
 
 def _dtype(wanted: str, device: str) -> str:
     if wanted != "auto":
         return wanted
     return "bfloat16" if device == "cuda" else "float32"
-
-
-def device_memory(device: str) -> int:
-    """Bytes of the device: the card's, or the machine's RAM (the cgroup's share of it)."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    pages = Path("/proc/meminfo").read_text(encoding="ascii").split("MemTotal:")[1].split()[0]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    bounded = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    total = int(pages) * 1024
-    return min(total, int(bounded)) if bounded.isdigit() else total
-
-
-def _count(model: nn.Module, architecture: Architecture, recipe: Recipe, itemsize: int) -> Bytes:
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    outputs = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
-    stacks = [(math.prod(shapes[name]), shapes[name][0] * shapes[name][axis]) for name, axis in outputs.items()]
-    names = architecture.linear_names(*LINEAR_ROLES)
-    linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
-    rest = sum(math.prod(shape) for shape in shapes.values()) - sum(size for size, _ in [*stacks, *linears])
-    adapter = _adapter_parameters(shapes, architecture, recipe)
-    return Bytes(
-        experts=_stored(stacks, recipe.quantization.experts, itemsize),
-        linears=_stored(linears, recipe.quantization.linears, itemsize),
-        other=rest * itemsize,
-        adapter=4 * adapter,
-        optimizer=(2 if "8bit" in recipe.training.optim else 8) * adapter,
-        gradients=4 * adapter,
-    )
-
-
-def _stored(parts: list[tuple[int, int]], how: str, itemsize: int) -> int:
-    """Bytes of (parameters, output rows): int8 and a fp32 scale a row, or the compute dtype."""
-    return sum(size * itemsize if how == "none" else size + 4 * rows for size, rows in parts)
-
-
-def _adapter_parameters(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe: Recipe) -> int:
-    lora, total = recipe.lora, 0
-    for layer in (layer for layer in architecture.layers if layer.sees_text):
-        rank = lora.rank_pattern.get("experts", lora.r)
-        total += sum(layer.num_experts * rank * sum(shapes[name][1:]) for name in layer.stacks if lora.experts)
-        if lora.router:
-            total += lora.rank_pattern.get("router", lora.r) * sum(shapes[f"{layer.router}.weight"])
-    roles = {"attention": ("attention",), "all-linear": LINEAR_ROLES, "none": ()}
-    wanted = lora.target_modules
-    for linear in architecture.linears:
-        leaf = linear.name.rpartition(".")[2]
-        if linear.role in roles[wanted] if isinstance(wanted, str) else {leaf, linear.name} & set(wanted):
-            total += lora.rank_pattern.get(leaf, lora.r) * sum(shapes[f"{linear.name}.weight"])
-    return total

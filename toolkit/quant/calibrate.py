@@ -23,6 +23,7 @@ from toolkit.quant.experts import ExpertStack, expert_weights
 from toolkit.quant.gptq import blend, compensate, row_errors
 from toolkit.quant.int8 import Int8Linear, quantize
 from toolkit.quant.observe import Batch, ExpertInputs, LinearInputs, Step, decoder_layers, observe, walk
+from toolkit.quant.search import effort_for
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
@@ -259,7 +260,8 @@ def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
     weight, moment = part.original(group), torch.stack([part.moment_of(expert) for expert in group])
     rows = part.rows[group.start : group.stop].to(moment.device)
     damping = (_DAMPING + _FEW_ROWS * weight.shape[-1] / (rows + _TYPICAL_ROWS)).clamp(max=1.0)
-    solved = compensate(weight, blend(moment, rows, mean, _TYPICAL_ROWS), damping)
+    effort = effort_for(*weight.shape[1:])
+    solved = compensate(weight, blend(moment, rows, mean, _TYPICAL_ROWS), damping, effort)
     plain, scale = quantize(weight)
     before = row_errors(weight, plain, scale, moment).sum(-1)
     after = row_errors(weight, solved.stored, solved.scale, moment).sum(-1)

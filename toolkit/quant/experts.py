@@ -7,7 +7,9 @@ on, so one view serves every family, int8 or not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,7 +17,10 @@ from torch import nn
 from toolkit.architecture import expert_parameters
 from toolkit.quant.int8 import dequantize
 
-__all__ = ["ExpertStack", "ExpertWeights", "expert_weights"]
+__all__ = ["SOURCE", "ExpertStack", "ExpertWeights", "StackSource", "expert_weights"]
+
+SOURCE = "onecard_stacks"
+"""Attribute of an experts module whose stacks are not in its parameters: the `StackSource` that has them."""
 
 # Shapes: E experts, O outputs, I inputs of a projection, H hidden.
 
@@ -52,6 +57,17 @@ class ExpertWeights:
     down: ExpertStack
     gate: Callable[[torch.Tensor], torch.Tensor]
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
+    source: StackSource | None = None
+    """Where both stacks' bytes are, when `up` and `down` have only their shapes."""
+
+
+class StackSource(Protocol):
+    """Brings the stacks of one experts module in for as long as a computation needs them."""
+
+    def present(
+        self, weights: ExpertWeights, index_TK: torch.Tensor, *, trains: bool
+    ) -> AbstractContextManager[ExpertWeights]:
+        """`weights` with real stacks, at least of the experts in `index_TK`; `trains` where backward will ask again."""
 
 
 def expert_weights(module: nn.Module) -> ExpertWeights:
@@ -62,6 +78,7 @@ def expert_weights(module: nn.Module) -> ExpertWeights:
         down=_stack(module, down),
         gate=module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]
         post_norm=module.post_expert_norm if module.has_post_expert_norm else None,  # type: ignore[arg-type]
+        source=module.__dict__.get(SOURCE),
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from toolkit.quant.int8 import quantize
+from toolkit.quant.search import Effort, decode, pivot_order, scales_around
 
 __all__ = ["Solved", "blend", "compensate", "row_errors"]
 
@@ -33,13 +34,16 @@ class Solved:
     error: torch.Tensor
 
 
-def compensate(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor | float = 0.01) -> Solved:
+def compensate(
+    weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor | float = 0.01, effort: Effort | None = None
+) -> Solved:
     """Round matrices to int8 with error feedback; no row ends worse than by plain rounding.
 
     Args:
         weight: [B, O, I] float. hessian: [B, I, I], sums of x xᵀ over the rows a matrix meets; zero where none are
             known, which gives plain rounding.
         damping: added to the diagonal of H while errors are handed on, as a share of its mean; one number or [B].
+        effort: how much further to look than one pass of feedback does, `search.effort_for` this shape.
 
     Deterministic. A matrix whose H cannot be factored even when damped further is rounded plainly.
     """
@@ -53,13 +57,13 @@ def compensate(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tenso
     damping_B = torch.as_tensor(damping, dtype=scale.dtype, device=scale.device).expand(weight.shape[0])
     feedback = _feedback(sorted_BII, damping_B)
     if feedback is None:
-        return best if weight.shape[0] == 1 else _one_by_one(weight, hessian, damping_B)
+        return best if weight.shape[0] == 1 else _one_by_one(weight, hessian, damping_B, effort)
     # The scale that just avoids clipping stays: at a smaller one a row's largest weight is off by whole levels, which
     # nothing makes good. Trying 0.95, 0.9 and 0.85 of it for every row of the embedded model changed nothing.
     levels = _take(_round_columns(_take(weight_BOI, order), scale, feedback), order.argsort(dim=-1))
     for candidate in (scale, _refit(weight_BOI, levels, hessian_BII, scale)):
         best = _better_rows(best, weight_BOI, levels, candidate, hessian_BII)
-    return best
+    return best if effort is None else _search(best, weight_BOI, hessian_BII, damping_B, effort)
 
 
 def blend(hessian: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor, strength: float) -> torch.Tensor:
@@ -144,8 +148,40 @@ def _better_rows(
     )
 
 
-def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor) -> Solved:
+def _search(best: Solved, weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor, effort: Effort) -> Solved:
+    """What a search finds better, row by row; one matrix at a time, since each has an order of its own."""
+    found = [
+        _search_one(_one(best, index), weight[index], hessian[index], damping[index : index + 1], effort)
+        for index in range(len(weight))
+    ]
+    return _joined(found)
+
+
+def _search_one(
+    best: Solved, weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor, effort: Effort
+) -> Solved:
+    plain = quantize(weight)[1]
+    order = pivot_order(hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device))
+    feedback = _feedback(hessian[order][:, order][None], damping)
+    if feedback is None:
+        return best
+    scale_NO = scales_around(plain, effort)
+    levels_NOI = decode(weight[:, order], scale_NO, feedback[0], effort.kept)[..., order.argsort()]
+    for scale, levels in zip(scale_NO[:, None], levels_NOI[:, None], strict=True):
+        for candidate in (scale, _refit(weight[None], levels, hessian[None], scale)):
+            best = _better_rows(best, weight[None], levels, candidate, hessian[None])
+    return best
+
+
+def _one(solved: Solved, index: int) -> Solved:
+    return Solved(*(getattr(solved, name)[index : index + 1] for name in Solved.__dataclass_fields__))
+
+
+def _joined(solved: list[Solved]) -> Solved:
+    return Solved(*(torch.cat([getattr(one, name) for one in solved]) for name in Solved.__dataclass_fields__))
+
+
+def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor, effort: Effort | None) -> Solved:
     """One matrix in the batch cannot be factored; the others must not suffer for it."""
     each = zip(weight.split(1), hessian.split(1), damping.split(1), strict=True)
-    solved = [compensate(*one) for one in each]
-    return Solved(*(torch.cat([getattr(one, name) for one in solved]) for name in Solved.__dataclass_fields__))
+    return _joined([compensate(*one, effort) for one in each])

@@ -29,8 +29,10 @@ def int8_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: state[key] for name in stored for key in (name, f"{name}_scale")}
 
 
-def write_compensated(model: nn.Module, report: Compensation, path: Path) -> None:
+def write_compensated(model: nn.Module, report: Compensation, path: Path, base: str) -> None:
     """Write a model's integers, scales and report; the file appears whole or not at all.
+
+    `base` is a hash of the weights they were rounded from, which `read_compensated` asks for again.
 
     Raises:
         ResourceError: the disk is full or cannot be written.
@@ -38,7 +40,7 @@ def write_compensated(model: nn.Module, report: Compensation, path: Path) -> Non
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: value.cpu().contiguous() for name, value in int8_state(model).items()}
     try:
-        save_file(tensors, temporary, metadata={"report": json.dumps(report.to_dict())})
+        save_file(tensors, temporary, metadata={"base": base, "report": json.dumps(report.to_dict())})
         sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -47,11 +49,12 @@ def write_compensated(model: nn.Module, report: Compensation, path: Path) -> Non
 
 
 @torch.no_grad()
-def read_compensated(model: nn.Module, path: Path) -> Compensation:
+def read_compensated(model: nn.Module, path: Path, base: str) -> Compensation:
     """Put the integers of `write_compensated` into a bare model of the same shape; gives the report back.
 
     Raises:
-        ModelError: the file is damaged, or of another model or another choice of what is int8; the model is untouched.
+        ModelError: the file is damaged, or of another model, of other weights (`base`) or another choice of what is
+            int8; the model is untouched.
     """
     targets = int8_state(model)
     try:
@@ -60,6 +63,11 @@ def read_compensated(model: nn.Module, path: Path) -> Compensation:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
             if shapes != {name: list(value.shape) for name, value in targets.items()}:
                 raise ModelError(f"{path}: of another model than the one loaded; remove it to compensate again")
+            if file.metadata()["base"] != base:
+                raise ModelError(
+                    f"{path}: rounded from other weights than the base that is loaded; give the base of this run, or "
+                    "remove it to compensate again"
+                )
             for name, value in targets.items():
                 value.copy_(file.get_tensor(name))
             return _report(json.loads(file.metadata()["report"]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import auto_class
 from toolkit.durable import staged_folder
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
+from toolkit.plan.agreement import refuse_wrong_shapes
 from toolkit.quant.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.quant.shards import Shards, targets
 
-__all__ = ["WrittenCheckpoint", "quantize_checkpoint", "refuse_existing"]
+__all__ = ["WrittenCheckpoint", "fetch", "quantize_checkpoint", "refuse_existing"]
 
 _SMALL = 128 << 20
 """Bytes up to which layers share a shard."""
@@ -64,17 +65,19 @@ def quantize_checkpoint(
     *,
     revision: str = "main",
     compensated: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenCheckpoint:
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
 
     It loads bit-identically to `load_int8(name_or_path)`: with `load_int8(folder)`, or with plain `from_pretrained`
-    once `toolkit.quant` is imported. Weights that are not int8 keep the dtype they have in the source.
+    once `toolkit.quant` is imported.
 
     Args:
         folder: must not exist.
         compensated: this checkpoint as `load_int8` gave it and `compensate_model` rounded it again: its integers and
-            scales are written in place of plainly rounded ones.
+            scales are written, and what they were rounded from is not read again.
+        dtype: of the weights that are not int8; as in the source by default.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -83,7 +86,7 @@ def quantize_checkpoint(
     """
     target = Path(folder)
     refuse_existing(target)
-    source = _fetch(name_or_path, revision)
+    source = fetch(name_or_path, revision)
     config = read_config(str(source))
     wanted = storage(name_or_path, config)
     if wanted is None:
@@ -91,7 +94,10 @@ def quantize_checkpoint(
     with Shards(name_or_path, source) as shards, staged_folder(target) as workplace:
         rounded = {} if compensated is None else int8_state(compensated)
         skeleton = _skeleton(name_or_path, config)
-        written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress)
+        if wanted.source is None:
+            shapes = ((key, tuple(shards.slice(key).get_shape())) for key in shards.keys)
+            refuse_wrong_shapes(name_or_path, skeleton, shapes)
+        written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
         config.quantization_config = wanted
         config.save_pretrained(workplace)
         _copy_rest(source, workplace)
@@ -105,16 +111,17 @@ def refuse_existing(folder: Path) -> None:
 
 
 class _WriterQuantizer(Int8Quantizer):
-    """Leaves what is not rounded in the dtype of its file, as a page of it."""
+    """Leaves what is not rounded in the dtype of its file, as a page of it, unless `dtype` is given."""
 
     keeps_results = False
+    dtype: torch.dtype | None = None
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None: as in the file."""
-        return super().get_new_dtype(converter, param, None)
+        return super().get_new_dtype(converter, param, self.dtype)
 
 
-def _fetch(name_or_path: str, revision: str) -> Path:
+def fetch(name_or_path: str, revision: str) -> Path:
     """The checkpoint's folder, downloaded where it is a Hub name."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -142,9 +149,11 @@ def _write_weights(
     workplace: Path,
     rounded: Mapping[str, torch.Tensor],
     progress: Callable[[int, int], None],
+    dtype: torch.dtype | None,
 ) -> tuple[int, int, int, tuple[str, ...]]:
     """Shards, bytes, bytes read, keys left out."""
     quantizer = _WriterQuantizer(wanted, pre_quantized=False)
+    quantizer.dtype = dtype
     quantizer.preprocess_model(model)
     mapping = get_model_conversion_mapping(model, None, quantizer)
     parameters = targets(model, mapping, shards.keys)
@@ -155,9 +164,12 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     total = 0
     for number, keys in enumerate(bins, 1):
-        tensors = _convert(name, model, {key: shards.slice(key) for key in keys}, loading)
+        done = {parameters[key] for key in keys} & rounded.keys()
+        unread = {key: shards.slice(key) for key in keys if parameters[key] not in done}
+        tensors = (_convert(name, model, unread, loading) if unread else {}) | _with_scales(done, rounded)
         file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else "model.safetensors"
-        tensors |= {key: rounded[key].cpu() for key in tensors.keys() & rounded.keys()}
+        if number == len(bins):  # the other parameters that one tensor of the checkpoint becomes
+            tensors |= _with_scales(rounded.keys() - weight_map.keys() - tensors.keys(), rounded)
         _save(tensors, workplace / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -168,6 +180,11 @@ def _write_weights(
         (workplace / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))
     return len(bins), total, shards.bytes, left_out
+
+
+def _with_scales(names: Iterable[str], rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    keys = (key for name in names for key in (name, f"{name}_scale"))
+    return {key: rounded[key].cpu() for key in keys if key in rounded}
 
 
 def _bins(parameters: dict[str, str], sizes: dict[str, int]) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "MtpSection",
+    "PlacementSection",
     "QuantizationSection",
     "Recipe",
     "TrackingSection",
@@ -74,11 +75,27 @@ class QuantizationSection(_Section):
         return self
 
 
+class PlacementSection(_Section):
+    """Where the frozen expert stacks live while the rest of the model is on the device."""
+
+    experts: Literal["auto", "resident", "host", "disk"] = "auto"
+    """`auto` keeps every stack on the device where the plan says that it fits, and else streams the fewest layers that
+    make it fit; `resident` never streams; `host` and `disk` stream from pinned memory or from an int8 file."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the MoE layers that is streamed; without it, what the plan finds needed."""
+
+    @model_validator(mode="after")
+    def _something_to_share(self) -> PlacementSection:
+        if self.experts == "resident" and self.share is not None:
+            raise ValueError("share says how much is streamed, and experts: resident streams nothing: keep one")
+        return self
+
+
 class LoraSection(_Section):
     """The adapter. Experts and router are adapted by default; PEFT's names and meanings."""
 
-    r: Positive = 16
-    """Rank."""
+    r: Positive | Literal["auto"] = 16
+    """Rank; `auto` is the largest of 8, 16, 32 and 64 that fits the device."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     """Scale of the update: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
     lora_dropout: Fraction = 0.0
@@ -174,8 +191,9 @@ class TrainingSection(_Section):
     """Sequences (packed ones, with packing) in one forward pass."""
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
-    max_length: Positive = 1024
-    """Tokens in a sequence; with packing, tokens in a packed sequence."""
+    max_length: Positive | Literal["auto"] = 1024
+    """Tokens in a sequence; with packing, tokens in a packed sequence. `auto` is the longest that fits the device,
+    up to what the data or the model can use."""
     packing: bool = True
     """Pack several examples into one sequence with a block-diagonal mask; no example sees another."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
@@ -210,6 +228,10 @@ class TrainingSection(_Section):
     """Steps (below 1: share of all steps) between two checkpoints."""
     save_total_limit: Positive = 2
     """Checkpoints kept."""
+    load_best_model_at_end: bool = False
+    """End with the adapter of the best evaluation by `eval.metric` instead of the last one."""
+    early_stopping_patience: Positive | None = None
+    """Stop after this many evaluations in a row that were not better by `eval.metric`."""
     seed: NonNegative = 42
     """Seed of initialisation, shuffling and sampling."""
     dataloader_num_workers: NonNegative = 0
@@ -223,6 +245,11 @@ class EvalSection(_Section):
 
     enabled: bool = True
     """Compare base and adapted model after training, where there are held-out examples."""
+    metric: NonEmpty = "loss"
+    """What is best: `loss`, `exact_match`, `token_f1`, `rouge_l`, `json_valid`, or a function of yours, as
+    `file.py:function` or `module:function`, that takes an answer and the wanted one and gives a number, better high."""
+    regression: NonEmpty | None = None
+    """A UTF-8 file of general text; its perplexity before and after says whether the model forgot."""
     max_samples: Positive | None = 200
     """Held-out examples looked at, for the loss (during training too) and for generation; `null` for all."""
     max_new_tokens: Positive = 32
@@ -268,6 +295,8 @@ class Recipe(_Section):
     """Which checkpoint is fine-tuned."""
     quantization: QuantizationSection = QuantizationSection()
     """What is stored in 8 bit."""
+    placement: PlacementSection = PlacementSection()
+    """Where the expert stacks live."""
     lora: LoraSection = LoraSection()
     """The adapter."""
     mtp: MtpSection = MtpSection()

@@ -125,6 +125,7 @@ _PATHS = {
     "model": ("model_name_or_path",),
     "lora": ("adapter_name_or_path",),
     "data": ("train", "validation", "chat_template_path"),
+    "eval": ("metric", "regression"),
 }
 """Fields that may name something on this disk."""
 
@@ -140,8 +141,12 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _existing(value: str | None, folder: Path) -> str | None:
-    candidates = (Path(value).expanduser(), folder / value) if value else ()
-    return next((str(path.resolve()) for path in candidates if path.exists()), None)
+    # A function of a file, `metric.py:function`, goes with its file.
+    name, colon, attribute = (value or "").partition(".py:")
+    name = f"{name}.py" if colon else name
+    candidates = (Path(name).expanduser(), folder / name) if name else ()
+    found = next((str(path.resolve()) for path in candidates if path.exists()), None)
+    return f"{found}:{attribute}" if found and colon else found
 
 
 _Lines = dict[tuple[str, ...], str]

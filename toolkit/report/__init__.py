@@ -1,7 +1,3 @@
-"""What a person sees of a run: tables on the terminal, and its page."""
+"""What a person sees of a run: `plans` before it, `terminal` beside it, its `page` after it."""
 
-from toolkit.report import machine, terminal
-from toolkit.report.page import render_page, write_page
-from toolkit.report.serve import page_server
-
-__all__ = ["machine", "page_server", "render_page", "terminal", "write_page"]
+__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Tables and lines on the terminal: the plan, the data, coverage, and a finished run's summary."""
+"""Tables and lines on the terminal: the data, coverage, and a finished run's summary."""
 
 from __future__ import annotations
 
@@ -10,57 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from toolkit.data import Batches, DataReport
 from toolkit.flow import Trained
 from toolkit.packaging import VerifyReport
-from toolkit.plan import Audit, Plan
+from toolkit.plan import Plan
 from toolkit.quant.calibrate import Compensation
+from toolkit.report.plans import mib, table_of
 from toolkit.steps import seconds_by_part
 
 __all__ = [
-    "audit",
+    "benchmarks",
     "checks",
     "comparison",
     "compensation",
     "data",
     "next_command",
-    "plan",
     "reached",
     "summarize",
     "summary",
 ]
 
 _WORST_SHOWN = 3
-
-
-def plan(console: Console, made: Plan) -> None:
-    """What will be loaded where, and its bytes."""
-    layers = made.architecture.layers
-    experts = sum(layer.num_experts for layer in layers)
-    console.print(f"[bold]plan[/bold]  {len(layers)} MoE layers, {experts} experts, on {made.device} in {made.dtype}")
-    table = _table("in memory", "MiB")
-    for name, size in vars(made.bytes).items():
-        table.add_row(name, _mib(size))
-    table.add_row("total, activations on top", f"{_mib(made.bytes.total)} of {_mib(made.memory)}")
-    console.print(table)
-
-
-def audit(console: Console, found: Audit) -> None:
-    """What a checkpoint is made of, what becomes int8, what is adapted, what is left."""
-    console.print(f"[bold]{found.model}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
-    table = _table("part", "tensors", "parameters", "stored", "MiB", "LoRA")
-    for part in found.parts:
-        table.add_row(part.name, str(part.tensors), f"{part.parameters:,}", part.stored, _mib(part.bytes), part.adapted)
-    table.add_row("total", "", f"{found.parameters:,}", "", _mib(found.bytes), "")
-    console.print(table)
-    share = found.bytes / (4 * found.parameters)
-    console.print(f"{share:.1%} of fp32 ({_mib(4 * found.parameters)} MiB), {2 * share:.1%} of bf16")
-    console.print(
-        f"on disk: {_mib(found.checkpoint_bytes)} MiB in {', '.join(found.checkpoint_dtypes)}, "
-        f"{found.checkpoint_parameters:,} elements"
-    )
+_SHARES = {"exact_match", "token_f1", "rouge_l", "json_valid"}
 
 
 def data(console: Console, report: DataReport) -> None:
@@ -83,7 +55,7 @@ def compensation(console: Console, found: Compensation) -> None:
         f"[bold]compensated[/bold]  {len(found.parts)} parts on {found.examples} examples, {found.tokens} tokens; mean "
         f"output error {found.rounded:.3%} rounded, {found.compensated:.3%} compensated"
     )
-    table = _table("output error", "linears", "after", "experts", "after", "experts without rows")
+    table = table_of("output error", "linears", "after", "experts", "after", "experts without rows")
     for layer in dict.fromkeys(part.layer for part in found.parts):
         linears = [part for part in found.parts if part.layer == layer and part.experts == 1]
         stacks = [part for part in found.parts if part.layer == layer and part.experts > 1]
@@ -104,26 +76,40 @@ def reached(console: Console, counts: Mapping[str, Any]) -> None:
 
 
 def summarize(
-    result: Trained, made: Plan, batches: Batches, artifact: Path, compensated: Compensation | None = None
+    result: Trained,
+    made: Plan,
+    batches: Batches,
+    artifact: Path,
+    compensated: Compensation | None = None,
+    before: int = 0,
 ) -> dict[str, Any]:
-    """The finished run as JSON: all that `summary` shows."""
+    """The finished run as JSON: all that `summary` shows. `before`: the process's bytes before anything was loaded."""
     compared = result.comparison
     answers = zip(batches.held_out, compared.base.answers, compared.adapted.answers, strict=False) if compared else ()
     samples = [
         {"prompt": question.prompt_text, "wanted": question.answer, "base": base, "adapted": adapted}
         for question, base, adapted in answers
     ]
+    most = made.recipe.eval.num_samples
+    changed = {"better": compared.better[:most], "worse": compared.worse[:most]} if compared else {}
     return {
         "artifact": str(artifact),
         "counts": result.counts,
         "results": result.results(),
         "training": vars(result.training),
         "seconds": seconds_by_part(),
-        "planned_bytes": made.bytes.total,
+        "memory": _memory(result, made, before),
         "compensation": compensated.to_dict() if compensated else None,
         "data": batches.report.to_dict(),
-        "samples": samples[: made.recipe.eval.num_samples],
+        "samples": samples[:most],
+        "changed": {how: [samples[index] for index in indexes] for how, indexes in changed.items()},
     }
+
+
+def _memory(result: Trained, made: Plan, before: int) -> dict[str, int]:
+    """Bytes planned and measured, both without what Python and the libraries take."""
+    taken = before if made.device == "cpu" else 0
+    return {"planned": made.bytes.run, "measured": result.training.peak_memory - taken, "libraries": taken}
 
 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
@@ -134,14 +120,14 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
             f"[bold]compensated[/bold]  mean output error {compensated['rounded']:.3%} rounded, "
             f"{compensated['compensated']:.3%} compensated"
         )
-    training = finished["training"]
+    training, memory = finished["training"], finished["memory"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {_mib(training['peak_memory'])} MiB (planned {_mib(finished['planned_bytes'])} before activations)"
+        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])})"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
-    for sample in finished["samples"]:
+    for sample in _telling(finished):
         console.print(_line(sample["prompt"]), style="dim", markup=False)
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
         console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
@@ -166,12 +152,33 @@ def next_command(console: Console, command: str) -> None:
     console.print(f"  {name} {command}", markup=False)
 
 
+def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The samples to show: answers that got better and worse, where there are such."""
+    changed = finished.get("changed") or {}
+    found: list[dict[str, str]] = [*changed.get("better", []), *changed.get("worse", [])]
+    return found or list(finished["samples"])
+
+
 def comparison(console: Console, results: Mapping[str, Any]) -> None:
     """Base against adapted on held-out examples."""
-    table = _table(f"{results['examples']} held-out examples", "base", "adapted")
+    table = table_of(f"{results['examples']} held-out examples", "base", "adapted")
     table.add_row("loss", *(f"{results[who]['loss']:.4f}" for who in ("base", "adapted")))
-    if results["base"]["exact_match"] is not None:
-        table.add_row("exact match", *(f"{results[who]['exact_match']:.1%}" for who in ("base", "adapted")))
+    for name, value in results["adapted"].items():
+        if name != "loss" and value is not None:
+            both = (results[who][name] for who in ("base", "adapted"))
+            shares = name in _SHARES
+            table.add_row(name.replace("_", " "), *(f"{each:.1%}" if shares else f"{each:.4f}" for each in both))
+    console.print(table)
+    if changed := results.get("answers"):
+        console.print(f"answers: {changed['better']} better than the base's, {changed['worse']} worse")
+
+
+def benchmarks(console: Console, found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """lm-eval's figures, base against adapted."""
+    table = table_of("task", "metric", "base", "adapted")
+    for task, metrics in found["adapted"].items():
+        for name, value in metrics.items():
+            table.add_row(task, name.removesuffix(",none"), f"{found['base'][task][name]:.4f}", f"{value:.4f}")
     console.print(table)
 
 
@@ -182,19 +189,8 @@ def checks(console: Console, report: VerifyReport) -> None:
     console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title, box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _mean(parts: list[Any], what: str) -> str:
     return f"{sum(getattr(part, what) for part in parts) / len(parts):.3%}" if parts else ""
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f}"
 
 
 def _of(value: Any) -> str:

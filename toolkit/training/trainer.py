@@ -7,8 +7,9 @@ block-diagonal mask for every attention backend.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,15 @@ from trl import SFTConfig, SFTTrainer
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
 from toolkit.ops import keep_up_outputs
+from toolkit.ranks import first_tells, is_first, processes
+from toolkit.training.best import BestAdapter, KeepBest
 from toolkit.training.documents import documents_apart
 from toolkit.training.labelled import can_keep_logits, labelled_logits
+from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
+from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
-from toolkit.training.progress import MetricsLog, ProgressDisplay, peak_memory
+from toolkit.training.probe import longest_rows, probe
+from toolkit.training.progress import MetricsLog, ProgressDisplay
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
@@ -50,16 +56,22 @@ class TrainResult:
     tokens: int
     peak_memory: int
     resumed_from: int
+    best_step: int | None = None
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
     """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
 
     aux_loss_enabled: bool
+    score: Callable[[], Mapping[str, float]] | None = None
+    """Figures of the model as it stands that an evaluation has beside the loss."""
+    _metrics: dict[str, dict[str, list[float]]]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
+    probe_advice: str | None = None
+    """What to change where the longest batch does not fit; None runs no probe."""
     tokens_trained = 0
-    """Real tokens that went through training here, padding not counted."""
+    """Real tokens that went through training, in all processes, padding not counted."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -73,7 +85,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
         if self.model.training:
             mask = inputs.get("attention_mask")
-            self.tokens_trained += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self.tokens_trained += int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
         if not torch.isfinite(loss.detach()):
             raise DivergedError(
@@ -81,6 +94,35 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 "or look at the examples of this step; the last checkpoint is untouched"
             )
         return result
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' own; before the first one, forward and backward of the longest batch."""
+        if self.probe_advice is not None:
+            advice, self.probe_advice = self.probe_advice, None
+            self._probe(model, advice)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def _probe(self, model: nn.Module, advice: str) -> None:
+        dataset = self._remove_unused_columns(self.train_dataset, description="probe")
+        rows = [dataset[index] for index in longest_rows(self.train_dataset, self.args.per_device_train_batch_size)]
+        batch = self._prepare_inputs(self.data_collator(rows))
+        metrics, tokens = copy.deepcopy(self._metrics), self.tokens_trained
+
+        def step() -> None:
+            model.train()
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+            self.accelerator.backward(loss)
+
+        def forget() -> None:
+            model.zero_grad(set_to_none=True)
+            self._metrics, self.tokens_trained = metrics, tokens
+
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        held = 0 if self.state.global_step else trained * (2 if "8bit" in str(self.args.optim) else 8)
+        size = batch["input_ids"].numel()
+        probe(step, forget, tokens=size, held=held, device=self.args.device, advice=advice)
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
         """TRL's way needs less memory where many positions are labelled, and is as fast on a card."""
@@ -131,6 +173,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             self.aux_loss_enabled = balanced
         return result
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer, with the figures of `score` among the metrics, so that they are logged and callbacks see them."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.score is not None:
+            output.metrics.update({f"eval_{name}": value for name, value in first_tells(self.score).items()})
+        return output
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)
 
@@ -148,6 +197,8 @@ def train_adapter(
     dtype: str,
     train_router: bool,
     console: Console,
+    best: BestAdapter | None = None,
+    advice: str = "a smaller training.max_length",
 ) -> TrainResult:
     """Train the adapter in `model`; goes on from the newest checkpoint in `folder` if there is one.
 
@@ -157,9 +208,12 @@ def train_adapter(
         arguments: fields of the recipe's training section, by TRL's names.
         dtype: float32, bfloat16 or float16, of the computation.
         train_router: whether the load-balancing loss applies.
+        best: what to keep or stop for.
+        advice: what to change where memory does not suffice for the longest batch, which goes first.
 
     Raises:
         ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
+        ResourceError: the longest batch does not fit.
     """
     keep_up_outputs(model, arguments["gradient_checkpointing"])
     log = MetricsLog(metrics, device)
@@ -171,25 +225,38 @@ def train_adapter(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[log, ProgressDisplay(console, log)],
+        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
     )
+    if processes() > 1:
+        sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+        console.print(f"processes: {processes()}, {sequences} sequences in a step")
     trainer.remove_callback(PrinterCallback)
+    keeper = KeepBest(best, model) if best else None
+    if best and keeper:
+        trainer.score = best.score
+        trainer.add_callback(keeper)
+    trainer.probe_advice = advice
+    trainer.layer_major = layer_major_for(model, arguments)
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint:
         console.print(f"resuming from {Path(checkpoint).name}")
-    with _apart(model, console) if arguments["packing"] else nullcontext():
+    with peak_of(device) as peak, _apart(model, console) if arguments["packing"] else nullcontext():
         output = trainer.train(resume_from_checkpoint=checkpoint)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
+    found = keeper.restore() if keeper else None
+    if best and found:
+        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is the run's")
     return TrainResult(
         steps=trainer.state.global_step,
         loss=output.training_loss if math.isfinite(output.training_loss) else float("nan"),
         seconds=float(output.metrics["train_runtime"]),
         tokens=trainer.tokens_trained,
-        peak_memory=peak_memory(device),
+        peak_memory=peak.bytes,
         resumed_from=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+        best_step=found[0] if found else None,
     )
 
 
@@ -243,4 +310,6 @@ def sft_config(
         dataloader_pin_memory=device == "cuda",
         prediction_loss_only=True,
         data_seed=given["seed"],
+        # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
+        ddp_find_unused_parameters=False,
     )

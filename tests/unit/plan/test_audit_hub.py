@@ -51,6 +51,7 @@ def contents() -> dict[str, dict[str, bytes]]:
     config = {"config.json": (MODEL / "config.json").read_bytes()}
     sharded = {**config, **weights, "model.safetensors.index.json": json.dumps(index).encode()}
     dense = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}).encode()
+    narrow = json.dumps({**json.loads(config["config.json"]), "moe_intermediate_size": 40}).encode()
     return {
         "single": {**config, "model.safetensors": (MODEL / "model.safetensors").read_bytes()},
         "sharded": sharded,
@@ -59,6 +60,7 @@ def contents() -> dict[str, dict[str, bytes]]:
         "pickled": {**config, "pytorch_model.bin": b"x"},
         "bare": {"README.md": b"nothing"},
         "dense": {**sharded, "config.json": dense},
+        "narrow": {**sharded, "config.json": narrow},
     }
 
 
@@ -109,6 +111,7 @@ def test_config_index_and_headers_are_all_that_is_fetched(asked: tuple[Outcomes,
         ("pickled", 4, "alice/pickled: no readable safetensors there"),
         ("bare", 4, "alice/bare: no config.json there"),
         ("dense", 4, "not a Mixture-of-Experts model"),
+        ("narrow", 4, "experts.down_proj is 8×128×128 in the files and 8×128×40 by config.json"),
         ("gated", 7, "alice/gated: gated; accept its terms"),
         ("unknown", 7, "alice/unknown: no such model on the Hub, or a private one"),
     ],

@@ -9,6 +9,7 @@ import torch
 
 from toolkit.quant import quantize
 from toolkit.quant.gptq import blend, compensate, row_errors
+from toolkit.quant.search import Effort, decode, effort_for, pivot_order
 
 
 def problem(matrices: int, outputs: int, inputs: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +68,54 @@ def test_a_small_problem_comes_near_the_best_there_is() -> None:
     best = errors.min(-1).values.sum()
     rounded = solved.rounded_error.sum()
     assert solved.error.sum() - best < 0.2 * (rounded - best)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 96, 400), (3, 7, 37, 300), (2, 33, 64, 20), (1, 1, 1, 9)])
+def test_a_search_finds_better_integers_and_spoils_no_row(shape: tuple[int, int, int, int]) -> None:
+    weight, hessian = problem(*shape)
+    once, found = compensate(weight, hessian), compensate(weight, hessian, effort=Effort(scales=5, kept=4))
+    assert (found.error <= once.error).all()
+    torch.testing.assert_close(found.error, row_errors(weight, found.stored, found.scale, hessian))
+    assert torch.equal(found.rounded_error, once.rounded_error)
+    assert found.stored.abs().max() <= 127
+    if shape[0] * shape[1] > 1:
+        assert found.error.sum() < 0.97 * once.error.sum()
+
+
+def test_keeping_every_beginning_finds_the_best_integers_there_are() -> None:
+    """Nearest and second nearest level of four inputs: all sixteen are compared, so none near by may be better."""
+    weight, hessian = problem(1, 40, 4, 50)
+    scale = quantize(weight)[1]
+    upper = torch.linalg.cholesky(hessian[0].double().inverse()).mT.float()
+    levels = decode(weight[0], scale, upper, kept=16)
+    steps = torch.tensor(list(itertools.product(range(-2, 3), repeat=4)), dtype=torch.float32)
+    around = (levels.transpose(0, 1) + steps).clamp(-127, 127)
+    best = row_errors(weight.transpose(0, 1), around, scale.transpose(0, 1), hessian).min(-1).values
+    found = row_errors(weight, levels, scale, hessian)[0]
+    assert (found <= 1.001 * best).float().mean() > 0.9
+    assert found.sum() < 1.05 * best.sum()
+
+
+def test_an_order_leaves_the_least_for_last() -> None:
+    """Each input's share of the product of all steps is what is left of it once those decided after it are known."""
+    _, hessian = problem(1, 1, 12, 60)
+    order = pivot_order(hessian[0].double())
+    assert sorted(order.tolist()) == list(range(12))
+    for position in range(12):
+        undecided, known = order[: position + 1], order[position + 1 :]
+        block = hessian[0].double()
+        left = block[undecided][:, undecided] - block[undecided][:, known] @ torch.linalg.solve(
+            block[known][:, known], block[known][:, undecided]
+        )
+        assert left.diagonal().argmin() == position
+
+
+def test_work_is_bounded_whatever_the_shape() -> None:
+    for outputs, inputs in ((64, 128), (256, 128), (576, 576), (1536, 576), (2048, 768), (4096, 14336)):
+        effort = effort_for(outputs, inputs)
+        if effort is not None:
+            assert effort.scales * effort.kept * outputs * inputs**2 <= 1 << 30
+    assert effort_for(4096, 14336) is None
 
 
 def test_weights_on_the_grid_are_not_touched() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.report import write_page
+from toolkit.report.page import write_page
 
 ATTACK = "<script>window.injected = 1</script><img src=x onerror='window.injected = 1'>{{ 7 * 7 }}"
 LAYERS, EXPERTS, STEPS = 48, 128, 1000

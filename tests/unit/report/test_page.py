@@ -15,7 +15,9 @@ import pytest
 
 from tests.unit.report.conftest import ATTACK, STEPS, metrics_line
 from toolkit.errors import ModelError
-from toolkit.report import charts, page_server, render_page, write_page
+from toolkit.report import charts
+from toolkit.report.page import render_page, write_page
+from toolkit.report.serve import page_server
 
 MOST_BYTES = 3 * 10**6
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.unit.report.conftest import metrics_line
-from toolkit.report import page_server
+from toolkit.report.serve import page_server
 
 ROOT = Path(__file__).parents[3]
 FOLDER = Path(os.environ.get("ONECARD_CHROMIUM") or Path(sys.prefix) / "chromium")

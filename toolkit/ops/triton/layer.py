@@ -20,6 +20,8 @@ import torch
 
 from toolkit.errors import ModelError
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.presence import present
+from toolkit.ops.rows import is_imagined
 from toolkit.ops.triton import products
 from toolkit.ops.triton.gates import GateForm, recognize
 from toolkit.ops.triton.routing import Routing, route
@@ -117,7 +119,7 @@ def _apply(
 ) -> torch.Tensor:
     if x_TH.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"the Triton experts compute in fp32, bf16 or fp16, not {x_TH.dtype}; use onecard_per_expert")
-    if x_TH.device.type != "cuda" and not INTERPRETED:
+    if x_TH.device.type != "cuda" and not INTERPRETED and not is_imagined(x_TH):
         raise ModelError(f"the Triton experts need a CUDA card, not {x_TH.device.type}; use onecard_per_expert")
     form = recognize(weights.gate, _outputs(weights.up), x_TH.device)
     factors = [factor for lora in loras for factor in ((None, None) if lora is None else (lora.A, lora.B))]
@@ -189,12 +191,18 @@ class _Projection:
 class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        index_TK, weights = args[6:8]
+        with present(weights, index_TK, trains=any(ctx.needs_input_grad)) as there:
+            return _ExpertLayer._compute(ctx, there, *args)
+
+    @staticmethod
+    def _compute(ctx: Any, there: Weights, *args: Any) -> torch.Tensor:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, form, scalings, keep_up, is_int8 = args
         routing = route(index_TK, weights.up.weight.shape[0])
         # Not among the saved tensors: a stack may be streamed in again before backward, and hooks must not copy it.
         ctx.weights, ctx.form, ctx.scalings, ctx.is_int8 = weights, form, scalings, is_int8
-        up = _Projection(weights.up, up_A, up_B, scalings[0], routing.offset, is_int8)
-        down = _Projection(weights.down, down_A, down_B, scalings[1], routing.offset, is_int8)
+        up = _Projection(there.up, up_A, up_B, scalings[0], routing.offset, is_int8)
+        down = _Projection(there.down, down_A, down_B, scalings[1], routing.offset, is_int8)
         y_SO = up.forward(x_TH, routing.token, up.low(x_TH, routing.token))
         ctx.save_for_backward(
             x_TH, weight_TK, up_A, up_B, down_A, down_B, y_SO if keep_up else None,
@@ -209,15 +217,20 @@ class _ExpertLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TH, weight_TK, up_A, up_B, down_A, down_B, kept_SO, index_TK, *routing = ctx.saved_tensors
-        weights: Weights = ctx.weights
+        saved = ctx.saved_tensors  # once only: under gradient checkpointing this is what computes the layer again
+        with present(ctx.weights, saved[7], trains=True) as there:
+            return _ExpertLayer._gradients(ctx, there, grads[0], *saved)
+
+    @staticmethod
+    def _gradients(ctx: Any, weights: Weights, grad_TH: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
+        x_TH, weight_TK, up_A, up_B, down_A, down_B, kept_SO, index_TK, *routing = saved
         rows = Routing(*routing)
         up = _Projection(weights.up, up_A, up_B, ctx.scalings[0], rows.offset, ctx.is_int8)
         down = _Projection(weights.down, down_A, down_B, ctx.scalings[1], rows.offset, ctx.is_int8)
         low_up_SR = up.low(x_TH, rows.token)
         # A kept one is copied: the gate's backward writes into it, and somebody may want this backward twice.
         y_SO = up.forward(x_TH, rows.token, low_up_SR) if kept_SO is None else kept_SO.clone()
-        state = _Down(weights, down, rows, weight_TK.reshape(-1)[rows.slot], index_TK, grads[0].contiguous())
+        state = _Down(weights, down, rows, weight_TK.reshape(-1)[rows.slot], index_TK, grad_TH.contiguous())
         grad_y_SO, grad_weight_TK, grad_down_A, grad_down_B = state.backward(y_SO, ctx.form)
         del y_SO
         low_SR = up.low_gradient(grad_y_SO, None)

@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Planned against measured peak memory of training on a CPU: families, lengths, ranks, checkpointing, optimizers.
+
+    .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE]
+
+Each row is a process of its own: it plans, builds a model of 60 to 400 MB in int8 with random numbers, trains two steps
+as `onecard train` does, and reads its anonymous memory (RssAnon) every 5 ms. What Python and the libraries held before
+the model was built is subtracted; nothing else is. MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which
+keeps glibc from raising it as it goes: what is freed is then given back, and RssAnon is what the run holds, as
+`torch.cuda.max_memory_allocated` is on a card. `--holes` leaves glibc alone; the plan has `slack` for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "recipes" / "quickstart" / "nano-qwen3moe-2m"
+
+SIZES = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192,
+         "num_hidden_layers": 4, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 512},
+    "qwen2_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 512,
+                  "intermediate_size": 1024, "shared_expert_intermediate_size": 1024},
+    "qwen3_moe": {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "head_dim": 64},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1536},
+    "deepseek_v2": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4,
+                    "moe_intermediate_size": 512, "intermediate_size": 1024, "first_k_dense_replace": 1,
+                    "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+                    "v_head_dim": 64, "num_key_value_heads": 8},
+    "gpt_oss": {"num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 512, "head_dim": 64},
+    "granitemoe": {"num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 512},
+    "glm4_moe": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4, "head_dim": 64,
+                 "moe_intermediate_size": 512, "intermediate_size": 1024, "first_k_dense_replace": 1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a family and what differs from the defaults."""
+
+    family: str
+    length: int = 1024
+    r: int = 16
+    checkpointing: bool = True
+    optim: str = "adamw_torch"
+    router: bool = True
+    packing: bool = True
+    batch: int = 1
+    accumulation: int = 1
+    target_modules: str = "attention"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What differs, in words."""
+        parts = [f"r {self.r}", self.optim, "recomputed" if self.checkpointing else "kept"]
+        parts += ["" if self.router else "no router", "" if self.packing else f"padded, batch {self.batch}"]
+        parts += [f"{self.accumulation} micro-batches" if self.accumulation > 1 else ""]
+        parts += ["" if self.target_modules == "attention" else self.target_modules]
+        return ", ".join(part for part in [*parts, *(f"{k} {v}" for k, v in self.config.items())] if part)
+
+
+CASES = [
+    *(Case(family) for family in FAMILIES),
+    *(Case(family, checkpointing=False) for family in FAMILIES),
+    *(Case("qwen3_moe", length=length) for length in (256, 512, 2048)),
+    *(Case("olmoe", length=length, checkpointing=False) for length in (512, 2048)),
+    *(Case("qwen3_moe", r=r) for r in (4, 64)),
+    *(Case("mixtral", r=r, checkpointing=False) for r in (8, 32)),
+    *(Case(family, optim="adamw_bnb_8bit") for family in ("qwen3_moe", "olmoe", "deepseek_v2")),
+    Case("qwen2_moe", router=False),
+    Case("deepseek_v2", target_modules="all-linear"),
+    Case("granitemoe", packing=False, batch=2, length=512),
+    Case("qwen3_moe", packing=False, batch=4, length=512, checkpointing=False),
+    Case("olmoe", accumulation=3),
+    Case("qwen3_moe", config={"num_hidden_layers": 8}),
+    Case("mixtral", config={"num_hidden_layers": 6}, checkpointing=False),
+    Case("qwen3_moe", config={"vocab_size": 32768}),
+]
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Plan and train one case in this process."""
+    import torch
+    from datasets import Dataset
+    from rich.console import Console
+    from transformers import CONFIG_MAPPING, AutoTokenizer
+
+    from toolkit.adapters import attach_lora
+    from toolkit.architecture import auto_class
+    from toolkit.plan.budget import Budget
+    from toolkit.plan.devices import this_device
+    from toolkit.plan.memory import StepShape
+    from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+    from toolkit.recipe import parse
+    from toolkit.training import train_adapter
+    from toolkit.training.memory import anonymous_memory
+
+    with tempfile.TemporaryDirectory() as folder:
+        name = str(Path(folder) / "model")
+        config = CONFIG_MAPPING[case.family](**{**SIZES, **FAMILIES[case.family], **case.config})
+        config.save_pretrained(name)
+        recipe = parse(
+            f"model: {{model_name_or_path: '{name}'}}\ndata: {{train: none}}\n"
+            f"lora: {{r: {case.r}, router: {str(case.router).lower()}, target_modules: {case.target_modules}}}\n"
+            f"training: {{max_length: {case.length}, optim: {case.optim}, packing: {str(case.packing).lower()}, "
+            f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
+            f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
+        )
+        budget = Budget(
+            name, "main", this_device(use_cpu=True), torch.float32, "onecard_per_expert", "auto", True,
+            StepShape(case.length, case.length - 1),
+        )  # fmt: skip
+        planned = budget.bytes(recipe)
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, 2000, (24, case.length), generator=generator).tolist()
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+
+        before = anonymous_memory()
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
+        model.requires_grad_(False)
+        Int8Quantizer(Int8Config())._process_model_before_weight_loading(model)
+        _fill(model)
+        lora = recipe.lora.model_dump(exclude={"adapter_name_or_path"})
+        adapted = attach_lora(model, **lora)
+        arguments = recipe.training.model_dump(exclude={"output_dir"})
+        result = train_adapter(
+            adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
+            arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
+            dtype="float32", train_router=case.router, console=Console(quiet=True),
+        )  # fmt: skip
+    measured = result.peak_memory - before
+    return {
+        "family": case.family, "length": case.length, "case": case.text, "planned": planned.run, "measured": measured,
+        "error": planned.run / measured - 1, "note": budget.note, "before": before, "bytes": vars(planned),
+    }  # fmt: skip
+
+
+def _fill(model: Any) -> None:
+    """Numbers in an empty model, none of them large."""
+    import torch
+
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.int8:
+                parameter.random_(-90, 90, generator=generator)
+            elif name.endswith("_scale"):
+                parameter.fill_(4e-4)
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0 if "norm" in name else 0.0)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+        for buffer in model.buffers():
+            buffer.zero_() if not buffer.is_floating_point() else buffer.fill_(0.01)
+
+
+def main() -> None:
+    """Every case in a process of its own, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, nargs="*")
+    parser.add_argument("--child", type=int)
+    parser.add_argument("--holes", action="store_true", help="With glibc's settings untouched.")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="Markdown.")
+    given = parser.parse_args()
+    if given.child is not None:
+        print("RESULT" + json.dumps(run(CASES[given.child])))
+        return
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    environment |= {} if given.holes else {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    rows = []
+    for number in given.only or range(len(CASES)):
+        command = [sys.executable, __file__, "--child", str(number)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        if not found:
+            print(f"{number} {CASES[number]} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            continue
+        row = json.loads(found[0].removeprefix("RESULT"))
+        rows.append(row)
+        print(
+            f"{number:3} {row['family']:12} {row['length']:5} {row['case']:50} planned {row['planned'] / 2**20:7.1f} "
+            f"measured {row['measured'] / 2**20:7.1f} {row['error']:+.1%} {row['note']}",
+            flush=True,
+        )
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if given.table:
+        given.table.write_text(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown."""
+    lines = ["| family | tokens | adapter, optimizer, activations | planned MiB | measured MiB | error |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows:
+        sizes = " | ".join(f"{row[key] / 2**20:.1f}" for key in ("planned", "measured"))
+        lines.append(f"| {row['family']} | {row['length']} | {row['case']} | {sizes} | {row['error']:+.1%} |")
+    within = sum(abs(row["error"]) <= 0.05 for row in rows)
+    lines.append(f"\n{within} of {len(rows)} within 5%.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

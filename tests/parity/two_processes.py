@@ -1,0 +1,38 @@
+"""What each of two processes does in `test_several_processes`: a run, cut off after two steps, and again."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from toolkit.cli import main
+from toolkit.ranks import is_first
+
+
+def train() -> None:
+    """`onecard train` with this process's arguments."""
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def cut_off(run: Path) -> None:
+    """Leave of a finished run what a kill after its second step would have left."""
+    whole = run.with_name("whole")
+    (run / "adapter").rename(whole)
+    shutil.copy(run / "metrics.jsonl", whole)
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    (run / "summary.json").unlink()
+
+
+if __name__ == "__main__":
+    train()
+    if is_first():
+        cut_off(Path(sys.argv[-1].removeprefix("training.output_dir=")))
+    torch.distributed.barrier()
+    train()

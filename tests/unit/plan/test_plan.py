@@ -1,0 +1,178 @@
+"""Planning: devices, placement, what fits and what would, without a weight or a connection."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from toolkit.errors import RecipeError, ResourceError
+from toolkit.plan import Device, StepShape, choose_device, make_plan, parse_bytes
+from toolkit.plan.budget import Budget
+from toolkit.plan.cards import CARDS
+from toolkit.plan.place import resident_bytes, share_of, spread, streamed
+from toolkit.plan.shapes import published
+from toolkit.recipe import Recipe, parse
+
+MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    text = json.dumps({"model": {"model_name_or_path": MODEL}, "data": {"train": "none"}, **sections})
+    return parse(text)
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's bytes by a rule that is quick: its own tests rehearse."""
+
+    def step(self: Budget, wanted: Recipe) -> int:
+        assert isinstance(wanted.training.max_length, int)
+        assert isinstance(wanted.lora.r, int)
+        kept = 1 if wanted.training.gradient_checkpointing else 8
+        return kept * wanted.training.max_length * (1 << 18) + wanted.lora.r * (40 << 20)
+
+    monkeypatch.setattr(Budget, "step", step)
+
+
+@pytest.mark.parametrize(("text", "size"), [("12GiB", 12 << 30), ("12 gb", 12 << 30), ("1.5g", 3 << 29), ("7", 7)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3g", "0", "12 apples"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="is not a size; write 12GiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"), [("rtx-3060", "rtx-3060-12gb"), ("RTX 4090", "rtx-4090"), ("5090", "rtx-5090")]
+)
+def test_cards_are_found_as_people_write_them(name: str, card: str) -> None:
+    assert choose_device(name).card is CARDS[card]
+
+
+def test_an_unknown_card_is_one_line_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"--device: rtx-4900 is not known; did you mean .*rtx-4090"):
+        choose_device("rtx-4900")
+
+
+def test_memory_takes_the_place_of_the_cards() -> None:
+    assert choose_device("rtx-4090", "12GiB").memory == 12 << 30
+    assert choose_device(None, "12GiB").kind == "cuda"
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_streamed_layers_are_spread_evenly(count: int) -> None:
+    layers = {f"layer{number}": 10 + number for number in range(5)}
+    placement = spread(layers, count, "host")
+    away = [list(layers).index(name) for name in streamed(placement)]
+    assert len(away) == count
+    assert all(later - earlier in {5 // count, -(-5 // count)} for earlier, later in itertools.pairwise(away))
+    stay, slots = resident_bytes(layers, placement)
+    assert stay == sum(size for number, size in enumerate(layers.values()) if number not in away)
+    assert slots == min(2, count) * max((10 + number for number in away), default=0)
+    assert share_of(layers, 0.41) == 3
+
+
+def test_auto_streams_the_fewest_layers_that_make_it_fit() -> None:
+    whole = make_plan(recipe(), device=Device("cuda", "large", 1 << 40))
+    assert set(whole.placement.values()) == {"resident"}
+    need = whole.bytes.total
+    made = make_plan(recipe(), device=Device("cuda", "small", need - (1 << 30)))
+    away = streamed(made.placement)
+    assert made.fits
+    assert {made.placement[name] for name in away} == {"host"}
+    budget = Budget(MODEL, "main", Device("cuda", "small", need - (1 << 30)), made.torch_dtype, made.backend, "auto")
+    assert not budget.fits(made.recipe, spread(dict.fromkeys(made.placement, 0), len(away) - 1, "host"))
+
+
+def test_a_processor_streams_from_the_disk_and_a_small_host_too() -> None:
+    share = recipe(placement={"share": 0.5})
+    cpu = make_plan(share, device=Device("cpu", "cpu", 1 << 40, None, 1 << 40))
+    card = make_plan(share, device=Device("cuda", "card", 1 << 40, None, 1 << 30))
+    for made in (cpu, card):
+        assert sorted(set(made.placement.values())) == ["disk", "resident"]
+        assert len(streamed(made.placement)) == 8
+        assert made.disk["int8 file"] > 0
+
+
+def test_what_is_to_be_resident_is_never_streamed() -> None:
+    made = make_plan(recipe(placement={"experts": "resident"}), device=Device("cuda", "small", 6 << 30))
+    assert set(made.placement.values()) == {"resident"}
+    assert not made.fits
+    assert len(made.changes) == 3
+    for change in made.changes:
+        sections: dict[str, dict[str, Any]] = {"placement": {"experts": "resident"}}
+        for word in change.what.split():
+            key, _, value = word.partition("=")
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value if not value[0].isdigit() else json.loads(value)
+        if sections["placement"]["experts"] == "resident":
+            sections["placement"] = {"experts": "resident"}
+        again = make_plan(recipe(**sections), device=Device("cuda", "small", 6 << 30))
+        # The share is printed with two digits, and whole layers are streamed.
+        assert again.bytes.total <= change.total * 1.03
+    with pytest.raises(ResourceError, match=r"training needs .* GiB, small has 6\.0 GiB; cheapest: "):
+        made.require_fit()
+
+
+def test_a_budget_below_the_minimum_is_one_line() -> None:
+    made = make_plan(recipe(), device=Device("cuda", "tiny", 1 << 30))
+    assert made.changes == ()
+    with pytest.raises(ResourceError, match="take a smaller model or a larger device") as caught:
+        made.require_fit()
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_rank_and_length_are_the_largest_that_fit() -> None:
+    resident = {"experts": "resident"}
+    device = Device("cuda", "card", 14 << 30)
+    made = make_plan(recipe(lora={"r": "auto"}, placement=resident), device=device)
+    assert made.fits
+    assert made.recipe.lora.r in (16, 32)
+    above = recipe(lora={"r": 2 * made.recipe.lora.r}, placement=resident)
+    assert not make_plan(above, device=device).fits
+    assert any(note.startswith("lora.r: ") and "does not" in note for note in made.notes)
+    long = make_plan(recipe(training={"max_length": "auto"}, placement=resident), device=Device("cuda", "c", 11 << 30))
+    assert long.fits
+    assert (
+        not make_plan(
+            recipe(training={"max_length": long.recipe.training.max_length + 128}, placement=resident),
+            device=Device("cuda", "c", 11 << 30),
+        ).fits
+        or long.recipe.training.max_length == 4096
+    )
+    needed = make_plan(
+        recipe(training={"max_length": "auto"}), device=Device("cuda", "c", 1 << 40), shape=StepShape(700, 10)
+    )
+    assert needed.recipe.training.max_length == 700
+    assert any("all that the data need" in note for note in needed.notes)
+
+
+def test_time_has_a_limit_that_a_slower_bus_and_more_streaming_raise() -> None:
+    card = CARDS["rtx-4090"]
+    plans = [
+        make_plan(recipe(placement={"share": share}), device=Device("cuda", card.name, 1 << 40, card))
+        for share in (0.25, 0.5)
+    ]
+    bus = [made.duration.bus for made in plans if made.duration]
+    assert bus[1] == pytest.approx(2 * bus[0])
+    for made in plans:
+        assert made.duration is not None
+        assert made.duration.estimate > made.duration.limit
+
+
+@pytest.mark.parametrize("name", published())
+def test_published_shapes_need_no_connection_and_no_path_is_told(name: str) -> None:
+    made = make_plan(
+        parse(json.dumps({"model": {"model_name_or_path": name}, "data": {"train": "none"}})),
+        device=Device("cuda", "card", 1 << 40),
+    )
+    told = json.dumps(made.to_dict())
+    assert "/work" not in told
+    assert str(made.folder) not in told
+    assert json.loads(told)["bytes"]["total"] == made.bytes.total

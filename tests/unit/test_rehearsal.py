@@ -1,0 +1,88 @@
+"""A step without numbers against the same step with them: the ledger's bytes, and few layers for many."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from tests.parity.conftest import COMMON, FAMILIES
+from toolkit.architecture import auto_class
+from toolkit.rehearsal import Step, imagined_model, rehearse, run_step
+from toolkit.rehearsal.ledger import Ledger
+from toolkit.rehearsal.model import depths_of
+
+
+def test_the_ledger_counts_what_is_held_and_forgets_what_is_not() -> None:
+    with Ledger() as ledger:
+        kept = torch.ones(1000)
+        view = kept[10:20]
+        passing = torch.ones(500) + 1
+        del passing
+    assert (ledger.live, ledger.peak) == (4000, 4000 + 2 * 2000)
+    del view, kept
+    assert ledger.live == 0
+
+
+def test_what_is_known_before_is_not_counted() -> None:
+    weight = torch.ones(1000)
+    with Ledger([weight], granule=512) as ledger:
+        weight[:5].add_(1)
+        made = weight + 1
+    assert ledger.live == 4096
+    del made
+
+
+def skeleton(family: str, **sizes: Any) -> PreTrainedModel:
+    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **sizes})
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(config)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("family", "checkpointing"), [("qwen3_moe", False), ("deepseek_v2", True), ("gpt_oss", True)])
+def test_a_few_layers_tell_all(family: str, checkpointing: bool) -> None:
+    step = Step(1, 48, 20, torch.float32, checkpointing, True, False)
+    model = skeleton(family, num_hidden_layers=10)
+    assert depths_of(model).short + depths_of(model).period < 10
+    whole = run_step(imagined_model(model, step), step, FakeTensorMode(allow_non_fake_inputs=True))
+    assert rehearse(skeleton(family, num_hidden_layers=10), step) == max(whole.values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["onecard_per_expert", "onecard_triton"])
+def test_a_card_is_rehearsed_without_one(backend: str) -> None:
+    pytest.importorskip("triton")
+    steps = [Step(1, length, length - 1, torch.bfloat16, True, True, True, backend) for length in (64, 128)]
+    short, long = (rehearse(skeleton("qwen3_moe"), step) for step in steps)
+    assert short < long
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_imagined_experts_hold_what_real_ones_do() -> None:
+    """The engine's own storages, with numbers and without, for a layer that autograd keeps."""
+    from toolkit.ops.per_expert import expert_layer
+    from toolkit.quant import ExpertStack, ExpertWeights, quantize
+
+    def held(imagined: bool) -> int:
+        torch.manual_seed(0)
+        with FakeTensorMode(allow_non_fake_inputs=True) if imagined else warnings.catch_warnings():
+            stacks = [torch.randn(4, 32, 16), torch.randn(4, 16, 16)]
+            parts = [(s.to(torch.int8), s[:, :, 0].contiguous()) if imagined else quantize(s) for s in stacks]
+            up, down = (ExpertStack(*part, None, False) for part in parts)
+            weights = ExpertWeights(up, down, lambda y: y[:, :16] * y[:, 16:])
+            x = torch.randn(64, 16).requires_grad_()
+            index = torch.randint(0, 4, (64, 2))
+            weight = torch.rand(64, 2)
+            with Ledger([x, index, weight, *(t for p in parts for t in p)]) as ledger:
+                output = expert_layer(x, index, weight, weights, keep_up=True)
+                kept = ledger.live
+            del output
+        return kept
+
+    assert held(True) == held(False)

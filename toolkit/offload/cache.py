@@ -1,0 +1,72 @@
+"""The int8 file that streamed stacks are read from: the checkpoint itself where it is int8, else one written once.
+
+It is bound to the very weights it was made from, so another checkpoint under the same name gets another file, and it
+appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from toolkit.plan.formats import METHOD, declared_format
+from toolkit.quant import quantize_checkpoint
+from toolkit.quant.load import read_config
+from toolkit.quant.save import fetch
+
+__all__ = ["cache_root", "int8_folder"]
+
+_FORMAT = b"onecard int8 2"
+_SAMPLES, _SAMPLE = 64, 1 << 14
+
+
+def cache_root() -> Path:
+    """`$ONECARD_CACHE`, or `onecard` in the user's cache folder."""
+    given = os.environ.get("ONECARD_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "onecard"
+
+
+def int8_folder(
+    name_or_path: str, *, revision: str = "main", dtype: torch.dtype | None = None, root: Path | None = None
+) -> Path:
+    """A folder with the checkpoint in int8, written now if it is not there; writing holds one layer in memory.
+
+    Args:
+        dtype: what weights that are not int8 are stored in, so that a run of this dtype maps them as they are.
+        root: of the cache.
+
+    Raises:
+        ResourceError: the disk is full, or another process is writing the same file.
+        ModelError, HubError: as `quantize_checkpoint`.
+    """
+    source = fetch(name_or_path, revision)
+    declared = declared_format(str(source), read_config(str(source)))
+    if declared is not None and declared["quant_method"] == METHOD:
+        return source
+    key = fingerprint(source, str(dtype))
+    folder = (root or cache_root()) / "int8" / f"{Path(name_or_path).name}-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        quantize_checkpoint(str(source), folder, dtype=dtype)
+    return folder
+
+
+def fingerprint(folder: Path, *more: str) -> str:
+    """16 hex digits of a checkpoint's config, its files' headers and sizes, and of blocks all over their weights."""
+    digest = hashlib.sha256(_FORMAT)
+    for part in more:
+        digest.update(part.encode())
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            for number in range(_SAMPLES):
+                file.seek(size * number // _SAMPLES)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]

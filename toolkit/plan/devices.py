@@ -1,0 +1,90 @@
+"""What a plan is made for: this machine, a card by its name, or so many bytes; and how bytes are read and written.
+
+torch knows the card that is there. A plan is most useful before one is bought or the download begun.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toolkit.errors import RecipeError, did_you_mean
+from toolkit.plan.cards import CARDS, Card
+
+__all__ = ["Device", "choose_device", "device_memory", "parse_bytes", "this_device"]
+
+_SHORT = {"rtx-3060": "rtx-3060-12gb", "rtx-4060-ti": "rtx-4060-ti-16gb"}
+_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: cuda or cpu, its bytes, the card where it is one of `CARDS`, and the host's bytes where known."""
+
+    kind: str
+    name: str
+    memory: int
+    card: Card | None = None
+    host_memory: int | None = None
+
+
+def this_device(use_cpu: bool = False) -> Device:
+    """This machine's card, or its processor."""
+    host = device_memory("cpu")
+    if use_cpu or not torch.cuda.is_available():
+        return Device("cpu", "cpu", host, None, host)
+    name = torch.cuda.get_device_name(0)
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower().partition("geforce ")[2] or name.lower())
+    return Device("cuda", name, device_memory("cuda"), CARDS.get(_SHORT.get(plain, plain)), host)
+
+
+def choose_device(name: str | None = None, memory: str | None = None, *, use_cpu: bool = False) -> Device:
+    """The device of `--device` and `--memory`; this machine's where neither is given.
+
+    Raises:
+        RecipeError: no such card, or not a size.
+    """
+    found = this_device(use_cpu) if name is None else _card(name)
+    if memory is None:
+        return found
+    size = parse_bytes(memory)
+    if name is None and found.kind == "cpu" and not use_cpu:
+        return Device("cuda", f"a card of {memory}", size)
+    return Device(found.kind, f"{found.name}, {memory}", size, found.card, found.host_memory)
+
+
+def _card(name: str) -> Device:
+    wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
+    if wanted == "cpu":
+        return this_device(use_cpu=True)
+    wanted = wanted if wanted.startswith("rtx-") else f"rtx-{wanted}"
+    card = CARDS.get(_SHORT.get(wanted, wanted))
+    if card is None:
+        raise RecipeError(f"--device: {name} is not known{did_you_mean(wanted, [*CARDS, *_SHORT], 3)}; give --memory")
+    return Device("cuda", card.name, card.memory, card)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `12GiB`, `12 GB` or `12g`: as memory is sold, a thousand is 1,024.
+
+    Raises:
+        RecipeError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None or not float(match[1]):
+        raise RecipeError(f"--memory: {text} is not a size; write 12GiB")
+    return int(float(match[1]) * (1 << _UNITS[match[2]]))
+
+
+def device_memory(device: str) -> int:
+    """Bytes of the device: the card's, or the machine's RAM (the cgroup's share of it)."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    pages = Path("/proc/meminfo").read_text(encoding="ascii").split("MemTotal:")[1].split()[0]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    bounded = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    total = int(pages) * 1024
+    return min(total, int(bounded)) if bounded.isdigit() else total

@@ -1,0 +1,183 @@
+"""Bytes of a run by what they are: what stays, what a step adds, what the device's software takes beside both.
+
+Weights, adapters and optimizer states follow from shapes; what a step holds is counted by rehearsing it
+(`toolkit.rehearsal`), a room further on that is named here as data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolkit.architecture import LINEAR_ROLES, Architecture
+from toolkit.plan.place import resident_bytes
+from toolkit.recipe import Recipe
+
+__all__ = ["Bytes", "StepShape", "count_bytes", "count_step", "stack_bytes"]
+
+_REHEARSAL = "toolkit.rehearsal"
+
+_LIBRARIES = {"cuda": 600 << 20, "cpu": 650 << 20}
+"""CUDA's context with its libraries, which torch's allocator does not count; on a CPU Python with torch and the rest,
+in anonymous memory. The second is measured in each run and set apart from the run's own bytes."""
+_WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": 16 << 20}
+"""Experts multiplied out at a time (`toolkit.ops.triton.launch`), and cuBLAS's own. On a CPU what trainer and BLAS set
+up when training begins, measured; an expert's buffers are rehearsed."""
+_SLACK = {"cuda": 0.05, "cpu": 0.5}
+"""Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
+own settings (docs/planning.md); on a card it is assumed."""
+_OPTIMIZER = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.03, "paged_adamw_8bit": 2.03}
+"""Bytes of state a trained parameter; 8-bit ones have a fp32 maximum for each 256 values."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a training run at its highest, by what they are; their sum is what the device must have."""
+
+    experts: int
+    slots: int
+    linears: int
+    other: int
+    adapter: int
+    optimizer: int
+    gradients: int
+    activations: int = 0
+    workspace: int = 0
+    slack: int = 0
+    libraries: int = 0
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(asdict(self).values())
+
+    @property
+    def standing(self) -> int:
+        """What is there between two steps."""
+        return self.experts + self.slots + self.linears + self.other + self.adapter + self.optimizer
+
+    @property
+    def run(self) -> int:
+        """What the run itself asks for: all but the libraries and the allocator's holes."""
+        return self.total - self.libraries - self.slack
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What of a step the data decide: tokens in the longest sequence, and how many of them carry a label."""
+
+    length: int
+    labelled: int
+
+
+def stack_bytes(model: nn.Module, architecture: Architecture, how: str, itemsize: int) -> dict[str, int]:
+    """MoE layer to the bytes of its two stacks, scales included."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    result = {}
+    for layer in architecture.layers:
+        axis = 2 if layer.is_transposed else 1
+        stacks = [shapes[name] for name in layer.stacks]
+        result[layer.name] = _stored([(math.prod(s), s[0] * s[axis]) for s in stacks], how, itemsize)
+    return result
+
+
+def count_bytes(
+    model: nn.Module,
+    architecture: Architecture,
+    recipe: Recipe,
+    placement: Mapping[str, str],
+    *,
+    device: str,
+    itemsize: int,
+    step: int,
+) -> Bytes:
+    """All groups. `step` is what `count_step` gives: gradients and activations together."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    layers = stack_bytes(model, architecture, recipe.quantization.experts, itemsize)
+    experts, slots = resident_bytes(layers, placement)
+    stacks = sum(math.prod(shapes[name]) for layer in architecture.layers for name in layer.stacks)
+    names = architecture.linear_names(*LINEAR_ROLES)
+    linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
+    rest = sum(map(math.prod, shapes.values())) - stacks - sum(size for size, _ in linears)
+    adapter = adapter_parameters(shapes, architecture, recipe)
+    gradients = 4 * adapter
+    activations = max(0, max(step, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
+    return Bytes(
+        experts=experts,
+        slots=slots,
+        linears=_stored(linears, recipe.quantization.linears, itemsize),
+        other=rest * itemsize,
+        adapter=4 * adapter,
+        optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
+        gradients=gradients,
+        activations=activations,
+        workspace=_WORKSPACE[device],
+        slack=int(_SLACK[device] * (gradients + activations)),
+        libraries=_LIBRARIES[device],
+    )
+
+
+def count_step(
+    model: PreTrainedModel, recipe: Recipe, shape: StepShape, *, device: str, dtype: torch.dtype, backend: str
+) -> int:
+    """Most bytes of gradients and activations at once in a step; the skeleton `model` is used up."""
+    rehearsal: Any = import_module(_REHEARSAL)
+    training = recipe.training
+    lora = recipe.lora.model_dump(exclude={"adapter_name_or_path"})
+    step = rehearsal.Step(
+        batch=training.per_device_train_batch_size,
+        length=shape.length,
+        labelled=shape.labelled,
+        dtype=dtype,
+        checkpointing=training.gradient_checkpointing,
+        balanced=recipe.lora.router and training.router_aux_loss_coef != 0,
+        on_card=device == "cuda",
+        backend=backend,
+        experts=recipe.quantization.experts,
+        linears=recipe.quantization.linears,
+        packed=training.packing,
+        lora=lora,
+    )
+    held: int = rehearsal.rehearse(model, step)
+    return held
+
+
+def _optimizer_scratch(recipe: Recipe, device: str, adapter: int) -> int:
+    """What AdamW's step makes: with torch's own one on a card a list of square roots, as large as the adapter."""
+    return 4 * adapter if device == "cuda" and recipe.training.optim == "adamw_torch" else 0
+
+
+def _stored(parts: list[tuple[int, int]], how: str, itemsize: int) -> int:
+    """Bytes of (parameters, output rows): int8 and a fp32 scale a row, or the compute dtype."""
+    return sum(size * itemsize if how == "none" else size + 4 * rows for size, rows in parts)
+
+
+def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe: Recipe) -> int:
+    """Trained parameters of the recipe's adapter."""
+    lora, total = recipe.lora, 0
+    rank_of_all = rank(recipe)
+    for layer in (layer for layer in architecture.layers if layer.sees_text):
+        of_experts = lora.rank_pattern.get("experts", rank_of_all)
+        total += sum(layer.num_experts * of_experts * sum(shapes[name][1:]) for name in layer.stacks if lora.experts)
+        if lora.router:
+            total += lora.rank_pattern.get("router", rank_of_all) * sum(shapes[f"{layer.router}.weight"])
+    roles = {"attention": ("attention",), "all-linear": LINEAR_ROLES, "none": ()}
+    wanted = lora.target_modules
+    for linear in architecture.linears:
+        leaf = linear.name.rpartition(".")[2]
+        if linear.role in roles[wanted] if isinstance(wanted, str) else {leaf, linear.name} & set(wanted):
+            total += lora.rank_pattern.get(leaf, rank_of_all) * sum(shapes[f"{linear.name}.weight"])
+    return total
+
+
+def rank(recipe: Recipe) -> int:
+    """The recipe's rank, decided."""
+    assert isinstance(recipe.lora.r, int)
+    return recipe.lora.r

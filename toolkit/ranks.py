@@ -1,0 +1,60 @@
+"""Several processes of one run, one a card, as `accelerate launch` or `torchrun` start them: which one this is.
+
+Accelerate divides the batches and joins the gradients. What it cannot know is that everything a run keeps is written by
+one process, and that the others wait for what they read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+__all__ = ["first_one_first", "first_tells", "is_first", "join", "processes"]
+
+_Told = TypeVar("_Told")
+
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other: error compensation of a large base takes hours on one of them."""
+
+
+def processes() -> int:
+    """How many processes this run has, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, prints and evaluates."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join(device: str) -> None:
+    """Take this process's card and meet the others; nothing where it is alone. `device` is cpu or cuda."""
+    if processes() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+
+
+@contextmanager
+def first_one_first() -> Iterator[None]:
+    """Run the block in the first process, and only then in the others, which must all come here after `join`."""
+    if processes() == 1:
+        yield
+    else:
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():
+            yield
+
+
+def first_tells(find: Callable[[], _Told]) -> _Told:
+    """What `find` gives in the first process, in all of them; it is called nowhere else."""
+    if processes() == 1:
+        return find()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[_Told] = broadcast_object_list([find() if is_first() else None])
+    return told[0]

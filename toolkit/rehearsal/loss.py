@@ -1,0 +1,93 @@
+"""The loss of a training step as the trainer computes it, on tensors without numbers.
+
+On a CPU that is `toolkit.training.labelled` and its cross entropy, or TRL's tiles where the logits would be too many;
+on a card always TRL's tiles, whose kernel cannot run here, so that its buffers are allocated in its stead.
+"""
+
+# torch types an autograd function's result as Any.
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+
+__all__ = ["imagined_loss"]
+
+_MOST_LOGITS = 1 << 28
+"""As in `toolkit.training.trainer`."""
+
+_TILE_TOKENS, _TILE_WORDS = 4096, 32768
+"""A tile of logits in TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py`)."""
+
+
+def imagined_loss(
+    model: PeftModel, inputs: dict[str, torch.Tensor], labelled: int, *, balanced: bool, on_card: bool
+) -> torch.Tensor:
+    """A loss that backward can start from.
+
+    Args:
+        inputs: `input_ids`, `labels` and what else the forward takes. labelled: positions with a label, in a sequence.
+    """
+    labels, base = inputs.pop("labels"), model.get_base_model()
+    given: dict[str, Any] = {**inputs, "use_cache": False, **({"output_router_logits": True} if balanced else {})}
+    head = model.get_output_embeddings().weight
+    size = labels.shape[0] * labelled * head.shape[0] * base.dtype.itemsize
+    if on_card or size > _MOST_LOGITS:
+        outputs = base.base_model(**given)
+        hidden = outputs.last_hidden_state[:, :-1][:, :labelled].flatten(0, 1)
+        tiled: torch.Tensor = _Tiles.apply(hidden, head, on_card)
+        return tiled.sum() + _balance(base, outputs, balanced)
+    outputs = model(**given, logits_to_keep=torch.zeros(labelled, dtype=torch.long))
+    targets = labels[:, :labelled].flatten()
+    logits = outputs.logits.reshape(-1, head.shape[0])[torch.ones(len(targets), dtype=torch.long)]
+    loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum")
+    if balanced and outputs.get("aux_loss") is not None:
+        loss = loss + outputs.aux_loss
+    log_probabilities = logits.detach().float().log_softmax(-1)
+    (log_probabilities.exp() * log_probabilities).sum()
+    return loss
+
+
+def _balance(base: torch.nn.Module, outputs: Any, balanced: bool) -> torch.Tensor | float:
+    """The load-balancing loss where the family gives router logits, by the function that all families share."""
+    logits = outputs.get("router_logits") if balanced else None
+    if not logits:
+        return 0.0
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = base.config.get_text_config()  # type: ignore[operator,union-attr]
+    count = logits[0].shape[-1]
+    result: torch.Tensor = load_balancing_loss_func(logits, count, getattr(config, "num_experts_per_tok", 2))
+    return result
+
+
+class _Tiles(torch.autograd.Function):
+    """What TRL's fused head holds: a tile of logits, some numbers a token, and the rows' gradient in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        hidden_NH, head_VH, ctx.on_card = args
+        ctx.save_for_backward(hidden_NH, head_VH)
+        statistics = [hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) for _ in range(9)]
+        _tile(hidden_NH, head_VH, ctx.on_card)
+        return statistics[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_NH, head_VH = ctx.saved_tensors
+        grad_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=torch.float32)
+        _tile(hidden_NH, head_VH, ctx.on_card)
+        return grad_NH.to(hidden_NH.dtype), None, None
+
+
+def _tile(hidden_NH: torch.Tensor, head_VH: torch.Tensor, on_card: bool) -> None:
+    rows, words = min(len(hidden_NH), _TILE_TOKENS), min(_TILE_WORDS, len(head_VH))
+    buffer = hidden_NH.new_empty(rows, _TILE_WORDS)
+    if not on_card:  # folded by torch's operators, three tiles in fp32 at a time
+        parts = [buffer.new_empty(rows, words, dtype=torch.float32) for _ in range(4)]
+        del parts
+    del buffer

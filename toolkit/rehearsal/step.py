@@ -1,0 +1,136 @@
+"""One training step without numbers, and what it would hold in memory at its highest.
+
+The code that runs is the code that trains: the family's own forward, our layers, the loss, autograd. Two depths are
+run, and the whole follows: every stretch of a step grows by the same bytes with each further period of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from toolkit.rehearsal.ledger import Ledger
+from toolkit.rehearsal.loss import imagined_loss
+from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
+
+__all__ = ["Step", "imagined_model", "rehearse", "run_step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of. B sequences of L tokens, of which `labelled` positions in each carry a label."""
+
+    batch: int
+    length: int
+    labelled: int
+    dtype: torch.dtype
+    checkpointing: bool
+    balanced: bool
+    """Whether the load-balancing loss is computed."""
+    on_card: bool
+    backend: str = "onecard_per_expert"
+    experts: str = "int8"
+    linears: str = "int8"
+    packed: bool = True
+    lora: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rehearse(model: PreTrainedModel, step: Step) -> int:
+    """Most bytes that a step holds beyond parameters, buffers and optimizer; gradients are among them.
+
+    Args:
+        model: a skeleton on meta, which is used up.
+    """
+    depths = depths_of(model)
+    peft_model = imagined_model(model, step)
+    imagination = FakeTensorMode(allow_non_fake_inputs=True)
+    truncate(peft_model, depths.short + depths.period)
+    longer = run_step(peft_model, step, imagination)
+    if not depths.period:
+        return max(longer.values())
+    truncate(peft_model, depths.short)
+    return _extrapolated(run_step(peft_model, step, imagination), longer, depths)
+
+
+def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
+    """The skeleton as the run will have it, on meta still."""
+    kept = step.checkpointing
+    return adapted(model, step.lora, experts=step.experts, linears=step.linears, keep_up=kept, backend=step.backend)
+
+
+def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> dict[str, int]:
+    """Highest count of live bytes in each stretch: before the layers, in each layer forward and backward, the loss."""
+    with imagination:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            model.to_empty(device="cpu")
+        model.train()
+        if step.checkpointing:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        known = [*model.parameters(), *model.buffers()]
+        ledger = Ledger(known, granule=512 if step.on_card else 1)
+        with ledger:
+            _watch_and_run(model, step, ledger)
+        ledger.mark("over")
+        model.zero_grad(set_to_none=True)
+    return ledger.peaks
+
+
+def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
+    layers = decoder_layers(model)[2]
+    inputs = _inputs(model, step)
+    watches = [_Watch(ledger, number, is_last=number == len(layers) - 1) for number in range(len(layers))]
+    handles = [layer.register_forward_hook(watch) for layer, watch in zip(layers, watches, strict=True)]
+    half = step.dtype in (torch.bfloat16, torch.float16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            loss = imagined_loss(model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card)
+        for handle in handles:
+            handle.remove()
+        loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Watch:
+    """Marks where a layer's forward ends, and where its gradient arrives."""
+
+    def __init__(self, ledger: Ledger, number: int, *, is_last: bool) -> None:
+        self.ledger, self.number, self.is_last = ledger, number, is_last
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.ledger.mark("loss" if self.is_last else f"after {self.number}")
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.ledger.mark(f"backward {self.number}"))
+
+
+def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
+    shape = (step.batch, step.length)
+    ids = torch.zeros(shape, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    if step.packed:
+        inputs["position_ids"] = torch.arange(step.length).expand(shape).contiguous()
+    else:
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    return inputs
+
+
+def _extrapolated(short: Mapping[str, int], longer: Mapping[str, int], depths: Depths) -> int:
+    """The highest of all stretches at full depth. The last period's layers are numbered from the back."""
+    highest = 0
+    for name, size in short.items():
+        word, _, number = name.partition(" ")
+        is_last = number and int(number) >= depths.short - depths.period
+        same = f"{word} {int(number) + depths.period}" if is_last else name
+        highest = max(highest, size + depths.repeats * (longer[same] - size))
+    return highest
