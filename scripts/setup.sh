@@ -110,6 +110,8 @@ install() {
     say "installing into .venv at the versions of constraints.txt ($build build); the first time takes minutes"
     install_torch "$build"
     pip_install -e ".${extras:+[$extras]}"
+    # The tests kill processes at each system call through a small library, which is compiled for it.
+    if [ "$extra" = dev ] && ! command -v cc gcc clang >/dev/null; then pip_install ziglang; fi
     if [ "$build" = cuda ] && ! "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
         say "there is an NVIDIA card, but pip took a torch without CUDA; name its index in ONECARD_TORCH_INDEX"
     fi

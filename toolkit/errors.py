@@ -7,7 +7,8 @@ OnecardError
 ├── ResourceError    5   memory, disk, lock
 ├── DivergedError    6   non-finite loss or gradients
 ├── HubError         7   upload, download, permission
-└── PreemptedError  75   asked to stop; rerun to resume
+├── PreemptedError  75   asked to stop; rerun to resume
+└── InterruptedRunError  130  interrupted by hand, saved
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "HubError",
+    "InterruptedRunError",
     "ModelError",
     "OnecardError",
     "PreemptedError",
@@ -72,6 +74,12 @@ class PreemptedError(OnecardError):
     """The run was asked to stop and has saved; the same command resumes it."""
 
     exit_code = 75
+
+
+class InterruptedRunError(OnecardError):
+    """The run was interrupted by hand and has saved; the same command resumes it."""
+
+    exit_code = 130
 
 
 def did_you_mean(name: str, candidates: list[str], most: int = 1) -> str:

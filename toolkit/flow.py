@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
+from toolkit.adapters import adapter_coverage, attach_lora, load_adapter, unmoved_adapters
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.durable import write_text
@@ -35,6 +36,7 @@ from toolkit.evaluate import (
 from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging.manifest import file_entry
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
 from toolkit.plan.place import streamed
@@ -42,9 +44,21 @@ from toolkit.quant import load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, is_first, join
-from toolkit.recipe import dump
+from toolkit.recipe import dump, flat
+from toolkit.signals import StopRequest
 from toolkit.steps import part
-from toolkit.training import BestAdapter, RunFolder, TrainResult, train_adapter
+from toolkit.training import (
+    BestAdapter,
+    Resume,
+    RunFolder,
+    TrainResult,
+    data_sha256,
+    find_resume,
+    require_disk,
+    tokenizer_sha256,
+    train_adapter,
+    versions,
+)
 
 __all__ = [
     "Trained",
@@ -58,11 +72,14 @@ __all__ = [
     "look_at_experts",
     "package",
     "reopen",
+    "resume",
     "step_shape",
     "train",
 ]
 
 _NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
+_MARGIN = 64 << 20
+"""Bytes for everything small that a run writes."""
 _LONGEST_WINDOW = 512
 """Tokens of general text that are looked at together."""
 _LOOKED_AT = 64
@@ -227,6 +244,36 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     return StepShape(length, max(1, math.ceil(labelled)))
 
 
+def resume(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, batches: Batches, note: Callable[[str], None] = lambda line: None
+) -> Resume:
+    """The checkpoint that this run goes on from, if it may, and room for the next ones; cheap, so ask before loading.
+
+    What is skipped or changed and allowed is noted. The base's weights are compared in `train`, once they are here.
+
+    Raises:
+        ModelError: the run in the plan's folder was trained with something else. ResourceError: the disk is too small.
+    """
+    run = RunFolder(plan.folder)
+    adapter, kept = plan.bytes.adapter, max(2, plan.recipe.training.save_total_limit)
+    integers = plan.bytes.experts + plan.bytes.linears
+    compensated = integers if plan.recipe.quantization.error_compensation != "none" else 0
+    # What is kept, the best one, the one being written; and the artifact, written beside an older one.
+    require_disk(run.path, (kept + 2) * (adapter + plan.bytes.optimizer) + 2 * adapter + compensated + _MARGIN)
+    found = find_resume(run.checkpoints, note)
+    found.bind(
+        note,
+        recipe=flat(plan.recipe),
+        data=data_sha256(batches.train),
+        tokenizer=tokenizer_sha256(tokenizer),
+        versions=versions(),
+        device=plan.device,
+        dtype=plan.dtype,
+        backend=plan.backend,
+    )
+    return found
+
+
 @part("train")
 def train(
     model: PeftModel,
@@ -234,14 +281,22 @@ def train(
     batches: Batches,
     plan: Plan,
     console: Console | None = None,
+    resumed: Resume | None = None,
+    stop: StopRequest | None = None,
 ) -> Trained:
     """Train the adapter and compare it with its base on the held-out examples (in the first process).
 
+    Goes on from a checkpoint in the plan's folder: `resumed`, or what `resume` finds.
+
     Raises:
-        ModelError: an adapter did not move. DivergedError: the loss stopped being finite.
+        ModelError: an adapter did not move, or the checkpoint was trained on another base.
+        DivergedError: the loss stopped being finite. ResourceError: memory or disk ran out.
         RecipeError: int8 rows were asked for and raise the loss too far.
     """
     console = console or Console(quiet=True)
+    note = partial(console.print, highlight=False, markup=False)
+    resumed = resumed or resume(plan, tokenizer, batches, note)
+    resumed.bind(note, **_base_facts(plan))
     if plan.backend == ROUNDED_ROWS:
         looked_at = _held_out(batches, plan) or batches.train.select(range(min(len(batches.train), _LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
@@ -262,6 +317,9 @@ def train(
         console=console,
         best=_wanted_best(model, tokenizer, batches, plan),
         advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
+        resume=resumed,
+        stop=stop,
+        places=batches.places,
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
@@ -271,9 +329,10 @@ def train(
             "moved: training made it worse; lower training.learning_rate or look at eval.metric"
         )
     if moved != adapters:
+        still = unmoved_adapters(model)
         raise ModelError(
-            f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
-            "train longer"
+            f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
+            f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
         )
     compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
     if is_first():
@@ -327,6 +386,12 @@ def look_at_experts(model: PeftModel, batches: Batches, plan: Plan) -> dict[str,
     found = {"held_out": held_out is not None, **expert_statistics(model, examples)}
     write_text(RunFolder(plan.folder).experts, json.dumps(found))
     return found
+
+
+def _base_facts(plan: Plan) -> dict[str, Any]:
+    kept = RunFolder(plan.folder).compensated
+    facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
+    return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
 
 
 def require_harmless_rounding(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-__all__ = ["first_one_first", "first_tells", "is_first", "join", "processes"]
+__all__ = ["all_say", "first_one_first", "first_tells", "is_first", "join", "processes"]
 
 _Told = TypeVar("_Told")
 
@@ -58,3 +58,13 @@ def first_tells(find: Callable[[], _Told]) -> _Told:
 
     told: list[_Told] = broadcast_object_list([find() if is_first() else None])
     return told[0]
+
+
+def all_say(here: _Told) -> list[_Told]:
+    """What each process has `here`, in all of them."""
+    if processes() == 1:
+        return [here]
+    from accelerate.utils import gather_object
+
+    told: list[_Told] = gather_object([here])
+    return told

@@ -1,6 +1,14 @@
 """LoRA on experts, router and linears, in the layout stock PEFT writes."""
 
-from toolkit.adapters.attach import AdapterCoverage, adapter_coverage, add_adapter, attach_lora, load_adapter, targets
+from toolkit.adapters.attach import (
+    AdapterCoverage,
+    adapter_coverage,
+    add_adapter,
+    attach_lora,
+    load_adapter,
+    targets,
+    unmoved_adapters,
+)
 from toolkit.adapters.layer import ParamWrapper, factors_from_layout
 
 __all__ = [
@@ -12,4 +20,5 @@ __all__ = [
     "factors_from_layout",
     "load_adapter",
     "targets",
+    "unmoved_adapters",
 ]

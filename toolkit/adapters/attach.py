@@ -22,10 +22,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import register
+from toolkit.adapters.stranger import check_adapter_files
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line
 
-__all__ = ["AdapterCoverage", "adapter_coverage", "add_adapter", "attach_lora", "load_adapter", "targets"]
+__all__ = [
+    "AdapterCoverage",
+    "adapter_coverage",
+    "add_adapter",
+    "attach_lora",
+    "load_adapter",
+    "targets",
+    "unmoved_adapters",
+]
 
 _ROLES = {"none": (), "attention": ("attention",), "all-linear": ("attention", "shared", "dense")}
 _NEVER = ("selector", "fused")
@@ -130,9 +139,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     Raises:
         ModelError: not an adapter, made for another model, or with keys missing, left over or of another shape.
     """
+    check_adapter_files(Path(folder))
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder}: not a PEFT adapter ({first_line(error)})") from None
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
@@ -209,6 +219,16 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
         adapters=len(moved),
         parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
     )
+
+
+def unmoved_adapters(model: PeftModel) -> list[str]:
+    """The adapted parts whose B is still all zero, by name."""
+    layers = {_base_name(name): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return [
+        _part_name(name, layer)
+        for name, layer in layers.items()
+        if not any(bool(B.weight.detach().count_nonzero()) for B in layer.lora_B.values())
+    ]
 
 
 def _trainable(architecture: Architecture) -> list[ExpertLayer]:

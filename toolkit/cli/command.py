@@ -70,7 +70,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, OnecardError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
         return f"out of memory: {first_line(error)}; lower training.max_length or lora.r", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}", 5

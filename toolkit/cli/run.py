@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, plain_console, quiet_console
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from toolkit.data import Batches
+    from toolkit.plan import Plan
+    from toolkit.recipe import Recipe
+    from toolkit.signals import StopRequest
+    from toolkit.training import RunFolder
+
 __all__ = ["plan", "preview", "train"]
 
 
-def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fork: Annotated[bool, typer.Option("--fork", help="Start a new run from the weights of the one there.")] = False,
+    json_: Json = False,
+) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
+    from toolkit.signals import signals_heeded
+
+    with signals_heeded() as stop:
+        parsed, run, console, finished = _main_job(recipe, overrides, fork, stop)
+        _hand_over(parsed, run, console, finished, json_)
+
+
+def _main_job(
+    recipe: Path, overrides: list[str] | None, fork: bool, stop: StopRequest
+) -> tuple[Recipe, RunFolder, Console, dict[str, Any] | None]:
+    """Everything up to the finished run, and its summary."""
     from toolkit import flow
-    from toolkit.durable import write_text
-    from toolkit.packaging import check_token, push_artifact
+    from toolkit.packaging import check_token
     from toolkit.plan import make_plan
     from toolkit.ranks import is_first
-    from toolkit.recipe import dump
-    from toolkit.report import terminal as show
-    from toolkit.report.page import write_page
-    from toolkit.report.plans import show_plan
-    from toolkit.training import RunFolder, check_writable, open_run
-    from toolkit.training.memory import anonymous_memory
+    from toolkit.training import (
+        RunFolder,
+        check_folder_is_ours,
+        check_writable,
+        copy_start,
+        fork_recipe,
+        open_run,
+        owned,
+    )
 
     console = quiet_console()
+    note = _once(console)
     parsed = load_recipe(recipe, overrides, console)
     check_writable(Path(parsed.training.output_dir))
+    source = RunFolder(Path(parsed.training.output_dir))
+    parsed = fork_recipe(parsed) if fork else parsed
     if parsed.hub.push_to_hub:
         check_token(parsed.hub.hub_token)
     undecided = "auto" in (parsed.lora.r, parsed.training.max_length)
@@ -37,32 +70,83 @@ def train(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) 
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
     made = make_plan(parsed, shape=flow.step_shape(batches, made))
-    run = open_run(made.folder, dump(made.recipe)) if is_first() else RunFolder(made.folder)
-    if finished := run.read_summary():
-        console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
-    else:
-        if is_first():
-            write_text(run.plan, json.dumps(made.to_dict(), indent=2))
-        show_plan(console, made)
-        made.require_fit()
-        before = anonymous_memory()
-        show.data(console, batches.report)
-        model, tokenizer = flow.load(made)
-        if compensated := flow.compensate(model, batches, made, run.compensated):
-            show.compensation(console, compensated)
-        model = flow.attach(model, made)
-        show.reached(console, flow.coverage(model, made))
-        result = flow.train(model, tokenizer, batches, made, console)
-        if not is_first():
-            return
-        finished = show.summarize(result, made, batches, flow.package(result, made), compensated, before)
-        write_text(run.summary, json.dumps(finished, indent=2))
-        write_page(run.path)
+    check_folder_is_ours(made.folder)
+    with owned(made.folder) if is_first() else nullcontext():
+        run = open_run(made.folder, made.recipe, note) if is_first() else RunFolder(made.folder)
+        if fork and is_first():
+            copy_start(run, source)
+        finished = run.read_summary()
+        if finished is None:
+            finished = _train(console, made, batches, tokenizer, run, stop, note)
+        else:
+            console.print(f"{run.path}: already finished; set training.output_dir to another folder to train again")
+    return parsed, run, console, finished
+
+
+def _hand_over(parsed: Recipe, run: RunFolder, console: Console, finished: dict[str, Any] | None, json_: bool) -> None:
+    """Show the summary, and push where the recipe says so; the first process alone."""
+    if finished is None:
+        return
+    from toolkit.packaging import push_artifact
+    from toolkit.report import terminal as show
+
     show.summary(console, finished)
     emit(finished, json_)
     if parsed.hub.push_to_hub:
         target = str(parsed.hub.hub_model_id)
         print(push_artifact(run.adapter, target, private=parsed.hub.hub_private_repo, token=parsed.hub.hub_token))
+
+
+def _train(
+    console: Console,
+    made: Plan,
+    batches: Batches,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunFolder,
+    stop: StopRequest,
+    note: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Everything from the loaded model to the summary; gives the summary in the first process."""
+    from toolkit import flow
+    from toolkit.durable import write_text
+    from toolkit.ranks import is_first
+    from toolkit.report import terminal as show
+    from toolkit.report.page import write_page
+    from toolkit.report.plans import show_plan
+    from toolkit.training.memory import anonymous_memory
+
+    resumed = flow.resume(made, tokenizer, batches, note)
+    if is_first():
+        write_text(run.plan, json.dumps(made.to_dict(), indent=2))
+    show_plan(console, made)
+    made.require_fit()
+    before = anonymous_memory()
+    show.data(console, batches.report)
+    model, tokenizer = flow.load(made)
+    if compensated := flow.compensate(model, batches, made, run.compensated):
+        show.compensation(console, compensated)
+    model = flow.attach(model, made)
+    show.reached(console, flow.coverage(model, made))
+    result = flow.train(model, tokenizer, batches, made, console, resumed, stop)
+    if not is_first():
+        return None
+    packaged = flow.package(result, made)
+    finished: dict[str, Any] = show.summarize(result, made, batches, packaged, compensated, before)
+    write_text(run.summary, json.dumps(finished, indent=2))
+    write_page(run.path)
+    return finished
+
+
+def _once(console: Console) -> Callable[[str], None]:
+    """Print a line, unless it was printed before: recipe and checkpoint may both tell of the same change."""
+    said: set[str] = set()
+
+    def note(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            console.print(line, highlight=False, markup=False)
+
+    return note
 
 
 def plan(

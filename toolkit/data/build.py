@@ -46,6 +46,8 @@ class Batches:
     validation: datasets.Dataset | None
     held_out: tuple[HeldOut, ...]
     report: DataReport
+    places: tuple[str, ...] = ()
+    """Where each row of `train` came from, `file:line`."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, 
         validation=_dataset(held.encoded) if held else None,
         held_out=tuple(each.held_out for each in held.encoded if each.held_out) if held else (),
         report=report,
+        places=tuple(each.place for each in done.encoded),
     )
 
 

@@ -7,6 +7,7 @@ any, otherwise from rendering the conversation up to each answer; either way the
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -18,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from toolkit.data.conversation import Message
 from toolkit.data.formats import Example
 from toolkit.data.problems import InvalidRow
+from toolkit.data.sandbox import require_frugal
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class ChatRenderer:
         self._template = chat_template
         self.closers: set[str] = set()
         """Texts of the end-of-turn tokens seen so far."""
+        require_frugal(self._render_samples)
         self._specials = sorted(_special_tokens(tokenizer), key=len, reverse=True)
         self._generation_prompt, openers = self._probe()
         closing = [re.escape(token) for token in self._specials if token not in openers]
@@ -116,6 +119,17 @@ class ChatRenderer:
             detail = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise InvalidRow("refused by the chat template", f"the chat template refuses it: {detail}") from None
         return texts[0], [(a, b) for a, b in (spans[0] if spans else []) if b > a]
+
+    def _render_samples(self) -> None:
+        """Short conversations of several shapes, so that a template that runs away does it where it is watched."""
+        turns: tuple[Message, ...] = (
+            {"role": "system", "content": _PROBE},
+            *({"role": role, "content": _PROBE} for role in ("user", "assistant") * 2),
+        )
+        for messages in (turns[1:2], turns[1:3], turns[1:], turns):
+            for generation_prompt in (False, True):
+                with contextlib.suppress(InvalidRow, DataError):
+                    self.render(messages, generation_prompt=generation_prompt)
 
     def _probe(self) -> tuple[str, set[str]]:
         """The header of an assistant turn, and the special tokens that open turns rather than close them."""

@@ -40,19 +40,18 @@ from toolkit.packaging.manifest import (
     write_json,
 )
 from toolkit.packaging.portable import figures, portable, refuse_secrets
+from toolkit.recipe import Effect, changes
 
 __all__ = ["check_folder", "stack_versions", "write_artifact"]
 
 # What transformers writes into tokenizer_config.json about where and how the tokenizer was loaded here.
 _LOADING_KEYS = frozenset({"auto_map", "cache_dir", "is_local", "local_files_only", "name_or_path", "use_auth_token"})
-# Sections of a recipe that may change between two packagings of one run.
-_BESIDE_THE_RUN = frozenset({"eval", "hub", "tracking"})
 
 
 def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) -> None:
     """Raise `ModelError` unless an artifact of this run may be written to `folder`; cheap, so ask before training.
 
-    It may where nothing lies, or an artifact of the same recipe (`eval`, `hub` and `tracking` aside) and base.
+    It may where nothing lies, or an artifact of the same base and of a recipe that differs in nothing that binds a run.
     """
     folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -61,11 +60,9 @@ def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) ->
         there = read_manifest(folder)
     except ModelError:
         there = {"base": None, "recipe": {}}
-    recipe = _portable_recipe(recipe_yaml)
-    same_recipe = all(
-        there["recipe"].get(key) == recipe.get(key) for key in {*recipe, *there["recipe"]} - _BESIDE_THE_RUN
-    )
-    if there["base"] != asdict(base) or not same_recipe:
+    before, now = _by_field(there["recipe"]), _by_field(_portable_recipe(recipe_yaml))
+    same_run = bool(before) and all(change.effect is not Effect.BINDS for change in changes(before, now))
+    if there["base"] != asdict(base) or not same_run:
         raise ModelError(
             f"{folder}: holds something other than this run's artifact: move it away or choose another folder"
         )
@@ -119,6 +116,11 @@ def write_artifact(
 def stack_versions() -> dict[str, str]:
     """Versions of onecard and of the libraries that define the adapter's numbers."""
     return {"onecard": __version__, **{name: version(name) for name in ("peft", "torch", "transformers")}}
+
+
+def _by_field(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    sections = ((name, fields) for name, fields in recipe.items() if isinstance(fields, Mapping))
+    return {f"{name}.{field}": value for name, fields in sections for field, value in fields.items()}
 
 
 def _portable_recipe(recipe_yaml: str) -> dict[str, Any]:

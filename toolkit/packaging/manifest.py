@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from toolkit.adapters.stranger import check_patterns
 from toolkit.errors import ModelError
 
 __all__ = [
@@ -39,6 +40,7 @@ TOKENIZER_FILES = frozenset(
 # Beside manifest.json, an artifact holds these files and no others.
 FILES = TOKENIZER_FILES | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", "mtp_head.safetensors"}
 
+_LARGEST = 1 << 20
 _MOST_JSON_BYTES = 8 * 2**20
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -71,8 +73,8 @@ class _Manifest(_Part):
 
 class _AdapterConfig(_Part):
     peft_type: Literal["LORA"]
-    r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[float, Field(gt=0)] | Annotated[int, Field(ge=1)]
+    r: Annotated[int, Field(ge=1, le=_LARGEST)]
+    lora_alpha: Annotated[float, Field(gt=0, le=_LARGEST)] | Annotated[int, Field(ge=1, le=_LARGEST)]
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     alpha_pattern: dict[str, float | int] = {}
     use_rslora: bool = False
@@ -106,6 +108,7 @@ def load_adapter_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / ADAPTER_CONFIG
     data = _read_json(path)
     _validate(_AdapterConfig, data, path)
+    check_patterns(data, path)
     return data
 
 

@@ -91,16 +91,19 @@ def quantize_checkpoint(
     wanted = storage(name_or_path, config)
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
-    with Shards(name_or_path, source) as shards, staged_folder(target) as workplace:
-        rounded = {} if compensated is None else int8_state(compensated)
-        skeleton = _skeleton(name_or_path, config)
-        if wanted.source is None:
-            shapes = ((key, tuple(shards.slice(key).get_shape())) for key in shards.keys)
-            refuse_wrong_shapes(name_or_path, skeleton, shapes)
-        written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
-        config.quantization_config = wanted
-        config.save_pretrained(workplace)
-        _copy_rest(source, workplace)
+    try:
+        with Shards(name_or_path, source) as shards, staged_folder(target) as workplace:
+            rounded = {} if compensated is None else int8_state(compensated)
+            skeleton = _skeleton(name_or_path, config)
+            if wanted.source is None:
+                shapes = ((key, tuple(shards.slice(key).get_shape())) for key in shards.keys)
+                refuse_wrong_shapes(name_or_path, skeleton, shapes)
+            written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
+            config.quantization_config = wanted
+            config.save_pretrained(workplace)
+            _copy_rest(source, workplace)
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written ({first_line(error)}); free space on the disk") from None
     return WrittenCheckpoint(str(target), *written)
 
 

@@ -1,5 +1,6 @@
 """The recipe: YAML in, a frozen and fully validated `Recipe` out. Imports no torch."""
 
+from toolkit.recipe.binding import Change, Effect, changes, flat
 from toolkit.recipe.schema import (
     DataSection,
     EvalSection,
@@ -18,7 +19,9 @@ from toolkit.recipe.starter import starter
 
 __all__ = [
     "ALIASES",
+    "Change",
     "DataSection",
+    "Effect",
     "EvalSection",
     "HubSection",
     "LoraSection",
@@ -29,7 +32,9 @@ __all__ = [
     "Recipe",
     "TrackingSection",
     "TrainingSection",
+    "changes",
     "dump",
+    "flat",
     "load",
     "parse",
     "starter",

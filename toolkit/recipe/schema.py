@@ -206,6 +206,8 @@ class TrainingSection(_Section):
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
+    max_nonfinite_steps: Positive = 3
+    """Steps in a row without a finite loss and gradient that end the run; fewer are left out and named."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """The optimizer, by transformers' name."""
     adam_beta1: Fraction = 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -13,9 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["MetricsLog", "ProgressDisplay", "peak_memory"]
+from toolkit.adapters import unmoved_adapters
+from toolkit.durable import sync
+from toolkit.errors import ResourceError
+
+__all__ = ["MetricsLog", "ProgressDisplay", "StillAdapters", "peak_memory"]
 
 _PLAIN_SECONDS = 5.0
+_RERUN = "checkpoints are whole: free space or mend the disk, then rerun the same command"
 
 
 def peak_memory(device: str) -> int:
@@ -35,6 +41,21 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         self._clock = time.perf_counter()
         self._tokens = 0.0
 
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def settle(self) -> None:
+        """Make what is written durable."""
+        if self.path.exists():
+            sync(self.path)
+
+    def go_on(self, position: int, tokens: float) -> None:
+        """Forget what was logged beyond `position` bytes, and count on from `tokens`."""
+        if self.position() > position:
+            os.truncate(self.path, position)
+        self._tokens = tokens
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -51,8 +72,27 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             entry["tokens_per_second"] = (tokens - self._tokens) / (now - self._clock)
             self._clock, self._tokens = now, tokens
         self.last = entry
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise ResourceError(f"{self.path}: cannot be written ({error.strerror}); {_RERUN}") from None
+
+
+class StillAdapters(TrainerCallback):  # type: ignore[misc]
+    """Names the adapters that have not moved after some steps, while there is time to do something about it."""
+
+    after = 10
+    """Steps: warm-up is over by then in any run that learns, and each adapter has seen many tokens."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look once."""
+        if state.global_step == self.after and (still := unmoved_adapters(kwargs["model"])):
+            shown = ", ".join(still[:5]) + (", …" if len(still) > 5 else "")
+            self.console.print(f"step {self.after}: {len(still)} adapters have not moved: {shown}", highlight=False)
 
 
 class ProgressDisplay(TrainerCallback):  # type: ignore[misc]

@@ -6,15 +6,24 @@ recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  experts.json  sum
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.durable import write_text
-from toolkit.errors import RecipeError, ResourceError
+from toolkit.errors import ModelError, OnecardError, RecipeError, ResourceError
+from toolkit.recipe import Effect, Recipe, changes, dump, flat, parse
+from toolkit.training.checkpoint import every_checkpoint
+from toolkit.training.lock import LOCK
+from toolkit.training.resume import refuse_changes
 
-__all__ = ["RunFolder", "check_writable", "open_run"]
+__all__ = ["RunFolder", "check_folder_is_ours", "check_writable", "open_run", "read_recipe", "require_disk"]
+
+_FIRST = {LOCK, ".recipe.yaml.tmp"}
+"""What lies in a run folder before its recipe does; a kill may leave it there."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The artifact."""
         return self.path / "adapter"
+
+    @property
+    def start(self) -> Path:
+        """The adapter that a fork starts from."""
+        return self.path / "start"
 
     @property
     def compensated(self) -> Path:
@@ -92,40 +106,57 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
-def open_run(path: Path, recipe_yaml: str) -> RunFolder:
-    """Create the run folder, or go on with the run of this very recipe.
+def require_disk(path: Path, needed: int) -> None:
+    """Raise `ResourceError` unless `needed` bytes more than what the run holds already fit on its disk."""
+    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed - there > free:
+        raise ResourceError(
+            f"training.output_dir: {parent} has {free / 1e9:.2f} GB free, the run writes {(needed - there) / 1e9:.2f} "
+            "GB; free space, lower training.save_total_limit or lora.r, or give a folder on another disk"
+        )
+
+
+def check_folder_is_ours(path: Path) -> None:
+    """Raise `RecipeError` where the folder holds something that is no run."""
+    run = RunFolder(path)
+    if not run.recipe.is_file() and path.is_dir() and any(each.name not in _FIRST for each in path.iterdir()):
+        raise RecipeError(f"training.output_dir: {path} is not empty and not a run; give another folder")
+
+
+def open_run(path: Path, recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> RunFolder:
+    """Create the run folder, or go on with the run in it; what changed and is allowed is noted.
+
+    A finished run whose end is moved is no longer finished.
 
     Raises:
-        RecipeError: the folder holds something that is not a run, or the run of another recipe.
+        RecipeError: the folder holds something that is not a run.
+        ModelError: it holds the run of a recipe that differs in something that matters.
         ResourceError: it cannot be written.
     """
     run = RunFolder(path)
-    started = run.adapter.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
-    if run.recipe.is_file() and started:
-        _refuse_other_recipe(run, recipe_yaml)
-        return run
-    if not run.recipe.is_file() and path.is_dir() and any(path.iterdir()):
-        raise RecipeError(f"training.output_dir: {path} is not empty and not a run; give another folder")
+    check_folder_is_ours(path)
+    started = run.adapter.exists() or any(every_checkpoint(run.checkpoints))
+    found = changes(flat(read_recipe(run.recipe)), flat(recipe)) if run.recipe.is_file() else []
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(run.recipe, recipe_yaml)
+        if started:
+            refuse_changes(path, found, note)
+            if any(change.effect is Effect.LENGTH for change in found):
+                run.summary.unlink(missing_ok=True)
+        elif found:  # integers compensated on another recipe's examples
+            run.compensated.unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(run.recipe, dump(recipe))
+        run.checkpoints.mkdir(exist_ok=True)
     except OSError as error:
         raise ResourceError(f"training.output_dir: {path} cannot be written ({error.strerror})") from None
     return run
 
 
-def _refuse_other_recipe(run: RunFolder, recipe_yaml: str) -> None:
-    from ruamel.yaml import YAML
-
-    before, now = (_flat(YAML(typ="safe").load(text)) for text in (run.recipe.read_text(encoding="utf-8"), recipe_yaml))
-    changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-    if changed:
-        shown = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:3])
-        raise RecipeError(
-            f"{run.path}: holds the run of another recipe ({shown}{', …' if len(changed) > 3 else ''}); "
-            "set training.output_dir to a new folder"
-        )
-
-
-def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, fields in recipe.items() for key, value in fields.items()}
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a run folder. Raises `ModelError` where it is damaged."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path), note=lambda line: None)
+    except (OnecardError, OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: damaged or of another version ({error}); move the run folder away") from None

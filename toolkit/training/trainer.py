@@ -8,10 +8,10 @@ block-diagonal mask for every attention backend.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,29 @@ from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from toolkit.architecture import describe
-from toolkit.errors import DivergedError
+from toolkit.errors import DivergedError, ResourceError, first_line
 from toolkit.ops import keep_up_outputs
 from toolkit.ranks import first_tells, is_first, processes
+from toolkit.signals import StopRequest
 from toolkit.training.best import BestAdapter, KeepBest
+from toolkit.training.checkpoint import Checkpoint, every_checkpoint, newest_checkpoint
+from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.documents import documents_apart
 from toolkit.training.labelled import can_keep_logits, labelled_logits
 from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, probe
-from toolkit.training.progress import MetricsLog, ProgressDisplay
+from toolkit.training.progress import MetricsLog, ProgressDisplay, StillAdapters
+from toolkit.training.resumable import Part, ResumableTrainer
+from toolkit.training.resume import Resume
 
-__all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
+__all__ = ["AdapterTrainer", "TrainResult", "is_out_of_memory", "sft_config", "train_adapter"]
 
 
 _MOST_LOGITS = 1 << 28
@@ -48,7 +52,7 @@ _MOST_LOGITS = 1 << 28
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes."""
+    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out."""
 
     steps: int
     loss: float
@@ -57,10 +61,11 @@ class TrainResult:
     peak_memory: int
     resumed_from: int
     best_step: int | None = None
+    skipped: int = 0
 
 
-class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
-    """Stops at the first non-finite loss, and writes checkpoints without TRL's model card (it names local paths)."""
+class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
+    """TRL's loss, no more computed than is needed, and none that is not finite."""
 
     aux_loss_enabled: bool
     score: Callable[[], Mapping[str, float]] | None = None
@@ -70,8 +75,6 @@ class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     probe_advice: str | None = None
     """What to change where the longest batch does not fit; None runs no probe."""
-    tokens_trained = 0
-    """Real tokens that went through training, in all processes, padding not counted."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -88,10 +91,13 @@ class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
             count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
             self.tokens_trained += int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
+        if self.model.training:
+            # Without a graph nothing flows back; the guard drops the whole step.
+            return result if self.guard.see(inputs, loss.detach()) else loss.new_zeros((), requires_grad=True)
         if not torch.isfinite(loss.detach()):
             raise DivergedError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower training.learning_rate "
-                "or look at the examples of this step; the last checkpoint is untouched"
+                f"step {self.state.global_step}: the held-out loss is {loss.item()}; look at the held-out examples, or "
+                "start again with a lower training.learning_rate"
             )
         return result
 
@@ -107,7 +113,7 @@ class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
         dataset = self._remove_unused_columns(self.train_dataset, description="probe")
         rows = [dataset[index] for index in longest_rows(self.train_dataset, self.args.per_device_train_batch_size)]
         batch = self._prepare_inputs(self.data_collator(rows))
-        metrics, tokens = copy.deepcopy(self._metrics), self.tokens_trained
+        metrics, tokens, guarded = copy.deepcopy(self._metrics), self.tokens_trained, self.guard.state()
 
         def step() -> None:
             model.train()
@@ -118,6 +124,7 @@ class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
         def forget() -> None:
             model.zero_grad(set_to_none=True)
             self._metrics, self.tokens_trained = metrics, tokens
+            self.guard.restore(guarded)
 
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         held = 0 if self.state.global_step else trained * (2 if "8bit" in str(self.args.optim) else 8)
@@ -180,9 +187,6 @@ class AdapterTrainer(LayerMajorSteps, SFTTrainer):  # type: ignore[misc]
             output.metrics.update({f"eval_{name}": value for name, value in first_tells(self.score).items()})
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        Trainer._save_checkpoint(self, model, trial)
-
 
 def train_adapter(
     model: PeftModel,
@@ -199,8 +203,12 @@ def train_adapter(
     console: Console,
     best: BestAdapter | None = None,
     advice: str = "a smaller training.max_length",
+    resume: Resume | None = None,
+    stop: StopRequest | None = None,
+    places: Sequence[str] = (),
+    parts: Mapping[str, Part] | None = None,
 ) -> TrainResult:
-    """Train the adapter in `model`; goes on from the newest checkpoint in `folder` if there is one.
+    """Train the adapter in `model`; goes on from a checkpoint in `folder` if there is one.
 
     Args:
         train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
@@ -210,11 +218,18 @@ def train_adapter(
         train_router: whether the load-balancing loss applies.
         best: what to keep or stop for.
         advice: what to change where memory does not suffice for the longest batch, which goes first.
+        resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
+        stop: told of signals. places: where each row of `train` came from. parts: trained and saved beside the adapter.
 
     Raises:
         ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
-        ResourceError: the longest batch does not fit.
+        ResourceError: the longest batch does not fit, or memory or disk ran out.
+        PreemptedError, InterruptedRunError: a signal came; the run is saved.
     """
+    most = arguments["max_nonfinite_steps"]
+    arguments = {key: value for key, value in arguments.items() if key != "max_nonfinite_steps"}
+    resume = resume or Resume({}, newest_checkpoint(folder, lambda why: console.print(f"checkpoint skipped: {why}")))
+    stop = stop or StopRequest()
     keep_up_outputs(model, arguments["gradient_checkpointing"])
     log = MetricsLog(metrics, device)
     balanced = train_router and _name_experts_for_trl(model)
@@ -237,13 +252,16 @@ def train_adapter(
         trainer.add_callback(keeper)
     trainer.probe_advice = advice
     trainer.layer_major = layer_major_for(model, arguments)
+    trainer.evaluates_each_epoch = validation is not None and not arguments["eval_steps"]
+    guard = StepGuard(most, partial(name_examples, train, places), console.print)
+    trainer.go_on_with(log, resume=resume, parts=parts or {}, guard=guard, stop=stop)
+    trainer.add_callback(StillAdapters(console))
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint:
-        console.print(f"resuming from {Path(checkpoint).name}")
+    if resume.checkpoint:
+        console.print(f"resuming from {resume.checkpoint.path.name}")
     with peak_of(device) as peak, _apart(model, console) if arguments["packing"] else nullcontext():
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        output = _run(trainer, resume.checkpoint)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
     found = keeper.restore() if keeper else None
@@ -251,13 +269,35 @@ def train_adapter(
         console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is the run's")
     return TrainResult(
         steps=trainer.state.global_step,
-        loss=output.training_loss if math.isfinite(output.training_loss) else float("nan"),
+        loss=guard.mean(output.training_loss, trainer.state.global_step),
         seconds=float(output.metrics["train_runtime"]),
         tokens=trainer.tokens_trained,
         peak_memory=peak.bytes,
-        resumed_from=int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+        resumed_from=resume.checkpoint.step if resume.checkpoint else 0,
         best_step=found[0] if found else None,
+        skipped=guard.skipped,
     )
+
+
+def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
+    """Train; memory that runs out becomes one line that says what is kept."""
+    try:
+        with trainer.stop.until_saved():
+            return trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        last = next((path.name for path in every_checkpoint(Path(trainer.args.output_dir))), None)
+        then = f"{last} is kept: close other programs, then rerun the same command" if last else "nothing is saved yet"
+        raise ResourceError(
+            f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); {then}; a smaller "
+            "training.max_length, training.per_device_train_batch_size or lora.r needs less"
+        ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a card or the machine had no memory left; torch tells of the machine's in a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -289,7 +329,7 @@ def sft_config(
     coefficient = given.pop("router_aux_loss_coef")
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
     max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
-    when = "no" if not evaluates else "steps" if eval_steps else "epoch"
+    when = "steps" if evaluates and eval_steps else "no"  # at an epoch's end the trainer looks itself, before saving
     return SFTConfig(
         **given,
         output_dir=str(folder),

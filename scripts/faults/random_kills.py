@@ -1,0 +1,89 @@
+"""Kills `onecard train` at random moments until it has been killed often enough, and compares what comes of it.
+
+    python -m scripts.faults.random_kills [--kills 200]
+
+Every run is started again, with the same command and no other step, until it ends by itself; its losses, its adapter
+and the files in its folder must then be those of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from scripts.faults.kill_points import run_results, train_run
+
+__all__ = ["kill_at_random"]
+
+
+def kill_at_random(place: Path, longest: float, chance: random.Random) -> int:
+    """Start the run until it ends; gives how often it was killed. Raises where it ends with an error."""
+    kills = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            _quiet_run(place)
+        time.sleep(chance.uniform(0, longest))
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            return kills
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"ended with exit code {code} after {kills} kills")
+        kills += 1
+
+
+def _quiet_run(place: Path) -> None:
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        train_run(place)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    """Kill, compare, count."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    options = parser.parse_args()
+    chance, place = random.Random(0), Path(tempfile.mkdtemp()) / "run"
+    place.mkdir()
+    train_run(place)  # loads the libraries, which the forks then have
+    began = time.perf_counter()
+    expected = _fresh_results(place)
+    longest = 0.9 * (time.perf_counter() - began)
+    kills = runs = equal = 0
+    while kills < options.kills:
+        shutil.rmtree(place)
+        place.mkdir()
+        kills += kill_at_random(place, longest, chance)
+        runs += 1
+        equal += run_results(place) == expected
+        print(f"{kills} kills over {runs} runs, {equal} of {runs} ended as if never killed", flush=True)
+    shutil.rmtree(place.parent)
+    return int(equal < runs)
+
+
+def _fresh_results(place: Path) -> object:
+    shutil.rmtree(place)
+    place.mkdir()
+    train_run(place)
+    return run_results(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Bit-exact resume, over configurations: each run is cut off, resumed, and compared with one that was not.
+
+    python -m scripts.faults.resume_matrix [NAME …]
+
+Compared bit for bit: every logged loss, gradient norm, learning rate, accuracy and held-out loss; the adapter; the
+optimizer's state, the random numbers and the sums of the last checkpoint; the mean loss of the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoTokenizer, set_seed
+
+from toolkit.adapters import attach_lora
+from toolkit.quant import load_int8
+from toolkit.recipe import TrainingSection
+from toolkit.training import TrainResult, train_adapter
+from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
+from toolkit.training.trainer import AdapterTrainer
+
+__all__ = ["CASES", "Case", "Cut", "Outcome", "compare", "train"]
+
+MODEL = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
+_TIMING = {"memory_bytes", "tokens_per_second", "train_runtime", "eval_runtime"}
+_SPEEDS = ("_per_second",)
+
+
+class Cut(BaseException):
+    """Stands for a kill between two forward passes: nothing below catches it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration: changes to the training section, and the forward passes before which the run is cut off."""
+
+    name: str
+    training: dict[str, Any] = field(default_factory=dict)
+    cuts: tuple[int, ...] = (4,)
+    lora: dict[str, Any] = field(default_factory=dict)
+    quant: dict[str, Any] = field(default_factory=dict)
+    rows: int = 23
+    poisoned: int = -1
+    """The forward pass whose loss is not finite."""
+
+
+BASE = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "max_length": 96, "warmup_steps": 2, "use_cpu": True}
+PLAIN = {"packing": False, "gradient_checkpointing": False}
+DROPOUT = {"experts": False, "router": False, "lora_dropout": 0.2}
+
+CASES = (
+    Case("packed"),
+    Case("not packed", PLAIN),
+    Case("before the first checkpoint", cuts=(1,)),
+    Case("right after a checkpoint", cuts=(2,)),
+    Case("two resumes in a row", {**PLAIN, "max_steps": 8}, cuts=(3, 3)),
+    Case("three resumes", {**PLAIN, "max_steps": 9, "save_steps": 1}, cuts=(2, 3, 2)),
+    Case("accumulation", {**PLAIN, "gradient_accumulation_steps": 2}, cuts=(9,)),
+    Case("cut inside an accumulation", {"gradient_accumulation_steps": 3, **PLAIN}, cuts=(10,)),
+    Case("accumulation over an epoch's uneven end", {**PLAIN, "gradient_accumulation_steps": 4, "max_steps": 9}, (21,)),
+    Case("a checkpoint at an epoch's end", {**PLAIN, "num_train_epochs": 2, "max_steps": None}, cuts=(7,), rows=4),
+    Case("an epoch's end with dropout", {**PLAIN, "num_train_epochs": 3, "max_steps": None}, (7,), DROPOUT, rows=4),
+    Case("in a later epoch", {**PLAIN, "num_train_epochs": 3, "max_steps": None}, cuts=(9,), rows=5),
+    Case("batches of three", {**PLAIN, "per_device_train_batch_size": 3}, cuts=(5,)),
+    Case("dropout", {**PLAIN}, (5,), DROPOUT),
+    Case("dropout, accumulated", {**PLAIN, "gradient_accumulation_steps": 2}, (9,), DROPOUT),
+    Case("workers", {**PLAIN, "dataloader_num_workers": 2}, cuts=(5,)),
+    Case("workers, dropout, epochs", {**PLAIN, "dataloader_num_workers": 2, "max_steps": 9}, (7,), DROPOUT, rows=4),
+    Case("losses logged in threes", {**PLAIN, "logging_steps": 3}, cuts=(4,)),
+    Case("evaluated every third step", {**PLAIN, "eval_steps": 3}, (5,), DROPOUT),
+    Case("checkpointing", {"gradient_checkpointing": True}, cuts=(5,)),
+    Case("cosine without warm-up", {"lr_scheduler_type": "cosine", "warmup_steps": 0, **PLAIN}, cuts=(3,)),
+    Case("linear", {"lr_scheduler_type": "linear", **PLAIN}, cuts=(3,)),
+    Case("constant after warm-up", {"lr_scheduler_type": "constant_with_warmup", **PLAIN}, cuts=(3,)),
+    Case("fused optimizer", {"optim": "adamw_torch_fused", **PLAIN}, cuts=(3,)),
+    Case("weight decay and other betas", {"weight_decay": 0.1, "adam_beta1": 0.8, **PLAIN}, cuts=(5,)),
+    Case("experts not int8", PLAIN, (3,), quant={"experts": "none", "linears": "none"}),
+    Case("linears by bitsandbytes", PLAIN, (3,), quant={"linears": "bnb"}),
+    Case("every linear, ranks apart", PLAIN, (3,), {"target_modules": "all-linear", "rank_pattern": {"experts": 4}}),
+    Case("no load-balancing loss", {**PLAIN, "router_aux_loss_coef": 0.0}, cuts=(3,)),
+    Case("a step left out before the cut", {**PLAIN, "max_steps": 8}, cuts=(5,), poisoned=2),
+    Case("a step left out, logged in threes", {**PLAIN, "logging_steps": 3, "max_steps": 8}, cuts=(5,), poisoned=4),
+    Case("cut after the last step", {**PLAIN, "max_steps": 4}, cuts=(4,), rows=9),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What must be equal, by name."""
+
+    values: dict[str, Any]
+
+    def differences(self, other: Outcome) -> list[str]:
+        """Names of what differs."""
+        return [name for name in self.values | other.values if self.values.get(name) != other.values.get(name)]
+
+
+def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[], int] = lambda: 0) -> TrainResult:
+    """One start of the case's run in `folder`; with `cut`, raises `Cut` before that forward pass of this start."""
+    model, _ = load_int8(str(MODEL), **case.quant)
+    set_seed(0)
+    adapted = attach_lora(model, **{"r": 2, **case.lora})
+    section = TrainingSection(**{**BASE, **case.training})
+    with _interrupted(case, cut):
+        return train_adapter(
+            adapted,
+            AutoTokenizer.from_pretrained(MODEL),
+            _rows(case.rows),
+            _rows(4),
+            folder=folder / "checkpoints",
+            metrics=folder / "metrics.jsonl",
+            arguments={**section.model_dump(exclude={"output_dir"}), "report_to": []},
+            device="cpu",
+            dtype="float32",
+            train_router=case.lora.get("router", True),
+            console=Console(file=io.StringIO()),
+        )
+
+
+def compare(case: Case, folder: Path) -> list[str]:
+    """Run the case whole and cut off; gives what differs."""
+    whole, parts = folder / "whole", folder / "parts"
+    for path in (whole, parts):
+        path.mkdir()
+    expected = _outcome(whole, train(case, whole))
+    for cut in case.cuts:
+        try:
+            train(case, parts, cut)
+        except Cut:
+            continue
+        return ["the run was not cut off"]
+    return expected.differences(_outcome(parts, train(case, parts)))
+
+
+def _rows(count: int) -> Dataset:
+    sequences = [[3 + (start * 7 + step) % 90 for step in range(20 + start % 5)] for start in range(count)]
+    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
+
+
+@contextmanager
+def _interrupted(case: Case, cut: int | None) -> Iterator[None]:
+    """Cut the run off before a forward pass (or after the last one), and poison the loss of one."""
+    passes = 0
+    step, loss, finalize = (
+        AdapterTrainer.training_step,
+        AdapterTrainer._labelled_loss,
+        AdapterTrainer._finalize_training,
+    )
+
+    def training_step(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal passes
+        if passes == cut:
+            raise Cut
+        passes += 1
+        return step(self, *args, **kwargs)
+
+    def labelled_loss(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        found = loss(self, *args, **kwargs)
+        poisoned = found is not None and self.model.training and self.state.global_step == case.poisoned
+        return found * float("nan") if poisoned else found
+
+    def finalize_training(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
+        if passes == cut:
+            raise Cut
+        return finalize(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(AdapterTrainer, "training_step", training_step),
+        mock.patch.object(AdapterTrainer, "_labelled_loss", labelled_loss),
+        mock.patch.object(AdapterTrainer, "_finalize_training", finalize_training),
+    ):
+        yield
+
+
+def _outcome(folder: Path, result: TrainResult) -> Outcome:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in _TIMING and not k.endswith(_SPEEDS)} for line in lines]
+    last = newest_checkpoint(folder / "checkpoints")
+    assert last is not None
+    hashes = {path.name: _sha256(path) for path in last.path.iterdir() if path.suffix == ".safetensors"}
+    state = read_json(last.path / "state.json")
+    counted = {key: state[key] for key in ("schedule", "random", "loss_logged", "tokens", "guard")}
+    adapter = {name: tensor.tolist() for name, tensor in read_tensors(last.path / "adapter_model.safetensors").items()}
+    facts = {"steps": result.steps, "mean loss": result.loss, "tokens": result.tokens, "skipped": result.skipped}
+    optimizer = read_json(last.path / "optimizer.json")
+    return Outcome({**facts, **hashes, **counted, "metrics": kept, "adapter": adapter, "optimizer": optimizer})
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(names: list[str]) -> int:
+    """Print a line a case; 1 where a bit differs."""
+    failed = 0
+    chosen = [case for case in CASES if not names or case.name in names]
+    for case in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            differs = compare(case, Path(folder))
+        failed += bool(differs)
+        print(f"{'differs: ' + ', '.join(differs) if differs else 'equal':8}  {case.name}", flush=True)
+    print(f"{len(chosen) - failed} of {len(chosen)} configurations resume bit for bit")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

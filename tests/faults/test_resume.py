@@ -1,0 +1,218 @@
+"""A rerun goes on bit by bit, or says why not: changes that matter are refused with a diff, others are listed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from scripts.faults.resume_matrix import CASES, compare
+from tests.faults.conftest import MODEL, QUICKSTART, Run
+from toolkit.cli import main
+from toolkit.errors import ModelError
+from toolkit.recipe import Effect, Recipe, changes, flat, parse
+from toolkit.recipe.binding import EFFECTS, effect_of
+from toolkit.training.checkpoint import newest_checkpoint
+from toolkit.training.resume import refuse_changes
+
+SOME = (
+    "an epoch's end with dropout",
+    "two resumes in a row",
+)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in SOME], ids=lambda case: case.name)
+def test_a_resumed_run_is_the_same_run(case: object, tmp_path: Path) -> None:
+    assert compare(case, tmp_path) == []  # type: ignore[arg-type]
+
+
+def fields() -> list[str]:
+    sections = Recipe.model_fields.items()
+    return [f"{name}.{field}" for name, info in sections for field in info.annotation.model_fields]  # type: ignore[union-attr]
+
+
+def small() -> Recipe:
+    return parse("model: {model_name_or_path: a/b}\ndata: {train: x.jsonl}\n")
+
+
+def test_every_field_has_a_class() -> None:
+    known = [f for f in fields() if f in EFFECTS or f"{f.partition('.')[0]}.*" in EFFECTS]
+    assert known == fields()
+    assert effect_of("invented.field") is Effect.BINDS
+    stale = {f for f in EFFECTS if not f.endswith(".*")} - set(fields())
+    assert not stale
+
+
+@pytest.mark.parametrize("field", [field for field in fields() if field != "hub.hub_token"])
+def test_no_field_changes_silently(field: str, tmp_path: Path) -> None:
+    before = flat(small())
+    assert field in before
+    found = changes(before, {**before, field: "another"})
+    said: list[str] = []
+    try:
+        refuse_changes(tmp_path, found, said.append)
+    except ModelError as error:
+        assert f"{field}: {before[field]} -> another" in str(error)
+        assert "--fork" in str(error)
+        assert effect_of(field) is Effect.BINDS
+    else:
+        assert f"{field}: {before[field]} -> another" in said[0]
+        assert effect_of(field) is not Effect.BINDS
+
+
+def test_a_new_field_counts_with_its_default() -> None:
+    now = flat(small())
+    before = {name: value for name, value in now.items() if name != "training.max_nonfinite_steps"}
+    assert changes(before, now) == []
+
+
+RECIPE = """\
+model: {{model_name_or_path: {place}/model}}
+lora: {{r: 2}}
+data: {{train: {place}/rows.jsonl}}
+training:
+  {{output_dir: {place}/run, max_steps: 4, save_steps: 2, learning_rate: 1e-2, max_length: 96, use_cpu: true,
+   packing: false, warmup_steps: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps, on a model and data of its own."""
+    place = tmp_path_factory.mktemp("trained")
+    shutil.copytree(MODEL, place / "model")
+    rows = (QUICKSTART / "data" / "category.train.jsonl").read_text().splitlines()[:24]
+    (place / "rows.jsonl").write_text("\n".join(rows))
+    (place / "recipe.yaml").write_text(RECIPE.format(place=place))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["onecard", "train", str(place / "recipe.yaml")])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert not end.value.code
+    return place
+
+
+@pytest.fixture
+def cut_off(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """The run as a kill after its last step left it, with whatever a test then changes put back afterwards."""
+    shutil.copytree(trained, tmp_path / "kept")
+    (trained / "run" / "summary.json").unlink(missing_ok=True)
+    yield trained
+    shutil.rmtree(trained)
+    shutil.copytree(tmp_path / "kept", trained)
+
+
+def other_rows(place: Path) -> None:
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(text.replace("completion", "completion", 1).replace("animal", "mineral"))
+
+
+def other_template(place: Path) -> None:
+    file = place / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": "<|im_start|>"}))
+
+
+def other_weights(place: Path) -> None:
+    file = place / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (other_rows, "the training examples are other ones"),
+        (other_template, "the tokenizer or its chat template is another one"),
+        (other_weights, "the base's weights are other ones"),
+    ],
+)
+def test_other_content_under_the_same_name_is_refused(
+    onecard: Run, cut_off: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    spoil(cut_off)
+    status, out, err = onecard("train", cut_off / "recipe.yaml")
+    assert (status, out) == (4, ""), err
+    assert words in err.splitlines()[-1]
+    assert "--fork" in err.splitlines()[-1]
+
+
+def test_another_version_is_refused_and_a_patch_is_listed(
+    onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolkit import flow
+    from toolkit.training import versions
+
+    monkeypatch.setattr(flow, "versions", lambda: {**versions(), "peft": "7.0.0"})
+    status, _, err = onecard("train", cut_off / "recipe.yaml")
+    assert status == 4
+    assert "was trained with peft" in err
+    patched = versions()["peft"].rpartition(".")[0] + ".99"
+    monkeypatch.setattr(flow, "versions", lambda: {**versions(), "peft": patched})
+    status, _, err = onecard("train", cut_off / "recipe.yaml")
+    assert status == 0, err
+    assert f"changed, and allowed: peft {versions()['peft']} -> {patched}" in err
+
+
+def test_what_matters_is_refused_before_anything_is_written(onecard: Run, cut_off: Path) -> None:
+    before = {path: path.read_bytes() for path in (cut_off / "run").rglob("*") if path.is_file()}
+    status, _, err = onecard("train", cut_off / "recipe.yaml", "training.learning_rate=1e-3", "lora.r=4")
+    assert status == 4
+    assert "lora.r: 2 -> 4; training.learning_rate: 0.01 -> 0.001" in err
+    assert {path: path.read_bytes() for path in (cut_off / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off: Path) -> None:
+    status, _, err = onecard("train", cut_off / "recipe.yaml", "training.max_steps=3")
+    assert status == 4
+    assert "has 4 steps already" in err
+    more = ["training.max_steps=6", "training.logging_steps=2", "training.save_steps=1"]
+    status, _, err = onecard("train", cut_off / "recipe.yaml", *more)
+    assert status == 0, err
+    assert "changed, and allowed: training.max_steps: " in err
+    assert "changed, and allowed: training.logging_steps: 1 -> 2" in err
+    assert "resuming from checkpoint-4" in err
+    summary = json.loads((cut_off / "run" / "summary.json").read_text())
+    assert json.dumps(summary).count('"steps": 6')
+    lines = [json.loads(line) for line in (cut_off / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6]
+    assert sorted(path.name for path in (cut_off / "run" / "checkpoints").iterdir()) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_fork_starts_from_the_weights_and_resumes_itself(onecard: Run, cut_off: Path) -> None:
+    source = newest_checkpoint(cut_off / "run" / "checkpoints")
+    assert source
+    other = [cut_off / "recipe.yaml", "training.learning_rate=1e-3", "--fork"]
+    status, _, err = onecard("train", *other)
+    assert status == 0, err
+    fork = cut_off / "run-fork"
+    start, end = (load_file(path / "adapter_model.safetensors") for path in (fork / "start", fork / "adapter"))
+    assert start.keys() == end.keys()
+    name = "adapter_model.safetensors"
+    assert (fork / "start" / name).read_bytes() == (source.path / name).read_bytes()
+    status, _, err = onecard("train", *other)
+    assert status == 0
+    assert f"{fork}: already finished" in err
+    status, _, err = onecard("train", cut_off / "recipe.yaml", "lora.r=8", "--fork")
+    assert status == 2
+    assert "lora.r: 2 -> 8" in err
+
+
+def test_damage_costs_a_checkpoint_and_not_the_run(onecard: Run, cut_off: Path) -> None:
+    expected = (cut_off / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(cut_off / "run" / "adapter")
+    file = cut_off / "run" / "checkpoints" / "checkpoint-4" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status, _, err = onecard("train", cut_off / "recipe.yaml")
+    assert status == 0, err
+    assert "checkpoint skipped: " in err
+    assert "optimizer.safetensors: not the bytes that were written" in err
+    assert "resuming from checkpoint-2" in err
+    assert (cut_off / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected

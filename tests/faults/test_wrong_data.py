@@ -1,0 +1,99 @@
+"""Data, recipes and folders that cannot be used, by the way a person gives them: one line each."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import MODEL, QUICKSTART, Run
+from tests.faults.test_wrong_input import fails
+
+GOOD = {"prompt": "say yes", "completion": "yes"}
+
+
+def lines(*rows: object) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+ROWS: dict[str, tuple[bytes, str]] = {
+    "wrong encoding": ("café\n".join(['{"prompt": "', '", "completion": "x"}']).encode("utf-16"), "rows.jsonl:1"),
+    "latin-1": (lines(GOOD) + '\n{"prompt": "café", "completion": "x"}'.encode("latin-1"), "rows.jsonl:2"),
+    "mixed types": (lines(GOOD, {"prompt": 3, "completion": ["x"]}), "rows.jsonl:2"),
+    "not an object": (lines(GOOD, [1, 2]), "rows.jsonl:2"),
+    "empty answer": (lines({"prompt": "a", "completion": ""}), "rows.jsonl:1"),
+    "too long": (lines({"prompt": "word " * 900, "completion": "yes"}), "longer than"),
+    "nothing but blanks": (b"\n\n  \n", "rows.jsonl"),
+    "a number of thousands of digits": (b'{"prompt": ' + b"9" * 5000 + b', "completion": "x"}', "rows.jsonl:1"),
+    "deep": (b'{"prompt": ' + b"[" * 100_000, "rows.jsonl:1"),
+    "half a surrogate": (b'{"prompt": "\\ud800", "completion": "x"}', "rows.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), ROWS.values(), ids=ROWS)
+def test_rows_that_cannot_be_used(onecard: Run, recipe: Path, tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    fails(onecard("train", recipe, f"data.train={tmp_path}/rows.jsonl"), 3, words)
+    assert not (tmp_path / "run").exists()
+
+
+TEMPLATES: dict[str, tuple[str, str]] = {
+    "no end of turn": ("{% for m in messages %}{{ m.content }}{% endfor %}", "end-of-turn"),
+    "answers left out": (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}",
+        "leaves out",
+    ),
+    "not Jinja": ("{% for %}", "not valid Jinja"),
+    "a runaway": ("{{ 'a' * 10**10 }}", "chat template: "),
+}
+
+
+@pytest.mark.parametrize(("template", "words"), TEMPLATES.values(), ids=TEMPLATES)
+def test_templates_that_cannot_be_used(onecard: Run, recipe: Path, tmp_path: Path, template: str, words: str) -> None:
+    (tmp_path / "chat.jinja").write_text(template)
+    fails(onecard("train", recipe, f"data.chat_template_path={tmp_path}/chat.jinja"), 3, words)
+
+
+RECIPES: dict[str, tuple[str, str]] = {
+    "a key given twice": (
+        "model: {model_name_or_path: a/b}\nmodel: {}\ndata: {train: x}",
+        "recipe.yaml:2: model: given twice",
+    ),
+    "depth": ("model: " + "[" * 5000, "not valid YAML"),
+    "size": ("# " + "x" * (1 << 20), "larger than 1 MiB"),
+    "an alias bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases"),
+    "code": ("model: !!python/object/apply:os.mkdir ['trace']\ndata: {train: x}", "model"),
+    "NUL": ("model: {model_name_or_path: a\x00b}\ndata: {train: x}", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), RECIPES.values(), ids=RECIPES)
+def test_recipes_that_are_none(onecard: Run, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    fails(onecard("train", tmp_path / "recipe.yaml"), 2, words)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_may_not_be_written(
+    onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    make: Callable[..., Any] = os.mkdir
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> None:
+        if str(path).startswith(str(tmp_path / "run")):
+            raise OSError(number, os.strerror(number), str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    fails(onecard("train", recipe), 5, "training.output_dir", os.strerror(number))
+
+
+def test_the_model_and_data_of_these_tests_are_there() -> None:
+    assert (MODEL / "config.json").is_file()
+    assert (QUICKSTART / "data").is_dir()
