@@ -1,4 +1,4 @@
-"""The documentation: the tutorial runs, its commands are ones that the program takes, the reference is current, it builds."""
+"""The documentation: the tutorial runs, commands are ones the program takes, the reference is current, it builds."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 def commands(text: str) -> list[list[str]]:
     """Every `onecard VERB …` in code blocks and code spans."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    spans = re.findall(r"`(onecard [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines = [line for part in (*blocks, *spans) for line in part.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line)[1:] for line in lines if re.match(r"(\S*/)?onecard [a-z]", line) and "…" not in line]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in lines
+        if re.match(r"(\S*/)?onecard [a-z]+\b", line) and "…" not in line
+    ]
 
 
 def test_commands_are_found() -> None:
