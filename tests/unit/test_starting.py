@@ -12,6 +12,7 @@ import torch
 from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard
 from toolkit.errors import ResourceError
 from toolkit.plan import make_plan, starting
+from toolkit.plan.devices import Device
 from toolkit.recipe import load
 from toolkit.report import machine
 
@@ -55,20 +56,21 @@ def test_init_refuses_and_leaves_nothing(onecard: Run, tmp_path: Path, arguments
 def test_the_first_setting_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     generous, _ = starting.first_that_fits(str(MODEL), str(DATA))
     assert ("lora", "r") not in generous
-    total = make_plan(starting._recipe({**generous, ("lora", "r"): 8, ("training", "optim"): "paged_adamw_8bit"})).bytes
-    room = total.total / (1 - starting._FOR_ACTIVATIONS)
+    rank_8 = {**generous, ("lora", "r"): 8, ("training", "optim"): "paged_adamw_8bit"}
+    rank_16 = {**rank_8, ("lora", "r"): 16}
+    needs, too_much = (make_plan(starting._recipe(fields)).bytes.total for fields in (rank_8, rank_16))
+    assert needs < too_much
+    memory = needs
 
-    def small(recipe: Any) -> Any:
-        from dataclasses import replace
+    def small(name: str | None) -> Device:
+        return Device("cpu", "small", memory)
 
-        return replace(make_plan(recipe), memory=int(room) + 1)
-
-    monkeypatch.setattr(starting, "make_plan", small)
+    monkeypatch.setattr(starting, "choose_device", small)
     frugal, made = starting.first_that_fits(str(MODEL), str(DATA))
     assert frugal["lora", "r"] == 8
     assert made.recipe.training.optim == "paged_adamw_8bit"
-    room = 1
-    with pytest.raises(ResourceError, match="even with a rank-4 adapter"):
+    memory = 1
+    with pytest.raises(ResourceError, match="small has"):
         starting.first_that_fits(str(MODEL), str(DATA))
 
 

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Write the recipe reference of the documentation from the schema's own docstrings.
+
+.venv/bin/python scripts/recipe_reference.py docs/recipe.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+from toolkit.recipe import Recipe
+
+
+def reference() -> str:
+    """Markdown: a table a section."""
+    lines = ["# The recipe", "", "Written by `scripts/recipe_reference.py` from the schema; names are those of"]
+    lines += ["transformers, PEFT and TRL. `onecard schema` prints the same as JSON Schema.", ""]
+    for section, field in Recipe.model_fields.items():
+        annotation: Any = field.annotation
+        lines += [f"## {section}", "", " ".join(annotation.__doc__.split()), ""]
+        lines += ["| field | default | values | what it is |", "|---|---|---|---|"]
+        lines += [row(name, info) for name, info in annotation.model_fields.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def row(name: str, info: Any) -> str:
+    """One field."""
+    default = "required" if info.default is PydanticUndefined else f"`{info.default}`"
+    text = " ".join(info.description.split()).replace("|", "\\|")
+    return f"| `{name}` | {default} | {values(info.annotation)} | {text} |"
+
+
+def values(annotation: Any) -> str:
+    """The types, or the words that are allowed."""
+    found = []
+    for part in get_args(annotation) or (annotation,):
+        if isinstance(part, str):
+            found.append(f"`{part}`")
+        elif get_origin(part) and type(part).__name__ == "_LiteralGenericAlias":
+            found += [f"`{word}`" for word in get_args(part)]
+        elif isinstance(part, type) and part is not type(None):
+            found.append(part.__name__)
+    return ", ".join(dict.fromkeys(found)) or "see the schema"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
