@@ -20,7 +20,7 @@ from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, first_line
 from toolkit.evaluate import Comparison, compare, held_out_loss
 from toolkit.ops import BACKENDS
-from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging import fetch_adapter, identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.quant import load_int8, measure
@@ -118,7 +118,7 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     lora = plan.recipe.lora
     set_seed(plan.recipe.training.seed)
     if lora.adapter_name_or_path:
-        return load_adapter(model, lora.adapter_name_or_path, is_trainable=True)
+        return load_adapter(model, fetch_adapter(lora.adapter_name_or_path), is_trainable=True)
     return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import typer
 
-from toolkit.cli import prepare, run, share, use
+from toolkit.cli import export, prepare, run, share, use
 
 __all__ = ["app", "main"]
 
@@ -35,6 +35,8 @@ _VERBS: dict[str, Callable[..., None]] = {
     "chat": use.chat,
     "verify": share.verify,
     "push": share.push,
+    "export": export.export,
+    "combine": export.combine,
     "quantize": prepare.quantize,
     "schema": prepare.schema,
     "init": prepare.init,
