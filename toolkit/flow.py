@@ -57,6 +57,8 @@ class Trained:
     training: TrainResult
     counts: dict[str, Any]
     comparison: Comparison | None
+    rows: tuple[str, ...] = ()
+    """What the answers of the training data say: none of it may leave with the artifact."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
@@ -199,7 +201,20 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
             "train longer"
         )
-    return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+    return Trained(
+        model,
+        tokenizer,
+        training,
+        counts,
+        evaluate(model, tokenizer, batches, plan),
+        _answers(tokenizer, batches.train),
+    )
+
+
+def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:
+    """The trained text of each row."""
+    trained = [[i for i, label in zip(r["input_ids"], r["labels"], strict=True) if label != -100] for r in rows]
+    return tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in trained)
 
 
 def require_harmless_rounding(
@@ -254,4 +269,5 @@ def package(result: Trained, plan: Plan) -> Path:
         recipe_yaml=dump(plan.recipe),
         results=result.results(),
         coverage=result.counts,
+        rows=result.rows,
     )

@@ -84,7 +84,7 @@ def _copy(base: Path, shards: Sequence[str], folder: Path) -> None:
 
 def _places(folder: Path) -> dict[str, tuple[Path, int]]:
     """Where each tensor's bytes begin."""
-    places = {}
+    places: dict[str, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
