@@ -34,7 +34,7 @@ def test_per_expert_keys_hold_the_adapter_with_patterns(write, tmp_path: Path) -
     assert rank == 6
     assert "base_model.model.model.layers.0.mlp.experts.0.gate_proj.lora_A.weight" in tensors
     assert largest_difference(adapter, from_per_expert(tensors, adapter, base)) < 1e-6
-    swapped = {name.replace("gate_proj", "x").replace("up_proj", "gate_proj").replace("x", "up_proj"): tensor
+    swapped = {name.replace("gate_proj", "@").replace("up_proj", "gate_proj").replace("@", "up_proj"): tensor
                for name, tensor in tensors.items()}  # fmt: skip
     assert largest_difference(adapter, from_per_expert(swapped, adapter, base)) > 0.1
 
