@@ -18,7 +18,8 @@ from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, first_line
-from toolkit.evaluate import Comparison, compare, held_out_loss
+from toolkit.evaluate import Comparison, compare, held_out_loss, measure_drafts
+from toolkit.mtp import HeadTraining, MtpHead, can_speculate, head_state, load_native, native_keys, new_head, read_head
 from toolkit.ops import BACKENDS
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.plan import BACKENDS as PLANNED
@@ -36,14 +37,19 @@ __all__ = [
     "compensate",
     "coverage",
     "evaluate",
+    "evaluate_head",
     "load",
     "load_tokenizer",
+    "make_head",
     "package",
     "reopen",
+    "reopen_head",
     "train",
 ]
 
 _NOT_TRL = {"output_dir"}
+_DRAFTED, _DRAFTED_TOKENS = 24, 32
+"""Held-out prompts that drafting is measured on, and the shortest text written after each."""
 _LOOKED_AT = 64
 """Training examples that stand in where none are held out."""
 
@@ -57,12 +63,15 @@ class Trained:
     training: TrainResult
     counts: dict[str, Any]
     comparison: Comparison | None
+    head: MtpHead | None = None
+    drafting: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
         run = self.training
         figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens}}
-        return {**figures, **(self.comparison.to_dict() if self.comparison else {})}
+        mtp = {"mtp": self.drafting} if self.drafting else {}
+        return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
 
 
 def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
@@ -179,6 +188,7 @@ def train(
     recipe, run = plan.recipe, RunFolder(plan.folder)
     tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    head = make_head(model, plan)
     training = train_adapter(
         model,
         tokenizer,
@@ -191,6 +201,8 @@ def train(
         dtype=plan.dtype,
         train_router=recipe.lora.router,
         console=console,
+        head=head,
+        head_stage=recipe.mtp.stage,
     )
     counts = coverage(model, plan)
     moved, adapters = counts["adapters moved"]
@@ -199,7 +211,77 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps; raise training.learning_rate, or "
             "train longer"
         )
-    return Trained(model, tokenizer, training, counts, evaluate(model, tokenizer, batches, plan))
+    comparison = evaluate(model, tokenizer, batches, plan)
+    finished = None if head is None else head.head.to(model.dtype).eval()
+    drafting = evaluate_head(model, finished, batches, plan, console)
+    if head is not None:
+        drafting = {"training": head.result().to_dict(), **(drafting or {})}
+    return Trained(model, tokenizer, training, counts, comparison, finished, drafting)
+
+
+def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
+    """The multi-token-prediction head that the recipe asks for, and what trains it: the checkpoint's own, or a new one."""
+    wanted, training = plan.recipe.mtp, plan.recipe.training
+    if not wanted.enabled:
+        return None
+    base = model.get_base_model()
+    native = native_keys(plan.model, base.config, revision=plan.recipe.model.revision)
+    head = (
+        load_native(base, native)
+        if native
+        else new_head(base, num_mtp_layers=wanted.num_mtp_layers, seed=training.seed)
+    )
+    return HeadTraining(
+        head,
+        model,
+        depth=max(wanted.depth, len(head.layers)),
+        kind=wanted.loss,
+        loss_weight=wanted.loss_weight,
+        learning_rate=wanted.learning_rate,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+
+def reopen_head(model: PeftModel, plan: Plan, artifact: str | Path) -> MtpHead:
+    """The head of a finished artifact, for decoding.
+
+    Raises:
+        ModelError: it has none, the file is damaged, or it is the head of another base.
+    """
+    base = model.get_base_model()
+    native = native_keys(plan.model, base.config, revision=plan.recipe.model.revision)
+    return read_head(artifact, base, native)
+
+
+def evaluate_head(
+    model: PeftModel, head: MtpHead | None, batches: Batches, plan: Plan, console: Console | None = None
+) -> dict[str, Any] | None:
+    """Drafts of the head on held-out prompts, and of the checkpoint's own head as it was, before and after training.
+
+    A native head that was not trained is measured too, and its loss of acceptance is said on the console.
+    """
+    base, recipe = model.get_base_model(), plan.recipe
+    prompts = [question.prompt_ids for question in batches.held_out[:_DRAFTED]]
+    native = native_keys(plan.model, base.config, revision=recipe.model.revision)
+    if not prompts or not recipe.eval.enabled or can_speculate(base) or (head is None and native is None):
+        return None
+    length = max(_DRAFTED_TOKENS, recipe.eval.max_new_tokens)
+    count = max(recipe.mtp.depth, len(head.layers) if head else 1)
+    measured: dict[str, Any] = {}
+    if native is not None:
+        stale = load_native(base, native).to(model.dtype).eval()
+        for name, adapted in (("base", False), ("stale", True)):
+            found = measure_drafts(model, stale, prompts, count=count, max_new_tokens=length, adapted=adapted)
+            measured[name] = found.to_dict()
+    if head is not None:
+        measured["trained"] = measure_drafts(model, head, prompts, count=count, max_new_tokens=length).to_dict()
+    elif console is not None:
+        before, after = (measured[name]["tau"] for name in ("base", "stale"))
+        console.print(
+            f"warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: {after:.2f} tokens "
+            f"a pass, {before:.2f} before; mtp.enabled=true trains it along"
+        )
+    return measured
 
 
 def require_harmless_rounding(
@@ -254,4 +336,5 @@ def package(result: Trained, plan: Plan) -> Path:
         recipe_yaml=dump(plan.recipe),
         results=result.results(),
         coverage=result.counts,
+        mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),
     )

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from ruamel.yaml import YAML
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ from toolkit.packaging.manifest import (
     ADAPTER_WEIGHTS,
     FORMAT,
     MANIFEST,
+    MTP_HEAD,
     TOKENIZER_FILES,
     file_entry,
     read_manifest,
@@ -83,12 +85,13 @@ def write_artifact(
     versions: Mapping[str, str] | None = None,
     license: str | None = None,
     adapter_name: str = "default",
+    mtp_head: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
 
     An artifact of the same run (same base, same recipe) is replaced; anything else that lies there is left alone.
     `results` and `coverage` are as `model_card` reads them; of `results` only numbers are kept. Tensors keep
-    their dtype.
+    their dtype. `mtp_head` is a multi-token-prediction head's tensors under the family's key names.
 
     Raises `ModelError` where `folder` holds something else or the adapter is empty, `ResourceError` where it cannot be
     written.
@@ -105,6 +108,8 @@ def write_artifact(
     try:
         with staged_folder(folder, replace=True) as staging:
             _write_adapter(model, adapter_name, base, staging)
+            if mtp_head:
+                save_file(dict(mtp_head), staging / MTP_HEAD, metadata={"format": "pt"})
             _write_tokenizer(tokenizer, staging)
             _write_card(base, facts, license, staging)
             _write_manifest(facts, staging)

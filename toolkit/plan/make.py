@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
 from toolkit.plan.audit import check_shards
 from toolkit.plan.formats import declared_format
+from toolkit.plan.head import head_bytes
 from toolkit.recipe import Recipe
 
 __all__ = ["BACKENDS", "ROUNDED_ROWS", "Bytes", "Plan", "device_memory", "make_plan"]
@@ -44,6 +45,7 @@ class Bytes:
     adapter: int
     optimizer: int
     gradients: int
+    mtp: int = 0
 
     @property
     def total(self) -> int:
@@ -93,8 +95,10 @@ def make_plan(recipe: Recipe) -> Plan:
         ModelError: not an MoE, unknown family, missing folder. RecipeError: a setting that cannot be honoured here.
         ResourceError: what must be resident exceeds the memory there is.
     """
-    if recipe.mtp.enabled:
-        raise RecipeError("mtp.enabled: this version trains no multi-token-prediction head; remove the line")
+    if recipe.mtp.depth < recipe.mtp.num_mtp_layers:
+        raise RecipeError(
+            "mtp.depth: must be at least mtp.num_mtp_layers, since each layer is trained at its own depth"
+        )
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
@@ -157,7 +161,7 @@ def device_memory(device: str) -> int:
     return min(total, int(bounded)) if bounded.isdigit() else total
 
 
-def _count(model: nn.Module, architecture: Architecture, recipe: Recipe, itemsize: int) -> Bytes:
+def _count(model: PreTrainedModel, architecture: Architecture, recipe: Recipe, itemsize: int) -> Bytes:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     outputs = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
     stacks = [(math.prod(shapes[name]), shapes[name][0] * shapes[name][axis]) for name, axis in outputs.items()]
@@ -172,6 +176,7 @@ def _count(model: nn.Module, architecture: Architecture, recipe: Recipe, itemsiz
         adapter=4 * adapter,
         optimizer=(2 if "8bit" in recipe.training.optim else 8) * adapter,
         gradients=4 * adapter,
+        mtp=head_bytes(model, model.config.get_text_config(), recipe.mtp.num_mtp_layers) if recipe.mtp.enabled else 0,
     )
 
 

@@ -27,7 +27,9 @@ from trl import SFTConfig, SFTTrainer
 
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError
+from toolkit.mtp import HeadTraining
 from toolkit.ops import keep_up_outputs
+from toolkit.training.beside import HeadSteps, learn_after
 from toolkit.training.documents import documents_apart
 from toolkit.training.labelled import can_keep_logits, labelled_logits
 from toolkit.training.packing import isolate_documents
@@ -60,12 +62,15 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     tokens_trained = 0
     """Real tokens that went through training here, padding not counted."""
+    beside: HeadSteps | None = None
+    """The multi-token-prediction head that learns from the same batches."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """TRL's loss, checked; on a CPU, where TRL computes the logits of all tokens, that of the labelled ones."""
         result: torch.Tensor | tuple[torch.Tensor, Any] | None = None
+        self._logits = None
         if not return_outputs and self._pays_to_keep_logits(inputs["labels"]):
             result = self._labelled_loss(model, inputs, **kwargs)
         if result is None:
@@ -80,6 +85,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 f"step {self.state.global_step + 1}: the loss is {loss.item()}; lower training.learning_rate "
                 "or look at the examples of this step; the last checkpoint is untouched"
             )
+        if self.beside is not None and self.model.training:
+            return self.beside.learn(result, inputs, self._logits, kwargs.get("num_items_in_batch"))
         return result
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
@@ -97,6 +104,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         given = {**inputs, "use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
         labels = given.pop("labels")
         logits, targets, outputs = labelled_logits(model, given, labels)
+        self._logits = logits.detach()
         balance = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and balance is None:
             self.wants_trls_balance = True
@@ -133,6 +141,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)
+        if self.beside is not None:
+            self.beside.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
 
 def train_adapter(
@@ -148,6 +158,8 @@ def train_adapter(
     dtype: str,
     train_router: bool,
     console: Console,
+    head: HeadTraining | None = None,
+    head_stage: str = "with",
 ) -> TrainResult:
     """Train the adapter in `model`; goes on from the newest checkpoint in `folder` if there is one.
 
@@ -157,6 +169,7 @@ def train_adapter(
         arguments: fields of the recipe's training section, by TRL's names.
         dtype: float32, bfloat16 or float16, of the computation.
         train_router: whether the load-balancing loss applies.
+        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
 
     Raises:
         ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
@@ -179,8 +192,16 @@ def train_adapter(
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint:
         console.print(f"resuming from {Path(checkpoint).name}")
-    with _apart(model, console) if arguments["packing"] else nullcontext():
+    if head is not None and head_stage == "with":
+        trainer.beside = HeadSteps(head, arguments["learning_rate"])
+        trainer.add_callback(trainer.beside)
+        if checkpoint:
+            trainer.beside.load(Path(checkpoint))
+    with _apart(model, console) if arguments["packing"] else nullcontext(), trainer.beside or nullcontext():
         output = trainer.train(resume_from_checkpoint=checkpoint)
+        if head is not None and head_stage == "after":
+            console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
+            learn_after(head, trainer, trainer.state.global_step)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
     return TrainResult(
