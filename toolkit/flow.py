@@ -220,7 +220,7 @@ def train(
 
 
 def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
-    """The multi-token-prediction head that the recipe asks for, and what trains it: the checkpoint's own, or a new one."""
+    """The multi-token-prediction head that the recipe asks for, the checkpoint's own or a new one, and its training."""
     wanted, training = plan.recipe.mtp, plan.recipe.training
     if not wanted.enabled:
         return None
@@ -278,8 +278,8 @@ def evaluate_head(
     elif console is not None:
         before, after = (measured[name]["tau"] for name in ("base", "stale"))
         console.print(
-            f"warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: {after:.2f} tokens "
-            f"a pass, {before:.2f} before; mtp.enabled=true trains it along"
+            f"warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: {after:.2f} "
+            f"tokens a pass, {before:.2f} before; mtp.enabled=true trains it along"
         )
     return measured
 

@@ -1,10 +1,10 @@
 """Decoding with drafts that are checked: the text is that of plain decoding, or drawn from the same distribution.
 
-transformers' assisted decoding takes whatever a pass over several tokens says is likeliest. Such a pass rounds otherwise
-than one over a single token, so where two words are nearly as likely it may write another text than plain decoding does.
-Here a choice that rounding could turn is made again the plain way.
+transformers' assisted decoding takes whatever a pass over several tokens says is likeliest. Such a pass rounds
+otherwise than one over a single token, so where two words are nearly as likely it may write another text than plain
+decoding does. Here a choice that rounding could turn is made again the plain way.
 
-Source of the acceptance rule: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", Algorithm 1.
+Source of the acceptance rule: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", alg. 1.
 
     k drafts, V vocabulary, H hidden
 """
@@ -35,8 +35,11 @@ _TRIAL = 8
 
 @dataclass
 class Counts:
-    """What drafting has brought: passes of the model that checked drafts, tokens they gave, and by place how many drafts
-    were proposed and how many accepted; seconds and tokens of plain and drafted rounds; near ties decided again."""
+    """What drafting has brought.
+
+    Passes of the model that checked drafts and the tokens they gave; by place, how many drafts were proposed and how
+    many accepted; seconds and tokens of plain and of drafted rounds; near ties decided again.
+    """
 
     passes: int = 0
     tokens: int = 0

@@ -48,7 +48,7 @@ def head_state(head: MtpHead, model: PreTrainedModel, dtype: torch.dtype | None 
     plain = _plain_state(head)
     names = native_names(head, model, plain) if head.native is not None else _deepseek_names(plain, model.config)
     dtype = dtype or model.dtype
-    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in names.items()}
+    return {name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in names.items()}
 
 
 def merged_head_state(folder: str | Path, *, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -66,15 +66,19 @@ def merged_head_state(folder: str | Path, *, dtype: torch.dtype | None = None) -
     return {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in state.items()}
 
 
-def config_with_head(config: Mapping[str, Any], layers: int, field: str | None = None) -> dict[str, Any]:
+def config_with_head(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A config.json that declares `layers` of a head; 0 says that there is none, which servers otherwise look for.
 
-    Args:
-        field: the family's own name of it, `num_nextn_predict_layers` where it has none.
+    Servers read one name of the number, transformers another; a family's own third one is kept in step.
     """
-    known = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-    name = field or next((key for key in known if key in config), known[0])
-    return {**config, name: layers}
+    known = [
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+        *(["mtp_num_hidden_layers"] * ("mtp_num_hidden_layers" in config)),
+    ]
+    kinds = {"layer_types": "full_attention", "mlp_layer_types": "sparse"} if layers else {}
+    told = {f"mtp_{field}": [kind] * layers for field, kind in kinds.items() if config.get(field)}
+    return {**told, **config, **dict.fromkeys(known, layers)}
 
 
 def read_head(folder: str | Path, model: PreTrainedModel, native: NativeKeys | None) -> MtpHead:

@@ -1,8 +1,8 @@
 """The multi-token-prediction head as a module: one or more decoder blocks that guess the tokens after the next.
 
-transformers' `MtpLayer` is the block and its projection; `MtpModel` around it cannot be trained (its loss raises), drafts
-each depth once and knows neither packed documents nor a head of its own. Here one layer may be applied again for further
-depths, and what the head shares with its model (embedding, output head, rotary angles) stays the model's.
+transformers' `MtpLayer` is the block and its projection; `MtpModel` around it cannot be trained (its loss raises),
+drafts each depth once and knows no packed documents. Here one layer may be applied again for further depths, and what
+the head shares with its model (embedding, output head, rotary angles) stays the model's.
 
     B sequences, L tokens in each, H hidden, k the depth: row t holds the hidden state of token t and the embedding of
     token t + k, and guesses token t + k + 1.
@@ -88,8 +88,8 @@ class Trunk:
 class MtpHead(nn.Module):
     """`layers` in order of depth; the last one is applied again for depths beyond their number.
 
-    Its `state_dict` holds the head's own parameters alone; nothing of the model is a submodule. `native` says how the
-    head's tensors are called in the family's own checkpoints; see `toolkit.mtp.native`.
+    Its `state_dict` holds the head's own parameters alone; nothing of the model is a submodule. `native` are
+    the keys it was read from, None for a new head.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class MtpHead(nn.Module):
         """
         index = min(depth, len(self.layers)) - 1
         embedded = trunk.embed(tokens).to(hidden.dtype)
-        output: torch.Tensor = self.layers[index](
+        output: Any = self.layers[index](
             embedded,
             hidden,
             position_embeddings=trunk.angles(embedded, position_ids),
@@ -139,8 +139,8 @@ class MtpHead(nn.Module):
             past_key_values=cache,
             **kwargs,
         )
-        output = output[0] if isinstance(output, tuple) else output
-        return output if self.shared_norm is None else self.shared_norm(output)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result if self.shared_norm is None else self.shared_norm(result)
 
     def parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that train: all that are not stored in int8 or belong to such a weight."""

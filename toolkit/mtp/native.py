@@ -33,9 +33,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import MTP_LAYOUTS, expert_parameters, is_experts
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import MtpHead
+from toolkit.ops import DEFAULT_BACKEND
 from toolkit.quant import quantize
 
-__all__ = ["NativeKeys", "head_of", "load_native", "native_keys", "native_names"]
+__all__ = ["NativeKeys", "head_of", "load_native", "native_keys", "native_names", "prepared"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str =
     for shard in sorted(_folder(folder, revision).glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as opened:
-                files |= dict.fromkeys((key for key in opened.keys() if pattern.search(key)), shard)
+                files |= dict.fromkeys(filter(pattern.search, list(opened.keys())), shard)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shard}: {first_line(error)}; download it again") from None
     if not files:
@@ -88,6 +89,8 @@ def head_of(model: PreTrainedModel, keys: NativeKeys, tensors: Mapping[str, torc
             f"{model.config.name_or_path}: its multi-token-prediction head cannot be loaded: {first_line(error)}; set "
             "mtp.enabled=false"
         ) from None
+    if not str(made.config._experts_implementation).startswith("onecard_"):
+        made.config._experts_implementation = DEFAULT_BACKEND
     head = MtpHead(list(made.layers), made.config, getattr(made, "shared_post_norm", None))
     head.native = keys
     head.to(model.get_input_embeddings().weight.device).float().requires_grad_(True)
@@ -131,7 +134,7 @@ def _taken_apart(
         parts = operation.convert(
             parts, source_patterns=back.source_patterns, target_patterns=back.target_patterns, full_layer_name=name
         )
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for pattern, keys in sources.items():
         index = converter.source_patterns.index(pattern)
         named = [part for target, part in parts.items() if _belongs(target, back.target_patterns[index])]
@@ -172,8 +175,8 @@ def _pattern(num_hidden_layers: int) -> str:
     return rf"(?:^|\.)mtp\w*\.|{beyond}"
 
 
-def _prepared(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A copy that says of the head what `get_mtp_config` wants to know; full attention and experts where it does not."""
+def prepared(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy that tells `get_mtp_config` of the head; full attention and experts where the config says nothing."""
     prepared = copy.deepcopy(config)
     text = prepared.get_text_config()
     if getattr(text, "num_mtp_layers", None) != layers:
@@ -186,9 +189,9 @@ def _prepared(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 def _skeleton(model: PreTrainedModel, keys: NativeKeys, *, meta: bool = False) -> tuple[MtpModel, list[Any]]:
     """An empty head, and what maps the checkpoint's keys onto it: rows of ours first, then transformers' own."""
-    config = _prepared(model.config, keys.layers)
+    config = prepared(model.config, keys.layers)
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
-        made = MtpModel(_StandIn(model, config), keys.layers)  # type: ignore[arg-type]
+        made = MtpModel(_StandIn(model, config), keys.layers)
     count = config.get_text_config().num_hidden_layers
     own = [WeightRenaming(source, target) for source, target in MTP_LAYOUTS]
     numbered = [WeightRenaming(f"layers.{count + i}.", f"layers.{i}.mtp_block.") for i in range(keys.layers)]

@@ -105,7 +105,7 @@ class HeadTraining:
         if not torch.isfinite(scaled.detach()):
             raise DivergedError(f"mtp: the head's loss is {scaled.item()}; lower mtp.learning_rate")
         if scaled.requires_grad:
-            scaled.backward()  # type: ignore[no-untyped-call]
+            scaled.backward()
         self._figures.append((float(loss.detach()), [(f.hits, f.count) for f in figures]))
         if not coupled or hidden.grad is None:
             return None

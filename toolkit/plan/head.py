@@ -26,7 +26,8 @@ def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
     holding = {name.split(".")[0]: module for name, module in layer.named_modules() if is_experts(module)}
     kept = sum(math.prod(p.shape) for name, p in layer.named_parameters() if name.split(".")[0] not in holding)
     dense = sum(3 * hidden * _inner(experts) * experts_per_token(config) for experts in holding.values())
-    return num_mtp_layers * (2 * hidden * hidden + 3 * hidden + kept + dense)
+    total: int = num_mtp_layers * (2 * hidden * hidden + 3 * hidden + kept + dense)
+    return total
 
 
 def head_bytes(model: nn.Module, config: Any, num_mtp_layers: int) -> int:

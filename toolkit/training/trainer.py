@@ -62,6 +62,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     tokens_trained = 0
     """Real tokens that went through training here, padding not counted."""
+    _logits: torch.Tensor | None = None
     beside: HeadSteps | None = None
     """The multi-token-prediction head that learns from the same batches."""
 
@@ -86,7 +87,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 "or look at the examples of this step; the last checkpoint is untouched"
             )
         if self.beside is not None and self.model.training:
-            return self.beside.learn(result, inputs, self._logits, kwargs.get("num_items_in_batch"))
+            result = self.beside.learn(result, inputs, self._logits, kwargs.get("num_items_in_batch"))
         return result
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
