@@ -237,7 +237,7 @@ def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
         depth=max(wanted.depth, len(head.layers)),
         kind=wanted.loss,
         loss_weight=wanted.loss_weight,
-        learning_rate=wanted.learning_rate,
+        learning_rate=wanted.head_learning_rate,
         max_grad_norm=training.max_grad_norm,
     )
 

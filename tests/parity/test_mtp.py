@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,9 @@ def train(folder: Path, *, with_head: bool, steps: int = 4, stage: str = "with",
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("mtp")
-    yield {
+    return {
         "without": train(folder / "without", with_head=False),
         "with": train(folder / "with", with_head=True),
         "after": train(folder / "after", with_head=True, stage="after"),
@@ -117,7 +116,7 @@ def hidden_of(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_the_chunked_loss_is_the_plain_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against autograd over whole logits, computed document by document: nothing leaks and no target crosses a border."""
+    """Against autograd over whole logits, document by document: nothing leaks, no target crosses a border."""
     model = adapted().eval()
     base, inputs = model.get_base_model(), batch(adapted())
     head, trunk, hidden = new_head(base), Trunk.of(base), hidden_of(model, inputs)
@@ -169,7 +168,7 @@ def test_what_is_trained_at_depth_three_is_what_drafts_at_decoding() -> None:
         for depth in (1, 2, 3):
             current = chain.step(depth, current)
             expected.append(trunk.logits(current[0, place]))
-        followed = iter(ids[0, place + 2 : place + 4].tolist() + [0])
+        followed = iter([*ids[0, place + 2 : place + 4].tolist(), 0])
         got: list[torch.Tensor] = []
 
         def pick(_: list[int], logits: torch.Tensor) -> tuple[int, None]:
@@ -249,7 +248,7 @@ def test_sampled_text_has_the_models_own_distribution(runs: dict[str, Any]) -> N
     _, _, model = runs["with"]
     base = model.get_base_model()
     base.generation_config.top_k = 4
-    prompt, draws = PROMPTS[2], 500
+    prompt, draws = PROMPTS[2], 250
     proposal = torch.zeros(2048)
     second = _two_tokens(model, prompt)
     likely = sorted({pair[1] for pair in second})[:3]

@@ -89,7 +89,7 @@ def _declare(folder: Path) -> None:
 
 
 def stock(folder: Path) -> PreTrainedModel:
-    """As transformers loads it. Its classes name the layer number of their full-size checkpoint; a tiny one's differs."""
+    """As transformers loads it; its classes name the layer number of a full-size checkpoint, so a tiny one is told its."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\.", r"^mtp\."]
     return model.eval()
@@ -106,7 +106,7 @@ def test_a_native_head_goes_through_training_back_to_stock(family: str, tmp_path
     before = head_state(head, model)
     assert before.keys() == written.keys()
     for name, tensor in written.items():
-        # int8 with one scale a row: half a step of the largest weight at most; what is not experts comes back as it was.
+        # int8 with one scale a row errs by half a step of the largest weight; the rest comes back as it was.
         is_expert = ".experts." in name
         limit = float(tensor.abs().amax()) / 254 * 1.01 if is_expert else 1e-6
         assert float((before[name] - tensor).abs().max()) <= limit, name

@@ -46,7 +46,7 @@ def head_state(head: MtpHead, model: PreTrainedModel, dtype: torch.dtype | None 
         model: the bare model. dtype: of the tensors, the model's by default.
     """
     plain = _plain_state(head)
-    names = native_names(head, model, plain) if head.native is not None else _deepseek_names(plain, model.config)
+    names = native_names(head, model, plain) if head.native is not None else _usual_names(plain, model.config)
     dtype = dtype or model.dtype
     return {name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in names.items()}
 
@@ -144,7 +144,7 @@ def _plain_state(head: MtpHead) -> dict[str, torch.Tensor]:
     }
 
 
-def _deepseek_names(state: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+def _usual_names(state: Mapping[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
     count = config.get_text_config().num_hidden_layers
     named = {}
     for name, tensor in state.items():

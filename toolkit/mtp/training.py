@@ -103,7 +103,7 @@ class HeadTraining:
             )
         scaled = loss / torch.as_tensor(count if count is not None else max(1, figures[0].count), device=loss.device)
         if not torch.isfinite(scaled.detach()):
-            raise DivergedError(f"mtp: the head's loss is {scaled.item()}; lower mtp.learning_rate")
+            raise DivergedError(f"mtp: the head's loss is {scaled.item()}; lower mtp.head_learning_rate")
         if scaled.requires_grad:
             scaled.backward()
         self._figures.append((float(loss.detach()), [(f.hits, f.count) for f in figures]))

@@ -119,7 +119,7 @@ class MtpSection(_Section):
     """Layers of a new head; a checkpoint's own head has what it has."""
     depth: Positive = 1
     """Tokens ahead that are trained, and drafted by default; beyond the head's layers its last one is applied again."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of the head, which has an optimizer of its own; it follows the adapter's schedule."""
     loss: Literal["kl", "ce"] = "kl"
     """What the head learns: the adapted model's own distribution at that place, or the token that stands there."""
