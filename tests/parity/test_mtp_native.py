@@ -89,7 +89,7 @@ def _declare(folder: Path) -> None:
 
 
 def stock(folder: Path) -> PreTrainedModel:
-    """As transformers loads it; its classes name the layer number of a full-size checkpoint, so a tiny one is told its."""
+    """As transformers loads it; its classes name the layer of a full-size checkpoint, so a tiny one is told its own."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\.", r"^mtp\."]
     return model.eval()
