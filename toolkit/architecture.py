@@ -27,6 +27,7 @@ from toolkit.errors import ModelError, first_line
 
 __all__ = [
     "LINEAR_ROLES",
+    "MTP_LAYOUTS",
     "Architecture",
     "ExpertLayer",
     "Linear",
@@ -296,3 +297,14 @@ _CANNOT_WORK: Mapping[str, str] = {
     r"BlockDiffusion$": "it denoises blocks of text instead of predicting the next token, which this does not train",
 }
 """Model classes, by pattern, that no rule can make work, and why."""
+
+MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
+    (r"^model\.mtp_block\.(\d+)\.", r"layers.\1.mtp_block."),
+    (r"^model\.mtp_emb_norm\.(\d+)\.", r"layers.\1.enorm."),
+    (r"^model\.mtp_hidden_norm\.(\d+)\.", r"layers.\1.hnorm."),
+    (r"^model\.mtp_linear_proj\.(\d+)\.", r"layers.\1.eh_proj."),
+    (r"^model\.mtp\.layers\.(\d+)\.final_layernorm\.", r"layers.\1.post_norm."),
+    (r"^model\.mtp\.layers\.(\d+)\.pre_mlp_layernorm\.", r"layers.\1.mtp_block.post_attention_layernorm."),
+)
+"""Key names of multi-token-prediction heads that transformers' own mapping lacks: patterns and what they become in its
+`MtpModel`. Sources: the weight maps of ERNIE-4.5-21B-A3B-PT (rows 1 to 4) and MiMo-V2-Flash (5 and 6)."""

@@ -148,12 +148,12 @@ def test_another_version_is_refused_and_a_patch_is_listed(
     from toolkit import flow
     from toolkit.training import versions
 
-    monkeypatch.setattr(flow, "versions", lambda: {**versions(), "peft": "7.0.0"})
+    monkeypatch.setattr("toolkit.flow.finish.versions", lambda: {**versions(), "peft": "7.0.0"})
     status, _, err = onecard("train", cut_off / "recipe.yaml")
     assert status == 4
     assert "was trained with peft" in err
     patched = versions()["peft"].rpartition(".")[0] + ".99"
-    monkeypatch.setattr(flow, "versions", lambda: {**versions(), "peft": patched})
+    monkeypatch.setattr("toolkit.flow.finish.versions", lambda: {**versions(), "peft": patched})
     status, _, err = onecard("train", cut_off / "recipe.yaml")
     assert status == 0, err
     assert f"changed, and allowed: peft {versions()['peft']} -> {patched}" in err

@@ -48,7 +48,7 @@ def test_a_run_is_reopened_on_the_base_it_was_trained_on(
     summary, run = json.loads(out), tmp_path / "run"
     fresh = compensated(recipe)
     # From here on nobody calibrates again: what is kept has to do.
-    monkeypatch.setattr(flow, "compensate_model", None)
+    monkeypatch.setattr("toolkit.flow.start.compensate_model", None)
     plan = make_plan(load(run / "recipe.yaml"))
     reopened, tokenizer = flow.reopen(plan, run / "adapter")
     assert_same_integers(reopened.unload(), fresh)

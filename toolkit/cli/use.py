@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.cli.options import Base, Json, Overrides, RunPath, emit, quiet_console, reopen
+from toolkit.cli.options import Base, Json, Overrides, RunPath, artifact_of, emit, quiet_console, reopen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["chat", "evaluate", "generate", "report", "serve"]
+
+_LOOKED_UP = 4
+"""Tokens drafted by prompt lookup."""
+
+Mtp = Annotated[
+    bool, typer.Option("--mtp", help="Draft with the artifact's multi-token-prediction head, or by looking back.")
+]
 
 
 def evaluate(
@@ -29,6 +39,7 @@ def evaluate(
         _benchmark(run, overrides, base, [name.strip() for name in lm_eval.split(",")], tasks, limit, json_)
         return
     from toolkit import flow
+    from toolkit.mtp import HEAD_FILE
     from toolkit.report import terminal as show
 
     console = quiet_console()
@@ -40,7 +51,12 @@ def evaluate(
 
         raise DataError(f"{run}: its recipe holds out no examples; add data.validation_size=0.1")
     show.comparison(console, comparison.to_dict())
-    emit(comparison.to_dict(), json_)
+    artifact = artifact_of(run)
+    head = flow.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
+    drafting = flow.evaluate_head(model, head, batches, made, console)
+    if drafting:
+        show.drafting(console, drafting)
+    emit({**comparison.to_dict(), **({"mtp": drafting} if drafting else {})}, json_)
 
 
 def _benchmark(
@@ -89,17 +105,20 @@ def generate(
     base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    mtp: Mtp = False,
     json_: Json = False,
 ) -> None:
     """One answer of the adapted model, to stdout."""
-    from toolkit.evaluate import answer, encode_chat
+    from toolkit.evaluate import encode_chat
 
-    made, model, tokenizer = reopen(run, None, base, quiet_console())
+    console = quiet_console()
+    made, model, tokenizer = reopen(run, None, base, console)
+    reply_to = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode_chat(tokenizer, [{"role": "user", "content": text}], made.recipe.data.system_prompt)
-    reply = answer(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0]
+    reply, figures = reply_to(ids)
     if json_:
-        emit({"prompt": text, "answer": reply}, json_)
+        emit({"prompt": text, "answer": reply, **({"mtp": figures} if mtp else {})}, json_)
     else:
         print(reply)
 
@@ -110,13 +129,16 @@ def chat(
     compare: Annotated[bool, typer.Option("--compare", help="The base answers too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    mtp: Mtp = False,
 ) -> None:
     """Talk to the adapted model; /adapter NAME|FOLDER switches, /reset forgets, /quit or an empty line ends."""
     from toolkit.serving import Conversation, talk
 
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
-    conversation = Conversation(model, tokenizer, made.recipe.data.system_prompt, max_new_tokens, temperature)
+    write = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console) if mtp else None
+    prompt = made.recipe.data.system_prompt
+    conversation = Conversation(model, tokenizer, prompt, max_new_tokens, temperature, write)
 
     def tell(text: str) -> None:
         print(text, end="", flush=True)
@@ -140,6 +162,44 @@ def serve(
     name = run.resolve().parent.name if run.name == "adapter" else run.resolve().name
     console.print(f"http://{host}:{port}/v1  model {name}; Ctrl-C ends", markup=False)
     run_server(model, tokenizer, name, host=host, port=port)
+
+
+def _writer(
+    run: Path,
+    made: Any,
+    model: Any,
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float,
+    mtp: bool,
+    console: Any,
+) -> Callable[[list[int]], tuple[str, dict[str, Any]]]:
+    """What turns a prompt into text and, with drafts, their figures."""
+    from toolkit import flow
+    from toolkit.evaluate import answer, speculator
+    from toolkit.mtp import HEAD_FILE
+
+    if not mtp:
+        return lambda ids: (
+            answer(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0],
+            {},
+        )
+    artifact = artifact_of(run)
+    head = flow.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
+    if head is None:
+        console.print(f"{artifact}: no multi-token-prediction head; drafting what followed the same words before")
+    count = max(made.recipe.mtp.depth, len(head.layers)) if head else _LOOKED_UP
+    writer = speculator(model, head, count=count, max_new_tokens=max_new_tokens, temperature=temperature)
+
+    def reply(ids: list[int]) -> tuple[str, dict[str, Any]]:
+        was_off = writer.counts.switched_off
+        (written,) = writer.generate([ids])
+        if writer.counts.switched_off and not was_off:
+            console.print("drafts cost more time than they save here: switched off")
+        text = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+        return text, {"tau": writer.counts.tokens_per_pass, "acceptance": writer.counts.rates()}
+
+    return reply
 
 
 def _ask() -> str:

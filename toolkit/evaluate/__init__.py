@@ -1,6 +1,7 @@
 """Held-out examples: loss and metrics, base against adapted, generation, and where experts went."""
 
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
+from toolkit.evaluate.drafts import Drafting, measure_drafts, speculator
 from toolkit.evaluate.general import read_windows
 from toolkit.evaluate.generate import answer, encode_chat, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
@@ -10,6 +11,7 @@ from toolkit.evaluate.routing import adapter_norms, expert_statistics, router_en
 __all__ = [
     "LOSS",
     "Comparison",
+    "Drafting",
     "Measured",
     "adapter_norms",
     "answer",
@@ -18,10 +20,12 @@ __all__ = [
     "expert_statistics",
     "find_metric",
     "held_out_loss",
+    "measure_drafts",
     "read_windows",
     "require_harness",
     "router_entropy",
     "run_harness",
     "sampling",
     "score_now",
+    "speculator",
 ]

@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MTP_HEAD = "mtp_head.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MTP_HEAD = "mtp_head.safetensors"
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
 )

@@ -164,8 +164,10 @@ def make_plan(
 
 
 def _check_settings(recipe: Recipe) -> None:
-    if recipe.mtp.enabled:
-        raise RecipeError("mtp.enabled: this version trains no multi-token-prediction head; remove the line")
+    if recipe.mtp.depth < recipe.mtp.num_mtp_layers:
+        raise RecipeError(
+            "mtp.depth: must be at least mtp.num_mtp_layers, since each layer is trained at its own depth"
+        )
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")

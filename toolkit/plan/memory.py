@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture
+from toolkit.plan.head import head_bytes
 from toolkit.plan.place import resident_bytes
 from toolkit.recipe import Recipe
 
@@ -48,6 +49,7 @@ class Bytes:
     adapter: int
     optimizer: int
     gradients: int
+    mtp: int = 0
     activations: int = 0
     workspace: int = 0
     slack: int = 0
@@ -61,7 +63,7 @@ class Bytes:
     @property
     def standing(self) -> int:
         """What is there between two steps."""
-        return self.experts + self.slots + self.linears + self.other + self.adapter + self.optimizer
+        return self.experts + self.slots + self.linears + self.other + self.adapter + self.optimizer + self.mtp
 
     @property
     def run(self) -> int:
@@ -117,6 +119,7 @@ def count_bytes(
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
         gradients=gradients,
+        mtp=head_bytes(model, model.config.get_text_config(), recipe.mtp.num_mtp_layers) if recipe.mtp.enabled else 0,
         activations=activations,
         workspace=_WORKSPACE[device],
         slack=int(_SLACK[device] * (gradients + activations)),

@@ -78,6 +78,8 @@ EFFECTS: Mapping[str, Effect] = {
     "training.save_total_limit": Effect.FREE,
     "training.seed": Effect.BINDS,
     "training.dataloader_num_workers": Effect.FREE,
+    "training.load_best_model_at_end": Effect.BINDS,
+    "training.early_stopping_patience": Effect.BINDS,
     "training.use_cpu": Effect.BINDS,
     "eval.*": Effect.FREE,
     "tracking.*": Effect.FREE,

@@ -128,10 +128,23 @@ class LoraSection(_Section):
 
 
 class MtpSection(_Section):
-    """The multi-token-prediction head."""
+    """The multi-token-prediction head: it drafts tokens that the model then checks, several in one pass."""
 
     enabled: bool = False
-    """Train a multi-token-prediction head beside the adapter."""
+    """Train a multi-token-prediction head beside the adapter: the checkpoint's own where it has one, else a new one."""
+    num_mtp_layers: Positive = 1
+    """Layers of a new head; a checkpoint's own head has what it has."""
+    depth: Positive = 1
+    """Tokens ahead that are trained, and drafted by default; beyond the head's layers its last one is applied again."""
+    head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of the head, which has an optimizer of its own; it follows the adapter's schedule."""
+    loss: Literal["kl", "ce"] = "kl"
+    """What the head learns: the adapted model's own distribution at that place, or the token that stands there."""
+    loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the head's loss in the adapter's. At 0 the head is detached: the adapter is the same, bit for bit, as
+    without a head."""
+    stage: Literal["with", "after"] = "with"
+    """Train the head in the same steps as the adapter, or in a pass of as many steps once the adapter is finished."""
 
 
 class DataSection(_Section):

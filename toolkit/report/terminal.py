@@ -127,6 +127,8 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
+    if mtp := finished["results"].get("mtp"):
+        drafting(console, mtp)
     for sample in _telling(finished):
         console.print(_line(sample["prompt"]), style="dim", markup=False)
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
@@ -179,6 +181,20 @@ def benchmarks(console: Console, found: Mapping[str, Mapping[str, Mapping[str, f
     for task, metrics in found["adapted"].items():
         for name, value in metrics.items():
             table.add_row(task, name.removesuffix(",none"), f"{found['base'][task][name]:.4f}", f"{value:.4f}")
+    console.print(table)
+
+
+def drafting(console: Console, figures: Mapping[str, Any]) -> None:
+    """Drafts of a multi-token-prediction head: as the base had it, left as it was, trained."""
+    measured = {name: found for name in ("base", "stale", "trained") if (found := figures.get(name))}
+    if not measured:
+        return
+    table = table_of("drafts on held-out prompts", *measured)
+    table.add_row("tokens a pass", *(f"{found['tau']:.2f}" for found in measured.values()))
+    for place in next(iter(measured.values()))["acceptance"]:
+        table.add_row(f"draft {place} accepted", *(f"{f['acceptance'].get(place, 0):.1%}" for f in measured.values()))
+    for name, key in (("tokens a second", "tokens_per_second"), ("without drafts", "plain_tokens_per_second")):
+        table.add_row(name, *(f"{found[key]:.1f}" for found in measured.values()))
     console.print(table)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -47,6 +48,8 @@ class Conversation:
     system_prompt: str | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
+    write: Callable[[list[int]], tuple[str, dict[str, Any]]] | None = None
+    """Writes the artifact's own answers instead, such as with drafts; they come in one piece."""
     adapter: str = "default"
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -97,11 +100,18 @@ class Conversation:
             with self.model.disable_adapter():
                 return self._generate(tell)
         self.model.set_adapter(adapter)
-        return self._generate(tell)
+        if self.write is None or adapter != "default":
+            return self._generate(tell)
+        reply, _ = self.write(self._prompt())
+        tell(reply)
+        return reply
+
+    def _prompt(self) -> list[int]:
+        return encode_chat(self.tokenizer, self.messages, self.system_prompt)
 
     def _generate(self, tell: Tell) -> str:
         self.model.eval()
-        ids = torch.tensor([encode_chat(self.tokenizer, self.messages, self.system_prompt)], device=self.model.device)
+        ids = torch.tensor([self._prompt()], device=self.model.device)
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

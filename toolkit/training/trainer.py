@@ -27,9 +27,11 @@ from trl import SFTConfig
 
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
+from toolkit.mtp import HeadTraining
 from toolkit.ops import keep_up_outputs
 from toolkit.ranks import first_tells, is_first, processes
 from toolkit.signals import StopRequest
+from toolkit.training.beside import HeadSteps, learn_after
 from toolkit.training.best import BestAdapter, KeepBest
 from toolkit.training.checkpoint import Checkpoint, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
@@ -75,12 +77,16 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     probe_advice: str | None = None
     """What to change where the longest batch does not fit; None runs no probe."""
+    _logits: torch.Tensor | None = None
+    beside: HeadSteps | None = None
+    """The multi-token-prediction head that learns from the same batches."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """TRL's loss, checked; on a CPU, where TRL computes the logits of all tokens, that of the labelled ones."""
         result: torch.Tensor | tuple[torch.Tensor, Any] | None = None
+        self._logits = None
         if not return_outputs and self._pays_to_keep_logits(inputs["labels"]):
             result = self._labelled_loss(model, inputs, **kwargs)
         if result is None:
@@ -92,14 +98,22 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             self.tokens_trained += int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
         if self.model.training:
-            # Without a graph nothing flows back; the guard drops the whole step.
-            return result if self.guard.see(inputs, loss.detach()) else loss.new_zeros((), requires_grad=True)
+            guarded: torch.Tensor = self._guarded(result, inputs, loss, kwargs.get("num_items_in_batch"))
+            return guarded
         if not torch.isfinite(loss.detach()):
             raise DivergedError(
                 f"step {self.state.global_step}: the held-out loss is {loss.item()}; look at the held-out examples, or "
                 "start again with a lower training.learning_rate"
             )
         return result
+
+    def _guarded(self, result: Any, inputs: dict[str, Any], loss: torch.Tensor, count: Any) -> Any:
+        """A training loss, with what a head learns beside it; one that is not finite goes no further."""
+        if not self.guard.see(inputs, loss.detach()):
+            # Without a graph nothing flows back, and the guard drops the whole step. Where processes wait for each
+            # other's gradients these must come, and are not finite anywhere.
+            return loss.new_zeros((), requires_grad=True) if processes() == 1 else result
+        return result if self.beside is None else self.beside.learn(result, inputs, self._logits, count)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' own; before the first one, forward and backward of the longest batch."""
@@ -114,6 +128,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         rows = [dataset[index] for index in longest_rows(self.train_dataset, self.args.per_device_train_batch_size)]
         batch = self._prepare_inputs(self.data_collator(rows))
         metrics, tokens, guarded = copy.deepcopy(self._metrics), self.tokens_trained, self.guard.state()
+        beside, self.beside = self.beside, None  # it learns from no batch twice
 
         def step() -> None:
             model.train()
@@ -125,6 +140,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             model.zero_grad(set_to_none=True)
             self._metrics, self.tokens_trained = metrics, tokens
             self.guard.restore(guarded)
+            self.beside = beside
 
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         held = 0 if self.state.global_step else trained * (2 if "8bit" in str(self.args.optim) else 8)
@@ -146,6 +162,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         given = {**inputs, "use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
         labels = given.pop("labels")
         logits, targets, outputs = labelled_logits(model, given, labels)
+        self._logits = logits.detach()
         balance = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and balance is None:
             self.wants_trls_balance = True
@@ -207,6 +224,8 @@ def train_adapter(
     stop: StopRequest | None = None,
     places: Sequence[str] = (),
     parts: Mapping[str, Part] | None = None,
+    head: HeadTraining | None = None,
+    head_stage: str = "with",
 ) -> TrainResult:
     """Train the adapter in `model`; goes on from a checkpoint in `folder` if there is one.
 
@@ -218,6 +237,7 @@ def train_adapter(
         train_router: whether the load-balancing loss applies.
         best: what to keep or stop for.
         advice: what to change where memory does not suffice for the longest batch, which goes first.
+        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
         resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
         stop: told of signals. places: where each row of `train` came from. parts: trained and saved beside the adapter.
 
@@ -251,17 +271,25 @@ def train_adapter(
         trainer.score = best.score
         trainer.add_callback(keeper)
     trainer.probe_advice = advice
-    trainer.layer_major = layer_major_for(model, arguments)
+    trainer.layer_major = None if head else layer_major_for(model, arguments)
     trainer.evaluates_each_epoch = validation is not None and not arguments["eval_steps"]
     guard = StepGuard(most, partial(name_examples, train, places), console.print)
-    trainer.go_on_with(log, resume=resume, parts=parts or {}, guard=guard, stop=stop)
+    saved = {**(parts or {}), **({"mtp": head} if head and head_stage == "with" else {})}
+    trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=stop)
     trainer.add_callback(StillAdapters(console))
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
+    if head is not None and head_stage == "with":
+        trainer.beside = HeadSteps(head, arguments["learning_rate"])
+        trainer.add_callback(trainer.beside)
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}")
-    with peak_of(device) as peak, _apart(model, console) if arguments["packing"] else nullcontext():
+    apart = _apart(model, console) if arguments["packing"] else nullcontext()
+    with peak_of(device) as peak, apart, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
+        if head is not None and head_stage == "after":
+            console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
+            learn_after(head, trainer, trainer.state.global_step)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
     found = keeper.restore() if keeper else None

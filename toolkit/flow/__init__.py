@@ -1,0 +1,39 @@
+"""The one flow: plan -> load -> attach -> build_batches -> train -> package, each step a function of the plan.
+
+These are the public verbs. They only hand the plan's fields to the rooms, which take plain arguments.
+"""
+
+from toolkit.flow.finish import Trained, package, resume, train
+from toolkit.flow.head import evaluate_head, make_head, reopen_head
+from toolkit.flow.judge import evaluate, look_at_experts, require_harmless_rounding
+from toolkit.flow.start import (
+    attach,
+    build_batches,
+    compensate,
+    coverage,
+    load,
+    load_tokenizer,
+    reopen,
+    step_shape,
+)
+
+__all__ = [
+    "Trained",
+    "attach",
+    "build_batches",
+    "compensate",
+    "coverage",
+    "evaluate",
+    "evaluate_head",
+    "load",
+    "load_tokenizer",
+    "look_at_experts",
+    "make_head",
+    "package",
+    "reopen",
+    "reopen_head",
+    "require_harmless_rounding",
+    "resume",
+    "step_shape",
+    "train",
+]

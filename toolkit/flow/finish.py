@@ -1,0 +1,239 @@
+"""From an adapted model to a finished run: resume, train, package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.adapters import unmoved_adapters
+from toolkit.data import Batches
+from toolkit.errors import ModelError, RecipeError
+from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
+from toolkit.flow.head import evaluate_head, make_head
+from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
+from toolkit.flow.start import coverage
+from toolkit.mtp import MtpHead, head_state
+from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging.manifest import file_entry
+from toolkit.plan import ROUNDED_ROWS, Plan, nearest_change
+from toolkit.ranks import is_first
+from toolkit.recipe import dump, flat
+from toolkit.signals import StopRequest
+from toolkit.steps import part
+from toolkit.training import (
+    BestAdapter,
+    Resume,
+    RunFolder,
+    TrainResult,
+    data_sha256,
+    find_resume,
+    require_disk,
+    tokenizer_sha256,
+    train_adapter,
+    versions,
+)
+
+__all__ = ["Trained", "package", "resume", "train"]
+
+
+_NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
+_MARGIN = 64 << 20
+"""Bytes for everything small that a run writes."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter still on its model, with all that was counted and measured."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    training: TrainResult
+    counts: dict[str, Any]
+    comparison: Comparison | None
+    rows: tuple[str, ...] = ()
+    """What the answers of the training data say: none of it may leave with the artifact."""
+    head: MtpHead | None = None
+    drafting: dict[str, Any] | None = None
+
+    def results(self) -> dict[str, Any]:
+        """Figures that the same recipe gives again: training loss and steps, base against adapted."""
+        run = self.training
+        figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens}}
+        mtp = {"mtp": self.drafting} if self.drafting else {}
+        return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
+
+
+def resume(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, batches: Batches, note: Callable[[str], None] = lambda line: None
+) -> Resume:
+    """The checkpoint that this run goes on from, if it may, and room for the next ones; cheap, so ask before loading.
+
+    What is skipped or changed and allowed is noted. The base's weights are compared in `train`, once they are here.
+
+    Raises:
+        ModelError: the run in the plan's folder was trained with something else. ResourceError: the disk is too small.
+    """
+    run = RunFolder(plan.folder)
+    adapter, kept = plan.bytes.adapter, max(2, plan.recipe.training.save_total_limit)
+    integers = plan.bytes.experts + plan.bytes.linears
+    compensated = integers if plan.recipe.quantization.error_compensation != "none" else 0
+    # What is kept, the best one, the one being written; and the artifact, written beside an older one.
+    require_disk(run.path, (kept + 2) * (adapter + plan.bytes.optimizer) + 2 * adapter + compensated + _MARGIN)
+    found = find_resume(run.checkpoints, note)
+    found.bind(
+        note,
+        recipe=flat(plan.recipe),
+        data=data_sha256(batches.train),
+        tokenizer=tokenizer_sha256(tokenizer),
+        versions=versions(),
+        device=plan.device,
+        dtype=plan.dtype,
+        backend=plan.backend,
+    )
+    return found
+
+
+@part("train")
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    plan: Plan,
+    console: Console | None = None,
+    resumed: Resume | None = None,
+    stop: StopRequest | None = None,
+) -> Trained:
+    """Train the adapter and compare it with its base on the held-out examples (in the first process).
+
+    Goes on from a checkpoint in the plan's folder: `resumed`, or what `resume` finds.
+
+    Raises:
+        ModelError: an adapter did not move, or the checkpoint was trained on another base.
+        DivergedError: the loss stopped being finite. ResourceError: memory or disk ran out.
+        RecipeError: int8 rows were asked for and raise the loss too far.
+    """
+    console = console or Console(quiet=True)
+    note = partial(console.print, highlight=False, markup=False)
+    resumed = resumed or resume(plan, tokenizer, batches, note)
+    resumed.bind(note, **_base_facts(plan))
+    if plan.backend == ROUNDED_ROWS:
+        looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
+        require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
+    recipe, run = plan.recipe, RunFolder(plan.folder)
+    tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    head = make_head(model, plan)
+    training = train_adapter(
+        model,
+        tokenizer,
+        batches.train,
+        held_out(batches, plan),
+        folder=run.checkpoints,
+        metrics=run.metrics,
+        arguments={**recipe.training.model_dump(exclude=_NOT_TRL), **tracking},
+        device=plan.device,
+        dtype=plan.dtype,
+        train_router=recipe.lora.router,
+        console=console,
+        best=_wanted_best(model, tokenizer, batches, plan),
+        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
+        resume=resumed,
+        stop=stop,
+        places=batches.places,
+        head=head,
+        head_stage=recipe.mtp.stage,
+    )
+    counts = coverage(model, plan)
+    moved, adapters = counts["adapters moved"]
+    if moved != adapters and training.best_step is not None:
+        raise ModelError(
+            f"the best evaluation is that of step {training.best_step}, where {moved} of {adapters} adapters had "
+            "moved: training made it worse; lower training.learning_rate or look at eval.metric"
+        )
+    if moved != adapters:
+        still = unmoved_adapters(model)
+        raise ModelError(
+            f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
+            f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
+        )
+    finished = None if head is None else head.head.to(model.dtype).eval()
+    compared, drafting = None, None
+    if is_first():
+        compared = evaluate(model, tokenizer, batches, plan)
+        drafting = evaluate_head(model, finished, batches, plan, console)
+        look_at_experts(model, batches, plan)
+    if head is not None:
+        drafting = {"training": head.result().to_dict(), **(drafting or {})}
+    rows = _answers(tokenizer, batches.train)
+    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting)
+
+
+def _wanted_best(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> BestAdapter | None:
+    """What the run keeps the best adapter or stops by; None where it does neither.
+
+    Raises:
+        RecipeError: there are no held-out examples to judge by.
+    """
+    training, wanted = plan.recipe.training, plan.recipe.eval
+    if not training.load_best_model_at_end and training.early_stopping_patience is None:
+        return None
+    questions = batches.held_out[: wanted.max_samples]
+    if batches.validation is None or (wanted.metric != LOSS and not questions):
+        raise RecipeError(
+            "training.load_best_model_at_end: nothing is held out to judge by; add data.validation_size=0.1"
+        )
+    score = partial(
+        score_now,
+        model,
+        tokenizer,
+        questions,
+        metric=wanted.metric,
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=wanted.batch_size,
+    )
+    return BestAdapter(
+        plan.folder,
+        LOSS if wanted.metric == LOSS else find_metric(wanted.metric)[0],
+        lower=wanted.metric == LOSS,
+        score=None if wanted.metric == LOSS else score,
+        patience=training.early_stopping_patience,
+        restore=training.load_best_model_at_end,
+    )
+
+
+def _base_facts(plan: Plan) -> dict[str, Any]:
+    kept = RunFolder(plan.folder).compensated
+    facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
+    return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
+
+
+def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:
+    """The trained text of each row."""
+    trained = [[i for i, label in zip(r["input_ids"], r["labels"], strict=True) if label != -100] for r in rows]
+    return tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in trained)
+
+
+@part("package")
+def package(result: Trained, plan: Plan) -> Path:
+    """Write the artifact into the run folder; stock PEFT opens it as it is."""
+    return write_artifact(
+        result.model,
+        result.tokenizer,
+        RunFolder(plan.folder).adapter,
+        base=identify_base(plan.model, plan.recipe.model.revision),
+        recipe_yaml=dump(plan.recipe),
+        results=result.results(),
+        coverage=result.counts,
+        rows=result.rows,
+        mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),
+    )

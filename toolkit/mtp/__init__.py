@@ -1,0 +1,29 @@
+"""The multi-token-prediction head: made or found, trained beside the adapter, decoded with, exported."""
+
+from toolkit.mtp.build import new_head
+from toolkit.mtp.decode import Counts, Speculator, can_speculate
+from toolkit.mtp.drafts import HeadDrafter, LookupDrafter
+from toolkit.mtp.export import HEAD_FILE, config_with_head, head_state, merged_head_state, read_head
+from toolkit.mtp.head import MtpHead, Trunk
+from toolkit.mtp.native import load_native, native_keys
+from toolkit.mtp.training import HeadResult, HeadTraining
+
+__all__ = [
+    "HEAD_FILE",
+    "Counts",
+    "HeadDrafter",
+    "HeadResult",
+    "HeadTraining",
+    "LookupDrafter",
+    "MtpHead",
+    "Speculator",
+    "Trunk",
+    "can_speculate",
+    "config_with_head",
+    "head_state",
+    "load_native",
+    "merged_head_state",
+    "native_keys",
+    "new_head",
+    "read_head",
+]
