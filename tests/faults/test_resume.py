@@ -145,7 +145,6 @@ def test_other_content_under_the_same_name_is_refused(
 def test_another_version_is_refused_and_a_patch_is_listed(
     onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit import flow
     from toolkit.training import versions
 
     monkeypatch.setattr("toolkit.flow.finish.versions", lambda: {**versions(), "peft": "7.0.0"})

@@ -109,7 +109,7 @@ def count_bytes(
     linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
     rest = sum(map(math.prod, shapes.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, architecture, recipe)
-    gradients = 4 * adapter
+    gradients, text = 4 * adapter, model.config.get_text_config()  # type: ignore[operator]
     activations = max(0, max(step, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     return Bytes(
         experts=experts,
@@ -119,7 +119,7 @@ def count_bytes(
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
         gradients=gradients,
-        mtp=head_bytes(model, model.config.get_text_config(), recipe.mtp.num_mtp_layers) if recipe.mtp.enabled else 0,
+        mtp=head_bytes(model, text, recipe.mtp.num_mtp_layers) if recipe.mtp.enabled else 0,
         activations=activations,
         workspace=_WORKSPACE[device],
         slack=int(_SLACK[device] * (gradients + activations)),

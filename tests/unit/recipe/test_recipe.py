@@ -79,7 +79,7 @@ WRONG = {
     + "training:\n  learning_rat: 1": r"recipe:4: training\.learning_rat: unknown key; did you mean learning_rate?",
     BASE
     + "training:\n  learning_rate: fast": r"recipe:4: training\.learning_rate: should be a valid number \(got 'fast'",
-    BASE + "lora:\n  r: 0": r"recipe:4: lora\.r: should be greater than or equal to 1 \(got 0\)",
+    BASE + "lora:\n  r: 0": r"recipe:4: lora\.r: should be greater than or equal to 1; or should be 'auto' \(got 0\)",
     BASE + "lora:\n  r: true": r"recipe:4: lora\.r: should be a valid integer",
     BASE + "lora:\n  r: 1\n  r: 2": "recipe:5: r: given twice",
     BASE + "lora: {target_modules: 3}": r"recipe:3: lora\.target_modules:",
