@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class HubStandIn(ThreadingHTTPServer):
         self.created: list[dict[str, Any]] = []
         self.blobs: dict[str, bytes] = {}
         self.served: dict[str, int] = {}
+        self.failed: set[str] = set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -116,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
-            self._answer({"files": [_upload_mode(name) for name in names]})
+            repository = self.server.repositories.get("/".join(self.path.split("/")[3:5]), {})
+            self._answer({"files": [_upload_mode(name, repository.get("content", {}).get(name)) for name in names]})
         elif self.path.endswith("/lfs/objects/batch"):
             self._answer({"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]})
         elif "/commit/" in self.path:
@@ -144,7 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
         if "conflict" in self.path:
             self._answer({"error": "A commit has happened since.\nPlease refresh and try again."}, 412)
             return
-        files = {}
+        repo_id = "/".join(self.path.split("/")[3:5])
+        fault = self._fault(repo_id)
+        if fault and fault != "lost":
+            self._fail(fault)
+            return
+        files: dict[str, bytes] = {}
         for line in lines:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -152,9 +160,29 @@ class _Handler(BaseHTTPRequestHandler):
                 files[line["value"]["path"]] = self.server.blobs[line["value"]["oid"]]
         deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
         self.server.commits.append({"path": self.path, "header": header, "files": files, "deleted": deleted})
+        known = self.server.repositories[repo_id]
+        known["content"] = {**known.get("content", {}), **files}
+        known["files"] = sorted({*known["files"], *files} - set(deleted))
+        if fault == "lost":
+            self._fail("reset")
+            return
         repository = f"{self.server.url}/{'/'.join(self.path.split('/')[3:5])}"
         urls = {"commitUrl": f"{repository}/commit/{'b' * 40}", "pullRequestUrl": f"{repository}/discussions/1"}
         self._answer({**urls, "commitOid": "b" * 40})
+
+    def _fault(self, repo_id: str) -> str:
+        """What goes wrong with the first commit to a repository called `fault-…`; the second time all is well."""
+        if "/fault-" not in repo_id or repo_id in self.server.failed:
+            return ""
+        self.server.failed.add(repo_id)
+        return repo_id.partition("/fault-")[2]
+
+    def _fail(self, fault: str) -> None:
+        if fault.isdigit():
+            self._answer({"error": f"injected {fault}"}, int(fault))
+        else:  # the connection ends without an answer
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, data: dict[str, Any], status: int = 200) -> None:
         body = json.dumps(data).encode()
@@ -165,6 +193,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _upload_mode(name: str) -> dict[str, Any]:
+def _upload_mode(name: str, there: bytes | None) -> dict[str, Any]:
     mode = "lfs" if name.endswith(".safetensors") else "regular"
-    return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": None}
+    oid = None
+    if there is not None:
+        oid = hashlib.sha256(there).hexdigest() if mode == "lfs" else _git_sha1(there)
+    return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+
+def _git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -35,7 +35,7 @@ from toolkit.evaluate import (
 )
 from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
-from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging import fetch_adapter, identify_base, write_artifact
 from toolkit.packaging.manifest import file_entry
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan, StepShape, nearest_change
@@ -95,6 +95,8 @@ class Trained:
     training: TrainResult
     counts: dict[str, Any]
     comparison: Comparison | None
+    rows: tuple[str, ...] = ()
+    """What the answers of the training data say: none of it may leave with the artifact."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
@@ -175,7 +177,7 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     lora = plan.recipe.lora
     set_seed(plan.recipe.training.seed)
     if lora.adapter_name_or_path:
-        return load_adapter(model, lora.adapter_name_or_path, is_trainable=True)
+        return load_adapter(model, fetch_adapter(lora.adapter_name_or_path), is_trainable=True)
     return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
 
 
@@ -337,7 +339,7 @@ def train(
     compared = evaluate(model, tokenizer, batches, plan) if is_first() else None
     if is_first():
         look_at_experts(model, batches, plan)
-    return Trained(model, tokenizer, training, counts, compared)
+    return Trained(model, tokenizer, training, counts, compared, _answers(tokenizer, batches.train))
 
 
 def _wanted_best(
@@ -392,6 +394,12 @@ def _base_facts(plan: Plan) -> dict[str, Any]:
     kept = RunFolder(plan.folder).compensated
     facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
     return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
+
+
+def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:
+    """The trained text of each row."""
+    trained = [[i for i, label in zip(r["input_ids"], r["labels"], strict=True) if label != -100] for r in rows]
+    return tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in trained)
 
 
 def require_harmless_rounding(
@@ -457,4 +465,5 @@ def package(result: Trained, plan: Plan) -> Path:
         recipe_yaml=dump(plan.recipe),
         results=result.results(),
         coverage=result.counts,
+        rows=result.rows,
     )

@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[str, str]] = {
         "model: {model_name_or_path: a/b}\nmodel: {}\ndata: {train: x}",
         "recipe.yaml:2: model: given twice",
     ),
-    "depth": ("model: " + "[" * 5000, "not valid YAML"),
+    "depth": ("model: " + "[" * 5000, "nested more than 32 deep"),
     "size": ("# " + "x" * (1 << 20), "larger than 1 MiB"),
     "an alias bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases"),
     "code": ("model: !!python/object/apply:os.mkdir ['trace']\ndata: {train: x}", "model"),

@@ -66,6 +66,7 @@ def test_a_card_is_rehearsed_without_one(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_imagined_experts_hold_what_real_ones_do() -> None:
     """The engine's own storages, with numbers and without, for a layer that autograd keeps."""
+    from toolkit.ops import stack
     from toolkit.ops.per_expert import expert_layer
     from toolkit.quant import ExpertStack, ExpertWeights, quantize
 
@@ -79,7 +80,9 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
             x = torch.randn(64, 16).requires_grad_()
             index = torch.randint(0, 4, (64, 2))
             weight = torch.rand(64, 2)
-            with Ledger([x, index, weight, *(t for p in parts for t in p)]) as ledger:
+            expert_layer(x, index, weight, weights, keep_up=True)  # a thread's buffer is made once and kept
+            buffer = getattr(stack._kept, "buffer", x)
+            with Ledger([buffer, x, index, weight, *(t for p in parts for t in p)]) as ledger:
                 output = expert_layer(x, index, weight, weights, keep_up=True)
                 kept = ledger.live
             del output

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import typer
 
-from toolkit.cli import many, prepare, run, share, use
+from toolkit.cli import export, many, prepare, run, share, use
 
 __all__ = ["app", "main"]
 
@@ -38,6 +38,8 @@ _VERBS: dict[str, Callable[..., None]] = {
     "serve": use.serve,
     "verify": share.verify,
     "push": share.push,
+    "export": export.export,
+    "combine": export.combine,
     "quantize": prepare.quantize,
     "schema": prepare.schema,
     "init": prepare.init,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,9 +78,20 @@ def emit(value: Any, wanted: bool) -> None:
         print(json.dumps(value, indent=2))
 
 
-def artifact_of(path: Path) -> Path:
-    """A run's artifact, or the artifact itself."""
+def artifact_of(path: Path | str) -> Path:
+    """A run's artifact, or the artifact itself; downloaded where it is `hf://owner/name`."""
+    path = _fetched(path)
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
+def _fetched(path: Path | str) -> Path:
+    """A `Path` has lost one slash of `hf://`."""
+    name = re.sub(r"^hf:/+", "hf://", str(path))
+    if not name.startswith("hf://"):
+        return Path(path)
+    from toolkit.packaging import fetch_adapter
+
+    return fetch_adapter(name)
 
 
 def reopen(
@@ -90,6 +102,7 @@ def reopen(
     from toolkit.packaging import reopen_recipe
     from toolkit.plan import make_plan
 
+    path = _fetched(path)
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
     made = make_plan(recipe, for_training=False)
     model, tokenizer = flow.reopen(made, artifact_of(path), as_trained=as_trained)

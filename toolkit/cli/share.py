@@ -38,6 +38,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Create the repository public.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag of the new commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and list the files, send nothing.")] = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
@@ -47,5 +48,7 @@ def push(
     folder = artifact_of(artifact)
     if dry_run:
         console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False)
-    url = push_artifact(folder, repo_id, private=not public, revision=revision, create_pr=create_pr, dry_run=dry_run)
+    url = push_artifact(
+        folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run
+    )
     print(url)

@@ -3,18 +3,29 @@
 from toolkit.packaging.artifact import check_folder, stack_versions, write_artifact
 from toolkit.packaging.base import BaseIdentity, identify_base
 from toolkit.packaging.card import model_card
+from toolkit.packaging.combine import Combined, combine_adapters
+from toolkit.packaging.export import FORMATS, Export, export_adapter
 from toolkit.packaging.hub import check_token, push_artifact
 from toolkit.packaging.manifest import load_adapter_config, read_manifest
-from toolkit.packaging.reopen import reopen_recipe
+from toolkit.packaging.remote import fetch_adapter, is_remote
+from toolkit.packaging.reopen import base_folder, reopen_recipe
 from toolkit.packaging.verify import Check, VerifyReport, verify_artifact
 
 __all__ = [
+    "FORMATS",
     "BaseIdentity",
     "Check",
+    "Combined",
+    "Export",
     "VerifyReport",
+    "base_folder",
     "check_folder",
     "check_token",
+    "combine_adapters",
+    "export_adapter",
+    "fetch_adapter",
     "identify_base",
+    "is_remote",
     "load_adapter_config",
     "model_card",
     "push_artifact",

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,30 +22,34 @@ from peft import PeftModel, get_peft_model_state_dict
 from ruamel.yaml import YAML
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import __version__
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.packaging.base import BaseIdentity
+from toolkit.packaging.canary import refuse_canaries
 from toolkit.packaging.card import model_card
 from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     FORMAT,
     MANIFEST,
+    MTP_HEAD,
     TOKENIZER_FILES,
     file_entry,
     read_manifest,
     write_json,
 )
-from toolkit.packaging.portable import figures, portable, refuse_secrets
+from toolkit.packaging.portable import figures, portable
 from toolkit.recipe import Effect, changes
 
 __all__ = ["check_folder", "stack_versions", "write_artifact"]
 
 # What transformers writes into tokenizer_config.json about where and how the tokenizer was loaded here.
 _LOADING_KEYS = frozenset({"auto_map", "cache_dir", "is_local", "local_files_only", "name_or_path", "use_auth_token"})
+_METADATA = {"format": "pt"}
 
 
 def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) -> None:
@@ -80,14 +84,18 @@ def write_artifact(
     versions: Mapping[str, str] | None = None,
     license: str | None = None,
     adapter_name: str = "default",
+    mtp_head: Mapping[str, Tensor] | None = None,
+    rows: Iterable[str] = (),
 ) -> Path:
     """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
 
     An artifact of the same run (same base, same recipe) is replaced; anything else that lies there is left alone.
     `results` and `coverage` are as `model_card` reads them; of `results` only numbers are kept. Tensors keep
-    their dtype.
+    their dtype. `mtp_head` holds the tensors of a trained multi-token-prediction head by name. `rows` are the texts of
+    the training data: none of them may be found in the artifact.
 
-    Raises `ModelError` where `folder` holds something else or the adapter is empty, `ResourceError` where it cannot be
+    Raises `ModelError` where `folder` holds something else, the adapter is empty or a row of the data would leave with
+    it, `ResourceError` where it cannot be
     written.
     """
     folder = Path(folder)
@@ -103,8 +111,11 @@ def write_artifact(
         with staged_folder(folder, replace=True) as staging:
             _write_adapter(model, adapter_name, base, staging)
             _write_tokenizer(tokenizer, staging)
+            if mtp_head:
+                save_file({n: _contiguous(mtp_head[n]) for n in sorted(mtp_head)}, staging / MTP_HEAD, _METADATA)
             _write_card(base, facts, license, staging)
             _write_manifest(facts, staging)
+            refuse_canaries(staging, rows)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(
@@ -137,9 +148,7 @@ def _write_adapter(model: PeftModel, adapter_name: str, base: BaseIdentity, fold
         raise ModelError(
             f"adapter {adapter_name!r}: has no tensors: nothing was attached, so there is nothing to package"
         )
-    # Contiguous copies: safetensors refuses views and shared memory.
-    tensors = {name: state[name].detach().to("cpu", copy=True).contiguous() for name in sorted(state)}
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file({name: _contiguous(state[name]) for name in sorted(state)}, folder / ADAPTER_WEIGHTS, _METADATA)
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.base_model_name_or_path = base.name
     config.revision = base.revision
@@ -151,6 +160,11 @@ def _write_adapter(model: PeftModel, adapter_name: str, base: BaseIdentity, fold
         if isinstance(data.get(key), list):
             data[key] = sorted(data[key])
     write_json(folder / ADAPTER_CONFIG, data)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """A copy: safetensors refuses views and shared memory."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -187,6 +201,3 @@ def _write_card(base: BaseIdentity, facts: Mapping[str, Any], license: str | Non
 def _write_manifest(facts: Mapping[str, Any], folder: Path) -> None:
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {**facts, "format": FORMAT, "files": files})
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors":
-            refuse_secrets(path.read_text(encoding="utf-8"), path.name)

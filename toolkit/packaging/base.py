@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 
 from toolkit.errors import ModelError
 
-__all__ = ["BaseIdentity", "identify_base"]
+__all__ = ["BaseIdentity", "cached_snapshot", "identify_base"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -47,7 +47,7 @@ def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
     if folder.is_dir():
         name, commit = _hub_origin(folder) or (folder.resolve().name, None)
     else:
-        folder = _cached_snapshot(name_or_path, revision)
+        folder = cached_snapshot(name_or_path, revision)
         name, commit = name_or_path, folder.name
     return BaseIdentity(name, commit, _weights_sha256(folder))
 
@@ -61,7 +61,8 @@ def _hub_origin(folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _cached_snapshot(repo_id: str, revision: str) -> Path:
+def cached_snapshot(repo_id: str, revision: str) -> Path:
+    """The folder of a repository in the Hub's cache. Never downloads; raises `ModelError` where it is not there."""
     try:
         config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     except HFValidationError:

@@ -15,6 +15,7 @@ from httpx2 import HTTPError
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from toolkit.errors import HubError, first_line
+from toolkit.packaging.canary import refuse_canaries
 from toolkit.packaging.manifest import FILES, MANIFEST, read_manifest
 from toolkit.packaging.verify import verify_artifact
 
@@ -41,23 +42,30 @@ def push_artifact(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    tag: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
 ) -> str:
     """Push an artifact to `repo_id` as one commit and return its URL; with `dry_run`, only verify and name the URL.
 
-    `revision` is the branch (made where it is missing). Files of an earlier artifact that this one lacks are deleted in
-    the same commit; other files of the repository stay. Repeating a push that succeeded changes nothing.
+    `revision` is the branch (made where it is missing); `tag` names the commit once it is there. Files of an earlier
+    artifact that this one lacks are deleted in the same commit; other files of the repository stay. Repeating a push
+    that succeeded changes nothing.
 
     Raises `ModelError` where verification fails (nothing is sent then) and `HubError` for everything on the Hub's side.
     """
     folder = Path(folder)
     verify_artifact(folder, strict=True)
+    refuse_canaries(folder)
     api = HfApi(endpoint=endpoint, token=token)
     if dry_run:
         return f"{api.endpoint}/{repo_id}"
-    again = f"the artifact in {folder} is whole; repeat with `onecard push {folder} {repo_id}`"
+    options = [*([] if private else ["--public"]), *(["--revision", revision] if revision else [])]
+    options += [*(["--create-pr"] if create_pr else []), *(["--tag", tag] if tag else [])]
+    again = (
+        f"the artifact in {folder} is whole; repeat with `{' '.join(['onecard push', str(folder), repo_id, *options])}`"
+    )
     with _one_line(f"push to {repo_id} failed", again):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
@@ -74,6 +82,8 @@ def push_artifact(
             create_pr=create_pr,
             parent_commit=info.sha,
         )
+        if tag is not None and not create_pr:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
     return str(commit.pr_url or commit.commit_url)
 
 

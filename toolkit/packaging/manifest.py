@@ -23,6 +23,7 @@ __all__ = [
     "FILES",
     "FORMAT",
     "MANIFEST",
+    "MTP_HEAD",
     "TOKENIZER_FILES",
     "file_entry",
     "load_adapter_config",
@@ -33,12 +34,13 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MTP_HEAD = "mtp_head.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
 )
 # Beside manifest.json, an artifact holds these files and no others.
-FILES = TOKENIZER_FILES | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", "mtp_head.safetensors"}
+FILES = TOKENIZER_FILES | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", MTP_HEAD}
 
 _LARGEST = 1 << 20
 _MOST_JSON_BYTES = 8 * 2**20

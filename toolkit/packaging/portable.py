@@ -13,16 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ModelError
-
-__all__ = ["figures", "portable", "refuse_secrets"]
+__all__ = ["SECRET", "figures", "portable"]
 
 # Not every `…_token` is a secret: tokenizers have an `eos_token`.
 _SECRET_KEY = re.compile(
     r"(^|_)(secret|password|passwd|api_?key|credentials?)$|^token$|(hub|hf|auth|access|api|bearer)_token$",
     re.IGNORECASE,
 )
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}")
+SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _ABSOLUTE = re.compile(r"(?:file://)?(?:/|~[^/\s]*/|\.\.[/\\]|[A-Za-z]:[/\\])[^\n]*")
 
@@ -55,25 +53,19 @@ def figures(value: Any) -> Any:
     return portable(value)
 
 
-def refuse_secrets(text: str, where: str) -> None:
-    """Raise `ModelError` where `text` holds something shaped like a Hub token."""
-    if _SECRET.search(text):
-        raise ModelError(f"{where}: holds what looks like a Hub token: remove it from the recipe or chat template")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
 def _portable_text(text: str) -> str:
     if _ABSOLUTE.fullmatch(text) and len(parts := [p for p in re.split(r"[/\\]", text) if p]) > 1:
-        return _SECRET.sub("[removed]", parts[-1])
+        return SECRET.sub("[removed]", parts[-1])
     return _without_secrets(text)
 
 
 def _without_secrets(text: str) -> str:
     """Prose, which may begin with a slash without being a path."""
-    text = _URL_LOGIN.sub("", _SECRET.sub("[removed]", text))
+    text = _URL_LOGIN.sub("", SECRET.sub("[removed]", text))
     for folder, stand_in in ((Path.cwd(), "."), (Path.home(), "~"), (Path(tempfile.gettempdir()), "~")):
         if len(folder.parts) > 1:
             text = re.sub(rf"{re.escape(str(folder))}(?![\w.-])", stand_in, text)

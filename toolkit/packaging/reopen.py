@@ -9,10 +9,11 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from toolkit.errors import ModelError
+from toolkit.packaging.base import cached_snapshot
 from toolkit.packaging.manifest import read_manifest
 from toolkit.recipe import Recipe, load, parse
 
-__all__ = ["reopen_recipe"]
+__all__ = ["base_folder", "reopen_recipe"]
 
 
 def reopen_recipe(
@@ -40,3 +41,14 @@ def reopen_recipe(
     stream = io.StringIO()
     YAML().dump(manifest["recipe"], stream)
     return parse(stream.getvalue(), str(path / "manifest.json"), given, note)
+
+
+def base_folder(path: Path, base: str | None = None) -> Path:
+    """The folder of the original checkpoint behind a run or artifact: given, the recipe's, or in the Hub's cache.
+
+    Raises:
+        ModelError: it is not on this machine.
+    """
+    recipe = reopen_recipe(path, (), base, note=lambda line: None)
+    folder = Path(recipe.model.model_name_or_path)
+    return folder if folder.is_dir() else cached_snapshot(str(folder), recipe.model.revision)

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from toolkit.errors import RecipeError, did_you_mean
 from toolkit.recipe.schema import Recipe
@@ -69,6 +69,7 @@ ALIASES: Mapping[str, str] = {
 
 _NEGATED = {"train_on_inputs"}
 _MOST_BYTES = 1 << 20
+_DEEPEST = 32
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -156,9 +157,7 @@ def _read(text: str, where: str) -> tuple[dict[str, Any], _Lines]:
     yaml = YAML(typ="rt")
     yaml.allow_duplicate_keys = False
     try:
-        # Checked on the event stream, before anything is built: nested aliases can grow beyond all memory.
-        if any(isinstance(event, AliasEvent) for event in YAML().parse(text)):
-            raise RecipeError(f"{where}: YAML aliases (*name) are not used in recipes: write the value out")
+        _refuse_bombs(text, where)
         tree = yaml.load(text)
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
@@ -177,6 +176,18 @@ def _read(text: str, where: str) -> tuple[dict[str, Any], _Lines]:
         raise RecipeError(f"{where}:1: a recipe is a mapping of sections (model, data, …), not a {_kind(tree)}")
     lines: _Lines = {}
     return _plain(tree, (), lines, where), lines
+
+
+def _refuse_bombs(text: str, where: str) -> None:
+    """On the event stream, before anything is built: aliases can outgrow all memory, deep nesting takes for ever."""
+    depth = 0
+    for event in YAML().parse(text):
+        if isinstance(event, AliasEvent):
+            raise RecipeError(f"{where}: YAML aliases (*name) are not used in recipes: write the value out")
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > _DEEPEST:
+            line = event.start_mark.line + 1
+            raise RecipeError(f"{where}:{line}: nested more than {_DEEPEST} deep; this is not a recipe")
 
 
 def _plain(value: Any, path: tuple[str, ...], lines: _Lines, where: str) -> Any:

@@ -9,6 +9,7 @@ on a card always TRL's tiles, whose kernel cannot run here, so that its buffers 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -53,15 +54,16 @@ def imagined_loss(
 
 
 def _balance(base: torch.nn.Module, outputs: Any, balanced: bool) -> torch.Tensor | float:
-    """The load-balancing loss where the family gives router logits, by the function that all families share."""
+    """The load-balancing loss where the family gives router logits, by the family's own function."""
     logits = outputs.get("router_logits") if balanced else None
     if not logits:
         return 0.0
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
+    balance = getattr(import_module(type(base).__module__), "load_balancing_loss_func", None)
+    if balance is None:
+        return 0.0
     config = base.config.get_text_config()  # type: ignore[operator,union-attr]
     count = logits[0].shape[-1]
-    result: torch.Tensor = load_balancing_loss_func(logits, count, getattr(config, "num_experts_per_tok", 2))
+    result: torch.Tensor = balance(logits, count, getattr(config, "num_experts_per_tok", 2))
     return result
 
 

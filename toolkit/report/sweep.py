@@ -18,7 +18,7 @@ def table(console: Console, ranked: Sequence[Outcome], metric: str) -> None:
     columns = [metric, *(name for name in names if name != metric)]
     result = Table(box=None, pad_edge=False)
     for column in (*ranked[0].trial.values, *columns, "seconds", ""):
-        result.add_column(column, justify="right" if column else "left")
+        result.add_column(column, justify="right" if column else "left", overflow="fold")
     for outcome in ranked:
         figures = [f"{outcome.figures[name]:.4f}" if name in outcome.figures else "" for name in columns]
         # A trial that was finished before took no time now.

@@ -1,0 +1,87 @@
+"""Round trip of every export layout over tiny random checkpoints of every family that transformers has.
+
+    .venv/bin/python scripts/parity/layouts.py [FAMILY …]
+
+For each family an adapter on experts, router and attention (rsLoRA, a rank and an alpha of its own for the experts) is
+exported to each format; an export is read back and compared by the exporter itself. Prints one line a family and exits
+with 1 where fewer than twelve families have a layout.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.parity.families import build, families, tiny_config
+from toolkit.adapters import attach_lora
+from toolkit.errors import ModelError, RecipeError
+from toolkit.packaging import FORMATS, identify_base, write_artifact
+from toolkit.packaging.export import export_adapter
+
+__all__ = ["main", "round_trips"]
+
+NANO = Path(__file__).resolve().parents[2] / "recipes/quickstart/nano-qwen3moe-2m"
+
+
+def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMATS) -> dict[str, str]:
+    """By format, how far off the export was when read back, or the line that says why there is none."""
+    from transformers import AutoTokenizer
+
+    base = scratch / "base"
+    build(tiny_config(model_type)).save_pretrained(base)
+    model = attach_lora(
+        build(tiny_config(model_type)),
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        rank_pattern={"experts": 3},
+        alpha_pattern={"experts": 5},
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    artifact = write_artifact(
+        model,
+        AutoTokenizer.from_pretrained(NANO),
+        scratch / "adapter",
+        base=identify_base(str(base)),
+        recipe_yaml="",
+        results={},
+        coverage={},
+    )
+    found = {}
+    for layout in formats:
+        try:
+            found[layout] = f"{export_adapter(artifact, base, layout, scratch / layout).difference:.1e}"
+        except (ModelError, RecipeError) as error:
+            found[layout] = f"no: {str(error)[:150]}"
+    return found
+
+
+def main(names: list[str]) -> int:
+    """Print the table; the exit status."""
+    warnings.simplefilter("ignore")
+    count = dict.fromkeys(FORMATS, 0)
+    for name in names or [family.model_type for family in families()]:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                found = round_trips(name, Path(scratch))
+            except Exception as error:  # the table goes on
+                found = {"all": f"no: {type(error).__name__}: {str(error)[:150]}"}
+        for layout, result in found.items():
+            if layout in count and not result.startswith("no"):
+                count[layout] += 1
+        print(name, found, flush=True)
+    print(count)
+    return int(min(count.values()) < 12)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

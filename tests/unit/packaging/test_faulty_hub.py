@@ -1,0 +1,59 @@
+"""Each fault of a Hub at the commit: one line, an artifact still whole, and a rerun that leaves exactly one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub_stand_in import serve
+from toolkit.packaging import verify_artifact
+
+FAULTS = ("401", "403", "409", "429", "500", "503", "reset", "lost")
+
+CLIENT = """
+import json, sys
+from toolkit.errors import OnecardError
+from toolkit.packaging import push_artifact
+
+def outcome(name):
+    try:
+        return push_artifact(sys.argv[1], name, token="good")
+    except OnecardError as error:
+        return {"error": type(error).__name__, "line": str(error)}
+
+print(json.dumps({f: [outcome(f"alice/fault-{f}") for _ in range(2)] for f in sys.argv[2:]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(pristine: Path, tmp_path_factory: pytest.TempPathFactory):
+    with serve() as hub:
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("HF_") and "PROXY" not in k.upper()},
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HOME": str(tmp_path_factory.mktemp("home")),
+        }
+        command = [sys.executable, "-c", CLIENT, str(pristine), *FAULTS]
+        root = Path(__file__).parents[3]
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), hub.commits
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_and_the_rerun_leaves_one_commit(outcomes, pristine: Path, fault: str) -> None:
+    (first, second), commits = outcomes[0][fault], outcomes[1]
+    if isinstance(first, dict):
+        assert first["error"] == "HubError"
+        assert "\n" not in first["line"]
+        assert f"repeat with `onecard push {pristine} alice/fault-{fault}`" in first["line"]
+    assert isinstance(second, str)
+    assert sum(f"/fault-{fault}/" in commit["path"] for commit in commits) == 1
+    assert verify_artifact(pristine).ok

@@ -1,0 +1,66 @@
+"""The probe before step 1: it changes no random number, leaves nothing, and says in one line what does not fit."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from toolkit.errors import ResourceError
+from toolkit.training.memory import anonymous_memory, peak_of
+from toolkit.training.probe import longest_rows, out_of_memory, probe
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))
+
+
+def test_random_numbers_after_it_are_those_without_it() -> None:
+    forgotten = []
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    wanted = draw()
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    probe(draw, lambda: forgotten.append(True), tokens=1, held=10, device="cpu", advice="x")
+    assert draw() == wanted
+    assert forgotten == [True]
+
+
+def test_memory_that_is_refused_is_one_line_with_advice() -> None:
+    forgotten = []
+
+    def too_much() -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(ResourceError, match=r"longest batch \(77 tokens\); cheapest: lora.r=8") as caught:
+        probe(too_much, lambda: forgotten.append(True), tokens=77, held=0, device="cpu", advice="lora.r=8")
+    assert "\n" not in str(caught.value)
+    assert forgotten == [True]
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    def wrong() -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        probe(wrong, lambda: None, tokens=1, held=0, device="cpu", advice="x")
+    assert out_of_memory(MemoryError())
+
+
+def test_the_longest_rows_come_first() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1], [1, 2, 3], [1, 2]]})
+    assert longest_rows(rows, 2) == [1, 2]
+
+
+def test_the_peak_is_seen_though_it_is_gone_at_the_end() -> None:
+    before, size = anonymous_memory(), 64 << 20
+    with peak_of("cpu") as peak:
+        held = torch.ones(size // 4)
+        while peak.bytes < before + size:
+            held.add_(1)
+        del held
+    assert peak.bytes >= before + size

@@ -1,0 +1,56 @@
+"""Verbs that write an adapter anew: export to another layout, combine several into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, quiet_console
+
+__all__ = ["combine", "export"]
+
+
+def export(
+    run: RunPath,
+    format: Annotated[str, typer.Option(help="peft, per-expert, merged, merged-int8 or gguf.")],
+    out: Annotated[Path | None, typer.Option(help="New folder; beside the adapter where none is given.")] = None,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """The adapter in another program's layout, read back and compared before it is called done."""
+    from toolkit.packaging import base_folder, export_adapter
+
+    console = quiet_console()
+    folder = artifact_of(run)
+    target = out or folder.parent / f"export-{format}"
+    made = export_adapter(folder, base_folder(run, base), format, target)
+    console.print(
+        f"{made.folder}: {made.format}, read back and compared ({made.compared}): off by {made.difference:.3g}, "
+        f"at most {made.bound:.3g}"
+    )
+    emit(made.to_dict(), json_)
+
+
+def combine(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new adapter folder.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="Adapter folders and weights.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Reduce to this rank by SVD; its error is printed.")] = None,
+    json_: Json = False,
+) -> None:
+    """A weighted sum of adapters of one base, exact unless a rank is given."""
+    from toolkit.errors import RecipeError
+    from toolkit.packaging import combine_adapters
+
+    console = quiet_console()
+    weights: dict[str, float] = {}
+    for given in adapters:
+        name, _, weight = given.rpartition("=")
+        try:
+            weights[str(artifact_of(Path(name)))] = float(weight)
+        except ValueError:
+            raise RecipeError(f"{given}: not ADAPTER=WEIGHT, as in runs/a=0.7") from None
+    made = combine_adapters(weights, out, rank=rank)
+    console.print(f"{out}: rank {made.rank}, {made.adapters} pairs, off by {made.error:.3g} of the exact sum")
+    emit(made.to_dict(), json_)

@@ -1,0 +1,111 @@
+"""Merges an adapter into the original 16-bit checkpoint, in its own keys, files and dtypes, one expert at a time.
+
+`merge_and_unload` wants the whole model in memory and saves in transformers' layout. Here each file is copied, and only
+the bytes of tensors that the adapter changes are written again, so that everything else stays the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from toolkit.adapters.layouts import Factors, deltas
+from toolkit.errors import ModelError
+from toolkit.quant.load import read_config, storage
+from toolkit.quant.shards import Shards, targets
+from toolkit.quant.source import SourceWeights
+
+__all__ = ["merge_checkpoint", "merged_difference"]
+
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
+    """Write the merged checkpoint into an empty folder; returns how many tensors changed.
+
+    Raises:
+        ModelError: the base holds quantised weights, or no tensor for a part that the adapter changes.
+    """
+    wanted = storage(str(base), read_config(str(base)))
+    if wanted is None or wanted.source is not None:
+        raise ModelError(f"{base}: its weights are quantised: merge into the 16-bit checkpoint it was made from")
+    with Shards(str(base), base) as shards:
+        names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
+        _copy(base, [path.name for path in shards.files], folder)
+    places = _places(folder)
+    changed = 0
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("r+b")) for path in {place[0] for place in places.values()}}
+        originals = {path: stack.enter_context(safe_open(base / path.name, framework="pt")) for path in files}
+        for factors in adapter:
+            group = [key for key, target in names.items() if target == factors.parameter]
+            for key, delta in deltas(factors, skeleton):
+                stored = _key(key, group, factors.parameter)
+                path, offset = places[stored]
+                _overwrite(files[path], offset, originals[path].get_tensor(stored), delta, stored)
+                changed += 1
+    return changed
+
+
+def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> tuple[float, float]:
+    """Read the merge back through transformers' own loading and compare it with original plus adapter.
+
+    Returns:
+        The largest difference, and the largest one as a multiple of the dtype's rounding (at most 1 is exact).
+    """
+    before, after = SourceWeights(str(base)), SourceWeights(str(merged))
+    worst, steps = 0.0, 0.0
+    for factors in adapter:
+        module = factors.parameter.rpartition(".")[0]
+        with before.layer(module) as old, after.layer(module) as new:
+            original, found = old[factors.parameter], new[factors.parameter]
+            wanted = original.float() + factors.full()
+            off = (found.float() - wanted).abs()
+            worst = max(worst, float(off.max()))
+            rounding = wanted.abs() * torch.finfo(found.dtype).eps / 2 + torch.finfo(torch.float32).eps
+            steps = max(steps, float((off / rounding).max()))
+    return worst, steps
+
+
+def _copy(base: Path, shards: Sequence[str], folder: Path) -> None:
+    beside = {path.name for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()}
+    for name in sorted({*beside, *shards}):
+        shutil.copyfile(base / name, folder / name)
+
+
+def _places(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Where each tensor's bytes begin."""
+    places: dict[str, tuple[Path, int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        places |= {k: (path, 8 + size + v["data_offsets"][0]) for k, v in header.items() if k != "__metadata__"}
+    return places
+
+
+def _key(key: str, group: Sequence[str], parameter: str) -> str:
+    """The checkpoint's own spelling, where it has another prefix or an older name than transformers would write."""
+    if key in group:
+        return key
+    near = [name for name in group if name.endswith(f".{key}") or key.endswith(f".{name}")]
+    if len(group) == 1 or len(near) == 1:
+        return near[0] if near else group[0]
+    raise ModelError(f"{parameter}: the checkpoint has no {key} that the adapter could be merged into")
+
+
+def _overwrite(file: object, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
+    if original.shape != delta.shape or not original.is_floating_point():
+        raise ModelError(f"{key}: {tuple(original.shape)} in the checkpoint, {tuple(delta.shape)} in the adapter")
+    merged = (original.float() + delta).to(original.dtype).contiguous()
+    file.seek(offset)  # type: ignore[attr-defined]
+    file.write(merged.view(torch.uint8).numpy().tobytes())  # type: ignore[attr-defined]
