@@ -29,7 +29,7 @@ def commands(text: str) -> list[list[str]]:
     return [
         shlex.split(line, comments=True)[1:]
         for line in lines
-        if re.match(r"(\S*/)?onecard [a-z]+\b", line) and "…" not in line
+        if re.match(r"(\S*/)?onecard [a-z]+\b", line) and not re.search(r"…| \[", line)
     ]
 
 
