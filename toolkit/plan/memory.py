@@ -109,7 +109,7 @@ def count_bytes(
     linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
     rest = sum(map(math.prod, shapes.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, architecture, recipe)
-    gradients, text = 4 * adapter, model.config.get_text_config()  # type: ignore[operator]
+    gradients, text = 4 * adapter, model.config.get_text_config()  # type: ignore[operator,union-attr]
     activations = max(0, max(step, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     return Bytes(
         experts=experts,
