@@ -119,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             repository = self.server.repositories.get("/".join(self.path.split("/")[3:5]), {})
-            self._answer({"files": [_upload_mode(name, repository.get("content", {}).get(name)) for name in names]})
+            there = repository.get("branches", {}).get(_branch(self.path), {})
+            self._answer({"files": [_upload_mode(name, there.get(name)) for name in names]})
         elif self.path.endswith("/lfs/objects/batch"):
             self._answer({"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]})
         elif "/commit/" in self.path:
@@ -161,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
         deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
         self.server.commits.append({"path": self.path, "header": header, "files": files, "deleted": deleted})
         known = self.server.repositories[repo_id]
+        branches = known.setdefault("branches", {})
+        branches[_branch(self.path)] = {**branches.get(_branch(self.path), {}), **files}
         known["content"] = {**known.get("content", {}), **files}
         known["files"] = sorted({*known["files"], *files} - set(deleted))
         if fault == "lost":
@@ -191,6 +194,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _branch(path: str) -> str:
+    """`main` of `/api/models/owner/name/commit/main?create_pr=1`."""
+    return path.partition("?")[0].split("/")[6]
 
 
 def _upload_mode(name: str, there: bytes | None) -> dict[str, Any]:

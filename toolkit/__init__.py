@@ -56,6 +56,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-if "transformers" in sys.modules:
+if sys.modules.get("transformers"):
     # Whoever has transformers has paid for torch. Asked the other way round, a light import cannot tell it anything.
     import_module("toolkit.quant")

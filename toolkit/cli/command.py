@@ -93,5 +93,7 @@ def _hush() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("peft", "bitsandbytes", "datasets", "trl", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

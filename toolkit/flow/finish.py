@@ -44,7 +44,6 @@ from toolkit.training import (
 __all__ = ["Trained", "package", "resume", "train"]
 
 
-_NOT_TRL = {"output_dir", "load_best_model_at_end", "early_stopping_patience"}
 _MARGIN = 64 << 20
 """Bytes for everything small that a run writes."""
 
@@ -138,7 +137,7 @@ def train(
         held_out(batches, plan),
         folder=run.checkpoints,
         metrics=run.metrics,
-        arguments={**recipe.training.model_dump(exclude=_NOT_TRL), **tracking},
+        arguments={**recipe.training.model_dump(exclude={"output_dir"}), **tracking},
         device=plan.device,
         dtype=plan.dtype,
         train_router=recipe.lora.router,

@@ -78,7 +78,8 @@ def config_with_head(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     ]
     kinds = {"layer_types": "full_attention", "mlp_layer_types": "sparse"} if layers else {}
     told = {f"mtp_{field}": [kind] * layers for field, kind in kinds.items() if config.get(field)}
-    return {**told, **config, **dict.fromkeys(known, layers)}
+    said = {key: value for key, value in config.items() if value is not None or key not in told}
+    return {**told, **said, **dict.fromkeys(known, layers)}
 
 
 def read_head(folder: str | Path, model: PreTrainedModel, native: NativeKeys | None) -> MtpHead:

@@ -48,6 +48,8 @@ from toolkit.training.resume import Resume
 __all__ = ["AdapterTrainer", "TrainResult", "is_out_of_memory", "sft_config", "train_adapter"]
 
 
+_NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
+"""Fields of the recipe's training section that are ours, or decided by what is given beside them."""
 _MOST_LOGITS = 1 << 28
 """Bytes of logits that may exist at once on a CPU before they are computed in chunks."""
 
@@ -247,7 +249,6 @@ def train_adapter(
         PreemptedError, InterruptedRunError: a signal came; the run is saved.
     """
     most = arguments["max_nonfinite_steps"]
-    arguments = {key: value for key, value in arguments.items() if key != "max_nonfinite_steps"}
     resume = resume or Resume({}, newest_checkpoint(folder, lambda why: console.print(f"checkpoint skipped: {why}")))
     stop = stop or StopRequest()
     keep_up_outputs(model, arguments["gradient_checkpointing"])
@@ -353,7 +354,7 @@ def sft_config(
     folder: Path, arguments: dict[str, Any], device: str, dtype: str, *, train_router: bool, evaluates: bool
 ) -> SFTConfig:
     """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
-    given = {key: value for key, value in arguments.items() if key != "use_cpu"}
+    given = {key: value for key, value in arguments.items() if key not in _NOT_TRL}
     coefficient = given.pop("router_aux_loss_coef")
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
     max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
