@@ -71,7 +71,8 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
             wanted = original.float() + factors.full()
             off = (found.float() - wanted).abs()
             worst = max(worst, float(off.max()))
-            rounding = wanted.abs() * torch.finfo(found.dtype).eps / 2 + torch.finfo(torch.float32).eps
+            stored = after.stored_dtype(factors.parameter)  # beside tensors of another dtype it is read into that
+            rounding = wanted.abs() * torch.finfo(stored).eps / 2 + torch.finfo(torch.float32).eps
             steps = max(steps, float((off / rounding).max()))
     return worst, steps
 

@@ -30,6 +30,9 @@ from toolkit.quant.shards import Shards, targets
 __all__ = ["SourceWeights"]
 
 
+_HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
 class SourceWeights:
     """Reads a checkpoint layer by layer; the weights of at most one layer are alive, in the dtype of the files.
 
@@ -69,6 +72,11 @@ class SourceWeights:
             yield {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
         finally:
             module.to("meta")
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """The coarsest dtype of the tensors that a parameter is made of, in the files."""
+        found = {str(self._slices[key].get_dtype()) for key, target in self._targets.items() if target == parameter}
+        return max((_HALF.get(name, torch.float32) for name in found), key=lambda dtype: torch.finfo(dtype).eps)
 
     def _read(self, name: str, slices: dict[str, Any]) -> None:
         config = LoadStateDictConfig(
@@ -110,5 +118,4 @@ def _multiplied_out(model: PreTrainedModel, source: Mapping[str, Any] | None) ->
 def _dtype(slices: Mapping[str, Any]) -> torch.dtype:
     """What holds every tensor of the files without loss."""
     found = {str(part.get_dtype()) for part in slices.values()}
-    half = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return half.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+    return _HALF.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
