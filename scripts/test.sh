@@ -15,5 +15,5 @@ export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_-268435456}"
 ruff check
 ruff format --check
 mypy
-# A worker a core; each takes what another has left over, so no slow file holds the others up.
-exec python -m pytest -q -n "${ONECARD_TEST_WORKERS-$(nproc)}" --dist worksteal "$@"
+# A worker a core (nproc would say OMP_NUM_THREADS); each takes what another has left over, so no slow file holds the others up.
+exec python -m pytest -q -n "${ONECARD_TEST_WORKERS-$(env -u OMP_NUM_THREADS nproc)}" --dist worksteal "$@"
