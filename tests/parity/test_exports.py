@@ -109,8 +109,8 @@ def test_sharded_bf16_keeps_files_and_dtype(adapter: Path, checkpoint: Path, tmp
     assert names == {p.name: p.stat().st_size for p in (tmp_path / "merged").iterdir() if p.suffix == ".safetensors"}
     wanted = logits(PeftModel.from_pretrained(stock(shards), adapter).eval())
     found = logits(stock(tmp_path / "merged"))
-    # Weights were rounded once to eight bits of mantissa. A router's near tie may fall the other way for a few tokens, so
-    # the middle one is held to it; the export itself has compared every weight.
+    # Weights were rounded once to eight bits of mantissa. A router's near tie may fall the other way for a few tokens,
+    # so the middle one is held to it; the export itself has compared every weight.
     assert (found - wanted).abs().median() < torch.finfo(torch.bfloat16).eps * wanted.std()
 
 
