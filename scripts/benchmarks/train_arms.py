@@ -161,6 +161,7 @@ class Ours(Arm):
                 trainer = AdapterTrainer(
                     model=self.model, args=config, train_dataset=self.batches.train, processing_class=self.tokenizer
                 )
+                self.model.eval()  # no dropout, and nothing that only a training run has
                 one = torch.tensor(1)
                 losses = [trainer.compute_loss(self.model, batch, num_items_in_batch=one).double()  # type: ignore[union-attr]
                           for batch in trainer.get_train_dataloader()]  # fmt: skip
