@@ -16,7 +16,7 @@ from pathlib import Path
 
 from toolkit.errors import RecipeError, ResourceError
 
-__all__ = ["staged_folder", "sync", "write_text"]
+__all__ = ["replaced_file", "staged_folder", "sync", "write_text"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -32,12 +32,21 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` to write to; it takes that place, durably, when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

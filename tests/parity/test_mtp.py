@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from rich.console import Console
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from tests.parity.conftest import EMBEDDED
+from tests.parity.test_training import train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
 from toolkit.evaluate import measure_drafts, speculator
@@ -22,8 +21,6 @@ from toolkit.mtp.drafts import Draft
 from toolkit.mtp.head import capture_hidden
 from toolkit.mtp.loss import Rows, head_loss
 from toolkit.quant import load_int8
-from toolkit.recipe import TrainingSection
-from toolkit.training import train_adapter
 
 
 def rows(count: int = 12) -> Dataset:
@@ -43,25 +40,7 @@ def train(folder: Path, *, with_head: bool, steps: int = 4, stage: str = "with",
     """The adapter's tensors and the head's training after a few packed steps."""
     model = adapted()
     head = HeadTraining(new_head(model.get_base_model()), model, depth=2, learning_rate=3e-3) if with_head else None
-    arguments = TrainingSection(
-        max_steps=steps, learning_rate=1e-2, max_length=96, warmup_steps=0, use_cpu=True, **changes
-    ).model_dump()
-    del arguments["output_dir"]
-    train_adapter(
-        model,
-        AutoTokenizer.from_pretrained(EMBEDDED),
-        rows(),
-        None,
-        folder=folder / "checkpoints",
-        metrics=folder / "metrics.jsonl",
-        arguments={**arguments, "report_to": []},
-        device="cpu",
-        dtype="float32",
-        train_router=True,
-        console=Console(file=io.StringIO()),
-        head=head,
-        head_stage=stage,
-    )
+    train_adapted(model, folder, rows(), max_steps=steps, head=head, head_stage=stage, **changes)
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}, head, model
 
 

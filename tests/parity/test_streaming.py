@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from functools import partial
 from pathlib import Path
@@ -11,20 +10,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from tests.parity.conftest import COMMON, EMBEDDED
-from tests.parity.test_training import ARGUMENTS, rows
+from tests.parity.test_training import rows, train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, RecipeError
 from toolkit.offload import int8_folder, load_streamed, stream_of
 from toolkit.plan.place import spread
 from toolkit.quant import dequantize_state, load_int8
-from toolkit.recipe import TrainingSection
-from toolkit.training import train_adapter
 from toolkit.training.layer_major import LayerMajor
 
 IDS = torch.randint(3, 97, (3, 19), generator=torch.Generator().manual_seed(5))
@@ -43,20 +39,7 @@ def train(model: nn.Module, folder: Path, **changes: Any) -> tuple[PeftModel, li
     """A fresh adapter on it; gives the adapted model, the losses of every step and the adapter."""
     set_seed(0)
     adapted = attach_lora(model, r=2)  # type: ignore[arg-type]
-    arguments = TrainingSection(**{**ARGUMENTS, **changes}).model_dump(exclude={"output_dir"})
-    result = train_adapter(
-        adapted,
-        AutoTokenizer.from_pretrained(EMBEDDED),
-        rows(),
-        None,
-        folder=folder / "checkpoints",
-        metrics=folder / "metrics.jsonl",
-        arguments={**arguments, "report_to": []},
-        device="cpu",
-        dtype="float32",
-        train_router=True,
-        console=Console(file=io.StringIO()),
-    )
+    result = train_adapted(adapted, folder, rows(), **changes)
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     losses = [result.loss, *(entry["loss"] for entry in entries if "loss" in entry)]
     return adapted, losses, {name: p for name, p in adapted.named_parameters() if "lora_" in name}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer, set_seed
 
@@ -36,20 +37,15 @@ def rows(count: int = 12, *, masked: bool = False) -> Dataset:
     return Dataset.from_dict({"input_ids": sequences, "labels": labels if masked else sequences})
 
 
-def train(
-    checkpoint: Path, folder: Path, *, masked: bool = False, **changes: Any
-) -> tuple[TrainResult, dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Train a fresh adapter; gives the result, the adapter's tensors and the logged metrics."""
-    model, _ = load_int8(str(checkpoint))
-    set_seed(0)
-    adapted = attach_lora(model, r=2)
-    arguments = TrainingSection(**{**ARGUMENTS, **changes}).model_dump()
-    del arguments["output_dir"]
-    result = train_adapter(
+def train_adapted(adapted: PeftModel, folder: Path, data: Dataset, *held_out: Dataset, **changes: Any) -> TrainResult:
+    """The trainer on an adapted model, as a recipe with `ARGUMENTS` and these changes; `head…` goes to the trainer."""
+    given = {name: changes.pop(name) for name in ("head", "head_stage") if name in changes}
+    arguments = TrainingSection(**{**ARGUMENTS, **changes}).model_dump(exclude={"output_dir"})
+    return train_adapter(
         adapted,
         AutoTokenizer.from_pretrained(EMBEDDED),
-        rows(masked=masked),
-        rows(4, masked=masked),
+        data,
+        *(held_out or (None,)),
         folder=folder / "checkpoints",
         metrics=folder / "metrics.jsonl",
         arguments={**arguments, "report_to": []},
@@ -57,7 +53,18 @@ def train(
         dtype="float32",
         train_router=True,
         console=Console(file=io.StringIO()),
+        **given,
     )
+
+
+def train(
+    checkpoint: Path, folder: Path, *, masked: bool = False, **changes: Any
+) -> tuple[TrainResult, dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Train a fresh adapter; gives the result, the adapter's tensors and the logged metrics."""
+    model, _ = load_int8(str(checkpoint))
+    set_seed(0)
+    adapted = attach_lora(model, r=2)
+    result = train_adapted(adapted, folder, rows(masked=masked), rows(4, masked=masked), **changes)
     coverage = adapter_coverage(adapted)
     assert coverage.moved == coverage.adapters
     tensors = {name: p.detach().clone() for name, p in adapted.named_parameters() if "lora_" in name}

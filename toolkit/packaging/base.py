@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -103,5 +104,12 @@ def _file_sha256(path: Path) -> str:
     stored_as = path.resolve().name
     if path.is_symlink() and _SHA256.fullmatch(stored_as):
         return stored_as
+    status = path.stat()
+    return _content_sha256(path.absolute(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _content_sha256(path: Path, *status: int) -> str:
+    """A run asks for its base several times; a large file is read again only where its size or times have changed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from torch import nn
 
 from toolkit.architecture import LINEAR_ROLES, Architecture
 from toolkit.plan.cards import Card
+from toolkit.plan.head import experts_per_token
 from toolkit.plan.memory import Bytes
 from toolkit.plan.place import streamed
 from toolkit.recipe import Recipe
@@ -88,17 +89,8 @@ def _active(model: nn.Module, architecture: Architecture) -> float:
 def _share(model: nn.Module, architecture: Architecture) -> float:
     """Experts per token over experts."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    names = (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "moe_topk",
-        "moe_k",
-        "top_k_experts",
-        "num_selected_experts",
-    )
-    chosen = next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
     experts = architecture.layers[0].num_experts
-    return min(1.0, (chosen or experts) / experts)
+    return min(1.0, experts_per_token(config, experts) / experts)
 
 
 def _attention(model: nn.Module, length: int) -> float:

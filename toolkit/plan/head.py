@@ -11,6 +11,14 @@ from toolkit.architecture import is_experts
 
 __all__ = ["experts_per_token", "head_bytes", "head_parameters"]
 
+_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+)
 _BYTES = 16
 """Of a parameter that trains in fp32: weight, gradient and AdamW's two moments."""
 
@@ -40,7 +48,7 @@ def _inner(experts: Any) -> int:
     return int(shape[1] if experts.is_transposed else shape[2])
 
 
-def experts_per_token(config: Any) -> int:
-    """Experts that a token has, by the names that configs give their number."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-    return next((int(found) for name in names if isinstance(found := getattr(config, name, None), int)), 1)
+def experts_per_token(config: Any, otherwise: int = 1) -> int:
+    """Experts that a token has, by the names that configs give their number; `otherwise` where they give none."""
+    found = (getattr(config, name, None) for name in _PER_TOKEN)
+    return next((int(number) for number in found if isinstance(number, int)), otherwise)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from toolkit.durable import sync
+from toolkit.durable import replaced_file
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.quant.calibrate import Compensation, ExpertError, PartError
 
@@ -37,14 +37,11 @@ def write_compensated(model: nn.Module, report: Compensation, path: Path, base: 
     Raises:
         ResourceError: the disk is full or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: value.cpu().contiguous() for name, value in int8_state(model).items()}
     try:
-        save_file(tensors, temporary, metadata={"base": base, "report": json.dumps(report.to_dict())})
-        sync(temporary)
-        temporary.replace(path)
+        with replaced_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"base": base, "report": json.dumps(report.to_dict())})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise ResourceError(f"{path}: cannot be written: {first_line(error)}; free space on the disk") from None
 
 

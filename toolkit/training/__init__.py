@@ -5,7 +5,7 @@ from toolkit.training.fork import copy_start, fork_recipe
 from toolkit.training.lock import owned
 from toolkit.training.resume import Resume, data_sha256, find_resume, tokenizer_sha256, versions
 from toolkit.training.run import RunFolder, check_folder_is_ours, check_writable, open_run, require_disk
-from toolkit.training.trainer import TrainResult, is_out_of_memory, train_adapter
+from toolkit.training.trainer import TrainResult, train_adapter
 
 __all__ = [
     "BestAdapter",
@@ -18,7 +18,6 @@ __all__ = [
     "data_sha256",
     "find_resume",
     "fork_recipe",
-    "is_out_of_memory",
     "open_run",
     "owned",
     "require_disk",

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from toolkit.durable import sync, write_text
+from toolkit.durable import replaced_file, write_text
 from toolkit.errors import ModelError
 from toolkit.ranks import is_first
 
@@ -100,8 +100,5 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """A safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    with replaced_file(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

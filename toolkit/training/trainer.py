@@ -40,12 +40,12 @@ from toolkit.training.labelled import can_keep_logits, labelled_logits
 from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
-from toolkit.training.probe import longest_rows, probe
+from toolkit.training.probe import longest_rows, out_of_memory, probe
 from toolkit.training.progress import MetricsLog, ProgressDisplay, StillAdapters
 from toolkit.training.resumable import Part, ResumableTrainer
 from toolkit.training.resume import Resume
 
-__all__ = ["AdapterTrainer", "TrainResult", "is_out_of_memory", "sft_config", "train_adapter"]
+__all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
 
 _NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
@@ -314,7 +314,7 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
         with trainer.stop.until_saved():
             return trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not out_of_memory(error):
             raise
         last = next((path.name for path in every_checkpoint(Path(trainer.args.output_dir))), None)
         then = f"{last} is kept: close other programs, then rerun the same command" if last else "nothing is saved yet"
@@ -322,11 +322,6 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
             f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); {then}; a smaller "
             "training.max_length, training.per_device_train_batch_size or lora.r needs less"
         ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a card or the machine had no memory left; torch tells of the machine's in a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager
