@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Planned against measured peak memory of training on a CPU: families, lengths, ranks, checkpointing, optimizers.
+"""Planned against measured peak memory of training on a CPU: families, lengths, ranks, checkpointing, streaming.
 
     .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE]
 
@@ -7,7 +7,9 @@ Each row is a process of its own: it plans, builds a model of 60 to 400 MB in in
 as `onecard train` does, and reads its anonymous memory (RssAnon) every 5 ms. What Python and the libraries held before
 the model was built is subtracted; nothing else is. MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which
 keeps glibc from raising it as it goes: what is freed is then given back, and RssAnon is what the run holds, as
-`torch.cuda.max_memory_allocated` is on a card. `--holes` leaves glibc alone; the plan has `slack` for that.
+`torch.cuda.max_memory_allocated` is on a card. `--holes` leaves glibc alone; the plan has `slack` for that. Streamed
+cases read their stacks from an int8 file that another process has written; what stays is copied out of the file's
+mapping, since mapped pages are nobody's anonymous memory.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ class Case:
     batch: int = 1
     accumulation: int = 1
     target_modules: str = "attention"
+    share: float = 0.0
+    """Of the MoE layers, streamed from the disk."""
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,6 +72,7 @@ class Case:
         parts += ["" if self.router else "no router", "" if self.packing else f"padded, batch {self.batch}"]
         parts += [f"{self.accumulation} micro-batches" if self.accumulation > 1 else ""]
         parts += ["" if self.target_modules == "attention" else self.target_modules]
+        parts += [f"{self.share:.0%} streamed" if self.share else ""]
         return ", ".join(part for part in [*parts, *(f"{k} {v}" for k, v in self.config.items())] if part)
 
 
@@ -87,6 +92,10 @@ CASES = [
     Case("qwen3_moe", config={"num_hidden_layers": 8}),
     Case("mixtral", config={"num_hidden_layers": 6}, checkpointing=False),
     Case("qwen3_moe", config={"vocab_size": 32768}),
+    *(Case(family, share=1.0) for family in ("qwen3_moe", "mixtral", "gpt_oss")),
+    Case("qwen3_moe", share=0.5, config={"num_hidden_layers": 8}),
+    Case("olmoe", share=0.5, checkpointing=False),
+    Case("qwen3_moe", share=1.0, accumulation=4),
 ]
 
 
@@ -95,21 +104,19 @@ def run(case: Case) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from rich.console import Console
-    from transformers import CONFIG_MAPPING, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from toolkit.adapters import attach_lora
-    from toolkit.architecture import auto_class
     from toolkit.plan.budget import Budget
     from toolkit.plan.devices import this_device
-    from toolkit.plan.memory import StepShape
-    from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+    from toolkit.plan.steps import StepShape
     from toolkit.recipe import parse
     from toolkit.training import train_adapter
     from toolkit.training.memory import anonymous_memory
 
     with tempfile.TemporaryDirectory() as folder:
         name = str(Path(folder) / "model")
-        config = CONFIG_MAPPING[case.family](**{**SIZES, **FAMILIES[case.family], **case.config})
+        config = _config(case)
         config.save_pretrained(name)
         recipe = parse(
             f"model: {{model_name_or_path: '{name}'}}\ndata: {{train: none}}\n"
@@ -117,23 +124,24 @@ def run(case: Case) -> dict[str, Any]:
             f"training: {{max_length: {case.length}, optim: {case.optim}, packing: {str(case.packing).lower()}, "
             f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
             f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
+            + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
         )
         budget = Budget(
-            name, "main", this_device(use_cpu=True), torch.float32, "onecard_per_expert", "auto", True,
+            name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
             StepShape(case.length, case.length - 1),
         )  # fmt: skip
-        planned = budget.bytes(recipe)
+        placement = budget.place(recipe) if case.share else None
+        planned = budget.bytes(recipe, placement)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, 2000, (24, case.length), generator=generator).tolist()
         data = Dataset.from_dict({"input_ids": ids, "labels": ids})
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        if placement:
+            number = str(CASES.index(case))
+            subprocess.run([sys.executable, __file__, "--write", folder, "--child", number], check=True)
 
         before = anonymous_memory()
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
-        model.requires_grad_(False)
-        Int8Quantizer(Int8Config())._process_model_before_weight_loading(model)
-        _fill(model)
+        model = _streamed(folder, placement) if placement else _resident(config)
         lora = recipe.lora.model_dump(exclude={"adapter_name_or_path"})
         adapted = attach_lora(model, **lora)
         arguments = recipe.training.model_dump(exclude={"output_dir"})
@@ -147,6 +155,51 @@ def run(case: Case) -> dict[str, Any]:
         "family": case.family, "length": case.length, "case": case.text, "planned": planned.run, "measured": measured,
         "error": planned.run / measured - 1, "note": budget.note, "before": before, "bytes": vars(planned),
     }  # fmt: skip
+
+
+def _config(case: Case) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[case.family](**{**SIZES, **FAMILIES[case.family], **case.config})
+
+
+def _resident(config: Any) -> Any:
+    """The int8 model with random numbers, all in memory."""
+    import torch
+
+    from toolkit.architecture import auto_class
+    from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
+    model.requires_grad_(False)
+    Int8Quantizer(Int8Config())._process_model_before_weight_loading(model)
+    _fill(model)
+    return model
+
+
+def _write(case: Case, folder: str) -> None:
+    """The case's model in fp32, and its int8 file."""
+    import torch
+
+    from toolkit.architecture import auto_class
+    from toolkit.offload import int8_folder
+
+    name = str(Path(folder) / "model")
+    auto_class(_config(case)).from_config(_config(case)).save_pretrained(name)
+    int8_folder(name, dtype=torch.float32, root=Path(folder) / "cache")
+
+
+def _streamed(folder: str, placement: Any) -> Any:
+    """The same with streamed stacks; nothing else is left mapped."""
+    from toolkit.offload import load_streamed
+
+    model, _ = load_streamed(str(Path(folder) / "model"), placement, cache=Path(folder) / "cache",
+                             experts_implementation="onecard_per_expert")  # fmt: skip
+    for parameter in model.parameters():
+        if parameter.stride() != (0,) * parameter.dim() or not parameter.dim():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def _fill(model: Any) -> None:
@@ -177,7 +230,11 @@ def main() -> None:
     parser.add_argument("--holes", action="store_true", help="With glibc's settings untouched.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, help="Markdown.")
+    parser.add_argument("--write", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.write:
+        _write(CASES[given.child], given.write)
+        return
     if given.child is not None:
         print("RESULT" + json.dumps(run(CASES[given.child])))
         return

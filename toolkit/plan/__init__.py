@@ -4,8 +4,9 @@ from toolkit.plan.audit import Audit, Part, audit
 from toolkit.plan.devices import Device, choose_device, device_memory, parse_bytes
 from toolkit.plan.fit import Change, nearest_change
 from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
-from toolkit.plan.memory import Bytes, StepShape
+from toolkit.plan.memory import Bytes
 from toolkit.plan.starting import first_that_fits
+from toolkit.plan.steps import StepShape
 
 __all__ = [
     "BACKENDS",

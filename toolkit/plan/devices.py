@@ -5,11 +5,10 @@ torch knows the card that is there. A plan is most useful before one is bought o
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from toolkit.errors import RecipeError, did_you_mean
 from toolkit.plan.cards import CARDS, Card
@@ -29,16 +28,31 @@ class Device:
     memory: int
     card: Card | None = None
     host_memory: int | None = None
+    is_here: bool = False
+    """Whether it is this machine's own."""
 
 
 def this_device(use_cpu: bool = False) -> Device:
     """This machine's card, or its processor."""
     host = device_memory("cpu")
-    if use_cpu or not torch.cuda.is_available():
-        return Device("cpu", "cpu", host, None, host)
+    if use_cpu or not _has_card():
+        return Device("cpu", "cpu", host, None, host, True)
+    import torch
+
     name = torch.cuda.get_device_name(0)
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower().partition("geforce ")[2] or name.lower())
-    return Device("cuda", name, device_memory("cuda"), CARDS.get(_SHORT.get(plain, plain)), host)
+    return Device("cuda", name, device_memory("cuda"), CARDS.get(_SHORT.get(plain, plain)), host, True)
+
+
+def _has_card() -> bool:
+    """Whether torch would compute on one here; it is not loaded where the driver's library is not there at all."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def choose_device(name: str | None = None, memory: str | None = None, *, use_cpu: bool = False) -> Device:
@@ -82,6 +96,8 @@ def parse_bytes(text: str) -> int:
 def device_memory(device: str) -> int:
     """Bytes of the device: the card's, or the machine's RAM (the cgroup's share of it)."""
     if device == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(0).total_memory)
     pages = Path("/proc/meminfo").read_text(encoding="ascii").split("MemTotal:")[1].split()[0]
     limit = Path("/sys/fs/cgroup/memory.max")
