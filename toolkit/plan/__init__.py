@@ -1,7 +1,7 @@
 """Before any weight is read: what a run will load, adapt and need, and what a checkpoint is made of."""
 
 from toolkit.plan.audit import Audit, Part, audit
-from toolkit.plan.devices import Device, choose_device, device_memory, parse_bytes
+from toolkit.plan.devices import Device, choose_device, device_memory, free_memory, parse_bytes
 from toolkit.plan.fit import Change, nearest_change
 from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
 from toolkit.plan.memory import Bytes
@@ -22,6 +22,7 @@ __all__ = [
     "choose_device",
     "device_memory",
     "first_that_fits",
+    "free_memory",
     "make_plan",
     "nearest_change",
     "parse_bytes",

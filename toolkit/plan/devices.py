@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.errors import RecipeError, did_you_mean
 from toolkit.plan.cards import CARDS, Card
 
-__all__ = ["Device", "choose_device", "device_memory", "parse_bytes", "this_device"]
+__all__ = ["Device", "choose_device", "device_memory", "free_memory", "parse_bytes", "this_device"]
 
 _SHORT = {"rtx-3060": "rtx-3060-12gb", "rtx-4060-ti": "rtx-4060-ti-16gb"}
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -104,3 +105,23 @@ def device_memory(device: str) -> int:
     bounded = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     total = int(pages) * 1024
     return min(total, int(bounded)) if bounded.isdigit() else total
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process could still have: of the card, or of memory, under the limits set for the process."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    used, available = _fields("/proc/self/status"), _fields("/proc/meminfo")["MemAvailable"]
+    rooms = [min(available, device_memory("cpu"))]
+    for limit, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft, _ = resource.getrlimit(limit)
+        rooms += [] if soft == resource.RLIM_INFINITY else [soft - used[field]]
+    return max(0, min(rooms))
+
+
+def _fields(path: str) -> dict[str, int]:
+    """Bytes by name, of a file that gives kB."""
+    lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines() if line.endswith("kB")]
+    return {name.rstrip(":"): int(size) << 10 for name, size, _ in lines}

@@ -51,7 +51,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes beyond what stands: the most at once, gradients among them; and what forward keeps for backward."""
+    """Bytes beyond what stands: the most at once, gradients among them; and those of a micro-batch that waits."""
 
     peak: int
     saved: int = 0

@@ -30,6 +30,8 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self.peaks: dict[str, int] = {}
         """Highest count of each stretch, by the mark that opens it."""
+        self.waiting = 0
+        """Highest count at places that the caller asks for."""
         self.opened: dict[str, int] = {}
         """Count at each mark."""
         self._granule, self._mark = granule, "start"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from toolkit.architecture import describe
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -53,7 +55,7 @@ class Step:
 @dataclass(frozen=True)
 class Counted:
     """Highest count of live bytes in each stretch (before the layers, in each layer forward and backward, the loss),
-    and how many were alive where the loss begins."""
+    and what a micro-batch holds, gradients of parameters apart, where it may have to wait for its next experts."""
 
     peaks: Mapping[str, int]
     saved: int
@@ -65,8 +67,8 @@ class Counted:
 
 
 def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int]:
-    """Most bytes that a step holds beyond parameters, buffers and optimizer, gradients among them; and how many of
-    them forward keeps for backward.
+    """Most bytes that a step holds beyond parameters, buffers and optimizer, gradients among them; and how much a
+    micro-batch holds while others are taken through a streamed layer.
 
     Args:
         model: a skeleton on meta, which is used up.
@@ -107,7 +109,7 @@ def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Count
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
-    return Counted(ledger.peaks, ledger.opened.get("loss", 0))
+    return Counted(ledger.peaks, max(ledger.opened.get("loss", 0), ledger.waiting))
 
 
 def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
@@ -115,6 +117,7 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
     inputs = _inputs(model, step)
     watches = [_Watch(ledger, number, is_last=number == len(layers) - 1) for number in range(len(layers))]
     handles = [layer.register_forward_hook(watch) for layer, watch in zip(layers, watches, strict=True)]
+    recomputed = [experts.register_forward_pre_hook(partial(_wait, ledger, model)) for experts in _experts(model)]
     half = step.dtype in (torch.bfloat16, torch.float16)
     try:
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
@@ -129,8 +132,19 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
         if step.trains:
             loss.backward()
     finally:
-        for handle in handles:
+        for handle in (*handles, *recomputed):
             handle.remove()
+
+
+def _experts(model: PeftModel) -> list[nn.Module]:
+    base = model.get_base_model()
+    return [base.get_submodule(layer.name) for layer in describe(base).layers]
+
+
+def _wait(ledger: Ledger, model: nn.Module, *_: Any) -> None:
+    """A micro-batch may wait before any experts, in forward or where forward is computed again."""
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+    ledger.waiting = max(ledger.waiting, ledger.live - gradients)
 
 
 class _Watch:
