@@ -43,24 +43,26 @@ def questions(name: str) -> dict[str, Question]:
     """All that the record answers, by digest."""
     found: dict[str, Question] = {}
     for recipe in recipes(name):
-        for length in LENGTHS:
-            for r, kept, device in _choices(int(recipe.lora.r)):
-                asked = question(
-                    _changed(recipe, r, length, kept),
-                    StepShape(length, length - 1),
-                    device=device,
-                    dtype="bfloat16" if device == "cuda" else "float32",
-                    backend="onecard_triton" if device == "cuda" else "onecard_per_expert",
-                )
-                found[asked.digest()] = asked
+        for length, r, kept, device in _choices(recipe):
+            asked = question(
+                _changed(recipe, r, length, kept),
+                StepShape(length, length - 1),
+                device=device,
+                dtype="bfloat16" if device == "cuda" else "float32",
+                backend="onecard_triton" if device == "cuda" else "onecard_per_expert",
+            )
+            found[asked.digest()] = asked
     return found
 
 
-def _choices(r: int) -> Iterator[tuple[int, bool, str]]:
-    """Rank, whether activations are kept, device."""
-    yield from ((each, False, "cuda") for each in {*RANKS, r})
-    yield r, True, "cuda"
-    yield r, False, "cpu"
+def _choices(recipe: Recipe) -> Iterator[tuple[int, int, bool, str]]:
+    """Length, rank, whether activations are kept, device: the recipe, and what a plan tries where it does not fit."""
+    longest, r = int(recipe.training.max_length), int(recipe.lora.r)
+    yield from ((length, r, False, "cuda") for length in LENGTHS)
+    yield from ((longest, rank, False, "cuda") for rank in RANKS)
+    yield from ((LENGTHS[0], rank, False, "cuda") for rank in RANKS if rank <= r)
+    yield longest, r, True, "cuda"
+    yield longest, r, False, "cpu"
 
 
 def _changed(recipe: Recipe, r: int, length: int, kept: bool) -> Recipe:

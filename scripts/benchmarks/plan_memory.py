@@ -3,7 +3,7 @@
 
     .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE]
 
-Each row is a process of its own: it plans, builds a model of 60 to 400 MB in int8 with random numbers, trains two steps
+Each row is a process of its own, forked from one that has only loaded the libraries: it plans, builds a model of 60 to 400 MB in int8 with random numbers, trains two steps
 as `onecard train` does, and reads its anonymous memory (RssAnon) every 5 ms. What Python and the libraries held before
 the model was built is subtracted; nothing else is. MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which
 keeps glibc from raising it as it goes: what is freed is then given back, and RssAnon is what the run holds, as
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -77,6 +78,10 @@ class Case:
 
 
 CASES = [
+    Case("qwen3_moe", share=1.0, accumulation=4),
+    *(Case(family, share=1.0) for family in ("qwen3_moe", "mixtral", "gpt_oss")),
+    Case("qwen3_moe", share=0.5, config={"num_hidden_layers": 8}),
+    Case("olmoe", share=0.5, checkpointing=False),
     *(Case(family) for family in FAMILIES),
     *(Case(family, checkpointing=False) for family in FAMILIES),
     *(Case("qwen3_moe", length=length) for length in (256, 512, 2048)),
@@ -92,10 +97,6 @@ CASES = [
     Case("qwen3_moe", config={"num_hidden_layers": 8}),
     Case("mixtral", config={"num_hidden_layers": 6}, checkpointing=False),
     Case("qwen3_moe", config={"vocab_size": 32768}),
-    *(Case(family, share=1.0) for family in ("qwen3_moe", "mixtral", "gpt_oss")),
-    Case("qwen3_moe", share=0.5, config={"num_hidden_layers": 8}),
-    Case("olmoe", share=0.5, checkpointing=False),
-    Case("qwen3_moe", share=1.0, accumulation=4),
 ]
 
 
@@ -138,7 +139,7 @@ def run(case: Case) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         if placement:
             number = str(CASES.index(case))
-            subprocess.run([sys.executable, __file__, "--write", folder, "--child", number], check=True)
+            subprocess.run([sys.executable, __file__, "--write", folder, "--only", number], check=True)
 
         before = anonymous_memory()
         model = _streamed(folder, placement) if placement else _resident(config)
@@ -226,39 +227,68 @@ def main() -> None:
     """Every case in a process of its own, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, nargs="*")
-    parser.add_argument("--child", type=int)
     parser.add_argument("--holes", action="store_true", help="With glibc's settings untouched.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, help="Markdown.")
     parser.add_argument("--write", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.write:
-        _write(CASES[given.child], given.write)
+        _write(CASES[given.only[0]], given.write)
         return
-    if given.child is not None:
-        print("RESULT" + json.dumps(run(CASES[given.child])))
-        return
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    environment |= {} if given.holes else {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    settings = {} if given.holes else {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    if {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")} != settings:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**kept, **settings})
+    _load_libraries()
     rows = []
     for number in given.only or range(len(CASES)):
-        command = [sys.executable, __file__, "--child", str(number)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        if not found:
-            print(f"{number} {CASES[number]} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        row = _in_a_process(CASES[number])
+        if isinstance(row, str):
+            print(f"{number} {CASES[number]} failed: {row}", flush=True)
             continue
-        row = json.loads(found[0].removeprefix("RESULT"))
         rows.append(row)
         print(
             f"{number:3} {row['family']:12} {row['length']:5} {row['case']:50} planned {row['planned'] / 2**20:7.1f} "
             f"measured {row['measured'] / 2**20:7.1f} {row['error']:+.1%} {row['note']}",
             flush=True,
         )
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if given.table:
-        given.table.write_text(table(rows))
+        if given.json:
+            given.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if given.table:
+            given.table.write_text(table(rows))
+
+
+def _load_libraries() -> None:
+    """Once, for all the processes that are forked from here."""
+    import bitsandbytes  # noqa: F401
+    import torch
+
+    import toolkit.offload
+    import toolkit.rehearsal
+    import toolkit.training  # noqa: F401
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _in_a_process(case: Case) -> dict[str, Any] | str:
+    """The case's row, or why there is none."""
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(case, there))
+    process.start()
+    there.close()
+    try:
+        row: dict[str, Any] | str = here.recv()
+    except EOFError:
+        row = "the process died"
+    process.join()
+    return row
+
+
+def _answer(case: Case, there: Any) -> None:
+    try:
+        there.send(run(case))
+    except Exception as error:
+        there.send(f"{type(error).__name__}: {error}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -161,10 +161,11 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     training = plan.recipe.training
     assert isinstance(training.max_length, int)
     lengths, labels = _lengths(batches.train)
-    looked_at = held_out(batches, plan) if batches.validation is not None and plan.recipe.eval.enabled else None
+    looked_at = held_out(batches, plan)
     others, their_labels = _lengths(looked_at) if looked_at is not None else ([], [])
-    prompts = [len(question.prompt_ids) for question in batches.held_out[: plan.recipe.eval.max_samples]]
-    beside = (max(others, default=0), max(their_labels, default=0), max(prompts, default=0) if others else 0)
+    questions = batches.held_out[: plan.recipe.eval.max_samples] if plan.recipe.eval.enabled and others else ()
+    prompts = [len(question.prompt_ids) for question in questions]
+    beside = (max(others, default=0), max(their_labels, default=0), max(prompts, default=0))
     if not training.packing:
         one = training.per_device_train_batch_size == 1
         return StepShape(max(lengths), max(labels) if one else max(lengths), *beside)

@@ -127,8 +127,8 @@ class Budget:
         """Most bytes of a pass over held-out examples, 0 where there are none or the data were not looked at."""
         if not self.counts_steps or self.shape is None or not self.shape.held_out:
             return 0
-        prompts = recipe.eval.enabled and self.shape.prompt
-        return max(self._answer(recipe, kind).peak for kind in ("loss", *(("generate",) if prompts else ())))
+        kinds = ("loss", "generate") if self.shape.prompt else ("loss",)
+        return max(self._answer(recipe, kind).peak for kind in kinds)
 
     def shape_for(self, recipe: Recipe) -> StepShape:
         """What the data need, and no more than the recipe's length."""
