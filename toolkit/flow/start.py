@@ -21,7 +21,7 @@ from toolkit.packaging import fetch_adapter, identify_base
 from toolkit.plan import Plan, StepShape
 from toolkit.plan.place import streamed
 from toolkit.quant import load_int8, measure
-from toolkit.quant.calibrate import Compensation, compensate_model
+from toolkit.quant.calibrate import Compensation, calibration_examples, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, join
 from toolkit.steps import part
@@ -84,7 +84,7 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     with first_one_first():
         if kept and kept.is_file():
             return read_compensated(model, kept, _base_hash(plan))
-        examples = batches.train[: wanted.calibration_samples]["input_ids"]
+        examples = calibration_examples(batches.train[: wanted.calibration_samples]["input_ids"])
         report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
         if kept:
             write_compensated(model, report, kept, _base_hash(plan))

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.plan.formats import declared_format
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config
 from toolkit.quant.save import fetch
+from toolkit.registration import METHOD
 
 __all__ = ["cache_root", "int8_folder"]
 

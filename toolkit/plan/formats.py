@@ -11,11 +11,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from toolkit.errors import ModelError
+from toolkit.registration import METHOD
 
-__all__ = ["METHOD", "SOURCES", "declared_format"]
-
-METHOD = "onecard_int8"
-"""Our own format, by the name it has in a config."""
+__all__ = ["SOURCES", "declared_format"]
 
 SOURCES = ("fp8", "mxfp8", "mxfp4")
 """Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""

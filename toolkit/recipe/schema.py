@@ -63,8 +63,8 @@ class QuantizationSection(_Section):
     error_compensation: Literal["none", "gptq"] = "none"
     """`gptq` rounds the int8 parts again, layer by layer, so that their outputs on training examples stay as near as
     they can: same storage, same speed, some minutes more before step 1."""
-    calibration_samples: Positive = 128
-    """Training examples that `gptq` looks at."""
+    calibration_samples: Positive = 512
+    """Training examples that `gptq` looks at, up to 262,144 tokens of them."""
 
     @model_validator(mode="after")
     def _something_to_compensate(self) -> QuantizationSection:
