@@ -26,6 +26,7 @@ __all__ = [
     "artifact_of",
     "emit",
     "load_recipe",
+    "opened_as",
     "plain_console",
     "quiet_console",
     "reopen",
@@ -82,6 +83,18 @@ def artifact_of(path: Path | str) -> Path:
     """A run's artifact, or the artifact itself; downloaded where it is `hf://owner/name`."""
     path = _fetched(path)
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
+def opened_as(path: Path | str, base: str | None = None) -> str:
+    """What to type after a verb to open this run or artifact again, its base included where nothing else names it."""
+    from toolkit.packaging import read_manifest
+
+    if base:
+        return f"{path} --base {base}"
+    if run := next((each for each in (Path(path), Path(path).parent) if (each / "recipe.yaml").is_file()), None):
+        return str(run)
+    is_local = read_manifest(artifact_of(path))["base"]["revision"] is None
+    return f"{path} --base BASE" if is_local else str(path)
 
 
 def _fetched(path: Path | str) -> Path:
