@@ -42,7 +42,8 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 def quiet_console() -> Console:
     """A console on stderr that tells which part is at work; mute in all processes of a run but the first.
 
-    On a terminal the bars of downloads and of loading are those of the Hub's client and transformers; elsewhere none.
+    The bars are ours, of the parts' own counts. Of other libraries only the Hub's client draws, on a terminal, where it
+    sends or takes something of its own accord.
     """
     import datasets
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -52,8 +53,8 @@ def quiet_console() -> Console:
 
     console = plain_console()
     datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     if not console.is_terminal:
-        transformers_logging.disable_progress_bar()
         disable_progress_bars()
     listen(console)
     return console

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,13 +108,27 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _state(folder: RunFolder, finished: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """In words, and the share of the epochs that are done where it is known."""
+    """In words, the share of the steps that are done where it is known, and the minutes left at the speed so far."""
     if finished:
-        return {"word": "finished", "share": 1.0, "step": finished["training"]["steps"]}
+        return {"word": "finished", "share": 1.0, "step": finished["training"]["steps"], "left": None}
     last = metrics[-1] if metrics else {"step": 0}
     touched = folder.metrics.stat().st_mtime if folder.metrics.is_file() else folder.recipe.stat().st_mtime
     word = "running" if time.time() - touched < _ALIVE_SECONDS else "not finished; the same command goes on with it"
-    return {"word": word, "share": last.get("progress"), "step": last["step"], "epoch": last.get("epoch")}
+    left = _time_left(metrics) if word == "running" else None
+    return {"word": word, "share": last.get("progress"), "step": last["step"], "left": left}
+
+
+def _time_left(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """At the speed of the lines so far, which hold about equally many tokens each; None before there are two."""
+    speeds = [entry["tokens_per_second"] for entry in metrics if entry.get("tokens_per_second")]
+    last = next((entry for entry in reversed(metrics) if entry.get("progress") and entry.get("num_tokens")), None)
+    if last is None or len(speeds) < 2:
+        return None
+    tokens_left = last["num_tokens"] / last["progress"] - last["num_tokens"]
+    seconds = tokens_left * statistics.mean(1 / speed for speed in speeds)
+    if seconds < 5400:
+        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _outcome(finished: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -172,6 +187,7 @@ def _memory_chart(
     if not planned:
         return
     total = planned.pop("total", sum(planned.values()))
+    planned = {name: size for name, size in planned.items() if size}
     sizes = {**planned, "planned, sum": total, **({"measured, peak": peak} if peak else {})}
     mebibytes = {name: size / 2**20 for name, size in sizes.items()}
     text = f"Planned {_figure(total / 2**20)} MiB, measured {_figure(peak / 2**20)} MiB at the peak"
