@@ -56,7 +56,7 @@ _MOST_LOGITS = 1 << 28
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out, steps planned."""
+    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out and planned."""
 
     steps: int
     loss: float
