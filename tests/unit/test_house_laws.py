@@ -24,7 +24,10 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
-_BASE = {"errors", "registration", "ranks", "durable", "signals", "steps", "recipe", "anatomy", "architecture", "plan"}
+_BASE = {
+    *("errors", "registration", "ranks", "durable", "signals", "steps", "downloads"),
+    *("recipe", "anatomy", "architecture", "plan"),
+}
 _MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -32,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": set(),
     "durable": {"errors"},
     "steps": {"errors"},
+    "downloads": {"steps"},
     "signals": {"errors", "ranks"},
     "recipe": {"errors"},
     "anatomy": set(),

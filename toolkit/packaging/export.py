@@ -22,6 +22,7 @@ from toolkit.packaging.gguf import MODELFILE, read_gguf, write_gguf
 from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_entry, load_adapter_config, write_json
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
 from toolkit.packaging.verify import verify_artifact
+from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter"]
 
@@ -46,6 +47,7 @@ class Export:
         return asdict(self)
 
 
+@part("export")
 def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str | Path) -> Export:
     """Write an artifact in another layout to the new folder `out`.
 
