@@ -133,8 +133,9 @@ def _train(
         return None
     packaged = flow.package(result, made)
     finished: dict[str, Any] = show.summarize(result, made, batches, packaged, compensated, before)
-    write_text(run.summary, json.dumps(finished, indent=2))
-    write_page(run.path)
+    text = json.dumps(finished, indent=2)
+    write_page(run.path, text)
+    write_text(run.summary, text)
     return finished
 
 

@@ -21,7 +21,7 @@ from toolkit.flow.head import evaluate_head, make_head
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
-from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging import config_sha256, identify_base, write_artifact
 from toolkit.packaging.manifest import file_entry
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
@@ -225,8 +225,13 @@ def _wanted_best(
 
 def _base_facts(plan: Plan) -> dict[str, Any]:
     kept = RunFolder(plan.folder).compensated
-    facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
-    return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
+    base = identify_base(plan.model, plan.recipe.model.revision)
+    return {
+        "commit": base.revision,
+        "base": base.weights_sha256,
+        "config": config_sha256(plan.model, plan.recipe.model.revision),
+        "compensated": file_entry(kept)["sha256"] if kept.is_file() else None,
+    }
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:

@@ -19,9 +19,11 @@ from huggingface_hub.errors import HFValidationError
 from toolkit.errors import ModelError
 from toolkit.steps import advance, part
 
-__all__ = ["BaseIdentity", "cached_snapshot", "identify_base"]
+__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+"""Of a config.json: where it came from, and how its files are stored; the run's own dtype is bound apart."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,6 +54,21 @@ def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
         folder = cached_snapshot(name_or_path, revision)
         name, commit = name_or_path, folder.name
     return BaseIdentity(name, commit, _weights_sha256(folder))
+
+
+def config_sha256(name_or_path: str, revision: str = "main") -> str:
+    """A hash of what `config.json` says of the computation: equal weights under another one are another base.
+
+    Raises `ModelError` where there is none that can be read.
+    """
+    folder = Path(name_or_path)
+    path = (folder if folder.is_dir() else cached_snapshot(name_or_path, revision)) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        said = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise ModelError(f"{path}: cannot be read as JSON: download the checkpoint again") from None
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _hub_origin(folder: Path) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.packaging.gguf import MODELFILE, read_gguf, write_gguf
 from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_entry, load_adapter_config, write_json
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
-from toolkit.packaging.verify import verify_artifact
+from toolkit.packaging.verify import require_base, verify_artifact
 from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter"]
@@ -65,6 +65,7 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     if out.exists():
         raise RecipeError(f"{out}: is there already; give another name")
     verify_artifact(artifact, strict=True)
+    require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
     with staged_folder(out) as folder:
