@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from toolkit.errors import ModelError
 

@@ -73,8 +73,8 @@ def test_a_combination_is_the_weighted_sum(write, tmp_path: Path) -> None:
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "sum").get_vocab() == AutoTokenizer.from_pretrained(BASE).get_vocab()
     )
-    parts = read_manifest(tmp_path / "sum")["combined"]
-    assert [(part["name"], part["weight"]) for part in parts] == [("one", 0.7), ("other", 0.3)]
+    made_of = read_manifest(tmp_path / "sum")["combined"]
+    assert [(part["name"], part["weight"]) for part in made_of] == [("one", 0.7), ("other", 0.3)]
     assert "## A combination" in (tmp_path / "sum/README.md").read_text()
     assert reopen_recipe(tmp_path / "sum", base=str(BASE), note=lambda line: None).lora.r == made.rank
     adapted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "sum"))
