@@ -30,6 +30,9 @@ def export(
         f"{made.folder}: {made.format}, read back and compared ({made.compared}): off by {made.difference:.3g}, "
         f"at most {made.bound:.3g}"
     )
+    for server, problems in made.servers.items():
+        console.print(f"{server}, by the rules in its sources: {'takes it' if not problems else 'does not take it'}")
+        console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
     emit(made.to_dict(), json_)
 
 
