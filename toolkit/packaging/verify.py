@@ -34,7 +34,7 @@ from toolkit.packaging.manifest import (
     load_adapter_config,
     read_manifest,
 )
-from toolkit.plan.formats import METHOD
+from toolkit.registration import METHOD
 
 __all__ = ["Check", "VerifyReport", "require_base", "verify_artifact"]
 

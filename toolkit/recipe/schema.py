@@ -293,6 +293,8 @@ class HubSection(_Section):
     """`owner/name` of the repository."""
     hub_private_repo: bool = True
     """Create the repository private."""
+    license: NonEmpty | None = None
+    """The adapter's licence, as the Hub calls it; without it what the base's card says."""
     hub_token: NonEmpty | None = None
     """Only as `${NAME}`, an environment variable; without it the Hub's own login is used."""
 
