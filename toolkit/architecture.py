@@ -28,6 +28,7 @@ from toolkit.errors import ModelError, first_line
 __all__ = [
     "LINEAR_ROLES",
     "MTP_LAYOUTS",
+    "MTP_WITHOUT_END_NORM",
     "Architecture",
     "ExpertLayer",
     "Linear",
@@ -308,3 +309,6 @@ MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
 )
 """Key names of multi-token-prediction heads that transformers' own mapping lacks: patterns and what they become in its
 `MtpModel`. Sources: the weight maps of ERNIE-4.5-21B-A3B-PT (rows 1 to 4) and MiMo-V2-Flash (5 and 6)."""
+
+MTP_WITHOUT_END_NORM = re.compile(r"^model\.mtp_linear_proj\.")
+"""Key names of heads that go from their block straight to the output head. Source: the same weight map of ERNIE-4.5."""
