@@ -74,9 +74,7 @@ def replay(
     return Replay(passes, tokens, tuple(proposed), tuple(accepted))
 
 
-def _guesses(
-    model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]], count: int
-) -> list[torch.Tensor]:
+def _guesses(model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]], count: int) -> list[torch.Tensor]:
     """By depth, the head's choice [B, L] at each place, given the true tokens before it."""
     ids, mask = _padded(rows)
     with capture_hidden(model.get_base_model()) as hidden:

@@ -7,7 +7,9 @@ one level up under `mtp`; `block`, everything of one kind under a name of its ow
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,17 @@ from toolkit.mtp import HeadDrafter, HeadTraining, MtpHead, Trunk, config_with_h
 from toolkit.mtp.head import capture_hidden
 from toolkit.mtp.native import prepared
 
-__all__ = ["LAYOUTS", "WITHOUT_NORM", "layout_of", "native_checkpoint", "our_draft", "stock", "stock_draft", "trained"]
+__all__ = [
+    "LAYOUTS",
+    "WITHOUT_NORM",
+    "layout_of",
+    "native_checkpoint",
+    "next_token",
+    "our_draft",
+    "stock",
+    "stock_draft",
+    "trained",
+]
 
 LAYOUTS = {
     "bailing_hybrid": "beyond",
@@ -51,9 +63,13 @@ def layout_of(patterns: list[str]) -> str:
     return "beyond" if any("layers" in pattern and "mtp" not in pattern for pattern in patterns) else "above"
 
 
-def native_checkpoint(family: str, folder: Path, layout: str | None = None) -> dict[str, torch.Tensor]:
-    """A tiny checkpoint with a head in the family's own layout; gives the head's tensors."""
+def native_checkpoint(
+    family: str, folder: Path, layout: str | None = None, changes: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """A tiny checkpoint with a head in the family's own layout, its config changed; gives the head's tensors."""
     config = tiny_config(family)
+    for name, value in (changes or {}).items():
+        setattr(config, name, value)
     model = build(config)
     model.save_pretrained(folder)
     model.config = prepared(model.config, 1)
@@ -126,7 +142,8 @@ def trained(model: PreTrainedModel, head: MtpHead) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _next(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def next_token(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's hidden states of a prompt, and the prompt with the likeliest token after it."""
     with capture_hidden(model) as hidden:
         logits = model(input_ids=prompt[None], use_cache=False).logits
     return hidden(), torch.cat([prompt, logits[0, -1:].argmax(-1)])
@@ -135,7 +152,7 @@ def _next(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, t
 @torch.no_grad()
 def stock_draft(model: PreTrainedModel, prompt: torch.Tensor) -> int:
     """What transformers' own head, read from the model's folder, drafts after the prompt and one token more."""
-    hidden, tokens = _next(model, prompt)
+    hidden, tokens = next_token(model, prompt)
     head = MtpModel.from_pretrained(model, device_map={"": "cpu"}).eval()
     positions = torch.arange(1, len(tokens))[None]
     cache = MtpCache(config=model.config.get_mtp_config())
@@ -144,7 +161,7 @@ def stock_draft(model: PreTrainedModel, prompt: torch.Tensor) -> int:
 
 def our_draft(model: PreTrainedModel, head: MtpHead, prompt: torch.Tensor) -> int:
     """The same, with our head."""
-    hidden, tokens = _next(model, prompt)
+    hidden, tokens = next_token(model, prompt)
     drafter = HeadDrafter(head, Trunk.of(model))
     draft = drafter.draft(hidden[0], tokens.tolist(), 1, lambda _, logits: (int(logits.argmax()), None))
     return draft.tokens[0]
