@@ -313,7 +313,7 @@ MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
 
 DRAFT_CARRIER = "glm4_moe"
 """The family in whose clothes servers can take a head of ours for a model of another: DeepSeek-V3's module around a
-block of grouped-query attention (biases and norms of queries and keys optional) and experts, one of them always at work.
+block of grouped-query attention (biases, and norms of queries and keys, optional) and experts, some always at work.
 Source: vLLM's glm4_moe_mtp.py, which `--speculative-config` gets at with a draft folder of its own."""
 
 MTP_WITHOUT_END_NORM = re.compile(r"^model\.mtp_linear_proj\.")

@@ -90,7 +90,7 @@ def hidden_states(model: PeftModel, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def train(plan: Any, depth: int, learning_rate: float) -> tuple[PeftModel, Any, Any, Several, float]:
-    """The recipe's adapter and the heads beside it; gives the model, its tokenizer and batches, the heads, and the seconds."""
+    """The recipe's adapter and the heads beside it: model, tokenizer, batches, heads, and the seconds it took."""
     base, tokenizer = flow.load(plan)
     batches = flow.build_batches(tokenizer, plan)
     model = flow.attach(base, plan)
@@ -143,10 +143,10 @@ def main() -> None:
     with model.disable_adapter():
         rows.append(_row("base", model, heads.apart.head.eval(), prompts, write()))
     rows += [_row(name, model, head.eval(), prompts, answers) for name, head in finished.items()]
-    parameters = sum(p.numel() for p in heads.apart.head.parameters())
+    parameters, length = sum(p.numel() for p in heads.apart.head.parameters()), sum(map(len, answers)) / len(answers)
     print(
-        f"{recipe.model.model_name_or_path}, {len(heads.seen)} batches in {seconds:.0f} s, head of {parameters:,} "
-        f"parameters, {len(own)} own answers; {len(prompts)} held-out prompts, answers of {sum(map(len, answers)) / len(answers):.1f} tokens"
+        f"{recipe.model.model_name_or_path}: {len(heads.seen)} batches in {seconds:.0f} s, head of {parameters:,} "
+        f"parameters, {len(own)} own answers; {len(prompts)} held-out prompts, answers of {length:.1f} tokens"
     )
     print(f"{'head':12}{'depth':>6}{'tau':>8}  accepted by place")
     for row in rows:

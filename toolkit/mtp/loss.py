@@ -146,6 +146,7 @@ class Chain:
         return causal_mask(rows.documents_BL, rows.valid_BL, self.trunk.window, additive=self.additive)
 
     def step(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's hidden states [B, L, H] at `depth`, of those before it; depths come one after the other from 1."""
         tokens = self.rows.tokens_BL.roll(-depth, 1)
         positions = self.rows.positions_BL + depth
         again = depth - len(self.head.layers)

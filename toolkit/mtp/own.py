@@ -62,7 +62,7 @@ def learn_own_answers(
 
 
 class _Hidden:
-    """The model's hidden states of the rows, read once and kept in the computer's memory where they are not too many."""
+    """The model's hidden states of the rows, read once and kept in the computer's memory where they are few enough."""
 
     def __init__(self, training: HeadTraining, rows: Sequence[Row]) -> None:
         self.training = training
@@ -91,7 +91,8 @@ class _Hidden:
                 use_cache=False,
                 logits_to_keep=1,
             )
-        return hidden()
+        result: torch.Tensor = hidden()
+        return result
 
 
 def _batches(rows: Sequence[Row], tokens: int, random: torch.Generator) -> Iterator[list[int]]:
