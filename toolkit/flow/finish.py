@@ -23,7 +23,7 @@ from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.packaging.manifest import file_entry
-from toolkit.plan import ROUNDED_ROWS, Plan, nearest_change
+from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
 from toolkit.signals import StopRequest
@@ -40,6 +40,7 @@ from toolkit.training import (
     train_adapter,
     versions,
 )
+from toolkit.training.memory import peak_of
 
 __all__ = ["Trained", "package", "resume", "train"]
 
@@ -61,6 +62,8 @@ class Trained:
     """What the answers of the training data say: none of it may leave with the artifact."""
     head: MtpHead | None = None
     drafting: dict[str, Any] | None = None
+    evaluation_peak: int = 0
+    """Bytes at the highest while base and adapted model were compared, as `TrainResult.peak_memory`."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
@@ -144,6 +147,7 @@ def train(
         console=console,
         best=_wanted_best(model, tokenizer, batches, plan),
         advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
+        probes=_probes(plan, note),
         resume=resumed,
         stop=stop,
         places=batches.places,
@@ -167,14 +171,23 @@ def train(
         teach_own_answers(head, tokenizer, batches, plan, console)
     finished = None if head is None else head.head.to(model.dtype).eval()
     compared, drafting = None, None
-    if is_first():
-        compared = evaluate(model, tokenizer, batches, plan)
-        drafting = evaluate_head(model, finished, batches, plan, console)
-        look_at_experts(model, batches, plan)
+    with peak_of(plan.device) as peak:
+        if is_first():
+            compared = evaluate(model, tokenizer, batches, plan)
+            drafting = evaluate_head(model, finished, batches, plan, console)
+            look_at_experts(model, batches, plan)
     if head is not None:
         drafting = {"training": head.result().to_dict(), **(drafting or {})}
     rows = _answers(tokenizer, batches.train)
-    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting)
+    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes)
+
+
+def _probes(plan: Plan, note: Callable[[str], None]) -> bool:
+    """Whether the longest batch goes first: not where twice what the plan needs is free beside what is loaded."""
+    if 2 * plan.bytes.total > free_memory(plan.device):
+        return True
+    note("memory: more than twice what the plan needs is free, so the longest batch is not tried first")
+    return False
 
 
 def _wanted_best(

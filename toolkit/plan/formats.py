@@ -6,11 +6,12 @@ transformers finds out while it loads, format by format, and would keep the weig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["METHOD", "SOURCES", "declared_format"]
 

@@ -14,6 +14,7 @@ from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.place import resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import published
+from toolkit.plan.steps import Held
 from toolkit.recipe import Recipe, parse
 
 MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
@@ -28,11 +29,12 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's bytes by a rule that is quick: its own tests rehearse."""
 
-    def step(self: Budget, wanted: Recipe) -> int:
+    def step(self: Budget, wanted: Recipe) -> Held:
         assert isinstance(wanted.training.max_length, int)
         assert isinstance(wanted.lora.r, int)
         kept = 1 if wanted.training.gradient_checkpointing else 8
-        return kept * wanted.training.max_length * (1 << 18) + wanted.lora.r * (40 << 20)
+        saved = kept * wanted.training.max_length * (1 << 18)
+        return Held(saved + wanted.lora.r * (40 << 20), saved)
 
     monkeypatch.setattr(Budget, "step", step)
 
@@ -86,7 +88,7 @@ def test_auto_streams_the_fewest_layers_that_make_it_fit() -> None:
     away = streamed(made.placement)
     assert made.fits
     assert {made.placement[name] for name in away} == {"host"}
-    budget = Budget(MODEL, "main", Device("cuda", "small", need - (1 << 30)), made.torch_dtype, made.backend, "auto")
+    budget = Budget(MODEL, "main", Device("cuda", "small", need - (1 << 30)), made.dtype, made.backend, "auto")
     assert not budget.fits(made.recipe, spread(dict.fromkeys(made.placement, 0), len(away) - 1, "host"))
 
 
