@@ -103,7 +103,7 @@ def resume(
     return found
 
 
-@part("train")
+@part("train", drawn=False)
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,

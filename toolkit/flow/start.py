@@ -21,7 +21,7 @@ from toolkit.ops import BACKENDS
 from toolkit.packaging import fetch_adapter, identify_base
 from toolkit.plan import Plan, StepShape
 from toolkit.plan.place import streamed
-from toolkit.quant import load_int8, measure
+from toolkit.quant import fetch, load_int8, measure
 from toolkit.quant.calibrate import Compensation, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, join
@@ -53,6 +53,8 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
     join(plan.device)
+    if not Path(plan.model).is_dir():
+        fetch(plan.model, plan.recipe.model.revision)
     tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
     options: dict[str, Any] = {
         "revision": plan.recipe.model.revision,

@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from toolkit.errors import ModelError
+from toolkit.steps import advance, part
 
 __all__ = ["BaseIdentity", "cached_snapshot", "identify_base"]
 
@@ -76,9 +77,11 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in _shards(folder):
-        digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+    digest, shards = hashlib.sha256(), _shards(folder)
+    with part("hash the base"):
+        for number, name in enumerate(shards, 1):
+            digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+            advance(number, len(shards), "files")
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_ent
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
 from toolkit.packaging.stitch import DRAFT_FOLDER, stitch_head
 from toolkit.packaging.verify import verify_artifact
+from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter"]
 
@@ -47,6 +48,7 @@ class Export:
         return asdict(self)
 
 
+@part("export")
 def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str | Path) -> Export:
     """Write an artifact in another layout to the new folder `out`.
 

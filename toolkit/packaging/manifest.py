@@ -26,6 +26,7 @@ __all__ = [
     "MTP_HEAD",
     "TOKENIZER_FILES",
     "file_entry",
+    "is_plain",
     "load_adapter_config",
     "read_manifest",
     "write_json",
@@ -121,6 +122,14 @@ def file_entry(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
 
 
+def is_plain(path: Path) -> bool:
+    """Whether it is a file of its own, or the Hub cache's link to one: `snapshots/COMMIT/NAME` to `blobs/HASH`."""
+    if path.is_symlink():
+        blobs = path.parent.parent.parent / "blobs"
+        return path.parent.parent.name == "snapshots" and path.resolve().parent == blobs.resolve() and path.is_file()
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON that is the same bytes for the same data: sorted keys, UTF-8, no NaN."""
     text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
@@ -129,8 +138,8 @@ def write_json(path: Path, data: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
+        status = path.stat()
+        if not is_plain(path):
             raise ModelError(f"{path}: not a plain file: an artifact holds no links or folders")
         if status.st_size > _MOST_JSON_BYTES:
             raise ModelError(

@@ -24,6 +24,7 @@ from toolkit.packaging.places import overwrite, places_of
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.shards import Shards, targets
 from toolkit.quant.source import SourceWeights
+from toolkit.steps import advance
 
 __all__ = ["merge_checkpoint", "merged_difference"]
 
@@ -47,13 +48,14 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("r+b")) for path in {place[0] for place in places.values()}}
         originals = {path: stack.enter_context(safe_open(base / path.name, framework="pt")) for path in files}
-        for factors in adapter:
+        for number, factors in enumerate(adapter, 1):
             group = [key for key, target in names.items() if target == factors.parameter]
             for key, delta in deltas(factors, skeleton):
                 stored = _key(key, group, factors.parameter)
                 path, offset = places[stored]
                 _overwrite(files[path], offset, originals[path].get_tensor(stored), delta, stored)
                 changed += 1
+            advance(number, 2 * len(adapter), "tensors")
     return changed
 
 
@@ -65,7 +67,7 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
     """
     before, after = SourceWeights(str(base)), SourceWeights(str(merged))
     worst, steps = 0.0, 0.0
-    for factors in adapter:
+    for number, factors in enumerate(adapter, 1):
         module = factors.parameter.rpartition(".")[0]
         with before.layer(module) as old, after.layer(module) as new:
             original, found = old[factors.parameter], new[factors.parameter]
@@ -75,6 +77,7 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
             stored = after.stored_dtype(factors.parameter)  # beside tensors of another dtype it is read into that
             rounding = wanted.abs() * torch.finfo(stored).eps / 2 + torch.finfo(torch.float32).eps
             steps = max(steps, float((off / rounding).max()))
+        advance(len(adapter) + number, 2 * len(adapter), "tensors")
     return worst, steps
 
 
