@@ -26,10 +26,12 @@ from toolkit.anatomy import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 from toolkit.errors import ModelError, first_line
 
 __all__ = [
+    "DRAFT_CARRIER",
     "GGUF_NAMES",
     "GGUF_ROTATED_IN_PAIRS",
     "LINEAR_ROLES",
     "MTP_LAYOUTS",
+    "MTP_WITHOUT_END_NORM",
     "Architecture",
     "ExpertLayer",
     "Linear",
@@ -259,6 +261,14 @@ MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
 )
 """Key names of multi-token-prediction heads that transformers' own mapping lacks: patterns and what they become in its
 `MtpModel`. Sources: the weight maps of ERNIE-4.5-21B-A3B-PT (rows 1 to 4) and MiMo-V2-Flash (5 and 6)."""
+
+DRAFT_CARRIER = "glm4_moe"
+"""The family in whose clothes servers can take a head of ours for a model of another: DeepSeek-V3's module around a
+block of grouped-query attention (biases, and norms of queries and keys, optional) and experts, some always at work.
+Source: vLLM's glm4_moe_mtp.py, which `--speculative-config` gets at with a draft folder of its own."""
+
+MTP_WITHOUT_END_NORM = re.compile(r"^model\.mtp_linear_proj\.")
+"""Key names of heads that go from their block straight to the output head. Source: the same weight map of ERNIE-4.5."""
 
 GGUF_NAMES: Mapping[str, str] = {
     "deepseek_v2": "deepseek2",

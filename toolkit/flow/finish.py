@@ -17,7 +17,7 @@ from toolkit.adapters import unmoved_adapters
 from toolkit.data import Batches
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
-from toolkit.flow.head import evaluate_head, make_head
+from toolkit.flow.head import evaluate_head, make_head, teach_own_answers
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
@@ -168,6 +168,8 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
             f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
         )
+    if head is not None and recipe.mtp.own_answers:
+        teach_own_answers(head, tokenizer, batches, plan, console)
     finished = None if head is None else head.head.to(model.dtype).eval()
     compared, drafting = None, None
     with peak_of(plan.device) as peak:

@@ -145,6 +145,9 @@ class MtpSection(_Section):
     without a head."""
     stage: Literal["with", "after"] = "with"
     """Train the head in the same steps as the adapter, or in a pass of as many steps once the adapter is finished."""
+    own_answers: NonNegative = 256
+    """Training prompts that the finished model answers itself, in at most `eval.max_new_tokens`, for the head to learn
+    from: drafts are judged by the model's text, not by the data's. 0 leaves this out."""
 
 
 class DataSection(_Section):
