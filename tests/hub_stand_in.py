@@ -21,7 +21,8 @@ USERS = {"Bearer good": "write", "Bearer reader": "read"}
 class HubStandIn(ThreadingHTTPServer):
     """`repositories` maps ids to `{private, files}`; `commits` and `created` record what clients asked for.
 
-    A repository with `content` ({name: bytes}) can be read, unless it is `gated`; `served` counts the bytes by file.
+    A repository with `content` ({name: bytes}) can be read, unless it is `gated`, and is at `commit`; `served` counts
+    the bytes by file.
     """
 
     def __init__(self) -> None:
@@ -73,8 +74,13 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             self._answer({"error": "Not found"}, 404)
             return
+        if "/tree/" in self.path:
+            self._answer([_listed(name, content) for name, content in repository.get("content", {}).items()])
+            return
         files = [{"rfilename": name} for name in repository["files"]]
-        self._answer({"id": repo_id, "sha": HEAD, "private": repository["private"], "siblings": files})
+        self._answer(
+            {"id": repo_id, "sha": repository.get("commit", HEAD), "private": repository["private"], "siblings": files}
+        )
 
     def _resolve(self) -> None:
         """A file, or the part of it in the Range header, or the Hub's own words for why not."""
@@ -94,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         part = content[first : last + 1]
         self.send_response(206 if asked else 200)
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", HEAD)
+        self.send_header("X-Repo-Commit", self.server.repositories[repo_id].get("commit", HEAD))
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if self.command == "GET":
@@ -187,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _answer(self, data: dict[str, Any], status: int = 200) -> None:
+    def _answer(self, data: Any, status: int = 200) -> None:
         body = json.dumps(data).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -199,6 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
 def _branch(path: str) -> str:
     """`main` of `/api/models/owner/name/commit/main?create_pr=1`."""
     return path.partition("?")[0].split("/")[6]
+
+
+def _listed(name: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
 
 
 def _upload_mode(name: str, there: bytes | None) -> dict[str, Any]:

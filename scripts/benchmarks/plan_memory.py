@@ -65,6 +65,8 @@ class Case:
     target_modules: str = "attention"
     share: float = 0.0
     """Of the MoE layers, streamed from the disk."""
+    drafts: int = 0
+    """Depth of a multi-token-prediction head that is trained beside, 0 for none."""
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,6 +77,7 @@ class Case:
         parts += [f"{self.accumulation} micro-batches" if self.accumulation > 1 else ""]
         parts += ["" if self.target_modules == "attention" else self.target_modules]
         parts += [f"{self.share:.0%} streamed" if self.share else ""]
+        parts += [f"head, {self.drafts} drafts" if self.drafts else ""]
         return ", ".join(part for part in [*parts, *(f"{k} {v}" for k, v in self.config.items())] if part)
 
 
@@ -98,6 +101,12 @@ CASES = [
     Case("qwen3_moe", config={"num_hidden_layers": 8}),
     Case("mixtral", config={"num_hidden_layers": 6}, checkpointing=False),
     Case("qwen3_moe", config={"vocab_size": 32768}),
+    *(Case(family, drafts=1) for family in ("qwen3_moe", "mixtral")),
+    *(Case(family, drafts=1, checkpointing=False) for family in ("qwen3_moe", "olmoe")),
+    Case("qwen3_moe", drafts=3),
+    Case("qwen3_moe", drafts=3, length=512, checkpointing=False),
+    Case("mixtral", drafts=1, packing=False, batch=2, length=512),
+    Case("qwen3_moe", drafts=1, config={"vocab_size": 32768}),
 ]
 
 
@@ -109,6 +118,7 @@ def run(case: Case) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from toolkit.adapters import attach_lora
+    from toolkit.mtp import HeadTraining, new_head
     from toolkit.plan.budget import Budget
     from toolkit.plan.devices import this_device
     from toolkit.plan.steps import StepShape
@@ -127,6 +137,7 @@ def run(case: Case) -> dict[str, Any]:
             f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
             f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
             + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
+            + (f"mtp: {{enabled: true, depth: {case.drafts}}}\n" if case.drafts else "")
         )
         budget = Budget(
             name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
@@ -151,6 +162,7 @@ def run(case: Case) -> dict[str, Any]:
             adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
             arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
             dtype="float32", train_router=case.router, console=Console(quiet=True),
+            head=HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None,
         )  # fmt: skip
     measured = result.peak_memory - before
     return {

@@ -56,7 +56,7 @@ _MOST_LOGITS = 1 << 28
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out."""
+    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out and planned."""
 
     steps: int
     loss: float
@@ -66,6 +66,7 @@ class TrainResult:
     resumed_from: int
     best_step: int | None = None
     skipped: int = 0
+    planned_steps: int = 0
 
 
 class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
@@ -309,6 +310,7 @@ def train_adapter(
         resumed_from=resume.checkpoint.step if resume.checkpoint else 0,
         best_step=found[0] if found else None,
         skipped=guard.skipped,
+        planned_steps=trainer.state.max_steps,
     )
 
 

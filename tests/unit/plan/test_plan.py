@@ -188,8 +188,9 @@ def test_free_memory_obeys_the_limits_of_the_process(monkeypatch: pytest.MonkeyP
     assert 0 < free <= device_memory("cpu")
     unlimited, used = resource.RLIM_INFINITY, devices._fields("/proc/self/status")
     for limited, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        limits = {limited: used[field] + (8 << 20)}
-        monkeypatch.setattr(resource, "getrlimit", lambda which, given=limits: (given.get(which, unlimited), unlimited))
+        limits = dict.fromkeys((resource.RLIMIT_DATA, resource.RLIMIT_AS), (unlimited, unlimited))
+        limits[limited] = (used[field] + (8 << 20), unlimited)
+        monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
         assert free_memory("cpu") <= 8 << 20
 
 
