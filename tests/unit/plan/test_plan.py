@@ -46,7 +46,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(wanted.lora.r, int)
         kept = 1 if wanted.training.gradient_checkpointing else 8
         saved = kept * wanted.training.max_length * (1 << 18)
-        return Held(saved + wanted.lora.r * (40 << 20), saved)
+        return Held(saved + wanted.lora.r * (40 << 20), saved, saved)
 
     monkeypatch.setattr(Budget, "step", step)
 
@@ -127,6 +127,20 @@ def test_micro_batches_that_wait_are_counted_where_layers_are_streamed() -> None
     share = 0.5
     saved = 1024 * (1 << 18)  # as `counted` has it
     assert activations(gradient_accumulation_steps=4) == activations() + 3 * saved
+
+
+def test_later_micro_batches_have_the_gradients_of_earlier_ones_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(bare: int, micro: int) -> int:
+        monkeypatch.setattr(Budget, "step", lambda *_: Held(1 << 30, 0, bare))
+        made = make_plan(
+            recipe(training={"gradient_accumulation_steps": micro}), device=Device("cpu", "cpu", 1 << 40, None, 1 << 40)
+        )
+        return made.bytes.gradients + made.bytes.activations
+
+    gradients = make_plan(recipe(), device=Device("cpu", "cpu", 1 << 40)).bytes.gradients
+    assert counted(900 << 20, 1) == 1 << 30
+    assert counted(900 << 20, 2) == gradients + (900 << 20)
+    assert counted(1 << 20, 2) == 1 << 30
 
 
 def test_as_many_micro_batches_go_together_as_fit_with_the_least_traffic() -> None:
