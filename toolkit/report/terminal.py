@@ -104,9 +104,11 @@ def summarize(
 
 
 def _memory(result: Trained, made: Plan, before: int) -> dict[str, int]:
-    """Bytes planned and measured, both without what Python and the libraries take."""
+    """Bytes planned and measured, without what Python and the libraries take; `holes`: the allocator's, as planned."""
     taken = before if made.device == "cpu" else 0
-    return {"planned": made.bytes.run, "measured": result.training.peak_memory - taken, "libraries": taken}
+    training, evaluating = result.training.peak_memory - taken, max(0, result.evaluation_peak - taken)
+    planned = {"planned": made.bytes.run, "holes": made.bytes.slack, "libraries": taken}
+    return {**planned, "measured": max(training, evaluating), "training": training, "evaluating": evaluating}
 
 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
@@ -120,7 +122,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     training, memory = finished["training"], finished["memory"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])})"
+        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])}, holes {mib(memory['holes'])} more)"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
