@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.options import Json, RecipePath, emit, load_recipe, plain_console, quiet_console
+from toolkit.cli.options import Json, RecipePath, complete_field, emit, load_recipe, plain_console, quiet_console
 from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ __all__ = ["sweep"]
 def sweep(
     recipe: RecipePath,
     overrides: Annotated[
-        list[str], typer.Argument(metavar="SECTION.KEY=A,B...", help="Values to try; single ones hold.")
+        list[str],
+        typer.Argument(
+            metavar="SECTION.KEY=A,B...", help="Values to try; single ones hold.", autocompletion=complete_field
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; else training.output_dir with -sweep.")] = None,
     metric: Annotated[str, typer.Option(help="The figure that ranks the trials.")] = "loss",

@@ -24,6 +24,7 @@ __all__ = [
     "RecipePath",
     "RunPath",
     "artifact_of",
+    "complete_field",
     "emit",
     "load_recipe",
     "opened_as",
@@ -33,8 +34,19 @@ __all__ = [
     "run_of",
 ]
 
+
+def complete_field(incomplete: str) -> list[str]:
+    """What the shell offers for an override: `section.key=`, and its words where there are only a few."""
+    from toolkit.recipe import field_words
+
+    return [each for each in field_words(incomplete.partition("=")[0]) if each.startswith(incomplete)]
+
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the recipe.", autocompletion=complete_field),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Base = Annotated[str | None, typer.Option(help="The base checkpoint, where the artifact names none that is here.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an artifact.")]

@@ -14,7 +14,7 @@ from toolkit.recipe.schema import (
     TrackingSection,
     TrainingSection,
 )
-from toolkit.recipe.source import ALIASES, dump, field_named, load, parse
+from toolkit.recipe.source import ALIASES, dump, field_named, field_words, load, parse
 from toolkit.recipe.starter import starter
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "changes",
     "dump",
     "field_named",
+    "field_words",
     "flat",
     "load",
     "parse",

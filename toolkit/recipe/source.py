@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -285,6 +285,28 @@ def field_named(name: str) -> str | None:
     """The `section.key` that a name stands for: one of ours, or one that other toolkits use."""
     homes = [section for section in Recipe.model_fields if name in _fields(section)]
     return f"{homes[0]}.{name}" if homes else ALIASES.get(name)
+
+
+def field_words(started: str) -> list[str]:
+    """`section.key=` for every field, and `section.key=word` for each word of the one that is `started` exactly."""
+    found = []
+    for section, info in Recipe.model_fields.items():
+        annotation: Any = info.annotation
+        for key, field in annotation.model_fields.items():
+            name = f"{section}.{key}"
+            found += [f"{name}={word}" for word in _words(field.annotation)] if name == started else []
+            found.append(f"{name}=")
+    return found
+
+
+def _words(annotation: Any) -> list[str]:
+    """What a field may be, where that is a choice of a few."""
+    if annotation is bool:
+        return ["true", "false"]
+    options = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(option) for option in options]
+    return [word for option in options if option is not bool for word in _words(option)]
 
 
 def _fields(section: str) -> list[str]:
