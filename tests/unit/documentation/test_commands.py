@@ -82,7 +82,7 @@ class Walk:
     def run(self, command: Shown) -> str:
         """Stdout; fails unless it ends with 0, says what comes next, and prints JSON where that is asked for."""
         _, verb, *arguments = command.words
-        answers = iter([QUESTION, "/mtp on", QUESTION, ""])
+        answers = iter([QUESTION if command.page == HOW_TO.name else "/help", ""])
         self.monkeypatch.setattr(builtins, "input", lambda _: next(answers))
         self.monkeypatch.setattr("sys.stdin", io.StringIO(command.typed))
         status, out, err = self.onecard(verb, *arguments)
