@@ -22,11 +22,20 @@ CUT = ["training.max_steps=2", "data.max_samples=24", "eval.max_samples=4", "eva
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository's recipes, the quickstart cut to two steps, as the folder that commands start in."""
+    """The repository's recipes, quickstart cut to two steps and 200 examples, as the folder that commands start in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").iterdir():
         (tmp_path / "recipes" / path.name).symlink_to(path)
+    data = tmp_path / "recipes" / "quickstart" / "data"
+    data.parent.unlink()
+    data.mkdir(parents=True)
+    for path in (ROOT / "recipes" / "quickstart").iterdir():
+        if path.name != data.name:
+            (data.parent / path.name).symlink_to(path)
+    for path in (ROOT / "recipes" / "quickstart" / "data").iterdir():
+        rows = path.read_text(encoding="utf-8").splitlines()[:200]
+        (data / path.name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     quickstart = tmp_path / "recipes" / "quickstart.yaml"
     quickstart.unlink()
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
