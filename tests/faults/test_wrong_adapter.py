@@ -153,7 +153,7 @@ def test_adapters_that_were_not_applied_end_the_run(
 
 
 def test_adapters_that_never_move_end_the_run(onecard: Run, recipe: Path, tmp_path: Path) -> None:
-    refused(onecard("train", recipe, "training.learning_rate=1e-30", "eval.enabled=false"), "adapters moved")
+    refused(onecard("train", recipe, "training.learning_rate=1e-60", "eval.enabled=false"), "adapters moved")
     assert not (tmp_path / "run" / "adapter").exists()
 
 
