@@ -74,8 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             self._answer({"error": "Not found"}, 404)
             return
-        if "/tree/" in self.path:  # no repository here has folders
-            self._refuse(404, "EntryNotFound")
+        if "/tree/" in self.path:
+            self._answer([_listed(name, content) for name, content in repository.get("content", {}).items()])
             return
         files = [{"rfilename": name} for name in repository["files"]]
         self._answer(
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _answer(self, data: dict[str, Any], status: int = 200) -> None:
+    def _answer(self, data: Any, status: int = 200) -> None:
         body = json.dumps(data).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -205,6 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
 def _branch(path: str) -> str:
     """`main` of `/api/models/owner/name/commit/main?create_pr=1`."""
     return path.partition("?")[0].split("/")[6]
+
+
+def _listed(name: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
 
 
 def _upload_mode(name: str, there: bytes | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The artifact: an adapter folder that stock software opens, its card, manifest, checks and upload."""
 
 from toolkit.packaging.artifact import check_folder, stack_versions, write_artifact
-from toolkit.packaging.base import BaseIdentity, config_sha256, identify_base
+from toolkit.packaging.base import BaseIdentity, config_sha256, identify_base, license_of
 from toolkit.packaging.card import model_card
 from toolkit.packaging.combine import Combined, combine_adapters
 from toolkit.packaging.export import FORMATS, Export, export_adapter
@@ -27,6 +27,7 @@ __all__ = [
     "fetch_adapter",
     "identify_base",
     "is_remote",
+    "license_of",
     "load_adapter_config",
     "model_card",
     "push_artifact",

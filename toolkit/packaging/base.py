@@ -12,13 +12,16 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from toolkit.errors import ModelError
+from toolkit.steps import advance, part
 
-__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base"]
+__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base", "license_of"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
@@ -79,6 +82,18 @@ def _hub_origin(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def license_of(name_or_path: str, revision: str = "main") -> str | None:
+    """The Hub id of a checkpoint's licence, from the card that lies with it here, or None. Never downloads."""
+    card: Any = Path(name_or_path) / "README.md"
+    if not Path(name_or_path).is_dir():
+        card = try_to_load_from_cache(name_or_path, "README.md", revision=revision)
+    try:
+        found = (metadata_load(card) or {}).get("license") if isinstance(card, (str, Path)) else None
+    except (OSError, ValueError, YAMLError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def cached_snapshot(repo_id: str, revision: str) -> Path:
     """The folder of a repository in the Hub's cache. Never downloads; raises `ModelError` where it is not there."""
     try:
@@ -93,9 +108,11 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in _shards(folder):
-        digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+    digest, shards = hashlib.sha256(), _shards(folder)
+    with part("hash the base"):
+        for number, name in enumerate(shards, 1):
+            digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+            advance(number, len(shards), "files")
     return digest.hexdigest()
 
 

@@ -20,12 +20,15 @@ from toolkit.errors import ModelError
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "CARD",
     "FILES",
     "FORMAT",
     "MANIFEST",
     "MTP_HEAD",
+    "PICTURES",
     "TOKENIZER_FILES",
     "file_entry",
+    "is_plain",
     "load_adapter_config",
     "read_manifest",
     "write_json",
@@ -34,14 +37,18 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MTP_HEAD = "mtp_head.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MTP_HEAD = "mtp_head.safetensors"
+CARD = "README.md"
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
 )
+PICTURES = {
+    "experts.png": "Tokens by layer and expert, on held-out examples, with the adapter",
+    "loss.png": "Training and held-out loss by step",
+}
 # Beside manifest.json, an artifact holds these files and no others.
-FILES = TOKENIZER_FILES | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", MTP_HEAD}
+FILES = TOKENIZER_FILES | PICTURES.keys() | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, MTP_HEAD}
 
 _LARGEST = 1 << 20
 _MOST_JSON_BYTES = 8 * 2**20
@@ -121,6 +128,14 @@ def file_entry(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
 
 
+def is_plain(path: Path) -> bool:
+    """Whether it is a file of its own, or the Hub cache's link to one: `snapshots/COMMIT/NAME` to `blobs/HASH`."""
+    if path.is_symlink():
+        blobs = path.parent.parent.parent / "blobs"
+        return path.parent.parent.name == "snapshots" and path.resolve().parent == blobs.resolve() and path.is_file()
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON that is the same bytes for the same data: sorted keys, UTF-8, no NaN."""
     text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
@@ -129,8 +144,8 @@ def write_json(path: Path, data: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
+        status = path.stat()
+        if not is_plain(path):
             raise ModelError(f"{path}: not a plain file: an artifact holds no links or folders")
         if status.st_size > _MOST_JSON_BYTES:
             raise ModelError(
