@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/parity/stock_families.py [FAMILY …] [--json FILE]
 
-Each family's tiny random checkpoint gets an adapter on experts, router and attention (rsLoRA, a rank and an alpha of its
-own for the experts). Stock PEFT loads the `peft` export on the base, stock transformers the `merged` one, both in
+Each family has a tiny random checkpoint and an adapter on experts, router and attention (rsLoRA, a rank and an alpha of
+its own for the experts). Stock PEFT loads the `peft` export on the base, stock transformers the `merged` one, both in
 fp32 and from a bf16 checkpoint; the table has the largest differences of the logits from ours. Exits with 1 where an
 fp32 one is over 1e-4, or fewer than twelve families were compared.
 """

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from httpx2 import HTTPError
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from toolkit.errors import HubError, first_line
 from toolkit.packaging.canary import refuse_canaries
+from toolkit.packaging.connection import HTTPError, limit_waiting
 from toolkit.packaging.manifest import FILES, MANIFEST, read_manifest
 from toolkit.packaging.verify import verify_artifact
 
@@ -97,9 +97,12 @@ def _operations(folder: Path, there: set[str]) -> list[CommitOperation]:
 @contextmanager
 def _one_line(what: str, then: str) -> Iterator[None]:
     """Turn whatever the Hub client raises into one `HubError` line."""
+    limit_waiting()
     try:
         yield
-    except (HTTPError, OSError, ValueError, KeyError) as error:
-        said = getattr(error, "server_message", None) or ""
-        reason = " ".join(dict.fromkeys([first_line(error).rstrip("."), *said.split("\n")])).strip()
+    except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
+        # What went wrong with a large file stands behind a RuntimeError that names the file alone.
+        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+        said = [line for cause in causes for line in (getattr(cause, "server_message", None) or "").split("\n")]
+        reason = " ".join(dict.fromkeys([*(first_line(cause).rstrip(".") for cause in causes), *said])).strip()
         raise HubError(f"{what}: {reason[:300]}; {then}") from None
