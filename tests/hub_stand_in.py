@@ -75,6 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             self._answer({"error": "Not found"}, 404)
             return
+        if "/tree/" in self.path:
+            content = repository.get("content", {})
+            self._answer([_tree_entry(name, content[name]) for name in repository["files"] if name in content])
+            return
         files = [{"rfilename": name} for name in repository["files"]]
         self._answer({"id": repo_id, "sha": HEAD, "private": repository["private"], "siblings": files})
 
@@ -203,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _answer(self, data: dict[str, Any], status: int = 200) -> None:
+    def _answer(self, data: Any, status: int = 200) -> None:
         body = json.dumps(data).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -223,6 +227,10 @@ def _upload_mode(name: str, there: bytes | None) -> dict[str, Any]:
     if there is not None:
         oid = hashlib.sha256(there).hexdigest() if mode == "lfs" else _git_sha1(there)
     return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+
+def _tree_entry(name: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
 
 
 def _git_sha1(content: bytes) -> str:

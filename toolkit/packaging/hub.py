@@ -27,7 +27,7 @@ def check_token(token: str | None = None, *, endpoint: str | None = None) -> str
 
     Raises `HubError` where there is no token, the Hub refuses it, it may only read, or the Hub cannot be reached.
     """
-    with _one_line("the Hub does not accept the token", "log in with `hf auth login`, or set hub.hub_token"):
+    with _one_line("the Hub does not accept the token", "nothing has been trained yet"):
         who = HfApi(endpoint=endpoint, token=token).whoami()
     if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise HubError(f"the token of {who['name']} may only read: make one that may write, then `hf auth login`")
@@ -105,4 +105,18 @@ def _one_line(what: str, then: str) -> Iterator[None]:
         causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
         said = [line for cause in causes for line in (getattr(cause, "server_message", None) or "").split("\n")]
         reason = " ".join(dict.fromkeys([*(first_line(cause).rstrip(".") for cause in causes), *said])).strip()
-        raise HubError(f"{what}: {reason[:300]}; {then}") from None
+        status = next((found for cause in causes if (found := _status(cause))), 0)
+        raise HubError(f"{what}: {reason[:300]}; {_ADVICE.get(status, '')}{then}") from None
+
+
+_ADVICE = {
+    401: "log in with `hf auth login`, or set hub.hub_token; ",
+    403: "use a token that may write to this repository; ",
+    409: "somebody else is at work there: look at the repository first; ",
+    412: "somebody else committed meanwhile: look at the repository first; ",
+    429: "wait a few minutes; ",
+}
+
+
+def _status(error: BaseException) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)

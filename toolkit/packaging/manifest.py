@@ -28,6 +28,7 @@ __all__ = [
     "PICTURES",
     "TOKENIZER_FILES",
     "file_entry",
+    "is_plain",
     "load_adapter_config",
     "read_manifest",
     "write_json",
@@ -121,6 +122,15 @@ def load_adapter_config(folder: str | Path) -> dict[str, Any]:
     return data
 
 
+def is_plain(path: Path) -> bool:
+    """Whether this is a file of its own, or what the Hub's cache has for one: a link from a snapshot to its blob."""
+    if stat.S_ISREG(path.lstat().st_mode):
+        return True
+    snapshot, blob = path.absolute().parent, path.resolve()
+    is_cached = snapshot.parent.name == "snapshots" and blob.parent == (snapshot.parent.parent / "blobs").resolve()
+    return is_cached and blob.is_file()
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """`{sha256, size}` of a file; size in bytes."""
     with path.open("rb") as file:
@@ -135,9 +145,10 @@ def write_json(path: Path, data: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
+        path.lstat()
+        if not is_plain(path):
             raise ModelError(f"{path}: not a plain file: an artifact holds no links or folders")
+        status = path.stat()
         if status.st_size > _MOST_JSON_BYTES:
             raise ModelError(
                 f"{path}: {status.st_size} bytes, more than an artifact's JSON can have: do not use this folder"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from toolkit.packaging.manifest import (
     ADAPTER_WEIGHTS,
     MANIFEST,
     file_entry,
+    is_plain,
     load_adapter_config,
     read_manifest,
 )
@@ -115,7 +115,7 @@ def _check_files(folder: Path) -> str:
     for name in sorted({ADAPTER_CONFIG, ADAPTER_WEIGHTS} | wanted):
         if name not in there:
             raise ModelError(f"{folder}: {name} is missing: copy or download the artifact again")
-        if not stat.S_ISREG(there[name].lstat().st_mode):
+        if not is_plain(there[name]):
             raise ModelError(f"{folder / name}: not a plain file: copy the artifact with its links resolved")
     extra = sorted(set(there) - wanted)
     if extra:
