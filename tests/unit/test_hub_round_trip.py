@@ -7,9 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from tests.faults.conftest import MODEL, recipe
 from tests.hub_stand_in import HEAD, HubStandIn, serve
@@ -35,19 +32,16 @@ print(json.dumps([call(arguments) for arguments in json.loads(sys.argv[1])]))
 """
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-def calls(hub: HubStandIn, home: Path, token: str, *arguments: list[str]) -> list[tuple[int, str, str]]:
+def calls(hub: HubStandIn, home: Path, *arguments: list[str]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command, one after the other, logged in to the Hub at `hub`."""
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("HF_") and "PROXY" not in k.upper()},
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HOME": str(home),
-        "HF_TOKEN": token,
+        "HF_TOKEN": "good",
+        "OLD_TOKEN": "wrong-secret",
     }
     command = [sys.executable, "-c", CLIENT, json.dumps(arguments)]
     root = Path(__file__).parents[2]
@@ -57,47 +51,39 @@ def calls(hub: HubStandIn, home: Path, token: str, *arguments: list[str]) -> lis
     return found
 
 
-def test_pushed_verified_used_and_trained_on_from_the_hub(recipe: Path, tmp_path: Path, home: Path) -> None:
+def test_pushed_verified_used_and_trained_on_from_the_hub(recipe: Path, tmp_path: Path) -> None:
     name, question = f"hf://alice/mine@{HEAD}", "Which category is it: oak - a tree?"
-    short = ["training.max_steps=2", "training.save_steps=2", "eval.max_samples=4"]
+    train = ["train", str(recipe), "training.max_steps=2", "training.save_steps=2", "eval.max_samples=4"]
+    push = ["hub.push_to_hub=true", "hub.hub_model_id=alice/mine"]
     with serve() as hub:
-        found: Any = calls(
+        refused, *done = calls(
             hub,
-            home,
-            "good",
-            ["train", str(recipe), *short, "hub.push_to_hub=true", "hub.hub_model_id=alice/mine"],
+            tmp_path / "home",
+            [*train, *push, "hub.hub_token=${OLD_TOKEN}", f"training.output_dir={tmp_path}/never"],
+            [*train, *push],
             ["verify", name, "--base", str(MODEL)],
             ["generate", name, "--base", str(MODEL), "--prompt", question, "--max-new-tokens", "4"],
             ["generate", str(tmp_path / "run"), "--prompt", question, "--max-new-tokens", "4"],
             ["eval", name, *_data(recipe), "--base", str(MODEL), "--json"],
-            ["eval", str(tmp_path / "run"), "--json"],
-            ["train", str(recipe), *short, f"lora.adapter_name_or_path={name}", f"training.output_dir={tmp_path}/on"],
+            [*train, f"lora.adapter_name_or_path={name}", f"training.output_dir={tmp_path}/on"],
         )
-    assert [code for code, *_ in found] == [0] * 7, [err[-600:] for code, _, err in found if code]
+    code, _, err = refused
+    assert code == 7
+    assert "the Hub does not accept the token" in err
+    assert "nothing has been trained yet" in err
+    assert "wrong-secret" not in err
+    assert not (tmp_path / "never").exists()
+    assert [code for code, *_ in done] == [0] * 6, [err[-600:] for code, _, err in done if code]
     (commit,) = hub.commits
     artifact = tmp_path / "run/adapter"
     assert commit["files"] == {path.name: path.read_bytes() for path in artifact.iterdir()}
     assert hub.repositories["alice/mine"]["private"]
-    assert found[0][1].strip() == f"{hub.url}/alice/mine/commit/{'b' * 40}"
-    assert found[2][1] == found[3][1] != ""
-    assert json.loads(found[4][1]) == json.loads(found[5][1])
-    first, second = (
-        json.loads((folder / "summary.json").read_bytes()) for folder in (tmp_path / "run", tmp_path / "on")
-    )
+    assert done[0][1].strip() == f"{hub.url}/alice/mine/commit/{'b' * 40}"
+    assert done[2][1] == done[3][1] != ""
+    first, second = (json.loads((tmp_path / run / "summary.json").read_bytes()) for run in ("run", "on"))
+    assert json.loads(done[4][1]) == {part: value for part, value in first["results"].items() if part != "training"}
     assert second["results"]["base"]["loss"] == first["results"]["base"]["loss"]
     assert second["training"]["loss"] < first["training"]["loss"]  # it began where the first had ended
-
-
-def test_a_refused_token_is_found_before_anything_is_trained(recipe: Path, tmp_path: Path, home: Path) -> None:
-    with serve() as hub:
-        ((code, _, err),) = calls(
-            hub, home, "wrong", ["train", str(recipe), "hub.push_to_hub=true", "hub.hub_model_id=alice/mine"]
-        )
-    assert code == 7
-    assert "the Hub does not accept the token" in err
-    assert "hf auth login" in err
-    assert not (tmp_path / "run").exists()
-    assert not hub.commits
 
 
 def _data(recipe: Path) -> list[str]:
