@@ -42,13 +42,14 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and list the files, send nothing.")] = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
-    from toolkit.packaging import push_artifact
+    from toolkit.packaging import push_artifact, training_answers
 
     console = quiet_console()
     folder = artifact_of(artifact)
     if dry_run:
         console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False)
+    rows = training_answers(folder.parent) if folder.name == "adapter" else []
     url = push_artifact(
-        folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run
+        folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run, rows=rows
     )
     print(url)

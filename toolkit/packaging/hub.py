@@ -7,7 +7,7 @@ artifact into a public repository, and one line that says how to repeat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def check_token(token: str | None = None, *, endpoint: str | None = None) -> str
 
     Raises `HubError` where there is no token, the Hub refuses it, it may only read, or the Hub cannot be reached.
     """
-    with _one_line("the Hub does not accept the token", "nothing has been trained yet"):
+    with _one_line("the Hub does not accept the token", "log in with `hf auth login`; nothing has been trained yet"):
         who = HfApi(endpoint=endpoint, token=token).whoami()
     if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise HubError(f"the token of {who['name']} may only read: make one that may write, then `hf auth login`")
@@ -46,6 +46,7 @@ def push_artifact(
     token: str | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
+    rows: Iterable[str] = (),
 ) -> str:
     """Push an artifact to `repo_id` as one commit and return its URL; with `dry_run`, only verify and name the URL.
 
@@ -53,11 +54,12 @@ def push_artifact(
     artifact that this one lacks are deleted in the same commit; other files of the repository stay. Repeating a push
     that succeeded changes nothing.
 
-    Raises `ModelError` where verification fails (nothing is sent then) and `HubError` for everything on the Hub's side.
+    `rows` are answers of the training data: none of them may leave. Raises `ModelError` where verification fails or a
+    token, a local path or a row is found (nothing is sent then) and `HubError` for everything on the Hub's side.
     """
     folder = Path(folder)
     verify_artifact(folder, strict=True)
-    refuse_canaries(folder)
+    refuse_canaries(folder, rows)
     api = HfApi(endpoint=endpoint, token=token)
     if dry_run:
         return f"{api.endpoint}/{repo_id}"
@@ -106,11 +108,12 @@ def _one_line(what: str, then: str) -> Iterator[None]:
         said = [line for cause in causes for line in (getattr(cause, "server_message", None) or "").split("\n")]
         reason = " ".join(dict.fromkeys([*(first_line(cause).rstrip(".") for cause in causes), *said])).strip()
         status = next((found for cause in causes if (found := _status(cause))), 0)
-        raise HubError(f"{what}: {reason[:300]}; {_ADVICE.get(status, '')}{then}") from None
+        advice = "" if "hf auth login" in then else _ADVICE.get(status, "")
+        raise HubError(f"{what}: {reason[:300]}; {advice}{then}") from None
 
 
 _ADVICE = {
-    401: "log in with `hf auth login`, or set hub.hub_token; ",
+    401: "set hub.hub_token, or log in with `hf auth login`; ",
     403: "use a token that may write to this repository; ",
     409: "somebody else is at work there: look at the repository first; ",
     412: "somebody else committed meanwhile: look at the repository first; ",
