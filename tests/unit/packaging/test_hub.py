@@ -158,7 +158,7 @@ def test_a_push_names_each_thing_that_may_not_leave(pristine: Path, tmp_path: Pa
     with serve() as hub, pytest.raises(ModelError) as caught:
         push_artifact(artifact, "alice/new", token="good", endpoint=hub.url, rows=training_answers(run))
     said = str(caught.value)
-    for words in ("what looks like a Hub token", "local path /home/alice", "row 1 of the data"):
+    for words in ("what looks like a Hub token", "the local path /home/alice", "row 1 of the data"):
         assert f"chat_template.jinja holds {words}" in said
     assert token not in said
     assert not hub.created
