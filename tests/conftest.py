@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import hypothesis
 
@@ -10,6 +13,10 @@ import hypothesis
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+# What is remembered between plans is nobody's but this run's; its workers share it.
+if "ONECARD_CACHE" not in os.environ:
+    os.environ["ONECARD_CACHE"] = tempfile.mkdtemp(prefix="onecard-tests-")
+    atexit.register(shutil.rmtree, os.environ["ONECARD_CACHE"], ignore_errors=True)
 # Kernels run in Triton's interpreter, card or not: parity is then the same everywhere.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +22,16 @@ from transformers import (
     PreTrainedModel,
 )
 
+from toolkit.anatomy import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 from toolkit.errors import ModelError, first_line
 
 __all__ = [
+    "DRAFT_CARRIER",
     "GGUF_NAMES",
     "GGUF_ROTATED_IN_PAIRS",
     "LINEAR_ROLES",
     "MTP_LAYOUTS",
+    "MTP_WITHOUT_END_NORM",
     "Architecture",
     "ExpertLayer",
     "Linear",
@@ -42,57 +44,6 @@ __all__ = [
     "skeleton",
     "strip_index",
 ]
-
-LINEAR_ROLES = ("attention", "shared", "dense")
-"""Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
-
-
-@dataclass(frozen=True)
-class ExpertLayer:
-    """One MoE layer: where its experts module and its router are, and its two stacks' names and storage order.
-
-    A stack is [E, out, in], or [E, in, out] where `is_transposed`. `sees_text` is false for experts that only image or
-    sound tokens are routed to: they are stored in int8 like all others, but text cannot train them.
-    """
-
-    name: str
-    up: str
-    down: str
-    is_transposed: bool
-    num_experts: int
-    router: str
-    router_is_linear: bool
-    sees_text: bool = True
-
-    @property
-    def stacks(self) -> tuple[str, str]:
-        """Full names of both stacks."""
-        return f"{self.name}.{self.up}", f"{self.name}.{self.down}"
-
-
-@dataclass(frozen=True)
-class Linear:
-    """An `nn.Linear` and its role: what is stored in int8 and adapted, and why the others are neither.
-
-    Int8: attention, shared, dense. As they are: head; gate (a few outputs that steer others); selector (its scores only
-    choose tokens, so no gradient comes back); fused (a kernel reads its `weight` and never calls it); tower (outside
-    the text decoder: an encoder of images or sound, which text cannot train).
-    """
-
-    name: str
-    role: str
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Every part that can be quantised or adapted, in model order."""
-
-    layers: tuple[ExpertLayer, ...]
-    linears: tuple[Linear, ...]
-
-    def linear_names(self, *roles: str) -> tuple[str, ...]:
-        """Names of the linears with one of these roles."""
-        return tuple(linear.name for linear in self.linears if linear.role in roles)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -310,6 +261,14 @@ MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
 )
 """Key names of multi-token-prediction heads that transformers' own mapping lacks: patterns and what they become in its
 `MtpModel`. Sources: the weight maps of ERNIE-4.5-21B-A3B-PT (rows 1 to 4) and MiMo-V2-Flash (5 and 6)."""
+
+DRAFT_CARRIER = "glm4_moe"
+"""The family in whose clothes servers can take a head of ours for a model of another: DeepSeek-V3's module around a
+block of grouped-query attention (biases, and norms of queries and keys, optional) and experts, some always at work.
+Source: vLLM's glm4_moe_mtp.py, which `--speculative-config` gets at with a draft folder of its own."""
+
+MTP_WITHOUT_END_NORM = re.compile(r"^model\.mtp_linear_proj\.")
+"""Key names of heads that go from their block straight to the output head. Source: the same weight map of ERNIE-4.5."""
 
 GGUF_NAMES: Mapping[str, str] = {
     "deepseek_v2": "deepseek2",

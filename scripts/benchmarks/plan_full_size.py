@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device
+from toolkit.plan.memory import stack_bytes
 from toolkit.plan.place import spread
-from toolkit.plan.shapes import published, shape_of
+from toolkit.plan.shapes import published
+from toolkit.plan.skeletons import shape_of
 from toolkit.recipe import parse
 from toolkit.rehearsal import Step, imagined_model, run_step
 
@@ -37,7 +39,7 @@ def compare(name: str, length: int, r: int, checkpointing: bool, share: float) -
         f"training: {{max_length: {length}, gradient_checkpointing: {str(checkpointing).lower()}}}\n"
     )
     device = Device("cuda", "any", 1 << 40)
-    budget = Budget(name, "main", device, torch.bfloat16, "onecard_triton", "auto")
+    budget = Budget(name, "main", device, "bfloat16", "onecard_triton", "auto")
     count = round(share * len(budget.layers))
     placement = spread(dict.fromkeys(budget.layers, 0), count, "host")
     planned = budget.bytes(recipe, placement)
@@ -46,16 +48,17 @@ def compare(name: str, length: int, r: int, checkpointing: bool, share: float) -
         lora=recipe.lora.model_dump(exclude={"adapter_name_or_path"}),
     )  # fmt: skip
     began = time.perf_counter()
-    model = imagined_model(shape_of(name).to(torch.bfloat16), step)
+    model = imagined_model(shape_of(name), step)
     standing = sum(p.numel() * p.element_size() for p in model.parameters())
-    stacks = sum(budget._stacks(recipe).values())
+    stacks = sum(stack_bytes(budget.shapes, "int8", budget.itemsize).values())
     standing -= stacks - planned.experts - planned.slots
     states = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = max(run_step(model, step, FakeTensorMode(allow_non_fake_inputs=True)).values())
+    held = run_step(model, step, FakeTensorMode(allow_non_fake_inputs=True)).peak
     counted = standing + states + max(held, states)  # AdamW's own step makes as much again on a card
     total = planned.run - planned.workspace
     kept = "recomputed" if checkpointing else "kept"
-    print(f"# counted in {time.perf_counter() - began:.0f} s; step alone: planned {budget.step(recipe)} counted {held}")
+    alone = f"step alone: planned {budget.step(recipe).peak} counted {held}"
+    print(f"# counted in {time.perf_counter() - began:.0f} s; {alone}", flush=True)
     return (
         f"| {name} | {length} | {r} | {kept} | {count} of {len(budget.layers)} | {total / 2**30:.2f} | "
         f"{counted / 2**30:.2f} | {total / counted - 1:+.2%} |"

@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
-"""Planned against measured peak memory of training on a CPU: families, lengths, ranks, checkpointing, optimizers.
+"""Planned against measured peak memory of training on a CPU: families, lengths, ranks, checkpointing, streaming.
 
     .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE]
 
-Each row is a process of its own: it plans, builds a model of 60 to 400 MB in int8 with random numbers, trains two steps
-as `onecard train` does, and reads its anonymous memory (RssAnon) every 5 ms. What Python and the libraries held before
-the model was built is subtracted; nothing else is. MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which
-keeps glibc from raising it as it goes: what is freed is then given back, and RssAnon is what the run holds, as
-`torch.cuda.max_memory_allocated` is on a card. `--holes` leaves glibc alone; the plan has `slack` for that.
+Each row is a process of its own, forked from one that has only loaded the libraries: it plans, builds a model of 60 to
+400 MB in int8 with random numbers, trains two steps as `onecard train` does, and reads its anonymous memory (RssAnon)
+every 5 ms. What Python and the libraries held before the model was built is subtracted; nothing else is.
+
+MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which keeps glibc from raising it as it goes: what is freed
+is then given back, and RssAnon is what the run holds, as `torch.cuda.max_memory_allocated` is on a card. `--holes`
+leaves glibc alone; the plan has `slack` for that. Streamed cases read their stacks from an int8 file that another
+process has written; what stays is copied out of the file's mapping, since mapped pages are nobody's anonymous memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -59,6 +63,10 @@ class Case:
     batch: int = 1
     accumulation: int = 1
     target_modules: str = "attention"
+    share: float = 0.0
+    """Of the MoE layers, streamed from the disk."""
+    drafts: int = 0
+    """Depth of a multi-token-prediction head that is trained beside, 0 for none."""
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,10 +76,16 @@ class Case:
         parts += ["" if self.router else "no router", "" if self.packing else f"padded, batch {self.batch}"]
         parts += [f"{self.accumulation} micro-batches" if self.accumulation > 1 else ""]
         parts += ["" if self.target_modules == "attention" else self.target_modules]
+        parts += [f"{self.share:.0%} streamed" if self.share else ""]
+        parts += [f"head, {self.drafts} drafts" if self.drafts else ""]
         return ", ".join(part for part in [*parts, *(f"{k} {v}" for k, v in self.config.items())] if part)
 
 
 CASES = [
+    Case("qwen3_moe", share=1.0, accumulation=4),
+    *(Case(family, share=1.0) for family in ("qwen3_moe", "mixtral", "gpt_oss")),
+    Case("qwen3_moe", share=0.5, config={"num_hidden_layers": 8}),
+    Case("olmoe", share=0.5, checkpointing=False),
     *(Case(family) for family in FAMILIES),
     *(Case(family, checkpointing=False) for family in FAMILIES),
     *(Case("qwen3_moe", length=length) for length in (256, 512, 2048)),
@@ -87,6 +101,12 @@ CASES = [
     Case("qwen3_moe", config={"num_hidden_layers": 8}),
     Case("mixtral", config={"num_hidden_layers": 6}, checkpointing=False),
     Case("qwen3_moe", config={"vocab_size": 32768}),
+    *(Case(family, drafts=1) for family in ("qwen3_moe", "mixtral")),
+    *(Case(family, drafts=1, checkpointing=False) for family in ("qwen3_moe", "olmoe")),
+    Case("qwen3_moe", drafts=3),
+    Case("qwen3_moe", drafts=3, length=512, checkpointing=False),
+    Case("mixtral", drafts=1, packing=False, batch=2, length=512),
+    Case("qwen3_moe", drafts=1, config={"vocab_size": 32768}),
 ]
 
 
@@ -95,21 +115,20 @@ def run(case: Case) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from rich.console import Console
-    from transformers import CONFIG_MAPPING, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from toolkit.adapters import attach_lora
-    from toolkit.architecture import auto_class
+    from toolkit.mtp import HeadTraining, new_head
     from toolkit.plan.budget import Budget
     from toolkit.plan.devices import this_device
-    from toolkit.plan.memory import StepShape
-    from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+    from toolkit.plan.steps import StepShape
     from toolkit.recipe import parse
     from toolkit.training import train_adapter
     from toolkit.training.memory import anonymous_memory
 
     with tempfile.TemporaryDirectory() as folder:
         name = str(Path(folder) / "model")
-        config = CONFIG_MAPPING[case.family](**{**SIZES, **FAMILIES[case.family], **case.config})
+        config = _config(case)
         config.save_pretrained(name)
         recipe = parse(
             f"model: {{model_name_or_path: '{name}'}}\ndata: {{train: none}}\n"
@@ -117,23 +136,25 @@ def run(case: Case) -> dict[str, Any]:
             f"training: {{max_length: {case.length}, optim: {case.optim}, packing: {str(case.packing).lower()}, "
             f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
             f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
+            + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
+            + (f"mtp: {{enabled: true, depth: {case.drafts}}}\n" if case.drafts else "")
         )
         budget = Budget(
-            name, "main", this_device(use_cpu=True), torch.float32, "onecard_per_expert", "auto", True,
+            name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
             StepShape(case.length, case.length - 1),
         )  # fmt: skip
-        planned = budget.bytes(recipe)
+        placement = budget.place(recipe) if case.share else None
+        planned = budget.bytes(recipe, placement)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, 2000, (24, case.length), generator=generator).tolist()
         data = Dataset.from_dict({"input_ids": ids, "labels": ids})
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        if placement:
+            number = str(CASES.index(case))
+            subprocess.run([sys.executable, __file__, "--write", folder, "--only", number], check=True)
 
         before = anonymous_memory()
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
-        model.requires_grad_(False)
-        Int8Quantizer(Int8Config())._process_model_before_weight_loading(model)
-        _fill(model)
+        model = _streamed(folder, placement) if placement else _resident(config)
         lora = recipe.lora.model_dump(exclude={"adapter_name_or_path"})
         adapted = attach_lora(model, **lora)
         arguments = recipe.training.model_dump(exclude={"output_dir"})
@@ -141,12 +162,58 @@ def run(case: Case) -> dict[str, Any]:
             adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
             arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
             dtype="float32", train_router=case.router, console=Console(quiet=True),
+            head=HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None,
         )  # fmt: skip
     measured = result.peak_memory - before
     return {
         "family": case.family, "length": case.length, "case": case.text, "planned": planned.run, "measured": measured,
         "error": planned.run / measured - 1, "note": budget.note, "before": before, "bytes": vars(planned),
     }  # fmt: skip
+
+
+def _config(case: Case) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[case.family](**{**SIZES, **FAMILIES[case.family], **case.config})
+
+
+def _resident(config: Any) -> Any:
+    """The int8 model with random numbers, all in memory."""
+    import torch
+
+    from toolkit.architecture import auto_class
+    from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
+    model.requires_grad_(False)
+    Int8Quantizer(Int8Config())._process_model_before_weight_loading(model)
+    _fill(model)
+    return model
+
+
+def _write(case: Case, folder: str) -> None:
+    """The case's model in fp32, and its int8 file."""
+    import torch
+
+    from toolkit.architecture import auto_class
+    from toolkit.offload import int8_folder
+
+    name = str(Path(folder) / "model")
+    auto_class(_config(case)).from_config(_config(case)).save_pretrained(name)
+    int8_folder(name, dtype=torch.float32, root=Path(folder) / "cache")
+
+
+def _streamed(folder: str, placement: Any) -> Any:
+    """The same with streamed stacks; nothing else is left mapped."""
+    from toolkit.offload import load_streamed
+
+    model, _ = load_streamed(str(Path(folder) / "model"), placement, cache=Path(folder) / "cache",
+                             experts_implementation="onecard_per_expert")  # fmt: skip
+    for parameter in model.parameters():
+        if parameter.stride() != (0,) * parameter.dim() or not parameter.dim():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def _fill(model: Any) -> None:
@@ -173,35 +240,68 @@ def main() -> None:
     """Every case in a process of its own, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, nargs="*")
-    parser.add_argument("--child", type=int)
     parser.add_argument("--holes", action="store_true", help="With glibc's settings untouched.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, help="Markdown.")
+    parser.add_argument("--write", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child is not None:
-        print("RESULT" + json.dumps(run(CASES[given.child])))
+    if given.write:
+        _write(CASES[given.only[0]], given.write)
         return
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    environment |= {} if given.holes else {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    settings = {} if given.holes else {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    if {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")} != settings:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**kept, **settings})
+    _load_libraries()
     rows = []
     for number in given.only or range(len(CASES)):
-        command = [sys.executable, __file__, "--child", str(number)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        if not found:
-            print(f"{number} {CASES[number]} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        row = _in_a_process(CASES[number])
+        if isinstance(row, str):
+            print(f"{number} {CASES[number]} failed: {row}", flush=True)
             continue
-        row = json.loads(found[0].removeprefix("RESULT"))
         rows.append(row)
         print(
             f"{number:3} {row['family']:12} {row['length']:5} {row['case']:50} planned {row['planned'] / 2**20:7.1f} "
             f"measured {row['measured'] / 2**20:7.1f} {row['error']:+.1%} {row['note']}",
             flush=True,
         )
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if given.table:
-        given.table.write_text(table(rows))
+        if given.json:
+            given.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if given.table:
+            given.table.write_text(table(rows))
+
+
+def _load_libraries() -> None:
+    """Once, for all the processes that are forked from here."""
+    import bitsandbytes  # noqa: F401
+    import torch
+
+    import toolkit.offload
+    import toolkit.rehearsal
+    import toolkit.training  # noqa: F401
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _in_a_process(case: Case) -> dict[str, Any] | str:
+    """The case's row, or why there is none."""
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(case, there))
+    process.start()
+    there.close()
+    try:
+        row: dict[str, Any] | str = here.recv()
+    except EOFError:
+        row = "the process died"
+    process.join()
+    return row
+
+
+def _answer(case: Case, there: Any) -> None:
+    try:
+        there.send(run(case))
+    except Exception as error:
+        there.send(f"{type(error).__name__}: {error}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

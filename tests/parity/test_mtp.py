@@ -140,9 +140,9 @@ def test_what_is_trained_at_depth_three_is_what_drafts_at_decoding() -> None:
     ids = torch.randint(5, 2000, (1, 14), generator=torch.Generator().manual_seed(3))
     inputs = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(14)[None]}
     hidden, place = hidden_of(model, inputs), 9
-    from toolkit.mtp.loss import _Chain
+    from toolkit.mtp.loss import Chain
 
-    chain, current, expected = _Chain(head, trunk, Rows.of(inputs), 3), hidden, []
+    chain, current, expected = Chain(head, trunk, Rows.of(inputs), 3), hidden, []
     with torch.no_grad():
         for depth in (1, 2, 3):
             current = chain.step(depth, current)

@@ -38,8 +38,8 @@ def rows(count: int = 12, *, masked: bool = False) -> Dataset:
 
 
 def train_adapted(adapted: PeftModel, folder: Path, data: Dataset, *held_out: Dataset, **changes: Any) -> TrainResult:
-    """The trainer on an adapted model, as a recipe with `ARGUMENTS` and these changes; `head…` goes to the trainer."""
-    given = {name: changes.pop(name) for name in ("head", "head_stage") if name in changes}
+    """The trainer on an adapted model, as a recipe with `ARGUMENTS` and these changes; some go to the trainer."""
+    given = {name: changes.pop(name) for name in ("head", "head_stage", "probes") if name in changes}
     arguments = TrainingSection(**{**ARGUMENTS, **changes}).model_dump(exclude={"output_dir"})
     return train_adapter(
         adapted,
@@ -78,6 +78,24 @@ def test_the_loss_falls_and_every_adapter_moves(checkpoint: Path, tmp_path: Path
     assert result.steps == len(losses) == 6
     assert losses[-1] < losses[0]
     assert all("grad_norm" in entry and entry["memory_bytes"] > 0 for entry in metrics if "loss" in entry)
+
+
+def test_trying_the_longest_batch_first_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, metrics and the adapter are the same to the last bit, packed or padded, over several micro-batches."""
+    tried: list[int] = []
+    probe = AdapterTrainer._probe
+    monkeypatch.setattr(AdapterTrainer, "_probe", lambda self, *given: (tried.append(1), probe(self, *given))[1])
+    for packing in (True, False):
+        changes = {"packing": packing, "max_steps": 4, "gradient_accumulation_steps": 2, "logging_steps": 1}
+        runs = [train(EMBEDDED, tmp_path / f"{packing}{probes}", probes=probes, **changes) for probes in (True, False)]
+        assert len(tried) == 1
+        tried.clear()
+        (_, adapter, metrics), (_, other, others) = runs
+        assert all(torch.equal(tensor, other[name]) for name, tensor in adapter.items())
+        timed = {"memory_bytes", "tokens_per_second"}
+        told = [{key: value for key, value in entry.items() if key not in timed and "runtime" not in key
+                 and "per_second" not in key} for entry in (*metrics, *others)]  # fmt: skip
+        assert told[: len(metrics)] == told[len(metrics) :]
 
 
 def test_recomputing_activations_changes_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from toolkit.plan import Device, Plan, make_plan
+from toolkit.plan.cards import CARDS
+from toolkit.plan.place import streamed
+from toolkit.plan.shapes import published
 from toolkit.recipe import source
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -59,8 +64,70 @@ def test_the_promised_recipes_are_there() -> None:
 def test_recipe_opens_with_its_command_and_its_card(name: str) -> None:
     lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"# bash scripts/finetune.sh recipes/{name}"
-    head = " ".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
-    assert re.search(r"Fits any (machine|card)|Fits an? \d+ GB card", head)
+    assert re.search(r"Fits any (machine|card)|Fits an? \d+ GB card", head(name))
+
+
+def head(name: str) -> str:
+    """What stands above a recipe's first section."""
+    lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
+    comments = lines[: next(index for index, line in enumerate(lines) if not line.startswith("#"))]
+    return " ".join(line.removeprefix("# ") for line in comments)
+
+
+TASK_RECIPES = {
+    "chat": "olmoe-1b-7b", "classification": "classification", "extraction to JSON": "extraction",
+    "tool calls": "tool-calls", "text-to-SQL": "text-to-sql", "style": "style", "translation": "translation",
+    "code": "code", "continued pre-training": "continued-pretraining", "multi-token prediction": "olmoe-mtp",
+}  # fmt: skip
+FOR_A_CARD = [name for name in NAMES if "Fits a " in head(name)]
+
+
+def test_every_task_has_a_recipe_for_a_published_checkpoint() -> None:
+    assert {f"{name}.yaml" for name in TASK_RECIPES.values()} <= set(FOR_A_CARD)
+    for name in FOR_A_CARD:
+        assert source.load(RECIPES / name).model.model_name_or_path in published()
+
+
+@cache
+def planned(card: str, model: str, *sections: str) -> Plan:
+    """The plan of a recipe without its data; many share one."""
+    name = next(name for name in FOR_A_CARD if planned_by(name) == (model, *sections))
+    found = CARDS[card]
+    return make_plan(source.load(RECIPES / name), device=Device("cuda", found.name, found.memory, found))
+
+
+def planned_by(name: str) -> tuple[str, ...]:
+    """All of a recipe that its plan looks at, as text."""
+    recipe = source.load(RECIPES / name)
+    used = recipe.training.model_dump(
+        include={"max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "packing"}
+    )
+    return (recipe.model.model_name_or_path, repr(recipe.lora), repr(recipe.mtp), repr(used))
+
+
+@pytest.mark.parametrize("name", FOR_A_CARD)
+def test_what_a_recipe_says_of_data_card_memory_and_time_is_what_is_planned(name: str) -> None:
+    text = head(name)
+    assert re.search(r"Data: .*(rows|\{)", text), "the shape of a row"
+    card = re.search(r"Fits a \d+ GB card \(RTX (\d+)", text)
+    figures = re.search(
+        r"not measured: ([\d.]+) GiB at the peak, of which ([\d.]+) are int8 experts; ([\d.]+) s a step of ([\d,]+) t",
+        text,
+    )
+    assert card is not None
+    assert figures is not None
+    made = planned(next(each for each in CARDS if each.startswith(f"rtx-{card[1]}")), *planned_by(name))
+    assert made.fits
+    assert made.duration is not None
+    again = "run scripts/recipe_headers.py"
+    assert float(figures[1]) == pytest.approx(made.bytes.total / 2**30, abs=0.06, rel=0.01), again
+    assert float(figures[2]) == pytest.approx(made.bytes.experts / 2**30, abs=0.06), again
+    assert float(figures[3]) == pytest.approx(made.duration.estimate, abs=0.06, rel=0.02), again
+    training = source.load(RECIPES / name).training
+    tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * made.length
+    assert figures[4] == f"{tokens:,}"
+    away = re.search(r"Fits a [^.]*experts of (\d+) of", text)
+    assert int(away[1] if away else 0) == len(streamed(made.placement)), again
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,16 +24,22 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
-_BASE = {"errors", "ranks", "durable", "signals", "steps", "recipe", "architecture", "plan"}
+_BASE = {
+    *("errors", "registration", "ranks", "durable", "signals", "steps", "downloads"),
+    *("recipe", "anatomy", "architecture", "plan"),
+}
 _MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "registration": set(),
     "ranks": set(),
     "durable": {"errors"},
     "steps": {"errors"},
+    "downloads": {"steps"},
     "signals": {"errors", "ranks"},
     "recipe": {"errors"},
-    "architecture": {"errors", "durable", "recipe"},
+    "anatomy": set(),
+    "architecture": {"errors", "durable", "recipe", "anatomy"},
     "plan": _BASE - {"plan"},
     "quant": _BASE,
     "ops": _BASE | {"quant"},

@@ -99,3 +99,51 @@ def test_with_nobody_listening_nothing_happens() -> None:
         assert steps.seconds_by_part() == {}
 
     contextvars.Context().run(verb)
+
+
+def test_bytes_are_told_in_what_they_are_read_in(clock: Callable[[float], None]) -> None:
+    def verb() -> None:
+        with steps.part("download"):
+            clock(10)
+            steps.advance(2.5e9, 10e9, "bytes")
+            clock(6)
+            steps.advance(4e6, 0, "bytes")
+
+    lines = listening(verb)[0].splitlines()[:2]
+    assert lines == ["download 2.5 GB of 10.0 GB, 250.0 MB/s, ETA 30 s", "download 4.0 MB, 0.2 MB/s"]
+
+
+def test_time_spent_in_an_inner_part_does_not_slow_the_outer_one(clock: Callable[[float], None]) -> None:
+    def verb() -> None:
+        with steps.part("train"):
+            clock(2)
+            with steps.part("evaluate"):
+                clock(8)
+            steps.advance(2, 4, "steps")
+
+    assert "train 2 of 4 steps, 1/s, ETA 2 s" in listening(verb)[0]
+
+
+def test_on_a_terminal_one_line_is_live_at_a_time() -> None:
+    live: list[list[bool]] = []
+
+    def verb() -> None:
+        def look() -> None:
+            listener = steps.current()
+            assert listener is not None
+            live.append([each._bar is not None for each in listener._open])
+
+        with steps.part("train", drawn=False):
+            look()
+            with steps.part("evaluate"):
+                look()
+                with steps.part("load"):
+                    look()
+                look()
+            look()
+            steps.advance(1, 2, "answers")
+            look()
+
+    text, _ = listening(verb, terminal=True)
+    assert live == [[False], [False, True], [False, False, True], [False, True], [False], [True]]
+    assert "evaluate" in text

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, quiet_console
+from toolkit.report.hints import next_commands
 
 __all__ = ["combine", "export"]
 
@@ -33,7 +34,21 @@ def export(
     for server, problems in made.servers.items():
         console.print(f"{server}, by the rules in its sources: {'takes it' if not problems else 'does not take it'}")
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
+    for line in _USED_BY[format]:
+        console.print(line.format(made.folder), markup=False)
+    next_commands(console, *(each.format(made.folder) for each in _AFTER.get(format, ())), f"push {run} OWNER/NAME")
     emit(made.to_dict(), json_)
+
+
+_USED_BY = {
+    "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
+    "per-expert": ("vllm serve BASE --enable-lora --lora-modules mine={0}",),
+    "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
+    "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `import toolkit`",),
+    "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
+}
+"""Who opens a layout, with the folder to come."""
+_AFTER = {"peft": ("verify {0}",), "merged": ("plan {0} --audit",), "merged-int8": ("plan {0} --audit",)}
 
 
 def combine(
@@ -56,4 +71,5 @@ def combine(
             raise RecipeError(f"{given}: not ADAPTER=WEIGHT, as in runs/a=0.7") from None
     made = combine_adapters(weights, out, rank=rank)
     console.print(f"{out}: rank {made.rank}, {made.adapters} pairs, off by {made.error:.3g} of the exact sum")
+    next_commands(console, f"verify {out}", f"chat {out} --base BASE", f"push {out} OWNER/NAME")
     emit(made.to_dict(), json_)

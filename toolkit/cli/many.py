@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from toolkit.cli.options import Json, RecipePath, emit, load_recipe, quiet_console
+from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +58,8 @@ def sweep(
     draw(outcomes, metric, folder / "sweep.svg")
     table(console, ranked, metric)
     console.print(f"{folder / 'sweep.json'}, {folder / 'sweep.svg'}")
+    if ranked[0].figures:
+        next_commands(console, f"report {ranked[0].run}", f"chat {ranked[0].run} --compare")
     emit(found, json_)
     if failed := [outcome for outcome in outcomes if outcome.error]:
         raise ModelError(

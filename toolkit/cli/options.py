@@ -26,6 +26,7 @@ __all__ = [
     "artifact_of",
     "emit",
     "load_recipe",
+    "opened_as",
     "plain_console",
     "quiet_console",
     "reopen",
@@ -41,7 +42,8 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an
 def quiet_console() -> Console:
     """A console on stderr that tells which part is at work; mute in all processes of a run but the first.
 
-    On a terminal the bars of downloads and of loading are those of the Hub's client and transformers; elsewhere none.
+    The bars are ours, of the parts' own counts. Of other libraries only the Hub's client draws, on a terminal, where it
+    sends or takes something of its own accord.
     """
     import datasets
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -51,8 +53,8 @@ def quiet_console() -> Console:
 
     console = plain_console()
     datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     if not console.is_terminal:
-        transformers_logging.disable_progress_bar()
         disable_progress_bars()
     listen(console)
     return console
@@ -82,6 +84,18 @@ def artifact_of(path: Path | str) -> Path:
     """A run's artifact, or the artifact itself; downloaded where it is `hf://owner/name`."""
     path = _fetched(path)
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
+
+
+def opened_as(path: Path | str, base: str | None = None) -> str:
+    """What to type after a verb to open this run or artifact again, its base included where nothing else names it."""
+    from toolkit.packaging import read_manifest
+
+    if base:
+        return f"{path} --base {base}"
+    if run := next((each for each in (Path(path), Path(path).parent) if (each / "recipe.yaml").is_file()), None):
+        return str(run)
+    is_local = read_manifest(artifact_of(path))["base"]["revision"] is None
+    return f"{path} --base BASE" if is_local else str(path)
 
 
 def _fetched(path: Path | str) -> Path:

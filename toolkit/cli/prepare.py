@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.cli.options import Json, emit, load_recipe, quiet_console
+from toolkit.cli.options import Json, emit, load_recipe, plain_console, quiet_console
+from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,12 +35,11 @@ def quantize(
     console = quiet_console()
     refuse_existing(out)
     compensated = _compensated(recipe, model, revision, console) if recipe else None
-    with console.status("reading") as status:
-        options: dict[str, Any] = {"revision": revision, "compensated": compensated}
-        done = quantize_checkpoint(model, out, **options, progress=lambda n, of: status.update(f"{n} of {of}"))
+    done = quantize_checkpoint(model, out, revision=revision, compensated=compensated)
     console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
     if done.left_out:
         console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
+    next_commands(console, f"plan {out} --audit", f"train {recipe or 'RECIPE'} model.model_name_or_path={out}")
     emit(done.to_dict(), json_)
 
 
@@ -48,6 +48,7 @@ def schema() -> None:
     from toolkit.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
+    next_commands(plain_console(), "init")
 
 
 def init(
@@ -55,13 +56,13 @@ def init(
     model: Annotated[str | None, typer.Option(help="A checkpoint folder or owner/name on the Hub.")] = None,
     data: Annotated[str | None, typer.Option(help="Training examples: a file, a folder or a Hub dataset.")] = None,
     card: Annotated[str | None, typer.Option(help="A card such as rtx-4090; without it, this machine.")] = None,
+    json_: Json = False,
 ) -> None:
     """Write a commented recipe; with model and data, asked for on a terminal, one that plans successfully."""
     from toolkit.errors import RecipeError
     from toolkit.plan import first_that_fits
     from toolkit.recipe import starter
     from toolkit.report.plans import show_plan
-    from toolkit.report.terminal import next_command
 
     if path.exists():
         raise RecipeError(f"{path}: is there already; give another name")
@@ -79,10 +80,11 @@ def init(
             stream.write(starter(str(path), fields))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written ({error.strerror}); give another name") from None
-    print(path)
-    console.print("[bold]next[/bold]")
-    for verb in ("plan", "preview", "train"):
-        next_command(console, f"{verb} {path}")
+    if json_:
+        emit({"recipe": str(path), "fields": {".".join(key): value for key, value in fields.items()}}, json_)
+    else:
+        print(path)
+    next_commands(console, *(f"{verb} {path}" for verb in ("preview", "plan", "train")))
 
 
 def _ask_for_recipe(card: str | None) -> tuple[str, str, str | None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, plain_console, quiet_console
+from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,8 +134,9 @@ def _train(
         return None
     packaged = flow.package(result, made, run_pictures(run.path))
     finished: dict[str, Any] = show.summarize(result, made, batches, packaged, compensated, before)
-    write_text(run.summary, json.dumps(finished, indent=2))
-    write_page(run.path)
+    text = json.dumps(finished, indent=2)
+    write_page(run.path, text)
+    write_text(run.summary, text)
     return finished
 
 
@@ -179,14 +181,18 @@ def plan(
             show_plan(console, made)
             emit(made.to_dict(), json_)
             made.require_fit()
+            given = " ".join([recipe, *(overrides or [])])
+            next_commands(console, *((f"preview {given}", f"train {given}") if is_recipe else (_INIT.format(recipe),)))
             return
         found = take_stock(parsed.model.model_name_or_path, revision=parsed.model.revision)
     show_audit(console, found)
+    next_commands(console, f"plan {recipe}", *([] if is_recipe else [_INIT.format(recipe)]))
     emit(found.to_dict(), json_)
 
 
 _DEFAULTS = "model: {{model_name_or_path: {!r}}}\ndata: {{train: none}}\n"
 """A recipe of nothing but defaults."""
+_INIT = "init recipe.yaml --model {} --data EXAMPLES"
 
 
 def preview(
@@ -205,4 +211,6 @@ def preview(
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)
+    given = " ".join([str(recipe), *(overrides or [])])
+    next_commands(console, f"plan {given}", f"train {given}")
     emit(batches.report.to_dict(), json_)

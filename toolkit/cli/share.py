@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.options import Json, artifact_of, emit, quiet_console
+from toolkit.cli.options import Json, artifact_of, emit, opened_as, quiet_console
+from toolkit.report.hints import next_commands
 
 __all__ = ["push", "verify"]
 
@@ -30,6 +31,7 @@ def verify(
     emit({**asdict(report), "ok": report.ok}, json_)
     if failed := [check for check in report.checks if not check.ok]:
         raise ModelError(f"{artifact}: {len(failed)} of {len(report.checks)} checks failed: {failed[0].detail}")
+    next_commands(console, f"chat {opened_as(artifact, base)}", f"push {artifact} OWNER/NAME")
 
 
 def push(
@@ -40,6 +42,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     tag: Annotated[str | None, typer.Option(help="Tag of the new commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and list the files, send nothing.")] = False,
+    json_: Json = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
     from toolkit.packaging import push_artifact, training_answers
@@ -52,4 +55,9 @@ def push(
     url = push_artifact(
         folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run, rows=rows
     )
-    print(url)
+    if json_:
+        emit({"url": url, "sent": not dry_run}, json_)
+    else:
+        print(url)
+    where = f"hf://{repo_id}{f'@{revision}' if revision else ''}"
+    next_commands(console, f"push {artifact} {repo_id}" if dry_run else f"verify {where}")

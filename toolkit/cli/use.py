@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.cli.options import Base, Json, Overrides, RunPath, artifact_of, emit, quiet_console, reopen
+from toolkit.cli.options import (
+    Base,
+    Json,
+    Overrides,
+    RunPath,
+    artifact_of,
+    emit,
+    opened_as,
+    plain_console,
+    quiet_console,
+    reopen,
+)
+from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from peft import PeftModel
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from toolkit.mtp import Speculator
+    from toolkit.plan import Plan
 
 __all__ = ["chat", "evaluate", "generate", "report", "serve"]
 
@@ -56,6 +76,8 @@ def evaluate(
     drafting = flow.evaluate_head(model, head, batches, made, console)
     if drafting:
         show.drafting(console, drafting)
+    again = opened_as(run, base)
+    next_commands(console, f"chat {again} --compare", f"push {run} OWNER/NAME")
     emit({**comparison.to_dict(), **({"mtp": drafting} if drafting else {})}, json_)
 
 
@@ -76,6 +98,7 @@ def _benchmark(
     made, model, tokenizer = reopen(run, overrides, base, console, as_trained=True)
     found = run_harness(model, tokenizer, names, folder=folder, limit=limit, batch_size=made.recipe.eval.batch_size)
     show.benchmarks(console, found)
+    next_commands(console, f"chat {opened_as(run, base)} --compare", f"push {run} OWNER/NAME")
     emit({"lm_eval": found}, json_)
 
 
@@ -83,20 +106,26 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     serve: Annotated[bool, typer.Option("--serve", help="Show it live on this machine until interrupted.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 0,
+    json_: Json = False,
 ) -> None:
     """The run's page, one file that opens offline: outcome, curves, experts, memory, recipe."""
     from toolkit.report.page import write_page
     from toolkit.report.serve import page_server
 
     if not serve:
-        print(write_page(run))
+        page = write_page(run)
+        if json_:
+            emit({"page": str(page), "bytes": page.stat().st_size}, json_)
+        else:
+            print(page)
+        next_commands(plain_console(), f"report {run} --serve", f"chat {run} --compare")
         return
     with page_server(run, port) as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            next_commands(plain_console(), f"report {run}")
 
 
 def generate(
@@ -121,6 +150,7 @@ def generate(
         emit({"prompt": text, "answer": reply, **({"mtp": figures} if mtp else {})}, json_)
     else:
         print(reply)
+    next_commands(console, f"chat {opened_as(run, base)} --compare")
 
 
 def chat(
@@ -131,19 +161,31 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     mtp: Mtp = False,
 ) -> None:
-    """Talk to the adapted model; /adapter NAME|FOLDER switches, /reset forgets, /quit or an empty line ends."""
-    from toolkit.serving import Conversation, talk
+    """Talk to the adapted model; /help lists what can be switched on the way, /quit or an empty line ends."""
+    from rich.console import Console
+
+    from toolkit.serving import Conversation, Screen, talk
 
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
-    write = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console) if mtp else None
-    prompt = made.recipe.data.system_prompt
-    conversation = Conversation(model, tokenizer, prompt, max_new_tokens, temperature, write)
+    conversation = Conversation(
+        model,
+        tokenizer,
+        made.recipe.data.system_prompt,
+        max_new_tokens,
+        temperature,
+        make_drafts=partial(_drafts, run, made, model, max_new_tokens, temperature, console),
+        drafting=mtp,
+        compare=compare,
+    )
 
     def tell(text: str) -> None:
         print(text, end="", flush=True)
 
-    talk(conversation, iter(_ask, ""), tell, lambda line: console.print(line, markup=False), compare=compare)
+    if sys.stdin.isatty():
+        console.print("/help lists commands; an empty line ends", style="dim")
+    talk(conversation, iter(_ask, ""), Screen(tell, lambda line: console.print(line, markup=False), Console()))
+    next_commands(console, f"eval {opened_as(run, base)}", f"push {run} OWNER/NAME")
 
 
 def serve(
@@ -160,46 +202,58 @@ def serve(
     console = quiet_console()
     _, model, tokenizer = reopen(run, None, base, console)
     name = run.resolve().parent.name if run.name == "adapter" else run.resolve().name
-    console.print(f"http://{host}:{port}/v1  model {name}; Ctrl-C ends", markup=False)
+    url = f"http://{host}:{port}/v1"
+    console.print(f"{url}  model {name}; Ctrl-C ends", markup=False)
+    body = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 32}'
+    console.print(f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'", markup=False)
     run_server(model, tokenizer, name, host=host, port=port)
+    next_commands(console, f"export {run} --format per-expert", f"export {run} --format gguf")
 
 
 def _writer(
     run: Path,
-    made: Any,
-    model: Any,
-    tokenizer: Any,
+    made: Plan,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     temperature: float,
     mtp: bool,
-    console: Any,
+    console: Console,
 ) -> Callable[[list[int]], tuple[str, dict[str, Any]]]:
     """What turns a prompt into text and, with drafts, their figures."""
-    from toolkit import flow
-    from toolkit.evaluate import answer, speculator
-    from toolkit.mtp import HEAD_FILE
+    from toolkit.evaluate import answer
 
     if not mtp:
         return lambda ids: (
             answer(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0],
             {},
         )
-    artifact = artifact_of(run)
-    head = flow.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
-    if head is None:
-        console.print(f"{artifact}: no multi-token-prediction head; drafting what followed the same words before")
-    count = max(made.recipe.mtp.depth, len(head.layers)) if head else _LOOKED_UP
-    writer = speculator(model, head, count=count, max_new_tokens=max_new_tokens, temperature=temperature)
+    writer = _drafts(run, made, model, max_new_tokens, temperature, console)
 
     def reply(ids: list[int]) -> tuple[str, dict[str, Any]]:
-        was_off = writer.counts.switched_off
         (written,) = writer.generate([ids])
-        if writer.counts.switched_off and not was_off:
+        if writer.counts.switched_off:
             console.print("drafts cost more time than they save here: switched off")
         text = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
         return text, {"tau": writer.counts.tokens_per_pass, "acceptance": writer.counts.rates()}
 
     return reply
+
+
+def _drafts(
+    run: Path, made: Plan, model: PeftModel, max_new_tokens: int, temperature: float, console: Console
+) -> Speculator:
+    """What decodes with the artifact's head, or with what followed the same words before where it has none."""
+    from toolkit import flow
+    from toolkit.evaluate import speculator
+    from toolkit.mtp import HEAD_FILE
+
+    artifact = artifact_of(run)
+    head = flow.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
+    if head is None:
+        console.print(f"{artifact}: no multi-token-prediction head; drafting what followed the same words before")
+    count = max(made.recipe.mtp.depth, len(head.layers)) if head else _LOOKED_UP
+    return speculator(model, head, count=count, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 def _ask() -> str:

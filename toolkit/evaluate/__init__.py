@@ -3,7 +3,7 @@
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
 from toolkit.evaluate.drafts import Drafting, measure_drafts, speculator
 from toolkit.evaluate.general import read_windows
-from toolkit.evaluate.generate import answer, encode_chat, sampling
+from toolkit.evaluate.generate import answer, answer_ids, encode_chat, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
 from toolkit.evaluate.metrics import LOSS, find_metric
 from toolkit.evaluate.routing import adapter_norms, expert_statistics, router_entropy
@@ -15,6 +15,7 @@ __all__ = [
     "Measured",
     "adapter_norms",
     "answer",
+    "answer_ids",
     "compare",
     "encode_chat",
     "expert_statistics",

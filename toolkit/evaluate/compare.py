@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
+from toolkit.steps import advance, part
 from toolkit.training.labelled import labelled_logits
 
 __all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "score_now"]
@@ -153,7 +154,8 @@ def score_now(
     model.config.use_cache, config.output_router_logits = True, False
     try:
         prompts = [question.prompt_ids for question in questions]
-        answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        with part("evaluate"):
+            answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     finally:
         model.config.use_cache, config.output_router_logits = held
     scores = score(name, function, answers, [question.answer for question in questions])
@@ -178,4 +180,5 @@ def held_out_loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -
         logits, targets, _ = labelled_logits(model, given, labels)
         total += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
         count += len(targets)
+        advance(start + len(batch), len(order), "sequences")
     return total / max(1, count)

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.steps import advance
 
-__all__ = ["answer", "encode_chat", "sampling"]
+__all__ = ["answer", "answer_ids", "encode_chat", "sampling"]
 
 
-@torch.no_grad()
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,8 +27,25 @@ def answer(
     Args:
         temperature: 0 is greedy; above it samples.
     """
-    texts: list[str] = [""] * len(prompts)
-    done = 0
+    written = answer_ids(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature
+    )
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
+
+
+@torch.no_grad()
+def answer_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+) -> list[list[int]]:
+    """Tokens that follow each prompt, up to and with the end token where one came."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    ends, done = _ends(model), 0
     for batch in _similar_lengths(prompts, batch_size):
         width = max(len(prompts[index]) for index in batch)
         ids = torch.full((len(batch), width), _pad(tokenizer), device=model.device)
@@ -44,11 +60,17 @@ def answer(
             pad_token_id=_pad(tokenizer),
             **sampling(temperature),
         )
-        for row, index in enumerate(batch):
-            texts[index] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+        for index, written in zip(batch, output[:, width:].tolist(), strict=True):
+            stop = next((place for place, token in enumerate(written) if token in ends), len(written))
+            answers[index] = written[: stop + 1]
         done += len(batch)
         advance(done, len(prompts), "answers")
-    return texts
+    return answers
+
+
+def _ends(model: PreTrainedModel) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
 
 
 def sampling(temperature: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ These are the public verbs. They only hand the plan's fields to the rooms, which
 """
 
 from toolkit.flow.finish import Trained, package, resume, train
-from toolkit.flow.head import evaluate_head, make_head, reopen_head
+from toolkit.flow.head import evaluate_head, make_head, own_answers, reopen_head, step_tokens, teach_own_answers
 from toolkit.flow.judge import evaluate, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import (
     attach,
@@ -29,11 +29,14 @@ __all__ = [
     "load_tokenizer",
     "look_at_experts",
     "make_head",
+    "own_answers",
     "package",
     "reopen",
     "reopen_head",
     "require_harmless_rounding",
     "resume",
     "step_shape",
+    "step_tokens",
+    "teach_own_answers",
     "train",
 ]

@@ -17,13 +17,13 @@ from toolkit.adapters import unmoved_adapters
 from toolkit.data import Batches
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
-from toolkit.flow.head import evaluate_head, make_head
+from toolkit.flow.head import evaluate_head, make_head, teach_own_answers
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
-from toolkit.packaging import identify_base, license_of, write_artifact
+from toolkit.packaging import config_sha256, identify_base, license_of, write_artifact
 from toolkit.packaging.manifest import file_entry
-from toolkit.plan import ROUNDED_ROWS, Plan, nearest_change
+from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
 from toolkit.signals import StopRequest
@@ -40,6 +40,7 @@ from toolkit.training import (
     train_adapter,
     versions,
 )
+from toolkit.training.memory import peak_of
 
 __all__ = ["Trained", "package", "resume", "train"]
 
@@ -61,6 +62,8 @@ class Trained:
     """What the answers of the training data say: none of it may leave with the artifact."""
     head: MtpHead | None = None
     drafting: dict[str, Any] | None = None
+    evaluation_peak: int = 0
+    """Bytes at the highest while base and adapted model were compared, as `TrainResult.peak_memory`."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
@@ -101,7 +104,7 @@ def resume(
     return found
 
 
-@part("train")
+@part("train", drawn=False)
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,6 +148,7 @@ def train(
         console=console,
         best=_wanted_best(model, tokenizer, batches, plan),
         advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
+        probes=_probes(plan, note),
         resume=resumed,
         stop=stop,
         places=batches.places,
@@ -164,16 +168,27 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
             f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
         )
+    if head is not None and recipe.mtp.own_answers:
+        teach_own_answers(head, tokenizer, batches, plan, console)
     finished = None if head is None else head.head.to(model.dtype).eval()
     compared, drafting = None, None
-    if is_first():
-        compared = evaluate(model, tokenizer, batches, plan)
-        drafting = evaluate_head(model, finished, batches, plan, console)
-        look_at_experts(model, batches, plan)
+    with peak_of(plan.device) as peak:
+        if is_first():
+            compared = evaluate(model, tokenizer, batches, plan)
+            drafting = evaluate_head(model, finished, batches, plan, console)
+            look_at_experts(model, batches, plan)
     if head is not None:
         drafting = {"training": head.result().to_dict(), **(drafting or {})}
     rows = _answers(tokenizer, batches.train)
-    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting)
+    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes)
+
+
+def _probes(plan: Plan, note: Callable[[str], None]) -> bool:
+    """Whether the longest batch goes first: not where twice what the plan needs is free beside what is loaded."""
+    if 2 * plan.bytes.total > free_memory(plan.device):
+        return True
+    note("memory: more than twice what the plan needs is free, so the longest batch is not tried first")
+    return False
 
 
 def _wanted_best(
@@ -213,8 +228,13 @@ def _wanted_best(
 
 def _base_facts(plan: Plan) -> dict[str, Any]:
     kept = RunFolder(plan.folder).compensated
-    facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
-    return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
+    base = identify_base(plan.model, plan.recipe.model.revision)
+    return {
+        "commit": base.revision,
+        "base": base.weights_sha256,
+        "config": config_sha256(plan.model, plan.recipe.model.revision),
+        "compensated": file_entry(kept)["sha256"] if kept.is_file() else None,
+    }
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches
+from toolkit.data.build import IGNORED
 from toolkit.errors import RecipeError
-from toolkit.evaluate import measure_drafts
-from toolkit.mtp import HeadTraining, MtpHead, can_speculate, load_native, native_keys, new_head, read_head
+from toolkit.evaluate import answer_ids, measure_drafts
+from toolkit.mtp import (
+    HeadTraining,
+    MtpHead,
+    can_speculate,
+    learn_own_answers,
+    load_native,
+    native_keys,
+    new_head,
+    read_head,
+)
 from toolkit.plan import Plan
 from toolkit.ranks import processes
+from toolkit.steps import part
 
-__all__ = ["evaluate_head", "make_head", "reopen_head"]
+__all__ = ["evaluate_head", "make_head", "own_answers", "reopen_head", "step_tokens", "teach_own_answers"]
 
 
 _DRAFTED, _DRAFTED_TOKENS = 24, 32
 """Held-out prompts that drafting is measured on, and the shortest text written after each."""
+_OPENING = 16
+"""Tokens of a text without a prompt that are given."""
 
 
 def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
@@ -47,6 +62,41 @@ def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
         learning_rate=wanted.head_learning_rate,
         max_grad_norm=training.max_grad_norm,
     )
+
+
+@part("teach the head")
+def teach_own_answers(
+    head: HeadTraining, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan, console: Console
+) -> None:
+    """The finished model answers some of the training prompts, and the head learns from that."""
+    prompts, answers = own_answers(head.model, tokenizer, batches, plan)
+    steps = learn_own_answers(head, prompts, answers, tokens=step_tokens(plan), seed=plan.recipe.training.seed)
+    console.print(f"multi-token-prediction head: {steps} steps on the model's own answers to {len(prompts)} prompts")
+
+
+def own_answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The first training prompts, as many as the recipe wants, and what the model as it stands answers greedily."""
+    wanted, limits = plan.recipe.mtp.own_answers, plan.recipe.eval
+    prompts = [_prompt(row) for row in batches.train.select(range(min(wanted, len(batches.train))))]
+    model.eval()
+    return prompts, answer_ids(
+        model, tokenizer, prompts, max_new_tokens=limits.max_new_tokens, batch_size=limits.batch_size
+    )
+
+
+def step_tokens(plan: Plan) -> int:
+    """Tokens of one batch of the run, padding included."""
+    training = plan.recipe.training
+    assert isinstance(training.max_length, int)
+    return training.max_length * training.per_device_train_batch_size
+
+
+def _prompt(row: Mapping[str, list[int]]) -> list[int]:
+    """What stands before the first trained token; of text without a prompt, its first tokens."""
+    first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+    return row["input_ids"][: first or _OPENING]
 
 
 def reopen_head(model: PeftModel, plan: Plan, artifact: str | Path) -> MtpHead:

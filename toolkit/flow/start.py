@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -14,14 +15,14 @@ from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, RecipeError, first_line
 from toolkit.evaluate import LOSS, find_metric
-from toolkit.flow.judge import general_text
+from toolkit.flow.judge import general_text, held_out
 from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
-from toolkit.packaging import fetch_adapter, identify_base
+from toolkit.packaging import fetch_adapter, identify_base, require_base
 from toolkit.plan import Plan, StepShape
 from toolkit.plan.place import streamed
-from toolkit.quant import load_int8, measure
-from toolkit.quant.calibrate import Compensation, compensate_model
+from toolkit.quant import fetch, load_int8, measure
+from toolkit.quant.calibrate import Compensation, calibration_examples, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, join
 from toolkit.steps import part
@@ -52,6 +53,8 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
     join(plan.device)
+    if not Path(plan.model).is_dir():
+        fetch(plan.model, plan.recipe.model.revision)
     tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
     options: dict[str, Any] = {
         "revision": plan.recipe.model.revision,
@@ -84,7 +87,7 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     with first_one_first():
         if kept and kept.is_file():
             return read_compensated(model, kept, _base_hash(plan))
-        examples = batches.train[: wanted.calibration_samples]["input_ids"]
+        examples = calibration_examples(batches.train[: wanted.calibration_samples]["input_ids"])
         report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
         if kept:
             write_compensated(model, report, kept, _base_hash(plan))
@@ -102,7 +105,9 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     lora = plan.recipe.lora
     set_seed(plan.recipe.training.seed)
     if lora.adapter_name_or_path:
-        return load_adapter(model, fetch_adapter(lora.adapter_name_or_path), is_trainable=True)
+        start = fetch_adapter(lora.adapter_name_or_path)
+        require_base(start, plan.model, plan.recipe.model.revision)
+        return load_adapter(model, start, is_trainable=True)
     return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
 
 
@@ -113,6 +118,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
     then compensates again, which reads the training data; without it the base is rounded plainly.
     """
     model, tokenizer = load(plan)
+    require_base(artifact, plan.model, plan.recipe.model.revision)
     kept = RunFolder(Path(artifact).parent).compensated
     if plan.recipe.quantization.error_compensation != "none":
         if kept.is_file():
@@ -153,14 +159,21 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
 
 
 def step_shape(batches: Batches, plan: Plan) -> StepShape:
-    """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later."""
+    """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later.
+
+    Of what is held out, the longest sequence that is looked at, the most labels of one, and the longest prompt.
+    """
     training = plan.recipe.training
     assert isinstance(training.max_length, int)
-    labels = [len(row) - row.count(-100) for row in batches.train["labels"]]
-    lengths = [len(row) for row in batches.train["input_ids"]]
+    lengths, labels = _lengths(batches.train)
+    looked_at = held_out(batches, plan)
+    others, their_labels = _lengths(looked_at) if looked_at is not None else ([], [])
+    questions = batches.held_out[: plan.recipe.eval.max_samples] if plan.recipe.eval.enabled and others else ()
+    prompts = [len(question.prompt_ids) for question in questions]
+    beside = (max(others, default=0), max(their_labels, default=0), max(prompts, default=0))
     if not training.packing:
         one = training.per_device_train_batch_size == 1
-        return StepShape(max(lengths), max(labels) if one else max(lengths))
+        return StepShape(max(lengths), max(labels) if one else max(lengths), *beside)
     length = min(training.max_length, sum(lengths))
     shares = sorted((label / size, size) for label, size in zip(labels, lengths, strict=True))
     room, labelled = length, 0.0
@@ -168,4 +181,10 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
         share, size = shares.pop()
         labelled += share * min(size, room)
         room -= size
-    return StepShape(length, max(1, math.ceil(labelled)))
+    return StepShape(length, max(1, math.ceil(labelled)), *beside)
+
+
+def _lengths(rows: Dataset) -> tuple[list[int], list[int]]:
+    """Tokens of each row, and how many of them carry a label."""
+    labels = [len(row) - row.count(-100) for row in rows["labels"]]
+    return [len(row) for row in rows["input_ids"]], labels

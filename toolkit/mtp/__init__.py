@@ -6,6 +6,8 @@ from toolkit.mtp.drafts import HeadDrafter, LookupDrafter
 from toolkit.mtp.export import HEAD_FILE, config_with_head, head_state, merged_head_state, read_head
 from toolkit.mtp.head import MtpHead, Trunk
 from toolkit.mtp.native import load_native, native_keys
+from toolkit.mtp.own import learn_own_answers
+from toolkit.mtp.served import draft_config, draft_tensors
 from toolkit.mtp.training import HeadResult, HeadTraining
 
 __all__ = [
@@ -20,7 +22,10 @@ __all__ = [
     "Trunk",
     "can_speculate",
     "config_with_head",
+    "draft_config",
+    "draft_tensors",
     "head_state",
+    "learn_own_answers",
     "load_native",
     "merged_head_state",
     "native_keys",

@@ -71,7 +71,7 @@ def new_head(model: PreTrainedModel, *, num_mtp_layers: int = 1, copied: bool = 
     layers = [_layer(config, layer, final_norm, copied, random) for _ in range(num_mtp_layers)]
     for index, made in enumerate(layers):
         _number(made, index)
-    return MtpHead(layers, config).to(decoder.layers[-1].input_layernorm.weight.device)
+    return MtpHead(layers, config).to(model.get_input_embeddings().weight.device)
 
 
 def _layer(config: Any, layer: nn.Module, final_norm: nn.Module, copied: bool, random: torch.Generator) -> MtpLayer:

@@ -110,13 +110,18 @@ class Speculator:
         self.counts = Counts()
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Token ids that follow each prompt, the end token included where one was written."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], told: Callable[[list[int]], None] = lambda new: None
+    ) -> list[list[int]]:
+        """Token ids that follow each prompt, the end token included where one was written.
+
+        `told` is called with the new ones of every pass.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
             with capture_hidden(self.base) as hidden:
-                return [_Sequence(self, list(prompt), hidden).run() for prompt in prompts]
+                return [_Sequence(self, list(prompt), hidden).run(told) for prompt in prompts]
         finally:
             self.model.train(was_training)
 
@@ -149,11 +154,12 @@ class _Sequence:
         self.drafter = owner.make_drafter()
         self.plain = self.prompt  # tokens whose keys plain decoding would have, bit for bit
 
-    def run(self) -> list[int]:
+    def run(self, told: Callable[[list[int]], None]) -> list[int]:
         owner, counts = self.owner, self.owner.counts
         logits = self._forward(self.tokens)
         fresh = self.hidden()[0]
         self.tokens.append(self._choose(self.tokens, logits[-1])[0])
+        told(self.tokens[-1:])
         while not self._is_over():
             started = time.perf_counter()
             room = owner.max_new_tokens - (len(self.tokens) - self.prompt) - 1
@@ -161,6 +167,7 @@ class _Sequence:
             draft = self.drafter.draft(fresh, self.tokens, wanted, self._pick) if wanted else Draft([], [])
             fresh, new = self._check(draft)
             spent = time.perf_counter() - started
+            told(self.tokens[-new:])
             if draft.tokens:
                 counts.passes += 1
                 counts.tokens += new

@@ -16,7 +16,7 @@ import torch
 
 from toolkit.mtp.head import MtpHead, Trunk, causal_mask
 
-__all__ = ["DepthLoss", "Rows", "Teacher", "head_loss", "weights_of_depths"]
+__all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "weights_of_depths"]
 
 _CHUNK_BYTES = 1 << 26
 """Bytes of logits that exist at once."""
@@ -112,7 +112,7 @@ def head_loss(
         teacher: logits at hand, instead of computing them from `teacher_hidden_BLH`.
     """
     known = (hidden_BLH if teacher_hidden_BLH is None else teacher_hidden_BLH).detach()
-    chain = _Chain(head, trunk, rows, depth)
+    chain = Chain(head, trunk, rows, depth)
     current, total, figures = hidden_BLH, hidden_BLH.new_zeros(()), []
     for step, weight in enumerate(weights_of_depths(depth), 1):
         current = chain.step(step, current)
@@ -126,7 +126,7 @@ def head_loss(
     return total, figures
 
 
-class _Chain:
+class Chain:
     """The head's blocks over a whole batch, depth after depth."""
 
     def __init__(self, head: MtpHead, trunk: Trunk, rows: Rows, depth: int) -> None:
@@ -146,6 +146,7 @@ class _Chain:
         return causal_mask(rows.documents_BL, rows.valid_BL, self.trunk.window, additive=self.additive)
 
     def step(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's hidden states [B, L, H] at `depth`, of those before it; depths come one after the other from 1."""
         tokens = self.rows.tokens_BL.roll(-depth, 1)
         positions = self.rows.positions_BL + depth
         again = depth - len(self.head.layers)

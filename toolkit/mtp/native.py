@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_layers import MtpModel
 from transformers.modeling_utils import LoadStateDictConfig
 
-from toolkit.architecture import MTP_LAYOUTS, expert_parameters, is_experts
+from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import MtpHead
 from toolkit.ops import DEFAULT_BACKEND
@@ -206,7 +206,12 @@ def _read(made: MtpModel, mapping: list[Any], tensors: Mapping[str, torch.Tensor
         load_config=LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"}, dtype=torch.float32),
     )
     shared = ("embed_tokens.", "shared_head.", "rotary_emb.")
-    if missing := sorted(key for key in info.missing_keys if not key.startswith(shared)):
+    missing = sorted(key for key in info.missing_keys if not key.startswith(shared))
+    ends = [f"layers.{index}.post_norm.weight" for index in range(len(made.layers))]
+    if missing == ends and any(map(MTP_WITHOUT_END_NORM.match, tensors)):
+        for layer in made.layers:
+            layer.post_norm = nn.Identity()
+    elif missing:
         raise ValueError(f"the checkpoint lacks {missing[0]} ({len(missing)} in all)")
 
 

@@ -7,27 +7,21 @@ appears under its name only when it is complete.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.plan.formats import declared_format
+from toolkit.plan.steps import cache_root
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config
 from toolkit.quant.save import fetch
+from toolkit.registration import METHOD
 
-__all__ = ["cache_root", "int8_folder"]
+__all__ = ["int8_folder"]
 
 _FORMAT = b"onecard int8 2"
 _SAMPLES, _SAMPLE = 64, 1 << 14
-
-
-def cache_root() -> Path:
-    """`$ONECARD_CACHE`, or `onecard` in the user's cache folder."""
-    given = os.environ.get("ONECARD_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "onecard"
 
 
 def int8_folder(

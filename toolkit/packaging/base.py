@@ -19,10 +19,14 @@ from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from toolkit.errors import ModelError
+from toolkit.registration import METHOD
+from toolkit.steps import advance, part
 
-__all__ = ["BaseIdentity", "cached_snapshot", "identify_base", "license_of"]
+__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base", "license_of"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+"""Of a config.json: where it came from, and how its files are stored; the run's own dtype is bound apart."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,12 +36,14 @@ class BaseIdentity:
 
     `revision` is the 40-hex commit, or None for a local folder. `weights_sha256` is the SHA-256 over the lines
     `<shard name> <SHA-256 of the shard>`, sorted by name: equal files give equal hashes wherever they lie, and a
-    checkpoint that was sharded differently counts as another base.
+    checkpoint that was sharded differently counts as another base. `is_int8` says that the checkpoint is one of ours,
+    whose integers say nothing of the weights that they were rounded from.
     """
 
     name: str
     revision: str | None
     weights_sha256: str
+    is_int8: bool = False
 
 
 def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
@@ -52,7 +58,30 @@ def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
     else:
         folder = cached_snapshot(name_or_path, revision)
         name, commit = name_or_path, folder.name
-    return BaseIdentity(name, commit, _weights_sha256(folder))
+    return BaseIdentity(name, commit, _weights_sha256(folder), _is_int8(folder))
+
+
+def _is_int8(folder: Path) -> bool:
+    try:
+        declared = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+        return isinstance(declared, dict) and declared.get("quant_method") == METHOD
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def config_sha256(name_or_path: str, revision: str = "main") -> str:
+    """A hash of what `config.json` says of the computation: equal weights under another one are another base.
+
+    Raises `ModelError` where there is none that can be read.
+    """
+    folder = Path(name_or_path)
+    path = (folder if folder.is_dir() else cached_snapshot(name_or_path, revision)) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        said = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise ModelError(f"{path}: cannot be read as JSON: download the checkpoint again") from None
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _hub_origin(folder: Path) -> tuple[str, str] | None:
@@ -90,9 +119,11 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in _shards(folder):
-        digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+    digest, shards = hashlib.sha256(), _shards(folder)
+    with part("hash the base"):
+        for number, name in enumerate(shards, 1):
+            digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
+            advance(number, len(shards), "files")
     return digest.hexdigest()
 
 

@@ -25,7 +25,9 @@ from toolkit.packaging.gguf import MODELFILE, read_gguf, write_gguf
 from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_entry, load_adapter_config, write_json
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
 from toolkit.packaging.served import server_problems
-from toolkit.packaging.verify import verify_artifact
+from toolkit.packaging.stitch import DRAFT_FOLDER, stitch_head
+from toolkit.packaging.verify import require_base, verify_artifact
+from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter"]
 
@@ -52,6 +54,7 @@ class Export:
         return asdict(self)
 
 
+@part("export")
 def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str | Path) -> Export:
     """Write an artifact in another layout to the new folder `out`.
 
@@ -69,6 +72,7 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     if out.exists():
         raise RecipeError(f"{out}: is there already; give another name")
     verify_artifact(artifact, strict=True)
+    require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
     with staged_folder(out) as folder:
@@ -77,7 +81,9 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
             raise ModelError(f"{format}: what was written is off by {difference:.2e}, over {bound:.0e}: not exported")
         servers = _servers(folder, skeleton) if format == "per-expert" else {}
         export = Export(str(out), format, compared, difference, bound, servers)
-        files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+        files = {
+            str(path.relative_to(folder)): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        }
         write_json(folder / _RECORD, {**export.to_dict(), "folder": out.name, "files": files})
     return export
 
@@ -113,8 +119,9 @@ def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[
 
 def _merged(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
     merge_checkpoint(base, adapter, skeleton, folder)
+    head = stitch_head(artifact, skeleton, folder)
     _, steps = merged_difference(base, folder, adapter)
-    return "merged weights, in roundings of the checkpoint's dtype", steps, 1.01
+    return f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}", steps, 1.01
 
 
 def _merged_int8(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
@@ -127,7 +134,7 @@ def _merged_int8(artifact: Path, base: Path, adapter: list[Factors], skeleton: P
     if steps > bound:
         raise ModelError(f"merged-int8: the merge is off by {steps:.2f} roundings: not exported")
     off = _int8_steps(merged, result, adapter)
-    for path in result.iterdir():
+    for path in [*result.iterdir(), *merged.glob(DRAFT_FOLDER)]:
         path.rename(folder / path.name)
     result.rmdir()
     shutil.rmtree(merged)

@@ -18,6 +18,7 @@ from toolkit.packaging.canary import refuse_canaries
 from toolkit.packaging.connection import HTTPError, limit_waiting
 from toolkit.packaging.manifest import FILES, MANIFEST, read_manifest
 from toolkit.packaging.verify import verify_artifact
+from toolkit.steps import part
 
 __all__ = ["check_token", "push_artifact"]
 
@@ -68,7 +69,7 @@ def push_artifact(
     again = (
         f"the artifact in {folder} is whole; repeat with `{' '.join(['onecard push', str(folder), repo_id, *options])}`"
     )
-    with _one_line(f"push to {repo_id} failed", again):
+    with part("upload", drawn=False), _one_line(f"push to {repo_id} failed", again):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -69,6 +69,7 @@ class _Base(_Part):
     name: Annotated[str, Field(min_length=1)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     weights_sha256: Sha256
+    is_int8: bool = False
 
 
 class _Manifest(_Part):
@@ -122,19 +123,18 @@ def load_adapter_config(folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def is_plain(path: Path) -> bool:
-    """Whether this is a file of its own, or what the Hub's cache has for one: a link from a snapshot to its blob."""
-    if stat.S_ISREG(path.lstat().st_mode):
-        return True
-    snapshot, blob = path.absolute().parent, path.resolve()
-    is_cached = snapshot.parent.name == "snapshots" and blob.parent == (snapshot.parent.parent / "blobs").resolve()
-    return is_cached and blob.is_file()
-
-
 def file_entry(path: Path) -> dict[str, Any]:
     """`{sha256, size}` of a file; size in bytes."""
     with path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def is_plain(path: Path) -> bool:
+    """Whether it is a file of its own, or the Hub cache's link to one: `snapshots/COMMIT/NAME` to `blobs/HASH`."""
+    if path.is_symlink():
+        blobs = path.parent.parent.parent / "blobs"
+        return path.parent.parent.name == "snapshots" and path.resolve().parent == blobs.resolve() and path.is_file()
+    return stat.S_ISREG(path.lstat().st_mode)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -145,10 +145,9 @@ def write_json(path: Path, data: Any) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        path.lstat()
+        status = path.stat()
         if not is_plain(path):
             raise ModelError(f"{path}: not a plain file: an artifact holds no links or folders")
-        status = path.stat()
         if status.st_size > _MOST_JSON_BYTES:
             raise ModelError(
                 f"{path}: {status.st_size} bytes, more than an artifact's JSON can have: do not use this folder"

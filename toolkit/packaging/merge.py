@@ -6,11 +6,11 @@ the bytes of tensors that the adapter changes are written again, so that everyth
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -21,9 +21,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from toolkit.adapters.layouts import Factors, deltas
 from toolkit.errors import ModelError
 from toolkit.packaging.dequantised import merge_dequantised
+from toolkit.packaging.places import overwrite, places_of
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.shards import Shards, targets
 from toolkit.quant.source import SourceWeights
+from toolkit.steps import advance
 
 __all__ = ["merge_checkpoint", "merged_difference"]
 
@@ -47,18 +49,19 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
     with Shards(str(base), base) as shards:
         names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
         _copy(base, [path.name for path in shards.files], folder)
-    places = _places(folder)
+    places = places_of(folder)
     changed = 0
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("r+b")) for path in {place[0] for place in places.values()}}
         originals = {path: stack.enter_context(safe_open(base / path.name, framework="pt")) for path in files}
-        for factors in adapter:
+        for number, factors in enumerate(adapter, 1):
             group = [key for key, target in names.items() if target == factors.parameter]
             for key, delta in deltas(factors, skeleton):
                 stored = _key(key, group, factors.parameter)
                 path, offset = places[stored]
                 _overwrite(files[path], offset, originals[path].get_tensor(stored), delta, stored)
                 changed += 1
+            advance(number, 2 * len(adapter), "tensors")
     return changed
 
 
@@ -70,7 +73,7 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
     """
     before, after = SourceWeights(str(base)), SourceWeights(str(merged))
     worst, steps = 0.0, 0.0
-    for factors in adapter:
+    for number, factors in enumerate(adapter, 1):
         module = factors.parameter.rpartition(".")[0]
         with before.layer(module) as old, after.layer(module) as new:
             original, found = old[factors.parameter], new[factors.parameter]
@@ -80,6 +83,7 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
             stored = after.stored_dtype(factors.parameter)  # beside tensors of another dtype it is read into that
             rounding = wanted.abs() * torch.finfo(stored).eps / 2 + torch.finfo(torch.float32).eps
             steps = max(steps, float((off / rounding).max()))
+        advance(len(adapter) + number, 2 * len(adapter), "tensors")
     return worst, steps
 
 
@@ -93,17 +97,6 @@ def _beside(base: Path) -> list[Path]:
     return sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()})
 
 
-def _places(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Where each tensor's bytes begin."""
-    places: dict[str, tuple[Path, int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        places |= {k: (path, 8 + size + v["data_offsets"][0]) for k, v in header.items() if k != "__metadata__"}
-    return places
-
-
 def _key(key: str, group: Sequence[str], parameter: str) -> str:
     """The checkpoint's own spelling, where it has another prefix or an older name than transformers would write."""
     if key in group:
@@ -114,9 +107,7 @@ def _key(key: str, group: Sequence[str], parameter: str) -> str:
     raise ModelError(f"{parameter}: the checkpoint has no {key} that the adapter could be merged into")
 
 
-def _overwrite(file: object, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
+def _overwrite(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
     if original.shape != delta.shape or not original.is_floating_point():
         raise ModelError(f"{key}: {tuple(original.shape)} in the checkpoint, {tuple(delta.shape)} in the adapter")
-    merged = (original.float() + delta).to(original.dtype).contiguous()
-    file.seek(offset)  # type: ignore[attr-defined]
-    file.write(merged.view(torch.uint8).numpy().tobytes())  # type: ignore[attr-defined]
+    overwrite(file, offset, (original.float() + delta).to(original.dtype))

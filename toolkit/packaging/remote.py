@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
+from toolkit.downloads import download
 from toolkit.errors import HubError, RecipeError, first_line
 from toolkit.packaging.connection import HTTPError, limit_waiting
 from toolkit.packaging.manifest import FILES, MANIFEST
@@ -40,7 +39,7 @@ def fetch_adapter(name: str) -> Path:
     limit_waiting()
     try:
         wanted = sorted({*FILES, MANIFEST})
-        return Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted))
+        return download(match["repo"], wanted, revision=match["revision"])
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(
             f"{name}: cannot be downloaded: {first_line(error)}; check the name, or log in with `hf auth login`"

@@ -34,7 +34,7 @@ from toolkit.packaging.manifest import (
     read_manifest,
 )
 
-__all__ = ["Check", "VerifyReport", "verify_artifact"]
+__all__ = ["Check", "VerifyReport", "require_base", "verify_artifact"]
 
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.weight)?")
 # What the Hub adds to a downloaded copy.
@@ -276,6 +276,18 @@ def _open_weights(folder: Path) -> Iterator[Any]:
         raise ModelError(
             f"{folder / ADAPTER_WEIGHTS}: not a safetensors file ({first_line(error)[:120]}): copy it again"
         ) from None
+
+
+def require_base(folder: str | Path, base: str, revision: str = "main") -> None:
+    """Raise `ModelError` where an artifact was trained on other weights than those of `base`.
+
+    An adapter without our manifest does not say what it was trained on, and the bytes of our int8 files say nothing of
+    the checkpoint they were rounded from, on either side: all of these pass.
+    """
+    if not (Path(folder) / MANIFEST).is_file():
+        return
+    if not (identify_base(base, revision).is_int8 or read_manifest(folder)["base"].get("is_int8")):
+        _check_base_weights(Path(folder), base, revision)
 
 
 def _check_base_weights(folder: Path, base: str, revision: str) -> str:

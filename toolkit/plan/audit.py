@@ -5,46 +5,23 @@ Read from the config and the safetensors headers alone, in a folder or on the Hu
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    SafetensorsParsingError,
-)
-from torch import nn
-
-from toolkit.architecture import LINEAR_ROLES, Architecture, describe, skeleton
-from toolkit.errors import HubError, ModelError, first_line
-from toolkit.plan.agreement import refuse_wrong_shapes
+from toolkit.anatomy import LINEAR_ROLES, Architecture
 from toolkit.plan.formats import declared_format
+from toolkit.plan.headers import stored_headers
 
-__all__ = ["Audit", "Header", "Part", "audit", "check_shards", "parts_of"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Audit", "Part", "audit", "parts_of"]
 
 _INT8_ROLES = dict(zip(LINEAR_ROLES, ("attention", "shared experts", "dense layers"), strict=True))
 _EXPERTS, _UNSEEN = "expert stacks", "expert stacks that text never reaches"
-_MOST_HEADER_BYTES = 100 << 20
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors header says of one tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -94,12 +71,16 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
         ModelError: not an MoE, an unknown family or format, no safetensors there, or a shard is missing or damaged.
         HubError: the Hub cannot be reached, or has no such model for this user.
     """
+    from toolkit.architecture import describe, skeleton
+    from toolkit.plan.agreement import refuse_wrong_shapes
+    from toolkit.plan.remote import ask_hub
+
     if not Path(name_or_path).exists():
-        _ask_hub(name_or_path, revision)
+        ask_hub(name_or_path, revision)
     model = skeleton(name_or_path, revision=revision)
     declared_format(name_or_path, model.config)
     architecture = describe(model)
-    tensors = list(_headers(name_or_path, revision))
+    tensors = stored_headers(name_or_path, revision)
     refuse_wrong_shapes(name_or_path, model, ((tensor.name, tensor.shape) for tensor in tensors))
     return Audit(
         model=name_or_path,
@@ -136,82 +117,3 @@ def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], r
         return Part(title, len(names), parameters, "16 bit", 2 * parameters, adapted)
     scales = sum(shapes[name][0] * shapes[name][rows[name]] if name in rows else shapes[name][0] for name in names)
     return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted)
-
-
-def _headers(name_or_path: str, revision: str) -> Iterable[Header]:
-    """Of every tensor in the checkpoint."""
-    if Path(name_or_path).is_dir():
-        yield from check_shards(Path(name_or_path))
-        return
-    try:
-        found = get_safetensors_metadata(name_or_path, revision=revision)
-    except RemoteEntryNotFoundError as error:
-        shard = error.response.url.path.rpartition("/")[2]
-        raise ModelError(f"{name_or_path}: lacks the shard {shard}, which its index names") from None
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise ModelError(f"{name_or_path}: no readable safetensors there: {first_line(error)}") from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise HubError(f"{name_or_path}: its safetensors headers cannot be read: {first_line(error)}") from None
-    for metadata in found.files_metadata.values():
-        for key, info in metadata.tensors.items():
-            yield Header(key, info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
-
-
-def _ask_hub(name: str, revision: str) -> None:
-    """Fetch config.json, for the Hub's own reasons where it does not give it; transformers has one for all of them."""
-    try:
-        hf_hub_download(name, "config.json", revision=revision)
-    except GatedRepoError:
-        raise HubError(f"{name}: gated; accept its terms on its page on the Hub, then set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise HubError(f"{name}: no such model on the Hub, or a private one; check the name, or set HF_TOKEN") from None
-    except RemoteEntryNotFoundError:
-        raise ModelError(f"{name}: no config.json there; give a transformers checkpoint") from None
-    except LocalEntryNotFoundError as error:
-        raise HubError(f"{name}: neither in the cache nor to be had from the Hub: {first_line(error)}") from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise HubError(f"{name}: the Hub does not give it: {first_line(error)}") from None
-    except ValueError:
-        raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name)") from None
-
-
-def check_shards(folder: Path) -> list[Header]:
-    """What the headers say of every tensor in a local checkpoint, after checking that its files are there and whole.
-
-    Raises:
-        ModelError: a shard is missing, cut short or not safetensors; or there is none at all.
-    """
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index}: not an index of shards ({first_line(error)}); download it again") from None
-    if missing := sorted({*map(str, listed)} - {file.name for file in files}):
-        raise ModelError(f"{folder}: lacks the shard {missing[0]} ({len(missing)} missing); download it again")
-    if not files:
-        raise ModelError(f"{folder}: no .safetensors file in this folder; other formats are not read")
-    return [entry for file in files for entry in _read_header(file)]
-
-
-def _read_header(file: Path) -> list[Header]:
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(_MOST_HEADER_BYTES, size):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = [_header(name, entry) for name, entry in entries.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: not a safetensors file ({first_line(error)}); download it again") from None
-    if whole != size:
-        raise ModelError(f"{file}: damaged, {size} bytes where its header says {whole}; download it again")
-    return found
-
-
-def _header(name: str, entry: dict[str, Any]) -> Header:
-    first, last = entry["data_offsets"]
-    return Header(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), last - first)

@@ -1,30 +1,32 @@
 """A model on a device: how many bytes a recipe takes there, asked as often as a search needs.
 
-The skeleton's shapes are read once; a step is rehearsed once for each choice that changes it.
+Shapes are read once; a step's bytes are asked for once for each choice that changes them (`toolkit.plan.steps`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from toolkit.architecture import Architecture, describe
 from toolkit.errors import first_line
 from toolkit.plan.devices import Device
-from toolkit.plan.memory import Bytes, StepShape, count_bytes, count_step, stack_bytes
+from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.place import share_of, spread
-from toolkit.plan.shapes import shape_of
+from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
+from toolkit.plan.steps import Held, Question, StepShape, question, recall, rehearsed, remember
 from toolkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Budget"]
 
 _HOST_SHARE = 0.8
 """Of a host's memory that pinned expert stacks may take."""
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Budget:
     name: str
     revision: str
     device: Device
-    dtype: torch.dtype
+    dtype: str
     backend: str
     attn: str
     counts_steps: bool = True
@@ -42,39 +44,69 @@ class Budget:
     """Longest sequence and labels of the data at hand; without it every position of `max_length` carries a label."""
     note: str = ""
     """Why activations are estimated, where they are not counted."""
-    _held: dict[Any, int] = field(default_factory=dict)
+    _held: dict[Question, Held] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model: PreTrainedModel = self._skeleton()
-        self.architecture: Architecture = describe(self.model)
+        self._record = read_record(self.name) if is_published(self.name, self.revision) else {}
+        self.shapes: Shapes = recorded_shapes(self._record) or self._shapes()
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on the meta device; it needs torch, which a plan of a published model does without."""
+        return self._skeleton()
+
+    def _shapes(self) -> Shapes:
+        from toolkit.plan.skeletons import shapes_of
+
+        return shapes_of(self.model)
 
     def _skeleton(self) -> PreTrainedModel:
+        from toolkit.plan.skeletons import shape_of
+
         return shape_of(self.name, self.revision, self.attn)
+
+    @cached_property
+    def _config(self) -> str:
+        """What tells this model's steps from another's."""
+        if is_published(self.name, self.revision):
+            return json.dumps(published_config(self.name), sort_keys=True)
+        values = {key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_name")}
+        return json.dumps(values, sort_keys=True, default=str)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return _ITEMSIZE[self.dtype]
 
     @property
     def layers(self) -> tuple[str, ...]:
         """MoE layers' names."""
-        return tuple(layer.name for layer in self.architecture.layers)
+        return tuple(layer.name for layer in self.shapes.architecture.layers)
 
     def bytes(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> Bytes:
         """Of a recipe with rank and length decided; all stacks resident where no placement is given."""
+        step = self.step(recipe) if self.counts_steps else Held(0)
+        return self._bytes(recipe, placement, step, self.evaluating(recipe))
+
+    def _bytes(self, recipe: Recipe, placement: Mapping[str, str] | None, step: Held, evaluating: int = 0) -> Bytes:
         return count_bytes(
-            self.model,
-            self.architecture,
+            self.shapes,
             recipe,
             placement or spread(dict.fromkeys(self.layers, 0), 0, "resident"),
             device=self.device.kind,
-            itemsize=self.dtype.itemsize,
-            step=self.step(recipe) if self.counts_steps else 0,
+            itemsize=self.itemsize,
+            step=step,
+            evaluating=evaluating,
         )
 
     def fits(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> bool:
-        """Whether the device has the bytes."""
-        return self.bytes(recipe, placement).total <= self.device.memory
+        """Whether the device has the bytes. What stands is looked at first: counting a step may take seconds."""
+        memory = self.device.memory
+        return self._bytes(recipe, placement, Held(0)).total <= memory and self.bytes(recipe, placement).total <= memory
 
     def place(self, recipe: Recipe) -> dict[str, str]:
         """MoE layer to resident, host or disk: what the recipe says, or the fewest streamed layers that make it fit."""
-        wanted, sizes = recipe.placement, self._stacks(recipe)
+        wanted, sizes = recipe.placement, stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize)
         is_int8 = recipe.quantization.experts == "int8"
         if wanted.experts == "resident" or not is_int8:
             return spread(sizes, 0, "resident")
@@ -87,17 +119,16 @@ class Budget:
                 return placement
         return spread(sizes, 0, "resident") if wanted.experts == "auto" else placement
 
-    def step(self, recipe: Recipe) -> int:
-        """Most bytes of gradients and activations in a step."""
-        shape = self.shape_for(recipe)
-        training, lora = recipe.training, recipe.lora
-        key = (
-            shape, training.per_device_train_batch_size, training.gradient_checkpointing, training.packing,
-            training.router_aux_loss_coef == 0, lora.model_dump_json(), recipe.quantization.model_dump_json(),
-        )  # fmt: skip
-        if key not in self._held:
-            self._held[key] = self._count(recipe, shape)
-        return self._held[key]
+    def step(self, recipe: Recipe) -> Held:
+        """What a training step holds."""
+        return self._answer(recipe, "train")
+
+    def evaluating(self, recipe: Recipe) -> int:
+        """Most bytes of a pass over held-out examples, 0 where there are none or the data were not looked at."""
+        if not self.counts_steps or self.shape is None or not self.shape.held_out:
+            return 0
+        kinds = ("loss", "generate") if self.shape.prompt else ("loss",)
+        return max(self._answer(recipe, kind).peak for kind in kinds)
 
     def shape_for(self, recipe: Recipe) -> StepShape:
         """What the data need, and no more than the recipe's length."""
@@ -105,20 +136,25 @@ class Budget:
         assert isinstance(length, int)
         if self.shape is None:
             return StepShape(length, length - 1 if length > 1 else 1)
-        return StepShape(min(self.shape.length, length), min(self.shape.labelled, length))
+        return StepShape(*(min(size, length) for size in vars(self.shape).values()))
 
-    def _count(self, recipe: Recipe, shape: StepShape) -> int:
+    def _answer(self, recipe: Recipe, kind: str) -> Held:
+        asked = question(
+            recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
+        )
+        if asked not in self._held:
+            self._held[asked] = recall(asked, self._config, self._record) or self._rehearse(recipe, asked)
+        return self._held[asked]
+
+    def _rehearse(self, recipe: Recipe, asked: Question) -> Held:
         try:
-            return count_step(
-                self._skeleton(), recipe, shape, device=self.device.kind, dtype=self.dtype, backend=self.backend
-            )
+            held = rehearsed(self._skeleton(), asked)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
             self.note = f"activations estimated: this family's step cannot be rehearsed ({first_line(error)[:80]})"
-            return _estimate(self.model, recipe, shape, self.dtype.itemsize)
-
-    def _stacks(self, recipe: Recipe) -> dict[str, int]:
-        return stack_bytes(self.model, self.architecture, recipe.quantization.experts, self.dtype.itemsize)
+            return _estimate(self.shapes.numbers, asked, self.itemsize)
+        remember(asked, self._config, held)
+        return held
 
     def _place(self, wanted: str, sizes: Mapping[str, int], count: int) -> str:
         if wanted != "auto":
@@ -130,10 +166,9 @@ class Budget:
         return "host" if has_room else "disk"
 
 
-def _estimate(model: nn.Module, recipe: Recipe, shape: StepShape, itemsize: int) -> int:
+def _estimate(numbers: Mapping[str, int], asked: Question, itemsize: int) -> Held:
     """By rule of thumb: 34 values a token and hidden unit in a layer (Korthikanti et al. 2022), 2 where recomputed."""
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    tokens = shape.length * recipe.training.per_device_train_batch_size
-    a_layer = tokens * config.hidden_size * itemsize
-    kept = config.num_hidden_layers * (2 if recipe.training.gradient_checkpointing else 34) + 34
-    return int(a_layer * kept + 12 * tokens * config.vocab_size)
+    tokens, layers = asked.length * asked.batch, numbers["num_hidden_layers"]
+    a_layer = tokens * numbers["hidden_size"] * itemsize
+    kept = 0 if asked.kind != "train" else layers * (2 if asked.checkpointing else 34)
+    return Held(a_layer * (kept + 34) + 12 * tokens * numbers["vocab_size"], a_layer * kept)

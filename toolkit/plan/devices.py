@@ -5,16 +5,16 @@ torch knows the card that is there. A plan is most useful before one is bought o
 
 from __future__ import annotations
 
+import ctypes
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from toolkit.errors import RecipeError, did_you_mean
 from toolkit.plan.cards import CARDS, Card
 
-__all__ = ["Device", "choose_device", "device_memory", "parse_bytes", "this_device"]
+__all__ = ["Device", "choose_device", "device_memory", "free_memory", "parse_bytes", "this_device"]
 
 _SHORT = {"rtx-3060": "rtx-3060-12gb", "rtx-4060-ti": "rtx-4060-ti-16gb"}
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -29,16 +29,31 @@ class Device:
     memory: int
     card: Card | None = None
     host_memory: int | None = None
+    is_here: bool = False
+    """Whether it is this machine's own."""
 
 
 def this_device(use_cpu: bool = False) -> Device:
     """This machine's card, or its processor."""
     host = device_memory("cpu")
-    if use_cpu or not torch.cuda.is_available():
-        return Device("cpu", "cpu", host, None, host)
+    if use_cpu or not _has_card():
+        return Device("cpu", "cpu", host, None, host, True)
+    import torch
+
     name = torch.cuda.get_device_name(0)
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower().partition("geforce ")[2] or name.lower())
-    return Device("cuda", name, device_memory("cuda"), CARDS.get(_SHORT.get(plain, plain)), host)
+    return Device("cuda", name, device_memory("cuda"), CARDS.get(_SHORT.get(plain, plain)), host, True)
+
+
+def _has_card() -> bool:
+    """Whether torch would compute on one here; it is not loaded where the driver's library is not there at all."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def choose_device(name: str | None = None, memory: str | None = None, *, use_cpu: bool = False) -> Device:
@@ -82,9 +97,31 @@ def parse_bytes(text: str) -> int:
 def device_memory(device: str) -> int:
     """Bytes of the device: the card's, or the machine's RAM (the cgroup's share of it)."""
     if device == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(0).total_memory)
     pages = Path("/proc/meminfo").read_text(encoding="ascii").split("MemTotal:")[1].split()[0]
     limit = Path("/sys/fs/cgroup/memory.max")
     bounded = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     total = int(pages) * 1024
     return min(total, int(bounded)) if bounded.isdigit() else total
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process could still have: of the card, or of memory, under the limits set for the process."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    used, available = _fields("/proc/self/status"), _fields("/proc/meminfo")["MemAvailable"]
+    rooms = [min(available, device_memory("cpu"))]
+    for limit, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft, _ = resource.getrlimit(limit)
+        rooms += [] if soft == resource.RLIM_INFINITY else [soft - used[field]]
+    return max(0, min(rooms))
+
+
+def _fields(path: str) -> dict[str, int]:
+    """Bytes by name, of a file that gives kB."""
+    lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines() if line.endswith("kB")]
+    return {name.rstrip(":"): int(size) << 10 for name, size, _ in lines}

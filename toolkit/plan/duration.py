@@ -10,13 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from torch import nn
-
-from toolkit.architecture import LINEAR_ROLES, Architecture
+from toolkit.anatomy import LINEAR_ROLES
 from toolkit.plan.cards import Card
-from toolkit.plan.head import experts_per_token
 from toolkit.plan.memory import Bytes
 from toolkit.plan.place import streamed
+from toolkit.plan.shapes import Shapes
 from toolkit.recipe import Recipe
 
 __all__ = ["Duration", "step_duration"]
@@ -46,8 +44,7 @@ class Duration:
 
 
 def step_duration(
-    model: nn.Module,
-    architecture: Architecture,
+    shapes: Shapes,
     recipe: Recipe,
     card: Card,
     sizes: Bytes,
@@ -61,9 +58,9 @@ def step_duration(
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
     micro = training.gradient_accumulation_steps
     tokens = micro * training.per_device_train_batch_size * length
-    frozen = _active(model, architecture) * tokens * 2 * (passes - 1)
-    attention = _attention(model, length) * tokens * (passes - 0.5)
-    low_rank = adapter * _share(model, architecture) * tokens * 2 * passes
+    frozen = _active(shapes) * tokens * 2 * (passes - 1)
+    attention = _attention(shapes, length) * tokens * (passes - 0.5)
+    low_rank = adapter * _share(shapes) * tokens * 2 * passes
     arithmetic = (frozen + attention + low_rank) / (card.bf16_tflops * 1e12)
     weights = sizes.linears + sizes.other + sum(stacks.values())
     moved = micro * (passes - 1) * weights + 2 * (sizes.adapter + sizes.gradients + sizes.optimizer)
@@ -77,25 +74,23 @@ def step_duration(
     return Duration(**limits, estimate=max(likely["arithmetic"] + likely["memory"], likely["bus"]))
 
 
-def _active(model: nn.Module, architecture: Architecture) -> float:
+def _active(shapes: Shapes) -> float:
     """Frozen parameters that a token is multiplied with."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    names = architecture.linear_names(*LINEAR_ROLES, "head")
-    linears = sum(math.prod(shapes.get(f"{name}.weight", (0,))) for name in names)
-    stacks = sum(math.prod(shapes[name]) for layer in architecture.layers for name in layer.stacks)
-    return linears + stacks * _share(model, architecture)
+    names = shapes.architecture.linear_names(*LINEAR_ROLES, "head")
+    linears = sum(math.prod(shapes.parameters.get(f"{name}.weight", (0,))) for name in names)
+    stacks = sum(math.prod(shapes.parameters[name]) for layer in shapes.architecture.layers for name in layer.stacks)
+    return linears + stacks * _share(shapes)
 
 
-def _share(model: nn.Module, architecture: Architecture) -> float:
+def _share(shapes: Shapes) -> float:
     """Experts per token over experts."""
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    experts = architecture.layers[0].num_experts
-    return min(1.0, experts_per_token(config, experts) / experts)
+    experts = shapes.architecture.layers[0].num_experts
+    return min(1.0, shapes.numbers["experts_per_token"] / experts)
 
 
-def _attention(model: nn.Module, length: int) -> float:
+def _attention(shapes: Shapes, length: int) -> float:
     """Operations a token of scores and their sums, causal: half of 2·2·L for each head's width in each layer."""
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return float(2 * length * heads * width * config.num_hidden_layers)
+    numbers = shapes.numbers
+    heads = numbers.get("num_attention_heads", 0)
+    width = numbers.get("head_dim") or (numbers["hidden_size"] // heads if heads else 0)
+    return float(2 * length * heads * width * numbers["num_hidden_layers"])

@@ -71,6 +71,10 @@ def nearest_change(recipe: Recipe) -> str:
 def _candidates(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str, Recipe]]:
     """Single changes, then those that cost only time together with each of the others."""
     cheap, words = recipe, []
+    if budget.evaluating(recipe):
+        words = ["eval.batch_size=1", "training.per_device_eval_batch_size=1"]
+        cheap = _with(_with(recipe, "eval", batch_size=1), "training", per_device_eval_batch_size=1)
+        yield " ".join(words), "evaluation takes longer", cheap
     for what, costs, changed in _for_time(recipe):
         yield what, costs, changed
         section, _, rest = what.partition(".")
@@ -136,8 +140,7 @@ def _lower(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
 
 def _longest(recipe: Recipe, budget: Budget) -> tuple[int, str]:
     """The longest of 128, 256, 384, … that fits, found by halving."""
-    config = budget.model.config.get_text_config()
-    model = int(getattr(config, "max_position_embeddings", None) or _LONGEST)
+    model = budget.shapes.numbers.get("max_position_embeddings") or _LONGEST
     needed = budget.shape.length if budget.shape else _LONGEST
     most, reason = min(
         (needed, "all that the data need"), (model, "the model's limit"), (_LONGEST, "the longest tried")

@@ -6,16 +6,15 @@ transformers finds out while it loads, format by format, and would keep the weig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ModelError
+from toolkit.registration import METHOD
 
-__all__ = ["METHOD", "SOURCES", "declared_format"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-METHOD = "onecard_int8"
-"""Our own format, by the name it has in a config."""
+__all__ = ["SOURCES", "declared_format"]
 
 SOURCES = ("fp8", "mxfp8", "mxfp4")
 """Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""

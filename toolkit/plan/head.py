@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from toolkit.architecture import is_experts
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["experts_per_token", "head_bytes", "head_parameters"]
 
@@ -29,6 +28,8 @@ def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
     Args:
         model: on the meta device. config: the model's text config.
     """
+    from toolkit.architecture import is_experts
+
     layer = model.get_decoder().layers[-1]  # type: ignore[operator]
     hidden = int(config.hidden_size)
     holding = {name.split(".")[0]: module for name, module in layer.named_modules() if is_experts(module)}
@@ -38,9 +39,9 @@ def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
     return total
 
 
-def head_bytes(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
-    """Bytes of a new head, its gradients and its optimizer."""
-    return _BYTES * head_parameters(model, config, num_mtp_layers)
+def head_bytes(parameters: int) -> int:
+    """Bytes of a new head of so many parameters, with its gradients and its optimizer."""
+    return _BYTES * parameters
 
 
 def _inner(experts: Any) -> int:

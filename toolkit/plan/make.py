@@ -10,23 +10,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from toolkit.architecture import Architecture
+from toolkit.anatomy import Architecture
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
-from toolkit.plan.agreement import refuse_wrong_shapes
-from toolkit.plan.audit import Header, check_shards
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device, this_device
 from toolkit.plan.duration import Duration, step_duration
 from toolkit.plan.fit import Change, cheapest_changes, settle
-from toolkit.plan.formats import declared_format
-from toolkit.plan.memory import Bytes, StepShape, stack_bytes
+from toolkit.plan.memory import Bytes, stack_bytes
 from toolkit.plan.place import streamed
-from toolkit.plan.shapes import is_published
+from toolkit.plan.steps import StepShape
+from toolkit.plan.stored import Stored, what_is_stored
 from toolkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BACKENDS", "ROUNDED_ROWS", "Plan", "make_plan"]
 
@@ -35,6 +34,8 @@ BACKENDS: Mapping[str, str] = {
     "cuda": "onecard_triton" if find_spec("triton") else "onecard_per_expert",
 }
 """The expert backend of each device type, by the name it is registered under."""
+
+_ELSEWHERE = {"cpu": "onecard_per_expert", "cuda": "onecard_triton"}
 
 ROUNDED_ROWS = "onecard_triton_w8a8"
 """The backend that rounds rows to int8 as well."""
@@ -64,6 +65,8 @@ class Plan:
     """Of an optimizer step, on a card whose rates are known."""
     disk: Mapping[str, int] = field(default_factory=dict)
     """Bytes on the disk by what they are."""
+    stored: Stored | None = None
+    """The checkpoint as it is on the disk or the Hub, from its headers where they could be read."""
     changes: tuple[Change, ...] = ()
     """The cheapest ones that make it fit, where it does not."""
     notes: tuple[str, ...] = ()
@@ -71,6 +74,8 @@ class Plan:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The compute dtype as torch names it."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -110,6 +115,7 @@ class Plan:
             "streamed_layers": len(streamed(self.placement)),
             "step_seconds": self.duration.to_dict() if self.duration else None,
             "disk": dict(self.disk),
+            "stored": asdict(self.stored) if self.stored else None,
             "changes": [asdict(change) for change in self.changes],
             "notes": list(self.notes),
         }
@@ -131,14 +137,11 @@ def make_plan(
     _check_settings(recipe)
     device = device or this_device(recipe.training.use_cpu)
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
-    backend = _backend(recipe, device.kind)
-    headers = _check_folder(name)
+    backend = _backend(recipe, device)
+    _check_name(name)
     dtype = _dtype(recipe.model.dtype, device.kind)
-    attn = recipe.model.attn_implementation
-    budget = Budget(name, revision, device, getattr(torch, dtype), backend, attn, for_training, shape)
-    if not is_published(name, revision):
-        declared_format(name, budget.model.config)
-        refuse_wrong_shapes(name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))
+    budget = Budget(name, revision, device, dtype, backend, recipe.model.attn_implementation, for_training, shape)
+    stored = what_is_stored(budget)
     recipe, notes = settle(recipe, budget)
     placement = budget.place(recipe)
     sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)
@@ -148,7 +151,7 @@ def make_plan(
         device.kind,
         dtype,
         backend,
-        budget.architecture,
+        budget.shapes.architecture,
         sizes,
         device.memory,
         Path(recipe.training.output_dir),
@@ -157,10 +160,11 @@ def make_plan(
         chosen.length,
         chosen.labelled,
         _duration(budget, recipe, sizes, placement, chosen.length),
-        _disk(budget, recipe, sizes, placement),
+        _disk(budget, recipe, sizes, placement, stored),
+        stored,
     )
     changes = cheapest_changes(recipe, budget) if for_training and not made.fits else ()
-    return replace(made, changes=changes, notes=(*notes, *filter(None, [budget.note])))
+    return replace(made, changes=changes, notes=(*notes, *filter(None, [budget.note, stored.note])))
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -178,50 +182,47 @@ def _duration(
 ) -> Duration | None:
     if budget.device.card is None:
         return None
-    stacks = stack_bytes(budget.model, budget.architecture, recipe.quantization.experts, budget.dtype.itemsize)
+    stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
     adapter = sizes.adapter // 4
-    return step_duration(
-        budget.model, budget.architecture, recipe, budget.device.card, sizes, stacks, placement, adapter, length
-    )
+    return step_duration(budget.shapes, recipe, budget.device.card, sizes, stacks, placement, adapter, length)
 
 
-def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str]) -> dict[str, int]:
-    """Download in 16 bit, the int8 file that streams from the disk, checkpoints kept and the one being written."""
-    stacks = stack_bytes(budget.model, budget.architecture, recipe.quantization.experts, budget.dtype.itemsize)
+def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:
+    """The download, the int8 file that streams from the disk, checkpoints kept and the one being written."""
+    stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
     on_disk = sum(stacks[name] for name in streamed(placement) if placement[name] == "disk")
     checkpoint = sizes.adapter + sizes.optimizer
     return {
-        "download": 2 * sum(parameter.numel() for parameter in budget.model.parameters()),
-        "int8 file": on_disk,
+        "download": 0 if stored.is_here else stored.bytes,
+        "int8 file": 0 if stored.is_int8 else on_disk,
         "checkpoints": (recipe.training.save_total_limit + 1) * checkpoint,
         "artifact": sizes.adapter,
     }
 
 
-def _backend(recipe: Recipe, device: str) -> str:
-    if device != "cuda" and recipe.training.activation_offloading:
+def _backend(recipe: Recipe, device: Device) -> str:
+    if device.kind != "cuda" and recipe.training.activation_offloading:
         raise RecipeError("training.activation_offloading: activations are in host memory already; remove the line")
     if recipe.quantization.activations == "none":
-        return BACKENDS[device]
-    if device != "cuda" or not find_spec("triton"):
+        # torch for a card comes with Triton: a plan for one that is elsewhere takes it to be there.
+        return BACKENDS[device.kind] if device.is_here else _ELSEWHERE[device.kind]
+    if device.kind != "cuda" or (device.is_here and not find_spec("triton")):
         raise RecipeError("quantization.activations: int8 rows need a CUDA card and Triton; set it to none")
     return ROUNDED_ROWS
 
 
-def _check_folder(name: str) -> list[Header]:
-    """What a local checkpoint's headers say; nothing of one on the Hub, which is not downloaded yet."""
+def _check_name(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: no config.json in this folder; give a transformers checkpoint")
-        return check_shards(path)
+        return
     if path.exists():
         raise ModelError(f"{name}: a file; give the checkpoint's folder")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name){hint}")
-    return []
 
 
 def _dtype(wanted: str, device: str) -> str:

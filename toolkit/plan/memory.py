@@ -1,7 +1,7 @@
 """Bytes of a run by what they are: what stays, what a step adds, what the device's software takes beside both.
 
 Weights, adapters and optimizer states follow from shapes; what a step holds is counted by rehearsing it
-(`toolkit.rehearsal`), a room further on that is named here as data.
+(`toolkit.plan.steps`).
 """
 
 from __future__ import annotations
@@ -9,21 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from typing import Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from toolkit.architecture import LINEAR_ROLES, Architecture
+from toolkit.anatomy import LINEAR_ROLES
+from toolkit.errors import ModelError
 from toolkit.plan.head import head_bytes
-from toolkit.plan.place import resident_bytes
+from toolkit.plan.place import resident_bytes, streamed
+from toolkit.plan.shapes import Shapes
+from toolkit.plan.steps import Held
 from toolkit.recipe import Recipe
 
-__all__ = ["Bytes", "StepShape", "count_bytes", "count_step", "stack_bytes"]
-
-_REHEARSAL = "toolkit.rehearsal"
+__all__ = ["Bytes", "count_bytes", "stack_bytes"]
 
 _LIBRARIES = {"cuda": 600 << 20, "cpu": 650 << 20}
 """CUDA's context with its libraries, which torch's allocator does not count; on a CPU Python with torch and the rest,
@@ -51,6 +46,8 @@ class Bytes:
     gradients: int
     mtp: int = 0
     activations: int = 0
+    evaluation: int = 0
+    """What held-out examples need beyond all that a step holds."""
     workspace: int = 0
     slack: int = 0
     libraries: int = 0
@@ -71,46 +68,38 @@ class Bytes:
         return self.total - self.libraries - self.slack
 
 
-@dataclass(frozen=True)
-class StepShape:
-    """What of a step the data decide: tokens in the longest sequence, and how many of them carry a label."""
-
-    length: int
-    labelled: int
-
-
-def stack_bytes(model: nn.Module, architecture: Architecture, how: str, itemsize: int) -> dict[str, int]:
+def stack_bytes(shapes: Shapes, how: str, itemsize: int) -> dict[str, int]:
     """MoE layer to the bytes of its two stacks, scales included."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     result = {}
-    for layer in architecture.layers:
+    for layer in shapes.architecture.layers:
         axis = 2 if layer.is_transposed else 1
-        stacks = [shapes[name] for name in layer.stacks]
+        stacks = [shapes.parameters[name] for name in layer.stacks]
         result[layer.name] = _stored([(math.prod(s), s[0] * s[axis]) for s in stacks], how, itemsize)
     return result
 
 
 def count_bytes(
-    model: nn.Module,
-    architecture: Architecture,
+    shapes: Shapes,
     recipe: Recipe,
     placement: Mapping[str, str],
     *,
     device: str,
     itemsize: int,
-    step: int,
+    step: Held,
+    evaluating: int = 0,
 ) -> Bytes:
-    """All groups. `step` is what `count_step` gives: gradients and activations together."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layers = stack_bytes(model, architecture, recipe.quantization.experts, itemsize)
-    experts, slots = resident_bytes(layers, placement)
-    stacks = sum(math.prod(shapes[name]) for layer in architecture.layers for name in layer.stacks)
+    """All groups. `step`: what a training step holds. `evaluating`: most bytes of a pass over held-out examples."""
+    architecture, parameters = shapes.architecture, shapes.parameters
+    experts, slots = resident_bytes(stack_bytes(shapes, recipe.quantization.experts, itemsize), placement)
+    stacks = sum(math.prod(parameters[name]) for layer in architecture.layers for name in layer.stacks)
     names = architecture.linear_names(*LINEAR_ROLES)
-    linears = [(math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.weight"][0]) for name in names]
-    rest = sum(map(math.prod, shapes.values())) - stacks - sum(size for size, _ in linears)
-    adapter = adapter_parameters(shapes, architecture, recipe)
-    gradients, text = 4 * adapter, model.config.get_text_config()  # type: ignore[operator,union-attr]
-    activations = max(0, max(step, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
+    linears = [(math.prod(parameters[f"{name}.weight"]), parameters[f"{name}.weight"][0]) for name in names]
+    rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
+    adapter = adapter_parameters(shapes, recipe)
+    gradients = 4 * adapter
+    held = step.peak + _beside(recipe, placement) * step.saved
+    activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
+    evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
         experts=experts,
         slots=slots,
@@ -119,37 +108,28 @@ def count_bytes(
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
         gradients=gradients,
-        mtp=head_bytes(model, text, recipe.mtp.num_mtp_layers) if recipe.mtp.enabled else 0,
+        mtp=_head(shapes, recipe),
         activations=activations,
+        evaluation=evaluation,
         workspace=_WORKSPACE[device],
-        slack=int(_SLACK[device] * (gradients + activations)),
+        slack=int(_SLACK[device] * (gradients + activations + evaluation)),
         libraries=_LIBRARIES[device],
     )
 
 
-def count_step(
-    model: PreTrainedModel, recipe: Recipe, shape: StepShape, *, device: str, dtype: torch.dtype, backend: str
-) -> int:
-    """Most bytes of gradients and activations at once in a step; the skeleton `model` is used up."""
-    rehearsal: Any = import_module(_REHEARSAL)
+def _head(shapes: Shapes, recipe: Recipe) -> int:
+    if not recipe.mtp.enabled:
+        return 0
+    if "head_parameters" not in shapes.numbers:
+        raise ModelError("mtp.enabled: this family keeps its decoder layers where no head can copy one; remove it")
+    return head_bytes(recipe.mtp.num_mtp_layers * shapes.numbers["head_parameters"])
+
+
+def _beside(recipe: Recipe, placement: Mapping[str, str]) -> int:
+    """Micro-batches whose saved activations are alive beside one that computes: streamed layers take all in turn."""
     training = recipe.training
-    lora = recipe.lora.model_dump(exclude={"adapter_name_or_path"})
-    step = rehearsal.Step(
-        batch=training.per_device_train_batch_size,
-        length=shape.length,
-        labelled=shape.labelled,
-        dtype=dtype,
-        checkpointing=training.gradient_checkpointing,
-        balanced=recipe.lora.router and training.router_aux_loss_coef != 0,
-        on_card=device == "cuda",
-        backend=backend,
-        experts=recipe.quantization.experts,
-        linears=recipe.quantization.linears,
-        packed=training.packing,
-        lora=lora,
-    )
-    held: int = rehearsal.rehearse(model, step)
-    return held
+    one_by_one = training.activation_offloading or recipe.lora.lora_dropout > 0 or recipe.mtp.enabled
+    return 0 if one_by_one or not streamed(placement) else training.gradient_accumulation_steps - 1
 
 
 def _optimizer_scratch(recipe: Recipe, device: str, adapter: int) -> int:
@@ -162,8 +142,9 @@ def _stored(parts: list[tuple[int, int]], how: str, itemsize: int) -> int:
     return sum(size * itemsize if how == "none" else size + 4 * rows for size, rows in parts)
 
 
-def adapter_parameters(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe: Recipe) -> int:
+def adapter_parameters(model: Shapes, recipe: Recipe) -> int:
     """Trained parameters of the recipe's adapter."""
+    shapes, architecture = model.parameters, model.architecture
     lora, total = recipe.lora, 0
     rank_of_all = rank(recipe)
     for layer in (layer for layer in architecture.layers if layer.sees_text):

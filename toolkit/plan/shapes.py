@@ -1,22 +1,109 @@
-"""Shapes of a model without its weights: from its config, or from the published configs that come with the package.
+"""What a plan reads of a model: its parts, its parameters' shapes, a few numbers of its config.
 
-transformers asks the Hub for a config of 2 kB; the models of our recipes are planned without any connection.
+transformers asks the Hub for a config of 2 kB; the models of our recipes are planned without any connection, and where
+the record that comes with the package was made with the installed versions, without torch.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, PreTrainedModel
+from toolkit.anatomy import Architecture, ExpertLayer, Linear
 
-from toolkit.architecture import auto_class, skeleton
-
-__all__ = ["is_published", "published", "published_config", "shape_of", "stated_billions"]
+__all__ = [
+    "Shapes",
+    "fold",
+    "is_published",
+    "published",
+    "published_config",
+    "read_record",
+    "recorded_shapes",
+    "stated_billions",
+    "stored_method",
+    "unfold",
+    "versions",
+]
 
 _FOLDER = Path(__file__).parent / "published"
+_OURS = ("stated_billions", "quant_method")
+_STACKED = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model without its weights.
+
+    Args:
+        parameters: name to shape, in the model's order.
+        numbers: of its text config: hidden_size, num_hidden_layers, vocab_size, num_attention_heads, head_dim,
+            max_position_embeddings, experts_per_token; head_parameters: of one multi-token-prediction layer.
+    """
+
+    architecture: Architecture
+    parameters: Mapping[str, tuple[int, ...]]
+    numbers: Mapping[str, int]
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able and short: what repeats from layer to layer is said once."""
+        return {
+            "parameters": fold(f"{name} {' '.join(map(str, shape))}" for name, shape in self.parameters.items()),
+            "layers": fold(json.dumps(astuple(layer)) for layer in self.architecture.layers),
+            "linears": fold(f"{linear.name} {linear.role}" for linear in self.architecture.linears),
+            "numbers": dict(self.numbers),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Shapes:
+        """The inverse of `to_record`."""
+        lines = [line.split(" ") for line in unfold(record["parameters"])]
+        layers = tuple(ExpertLayer(*json.loads(line)) for line in unfold(record["layers"]))
+        linears = tuple(Linear(*line.split(" ")) for line in unfold(record["linears"]))
+        shapes = {name: tuple(map(int, shape)) for name, *shape in lines}
+        return cls(Architecture(layers, linears), shapes, record["numbers"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in full, to compare with."""
+        return {"architecture": asdict(self.architecture), "parameters": self.parameters, "numbers": self.numbers}
+
+
+def fold(lines: Iterable[str]) -> list[Any]:
+    """Lines in which a layer's number stands between dots; equal layers in a row become [first, how many, lines]."""
+    result: list[Any] = []
+    for number, of_layer in groupby(lines, _number):
+        each = list(of_layer)
+        if number is None:
+            result += each
+            continue
+        plain = [line.replace(f".{number}.", ".#.") for line in each]
+        last = result[-1] if result and isinstance(result[-1], list) else None
+        if last and last[2] == plain and last[0] + last[1] == number:
+            last[1] += 1
+        else:
+            result.append([number, 1, plain])
+    return result
+
+
+def unfold(folded: Iterable[Any]) -> Iterator[str]:
+    """The inverse of `fold`."""
+    for item in folded:
+        if isinstance(item, str):
+            yield item
+            continue
+        first, count, plain = item
+        for number in range(first, first + count):
+            yield from (line.replace(".#.", f".{number}.") for line in plain)
+
+
+def _number(line: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", line)
+    return int(found[1]) if found else None
 
 
 def published() -> tuple[str, ...]:
@@ -26,9 +113,7 @@ def published() -> tuple[str, ...]:
 
 def published_config(name: str) -> dict[str, Any]:
     """What decides shapes in that model's config.json, `model_type` among it."""
-    values = _read(name)
-    values.pop("stated_billions")
-    return values
+    return {key: value for key, value in _read(name).items() if key not in _OURS}
 
 
 def stated_billions(name: str) -> float:
@@ -36,27 +121,39 @@ def stated_billions(name: str) -> float:
     return float(_read(name)["stated_billions"])
 
 
+def stored_method(name: str) -> str | None:
+    """How that model's expert weights are quantised on the Hub, None where they are plain."""
+    method: str | None = _read(name).get("quant_method")
+    return method
+
+
 def is_published(name: str, revision: str) -> bool:
     """Whether no connection is needed for this model's shapes."""
     return revision == "main" and not Path(name).exists() and _file(name).is_file()
 
 
-def shape_of(name: str, revision: str = "main", attn_implementation: str = "auto") -> PreTrainedModel:
-    """The model on the meta device.
+def versions() -> dict[str, str]:
+    """What a record depends on: releases of torch, transformers and peft, whatever they were built for."""
+    return {package: _version(package) for package in _STACKED}
 
-    Raises:
-        ModelError: as `toolkit.architecture.skeleton`.
-    """
-    if not is_published(name, revision):
-        model = skeleton(name, revision=revision)
-    else:
-        values = published_config(name)
-        with torch.device("meta"):
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
-            model = auto_class(config).from_config(config, trust_remote_code=False)
-    if attn_implementation in ("eager", "sdpa"):
-        model.set_attn_implementation(attn_implementation)
-    return model
+
+def read_record(name: str) -> dict[str, Any]:
+    """The record of a published model (`scripts/record_plans.py` writes it); empty where it is of other versions."""
+    path = _FOLDER / "records" / _file(name).name
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record if record.get("versions") == versions() else {}
+
+
+def recorded_shapes(record: Mapping[str, Any]) -> Shapes | None:
+    """The shapes in a record, None where it is empty."""
+    return Shapes.from_record(record["shapes"]) if record else None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return ""
 
 
 def _file(name: str) -> Path:

@@ -4,7 +4,7 @@ from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
 from toolkit.quant.quantizer import Int8Config
-from toolkit.quant.save import WrittenCheckpoint, quantize_checkpoint, refuse_existing
+from toolkit.quant.save import WrittenCheckpoint, fetch, quantize_checkpoint, refuse_existing
 
 __all__ = [
     "Coverage",
@@ -16,6 +16,7 @@ __all__ = [
     "dequantize",
     "dequantize_state",
     "expert_weights",
+    "fetch",
     "load_int8",
     "measure",
     "quantize",

@@ -22,6 +22,7 @@ from transformers.integrations.mxfp4 import Mxfp4Dequantize
 from toolkit.architecture import is_experts
 from toolkit.quant.ahead import ReadAhead
 from toolkit.quant.int8 import quantize, scratch_for
+from toolkit.steps import advance
 
 __all__ = ["RaggedFp8Dequantize", "Round", "Workspace", "is_int8"]
 
@@ -46,6 +47,8 @@ class Workspace:
     _scratch: torch.Tensor | None = None
     _expected: dict[int, list[Any]] = field(default_factory=dict)
     _ahead: ReadAhead | None = None
+    _rounded: int = 0
+    _due: int = 0
 
     def reserve(self, model: nn.Module) -> None:
         """Allocate every int8 parameter of a model on meta; nothing is touched yet."""
@@ -53,6 +56,7 @@ class Workspace:
             for name, parameter in module.named_parameters(recurse=False):
                 if is_int8(module, name):
                     self._results[f"{module_name}.{name}"] = self._new(parameter, getattr(module, f"{name}_scale"))
+                    self._due += parameter.numel()
 
     def result(self, model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The int8 tensor and scales to fill for a parameter."""
@@ -77,6 +81,8 @@ class Workspace:
         if self._scratch is None or self._scratch.numel() < wanted.numel():
             self._scratch = wanted
         quantize(weight, input_dim, out=out, scratch=self._scratch)
+        self._rounded += weight.numel()
+        advance(self._rounded, self._due, "bytes")
 
     def _new(self, *declared: torch.Tensor) -> Any:
         return tuple(torch.empty(part.shape, dtype=part.dtype, device=self.device) for part in declared)

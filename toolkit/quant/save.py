@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,8 +24,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from toolkit.architecture import auto_class
+from toolkit.downloads import download
 from toolkit.durable import staged_folder
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
 from toolkit.plan.agreement import refuse_wrong_shapes
@@ -34,6 +35,7 @@ from toolkit.quant.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.quant.shards import Shards, targets
+from toolkit.steps import advance, part
 
 __all__ = ["WrittenCheckpoint", "fetch", "quantize_checkpoint", "refuse_existing"]
 
@@ -59,6 +61,7 @@ class WrittenCheckpoint:
         return asdict(self)
 
 
+@part("quantise")
 def quantize_checkpoint(
     name_or_path: str,
     folder: str | Path,
@@ -131,8 +134,12 @@ def fetch(name_or_path: str, revision: str) -> Path:
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ModelError(f"{name_or_path}: no such folder, and not a Hub name (owner/name)")
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=[*_BESIDE, "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        folder = download(name_or_path, _BESIDE, revision=revision)
+        # Some repositories hold other forms of the same weights, in folders or under other names.
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        shards = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
+        return download(name_or_path, sorted(set(shards)), revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as error:
         raise HubError(f"{name_or_path}: cannot be downloaded: {first_line(error)}") from None
 
 
@@ -176,6 +183,7 @@ def _write_weights(
         _save(tensors, workplace / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
+        advance(total, sum(sizes.values()), "bytes")
         progress(number, len(bins))
     _refuse_missing(name, model, weight_map)
     if len(bins) > 1:

@@ -63,8 +63,8 @@ class QuantizationSection(_Section):
     error_compensation: Literal["none", "gptq"] = "none"
     """`gptq` rounds the int8 parts again, layer by layer, so that their outputs on training examples stay as near as
     they can: same storage, same speed, some minutes more before step 1."""
-    calibration_samples: Positive = 128
-    """Training examples that `gptq` looks at."""
+    calibration_samples: Positive = 512
+    """Training examples that `gptq` looks at, up to 262,144 tokens of them."""
 
     @model_validator(mode="after")
     def _something_to_compensate(self) -> QuantizationSection:
@@ -145,6 +145,9 @@ class MtpSection(_Section):
     without a head."""
     stage: Literal["with", "after"] = "with"
     """Train the head in the same steps as the adapter, or in a pass of as many steps once the adapter is finished."""
+    own_answers: NonNegative = 256
+    """Training prompts that the finished model answers itself, in at most `eval.max_new_tokens`, for the head to learn
+    from: drafts are judged by the model's text, not by the data's. 0 leaves this out."""
 
 
 class DataSection(_Section):

@@ -30,6 +30,10 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self.peaks: dict[str, int] = {}
         """Highest count of each stretch, by the mark that opens it."""
+        self.waiting = 0
+        """Highest count at places that the caller asks for."""
+        self.opened: dict[str, int] = {}
+        """Count at each mark."""
         self._granule, self._mark = granule, "start"
         self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in known:
@@ -39,6 +43,7 @@ class Ledger(TorchDispatchMode):
         """End a stretch and begin one of this name."""
         self.peaks[self._mark] = max(self.peak, self.peaks.get(self._mark, 0))
         self._mark, self.peak = name, self.live
+        self.opened.setdefault(name, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

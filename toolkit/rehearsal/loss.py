@@ -9,6 +9,7 @@ on a card always TRL's tiles, whose kernel cannot run here, so that its buffers 
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -26,28 +27,33 @@ _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 
 
 def imagined_loss(
-    model: PeftModel, inputs: dict[str, torch.Tensor], labelled: int, *, balanced: bool, on_card: bool
+    model: PeftModel, inputs: dict[str, torch.Tensor], labelled: int, *, balanced: bool, on_card: bool, trains: bool
 ) -> torch.Tensor:
     """A loss that backward can start from.
 
     Args:
         inputs: `input_ids`, `labels` and what else the forward takes. labelled: positions with a label, in a sequence.
+        trains: whether it is the trainer's; held-out examples are judged by whole logits, on a card too.
     """
     labels, base = inputs.pop("labels"), model.get_base_model()
+    keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    labelled = labelled if keeps else labels.shape[1] - 1
     given: dict[str, Any] = {**inputs, "use_cache": False, **({"output_router_logits": True} if balanced else {})}
     head = model.get_output_embeddings().weight
     size = labels.shape[0] * labelled * head.shape[0] * base.dtype.itemsize
-    if on_card or size > _MOST_LOGITS:
+    if trains and (on_card or not keeps or size > _MOST_LOGITS):
         outputs = base.base_model(**given)
         hidden = outputs.last_hidden_state[:, :-1][:, :labelled].flatten(0, 1)
         tiled: torch.Tensor = _Tiles.apply(hidden, head, on_card)
         return tiled.sum() + _balance(base, outputs, balanced)
-    outputs = model(**given, logits_to_keep=torch.zeros(labelled, dtype=torch.long))
+    outputs = model(**given, **({"logits_to_keep": torch.zeros(labelled, dtype=torch.long)} if keeps else {}))
     targets = labels[:, :labelled].flatten()
-    logits = outputs.logits.reshape(-1, head.shape[0])[torch.ones(len(targets), dtype=torch.long)]
+    logits = outputs.logits[:, :labelled].reshape(-1, head.shape[0])[torch.ones(len(targets), dtype=torch.long)]
     loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum")
     if balanced and outputs.get("aux_loss") is not None:
         loss = loss + outputs.aux_loss
+    if not trains:
+        return loss
     log_probabilities = logits.detach().float().log_softmax(-1)
     (log_probabilities.exp() * log_probabilities).sum()
     return loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from toolkit.architecture import describe
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -41,10 +43,32 @@ class Step:
     linears: str = "int8"
     packed: bool = True
     lora: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "train"
+    """train; or loss or generate: of held-out sequences, or of prompts with the answer's room in the cache."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.kind == "train"
 
 
-def rehearse(model: PreTrainedModel, step: Step) -> int:
-    """Most bytes that a step holds beyond parameters, buffers and optimizer; gradients are among them.
+@dataclass(frozen=True)
+class Counted:
+    """Highest count of live bytes in each stretch (before the layers, in each layer forward and backward, the loss),
+    and what a micro-batch holds, gradients of parameters apart, where it may have to wait for its next experts."""
+
+    peaks: Mapping[str, int]
+    saved: int
+
+    @property
+    def peak(self) -> int:
+        """The highest of all."""
+        return max(self.peaks.values())
+
+
+def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int]:
+    """Most bytes that a step holds beyond parameters, buffers and optimizer, gradients among them; and how much a
+    micro-batch holds while others are taken through a streamed layer.
 
     Args:
         model: a skeleton on meta, which is used up.
@@ -55,33 +79,37 @@ def rehearse(model: PreTrainedModel, step: Step) -> int:
     truncate(peft_model, depths.short + depths.period)
     longer = run_step(peft_model, step, imagination)
     if not depths.period:
-        return max(longer.values())
+        return longer.peak, longer.saved
     truncate(peft_model, depths.short)
-    return _extrapolated(run_step(peft_model, step, imagination), longer, depths)
+    short = run_step(peft_model, step, imagination)
+    saved = short.saved + depths.repeats * (longer.saved - short.saved)
+    return _extrapolated(short.peaks, longer.peaks, depths), saved
 
 
 def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
     """The skeleton as the run will have it, on meta still."""
+    for parameter in model.parameters():  # buffers keep their own dtype, as they do when weights are loaded
+        parameter.data = parameter.data.to(step.dtype)
     kept = step.checkpointing
     return adapted(model, step.lora, experts=step.experts, linears=step.linears, keep_up=kept, backend=step.backend)
 
 
-def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> dict[str, int]:
-    """Highest count of live bytes in each stretch: before the layers, in each layer forward and backward, the loss."""
+def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Counted:
+    """One step of the model as it stands, counted."""
     with imagination:
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
-        model.train()
+        model.train(step.trains)
         if step.checkpointing:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         known = [*model.parameters(), *model.buffers()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
-        with ledger:
+        with ledger, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
-    return ledger.peaks
+    return Counted(ledger.peaks, max(ledger.opened.get("loss", 0), ledger.waiting))
 
 
 def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
@@ -89,16 +117,34 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
     inputs = _inputs(model, step)
     watches = [_Watch(ledger, number, is_last=number == len(layers) - 1) for number in range(len(layers))]
     handles = [layer.register_forward_hook(watch) for layer, watch in zip(layers, watches, strict=True)]
+    recomputed = [experts.register_forward_pre_hook(partial(_wait, ledger, model)) for experts in _experts(model)]
     half = step.dtype in (torch.bfloat16, torch.float16)
     try:
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-            loss = imagined_loss(model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card)
+            if step.kind == "generate":
+                model(**inputs, use_cache=True, logits_to_keep=1)
+                return
+            loss = imagined_loss(
+                model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card, trains=step.trains
+            )
         for handle in handles:
             handle.remove()
-        loss.backward()
+        if step.trains:
+            loss.backward()
     finally:
-        for handle in handles:
+        for handle in (*handles, *recomputed):
             handle.remove()
+
+
+def _experts(model: PeftModel) -> list[nn.Module]:
+    base = model.get_base_model()
+    return [base.get_submodule(layer.name) for layer in describe(base).layers]
+
+
+def _wait(ledger: Ledger, model: nn.Module, *_: Any) -> None:
+    """A micro-batch may wait before any experts, in forward or where forward is computed again."""
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+    ledger.waiting = max(ledger.waiting, ledger.live - gradients)
 
 
 class _Watch:
@@ -117,7 +163,7 @@ class _Watch:
 def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
     shape = (step.batch, step.length)
     ids = torch.zeros(shape, dtype=torch.long)
-    inputs = {"input_ids": ids, "labels": ids.clone()}
+    inputs = {"input_ids": ids, **({} if step.kind == "generate" else {"labels": ids.clone()})}
     if step.packed:
         inputs["position_ids"] = torch.arange(step.length).expand(shape).contiguous()
     else:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from toolkit.packaging import stack_versions
 from toolkit.plan import BACKENDS, device_memory
+from toolkit.report.hints import next_commands
 
 __all__ = ["facts", "machine"]
 
@@ -62,7 +63,7 @@ def facts(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"{what:<14}{text}", markup=False)
     for hint in found["hints"]:
         console.print(f"hint          {hint}", markup=False)
-    console.print("[bold]next[/bold]  onecard train recipes/quickstart.yaml, or onecard init to write a recipe")
+    next_commands(console, "init", "train recipes/quickstart.yaml")
 
 
 def _driver() -> str | None:

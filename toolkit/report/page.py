@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,18 +45,21 @@ class Chart:
         return Markup(self.svg)
 
 
-def write_page(run: Path) -> Path:
+def write_page(run: Path, summary: str | None = None) -> Path:
     """Write `report.html` into the run folder and give its path.
+
+    Args:
+        summary: JSON of a run that ends now: it has no file yet, which comes last and says that all is there.
 
     Raises:
         ModelError: there is no run here.
     """
     target = RunFolder(run).report
-    write_text(target, render_page(run))
+    write_text(target, render_page(run, summary=summary))
     return target
 
 
-def render_page(run: Path, refresh_seconds: int | None = None) -> str:
+def render_page(run: Path, refresh_seconds: int | None = None, summary: str | None = None) -> str:
     """The page as it stands; `refresh_seconds` makes an unfinished run's page load itself again.
 
     Raises:
@@ -64,7 +68,7 @@ def render_page(run: Path, refresh_seconds: int | None = None) -> str:
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise ModelError(f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote")
-    metrics, finished = read_metrics(folder.metrics), _read(folder.summary)
+    metrics, finished = read_metrics(folder.metrics), json.loads(summary) if summary else _read(folder.summary)
     plan, experts = _read(folder.plan), _read(folder.experts)
     environment = Environment(loader=PackageLoader("toolkit.report", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"of": _of, "figure": _figure, "number": lambda value: f"{value:,}"}
@@ -77,6 +81,8 @@ def render_page(run: Path, refresh_seconds: int | None = None) -> str:
         state=_state(folder, finished, metrics),
         refresh=None if finished else refresh_seconds,
         outcome=_outcome(finished),
+        answers=_answers(finished),
+        kept=_kept(finished),
         mtp=_numbers(finished.get("mtp") or finished.get("results", {}).get("mtp") or {}),
         training=list(_training_charts(metrics, finished)),
         memory=list(_memory_chart(plan, finished, metrics)),
@@ -107,20 +113,65 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _state(folder: RunFolder, finished: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """In words, and the share of the epochs that are done where it is known."""
+    """In words, the share of the steps that are done where it is known, and the minutes left at the speed so far."""
     if finished:
-        return {"word": "finished", "share": 1.0, "step": finished["training"]["steps"]}
+        return {"word": "finished", "share": 1.0, "step": finished["training"]["steps"], "left": None}
     last = metrics[-1] if metrics else {"step": 0}
     touched = folder.metrics.stat().st_mtime if folder.metrics.is_file() else folder.recipe.stat().st_mtime
     word = "running" if time.time() - touched < _ALIVE_SECONDS else "not finished; the same command goes on with it"
-    return {"word": word, "share": last.get("progress"), "step": last["step"], "epoch": last.get("epoch")}
+    left = _time_left(metrics) if word == "running" else None
+    return {"word": word, "share": last.get("progress"), "step": last["step"], "left": left}
 
 
-def _outcome(finished: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Every number that base and adapted model both have: (what, base, adapted)."""
+def _time_left(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """At the speed of the lines so far, which hold about equally many tokens each; None before there are two."""
+    speeds = [entry["tokens_per_second"] for entry in metrics if entry.get("tokens_per_second")]
+    last = next((entry for entry in reversed(metrics) if entry.get("progress") and entry.get("num_tokens")), None)
+    if last is None or len(speeds) < 2:
+        return None
+    tokens_left = last["num_tokens"] / last["progress"] - last["num_tokens"]
+    seconds = tokens_left * statistics.mean(1 / speed for speed in speeds)
+    if seconds < 5400:
+        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+_SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid")
+_NAMES = {"perplexity": "perplexity of general text", "rouge_l": "ROUGE-L", "token_f1": "token F1"}
+_CHANGED = {"better": "Answers that became better", "worse": "Answers that became worse"}
+
+
+def _outcome(finished: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Every number that base and adapted model both have, in words, and which way it went."""
     results = finished.get("results", {})
     base, adapted = (_numbers(results.get(who) or {}) for who in ("base", "adapted"))
-    return [(name.replace("_", " "), base[name], adapted[name]) for name in base if name in adapted]
+    found = []
+    for name in (name for name in base if name in adapted):
+        shown = [f"{100 * value:.1f}%" if name in _SHARES else _figure(value) for value in (base[name], adapted[name])]
+        gain = (base[name] - adapted[name]) * (1 if name in ("loss", "perplexity") else -1)
+        went = "better" if gain > 0 else "worse" if gain < 0 else "the same"
+        words = _NAMES.get(name, name.replace("_", " "))
+        found.append({"name": words, "base": shown[0], "adapted": shown[1], "went": went})
+    return found
+
+
+def _answers(finished: Mapping[str, Any]) -> list[tuple[str, list[dict[str, str]]]]:
+    """Samples under headings: those that changed, each way with how many there are in all, else the first ones."""
+    counts, changed = finished.get("results", {}).get("answers") or {}, finished.get("changed") or {}
+    told = [(f"{title}: {counts.get(how, 0):,}", changed.get(how) or []) for how, title in _CHANGED.items()]
+    if counts and any(samples for _, samples in told):
+        return told
+    return [("Answers side by side", list(finished["samples"]))] if finished.get("samples") else []
+
+
+def _kept(finished: Mapping[str, Any]) -> str:
+    """Which adapter the run ended with, and whether it stopped early; empty where it is simply the last one."""
+    training = finished.get("training", {})
+    done, planned = training.get("steps", 0), training.get("planned_steps", 0)
+    words = [f"Training stopped early, after {done:,} of {planned:,} steps."] if done < planned else []
+    if (step := training.get("best_step")) is not None:
+        words.append(f"The adapter is that of step {step:,}, the best evaluation.")
+    return " ".join(words)
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
@@ -132,6 +183,10 @@ def _points(metrics: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) 
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
+_NOT_SCORES = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens"}
+"""What an evaluation logs beside the figures that are asked of it."""
+
+
 def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str, Any]) -> Iterator[Chart]:
     lines = {"training": _points(metrics, "loss"), "held-out": _points(metrics, "eval_loss")}
     given = {label: points for label, points in lines.items() if points}
@@ -139,6 +194,10 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
         results = finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
         yield _curve_chart("Loss", "nats a token", given, "loss", levels)
+    for key in sorted({key for entry in metrics for key in entry if key.startswith("eval_")} - _NOT_SCORES):
+        if points := _points(metrics, key):
+            name = key.removeprefix("eval_").replace("_", " ")
+            yield _curve_chart(f"Held-out {name}, while training", "", {name: points}, key)
     for title, unit, key, scale in (
         ("Learning rate", "", "learning_rate", 1.0),
         ("Gradient norm", "before clipping", "grad_norm", 1.0),
@@ -164,17 +223,20 @@ def _curve_chart(
 def _memory_chart(
     plan: Mapping[str, Any], finished: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 ) -> Iterator[Chart]:
-    """What was planned by part, the sum, and the peak that was measured."""
-    planned = _numbers(plan.get("bytes") or {})
-    peak = finished.get("training", {}).get("peak_memory") or max(
-        (m.get("memory_bytes", 0) for m in metrics), default=0
-    )
+    """What was planned by part, the sum, and the peak that was measured; of a finished run both without libraries."""
+    planned, measured = _numbers(plan.get("bytes") or {}), finished.get("memory") or {}
+    peak = measured.get("measured") or max((m.get("memory_bytes", 0) for m in metrics), default=0)
     if not planned:
         return
     total = planned.pop("total", sum(planned.values()))
+    if measured:
+        total = measured["planned"]
+        planned.pop("libraries", None)
+    planned = {name: size for name, size in planned.items() if size}
     sizes = {**planned, "planned, sum": total, **({"measured, peak": peak} if peak else {})}
     mebibytes = {name: size / 2**20 for name, size in sizes.items()}
     text = f"Planned {_figure(total / 2**20)} MiB, measured {_figure(peak / 2**20)} MiB at the peak"
+    text += ", both without what Python and its libraries take" if measured.get("libraries") else ""
     rows = [[name, f"{size:,.1f}"] for name, size in mebibytes.items()]
     yield Chart("Memory, MiB", text, charts.bars("memory", mebibytes, "MiB"), ("part", "MiB"), rows)
 
@@ -261,7 +323,7 @@ def _mean(values: Iterator[float]) -> float:
 
 
 def _time_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
-    if parts := _numbers(finished.get("seconds") or {}):
+    if parts := {name: value for name, value in _numbers(finished.get("seconds") or {}).items() if value >= 0.05}:
         longest = max(parts, key=lambda name: parts[name])
         text = f"{sum(parts.values()):.1f} s in all, most of them for: {longest}"
         rows = [[name, f"{value:.1f}"] for name, value in parts.items()]

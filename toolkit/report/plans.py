@@ -59,6 +59,9 @@ def _lines(made: Plan) -> list[str]:
             f"step: not under {time.limit:.2f} s ({which}), likely {time.estimate:.1f} s; rates from the card's "
             "tables, shares reached assumed"
         )
+    if made.stored and made.stored.dtypes:
+        kinds = (f"{size / 1e9:.2f} in {dtype}" for dtype, size in sorted(made.stored.dtypes.items()))
+        lines.append(f"checkpoint, GB: {', '.join(kinds)}{'' if made.stored.is_here else ', to be downloaded'}")
     if any(made.disk.values()):
         sizes = (f"{name} {size / 1e9:.1f}" for name, size in made.disk.items() if size)
         lines.append(f"disk, GB: {', '.join(sizes)}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from toolkit.flow import Trained
 from toolkit.packaging import VerifyReport
 from toolkit.plan import Plan
 from toolkit.quant.calibrate import Compensation
+from toolkit.report.hints import next_commands
 from toolkit.report.plans import mib, table_of
 from toolkit.steps import seconds_by_part
 
@@ -25,7 +23,6 @@ __all__ = [
     "comparison",
     "compensation",
     "data",
-    "next_command",
     "reached",
     "summarize",
     "summary",
@@ -107,9 +104,11 @@ def summarize(
 
 
 def _memory(result: Trained, made: Plan, before: int) -> dict[str, int]:
-    """Bytes planned and measured, both without what Python and the libraries take."""
+    """Bytes planned and measured, without what Python and the libraries take; `holes`: the allocator's, as planned."""
     taken = before if made.device == "cpu" else 0
-    return {"planned": made.bytes.run, "measured": result.training.peak_memory - taken, "libraries": taken}
+    training, evaluating = result.training.peak_memory - taken, max(0, result.evaluation_peak - taken)
+    planned = {"planned": made.bytes.run, "holes": made.bytes.slack, "libraries": taken}
+    return {**planned, "measured": max(training, evaluating), "training": training, "evaluating": evaluating}
 
 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
@@ -123,7 +122,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     training, memory = finished["training"], finished["memory"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])})"
+        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])}, holes {mib(memory['holes'])} more)"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
@@ -137,21 +136,9 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     run = str(Path(artifact).parent)
     console.print(f"[bold]adapter[/bold]  {artifact}")
     console.print(f"[bold]page[/bold]     {run}/report.html")
-    console.print("[bold]next[/bold]")
-    for command in (
-        f"verify {artifact}",
-        f"report {run} --serve",
-        f"chat {run}",
-        f"eval {run}",
-        f"push {artifact} OWNER/NAME",
-    ):
-        next_command(console, command)
-
-
-def next_command(console: Console, command: str) -> None:
-    """What to type next."""
-    name = "onecard" if shutil.which("onecard") else os.path.relpath(sys.argv[0])
-    console.print(f"  {name} {command}", markup=False)
+    next_commands(
+        console, f"chat {run} --compare", f"verify {artifact}", f"report {run}", f"push {artifact} OWNER/NAME"
+    )
 
 
 def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:

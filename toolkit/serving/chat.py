@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,20 +16,24 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from toolkit.adapters import add_adapter
 from toolkit.errors import OnecardError, RecipeError
 from toolkit.evaluate import encode_chat, sampling
+from toolkit.mtp import Speculator
+from toolkit.serving.screen import Screen, Tell
 
 __all__ = ["BASE", "Conversation", "talk"]
 
 BASE = "base"
 """The name under which the base model, without any adapter, is switched to."""
 
-Tell = Callable[[str], None]
+_OWN = "default"
+"""PEFT's name of the artifact's own adapter, the one that its head drafts for."""
+_HELP = "/adapter [NAME|FOLDER], /compare [on|off], /mtp [on|off], /reset, /help, /quit"
 
 
 class _Teller(TextStreamer):  # type: ignore[misc]
     """Hands whole words of an answer on as they come."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Tell, *, skip_prompt: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self._tell = tell
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -41,17 +44,23 @@ class _Teller(TextStreamer):  # type: ignore[misc]
 
 @dataclass
 class Conversation:
-    """What was said so far, with whom. `adapter` is the name of the one that speaks; `names` maps names to folders."""
+    """What was said so far, with whom.
+
+    `adapter` is the name of the one that speaks, `compare` whether the base answers first, and `drafting` whether the
+    artifact's own adapter answers with drafts, by what `make_drafts` makes at the first need.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
-    write: Callable[[list[int]], tuple[str, dict[str, Any]]] | None = None
-    """Writes the artifact's own answers instead, such as with drafts; they come in one piece."""
-    adapter: str = "default"
+    make_drafts: Callable[[], Speculator] | None = None
+    drafting: bool = False
+    compare: bool = False
+    adapter: str = _OWN
     messages: list[dict[str, str]] = field(default_factory=list)
+    _drafts: Speculator | None = None
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +99,24 @@ class Conversation:
                 add_adapter(self.model, folder, name)
         self.adapter = name
 
+    def draft(self, on: bool) -> None:
+        """Answer with drafts from now on, or without.
+
+        Raises:
+            RecipeError: there is nothing to draft with.
+        """
+        if on and self.make_drafts is None:
+            raise RecipeError("this conversation has nothing to draft with")
+        self.drafting = on
+
+    def drafted(self) -> str:
+        """In words, whether there are drafts and what they have brought."""
+        if self._drafts is None or not self._drafts.counts.passes:
+            return "drafts on" if self.drafting else "drafts off"
+        counts = self._drafts.counts
+        ended = ", switched off: they cost more time than they save here" if counts.switched_off else ""
+        return f"drafts {'on' if self.drafting else 'off'}: {counts.tokens_per_pass:.2f} tokens a pass so far{ended}"
+
     def reset(self) -> None:
         """Forget what was said."""
         self.messages.clear()
@@ -100,11 +127,18 @@ class Conversation:
             with self.model.disable_adapter():
                 return self._generate(tell)
         self.model.set_adapter(adapter)
-        if self.write is None or adapter != "default":
-            return self._generate(tell)
-        reply, _ = self.write(self._prompt())
-        tell(reply)
-        return reply
+        if self.drafting and adapter == _OWN:
+            return self._generate_with_drafts(tell)
+        return self._generate(tell)
+
+    def _generate_with_drafts(self, tell: Tell) -> str:
+        if self._drafts is None:
+            assert self.make_drafts is not None
+            self._drafts = self.make_drafts()
+        teller = _Teller(self.tokenizer, tell, skip_prompt=False)
+        (written,) = self._drafts.generate([self._prompt()], told=lambda new: teller.put(torch.tensor(new)))
+        teller.end()
+        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
     def _prompt(self) -> list[int]:
         return encode_chat(self.tokenizer, self.messages, self.system_prompt)
@@ -117,56 +151,54 @@ class Conversation:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.tokenizer.eos_token_id,
-            streamer=_Teller(self.tokenizer, tell),
+            streamer=_Teller(self.tokenizer, tell, skip_prompt=True),
             **sampling(self.temperature),
         )
         return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def talk(
-    conversation: Conversation, lines: Iterable[str], tell: Tell, say: Callable[[str], None], *, compare: bool
-) -> None:
-    """Answer `lines` until one is empty or `/quit`.
-
-    Args:
-        tell: takes the model's words. say: takes whole lines of ours. compare: the base answers first, too.
-    """
+def talk(conversation: Conversation, lines: Iterable[str], screen: Screen) -> None:
+    """Answer `lines` until one is empty or `/quit`."""
     for line in lines:
         command, _, argument = line.partition(" ")
         if command in ("", "/quit"):
             return
         if command.startswith("/"):
-            say(_obey(conversation, command, argument.strip()))
-        elif compare:
-            tell("base: ")
-            conversation.say_to_both(line, tell, _once_labelled(f"\n{conversation.adapter}: ", tell))
-            tell("\n")
+            screen.say(_obey(conversation, command, argument.strip()))
+        elif conversation.compare:
+            with screen.both(BASE, conversation.adapter) as (base, own):
+                conversation.say_to_both(line, base, own)
         else:
-            conversation.say(line, tell)
-            tell("\n")
+            conversation.say(line, screen.words)
+            screen.words("\n")
 
 
 def _obey(conversation: Conversation, command: str, argument: str) -> str:
     """Do what a line that starts with a slash says, and what to tell of it."""
     try:
-        if command == "/reset":
-            conversation.reset()
-            return "forgotten"
-        if command == "/adapter":
-            if argument:
-                conversation.switch(argument)
-            return f"{conversation.adapter} speaks; there are {', '.join(conversation.names)}"
+        match command:
+            case "/reset":
+                conversation.reset()
+                return "forgotten"
+            case "/adapter":
+                if argument:
+                    conversation.switch(argument)
+                return f"{conversation.adapter} speaks; there are {', '.join(conversation.names)}"
+            case "/compare":
+                conversation.compare = _switched(command, argument, conversation.compare)
+                return "the base answers first" if conversation.compare else f"{conversation.adapter} answers alone"
+            case "/mtp":
+                conversation.draft(_switched(command, argument, conversation.drafting))
+                return conversation.drafted()
+            case "/help":
+                return _HELP
     except OnecardError as error:
         return str(error)
-    return f"{command}: no such command; there are /adapter [NAME|FOLDER], /reset, /quit"
+    return f"{command}: no such command; there are {_HELP}"
 
 
-def _once_labelled(label: str, tell: Tell) -> Tell:
-    """`tell`, with a label before its first words."""
-    waiting = [label]
-
-    def told(text: str) -> None:
-        tell("".join(waiting) + text)
-        waiting.clear()
-
-    return told
+def _switched(command: str, argument: str, now: bool) -> bool:
+    """`on`, `off`, or as it is where nothing is said."""
+    if argument not in ("", "on", "off"):
+        raise RecipeError(f"{command} {argument}: say on or off")
+    return {"on": True, "off": False}.get(argument, now)

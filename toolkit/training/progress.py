@@ -66,6 +66,8 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         """Write the line."""
         logs = dict(kwargs.get("logs") or {})
         entry = {"step": state.global_step, **logs, "memory_bytes": peak_memory(self.device)}
+        if state.max_steps > 0:
+            entry["progress"] = state.global_step / state.max_steps
         tokens = float(logs.get("num_tokens", 0.0))
         now = time.perf_counter()
         if tokens > self._tokens:

@@ -56,7 +56,7 @@ _MOST_LOGITS = 1 << 28
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out."""
+    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out and planned."""
 
     steps: int
     loss: float
@@ -66,6 +66,7 @@ class TrainResult:
     resumed_from: int
     best_step: int | None = None
     skipped: int = 0
+    planned_steps: int = 0
 
 
 class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
@@ -164,7 +165,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         given = {**inputs, "use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
         labels = given.pop("labels")
         logits, targets, outputs = labelled_logits(model, given, labels)
-        self._logits = logits.detach()
+        self._logits = None if self.beside is None else logits.detach()
         balance = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and balance is None:
             self.wants_trls_balance = True
@@ -222,6 +223,7 @@ def train_adapter(
     console: Console,
     best: BestAdapter | None = None,
     advice: str = "a smaller training.max_length",
+    probes: bool = True,
     resume: Resume | None = None,
     stop: StopRequest | None = None,
     places: Sequence[str] = (),
@@ -238,7 +240,8 @@ def train_adapter(
         dtype: float32, bfloat16 or float16, of the computation.
         train_router: whether the load-balancing loss applies.
         best: what to keep or stop for.
-        advice: what to change where memory does not suffice for the longest batch, which goes first.
+        advice: what to change where memory does not suffice for the longest batch.
+        probes: whether that batch goes first. It changes no number; it costs a batch's time.
         head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
         resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
         stop: told of signals. places: where each row of `train` came from. parts: trained and saved beside the adapter.
@@ -271,7 +274,7 @@ def train_adapter(
     if best and keeper:
         trainer.score = best.score
         trainer.add_callback(keeper)
-    trainer.probe_advice = advice
+    trainer.probe_advice = advice if probes else None
     trainer.layer_major = None if head else layer_major_for(model, arguments)
     trainer.evaluates_each_epoch = validation is not None and not arguments["eval_steps"]
     guard = StepGuard(most, partial(name_examples, train, places), console.print)
@@ -305,6 +308,7 @@ def train_adapter(
         resumed_from=resume.checkpoint.step if resume.checkpoint else 0,
         best_step=found[0] if found else None,
         skipped=guard.skipped,
+        planned_steps=trainer.state.max_steps,
     )
 
 

@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.parity.conftest import COMMON
 from toolkit.offload import int8_folder
-from toolkit.offload.cache import cache_root, fingerprint
+from toolkit.offload.cache import fingerprint
+from toolkit.plan.steps import cache_root
 
 WRITE = """
 import os, signal, sys

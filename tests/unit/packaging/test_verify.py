@@ -127,6 +127,20 @@ def test_links_and_folders_are_not_followed(artifact: Path, tmp_path: Path) -> N
     assert "not a plain file" in failures(verify_artifact(artifact))["files"]
 
 
+def test_the_links_of_the_hubs_cache_are_its_own(artifact: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--alice--mine"
+    snapshot = cache / "snapshots" / ("a" * 40)
+    for folder in (snapshot, cache / "blobs"):
+        folder.mkdir(parents=True)
+    for path in artifact.iterdir():
+        shutil.copy(path, cache / "blobs" / f"hash-of-{path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"hash-of-{path.name}")
+    verify_artifact(snapshot, strict=True)
+    (snapshot / WEIGHTS).unlink()
+    (snapshot / WEIGHTS).symlink_to(artifact / WEIGHTS)
+    assert "not a plain file" in failures(verify_artifact(snapshot))["files"]
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/adapter.bin", "adapter_model.bin", "a\nb"])
 def test_a_manifest_can_only_list_the_files_of_an_artifact(artifact: Path, name: str) -> None:
     change_json(artifact, "manifest.json", lambda m: m["files"].update({name: {"sha256": "0" * 64, "size": 1}}))

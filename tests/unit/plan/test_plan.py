@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from toolkit.errors import RecipeError, ResourceError
-from toolkit.plan import Device, StepShape, choose_device, make_plan, parse_bytes
+from toolkit.plan import Device, StepShape, choose_device, device_memory, devices, free_memory, make_plan, parse_bytes
 from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.place import resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import published
+from toolkit.plan.steps import Held, question
 from toolkit.recipe import Recipe, parse
 
 MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
@@ -28,11 +31,12 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's bytes by a rule that is quick: its own tests rehearse."""
 
-    def step(self: Budget, wanted: Recipe) -> int:
+    def step(self: Budget, wanted: Recipe) -> Held:
         assert isinstance(wanted.training.max_length, int)
         assert isinstance(wanted.lora.r, int)
         kept = 1 if wanted.training.gradient_checkpointing else 8
-        return kept * wanted.training.max_length * (1 << 18) + wanted.lora.r * (40 << 20)
+        saved = kept * wanted.training.max_length * (1 << 18)
+        return Held(saved + wanted.lora.r * (40 << 20), saved)
 
     monkeypatch.setattr(Budget, "step", step)
 
@@ -86,7 +90,7 @@ def test_auto_streams_the_fewest_layers_that_make_it_fit() -> None:
     away = streamed(made.placement)
     assert made.fits
     assert {made.placement[name] for name in away} == {"host"}
-    budget = Budget(MODEL, "main", Device("cuda", "small", need - (1 << 30)), made.torch_dtype, made.backend, "auto")
+    budget = Budget(MODEL, "main", Device("cuda", "small", need - (1 << 30)), made.dtype, made.backend, "auto")
     assert not budget.fits(made.recipe, spread(dict.fromkeys(made.placement, 0), len(away) - 1, "host"))
 
 
@@ -98,6 +102,65 @@ def test_a_processor_streams_from_the_disk_and_a_small_host_too() -> None:
         assert sorted(set(made.placement.values())) == ["disk", "resident"]
         assert len(streamed(made.placement)) == 8
         assert made.disk["int8 file"] > 0
+
+
+def test_micro_batches_that_wait_are_counted_where_layers_are_streamed() -> None:
+    def activations(**training: Any) -> int:
+        made = make_plan(
+            recipe(placement={"share": share}, training=training) if share else recipe(training=training),
+            device=Device("cpu", "cpu", 1 << 40, None, 1 << 40),
+        )
+        return made.bytes.activations
+
+    share = 0.0
+    assert activations(gradient_accumulation_steps=4) == activations()
+    share = 0.5
+    saved = 1024 * (1 << 18)  # as `counted` has it
+    assert activations(gradient_accumulation_steps=4) == activations() + 3 * saved
+
+
+def test_evaluation_is_counted_where_the_data_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def answer(self: Budget, wanted: Recipe, kind: str) -> Held:
+        found = question(wanted, self.shape_for(wanted), device="cuda", dtype=self.dtype, backend="any", kind=kind)
+        asked.append((kind, found.batch, found.length))
+        return Held({"loss": 1, "generate": wanted.eval.batch_size}[kind] << 30)
+
+    monkeypatch.setattr(Budget, "_answer", answer)
+    device = Device("cuda", "card", 12 << 30)
+    held_out = StepShape(512, 511, 400, 100, 60)
+    short = recipe(eval={"batch_size": 4, "max_new_tokens": 8}, training={"per_device_eval_batch_size": 6})
+    made = make_plan(short, device=device, shape=held_out)
+    assert asked[:2] == [("loss", 6, 400), ("generate", 4, 68)]
+    assert made.bytes.evaluation == (4 << 30) - made.bytes.gradients - made.bytes.activations
+    assert make_plan(short, device=device).bytes.evaluation == 0
+    long = make_plan(recipe(eval={"batch_size": 9}, placement={"experts": "resident"}), device=device, shape=held_out)
+    assert not long.fits
+    assert long.changes[0].what == "eval.batch_size=1 training.per_device_eval_batch_size=1"
+
+
+def test_a_folder_says_its_own_bytes() -> None:
+    """The quickstart's model, which is in bfloat16 in this repository."""
+    folder = Path(__file__).parents[3] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
+    made = make_plan(recipe(model={"model_name_or_path": str(folder)}), device=Device("cpu", "cpu", 1 << 40))
+    assert made.stored is not None
+    assert made.stored.is_here
+    assert made.stored.dtypes.keys() == {"BF16"}
+    assert made.disk["download"] == 0
+    elsewhere = make_plan(recipe(), device=Device("cpu", "cpu", 1 << 40))
+    assert elsewhere.disk["download"] == pytest.approx(2 * 6.92e9, rel=0.01)
+
+
+def test_free_memory_obeys_the_limits_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_memory("cpu")
+    assert 0 < free <= device_memory("cpu")
+    unlimited, used = resource.RLIM_INFINITY, devices._fields("/proc/self/status")
+    for limited, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        limits = dict.fromkeys((resource.RLIMIT_DATA, resource.RLIMIT_AS), (unlimited, unlimited))
+        limits[limited] = (used[field] + (8 << 20), unlimited)
+        monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+        assert free_memory("cpu") <= 8 << 20
 
 
 def test_what_is_to_be_resident_is_never_streamed() -> None:

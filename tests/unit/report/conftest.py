@@ -23,6 +23,8 @@ def metrics_line(step: int) -> dict[str, Any]:
         "grad_norm": 1.0,
         "learning_rate": 1e-4,
         "epoch": step / STEPS,
+        "progress": step / STEPS,
+        "num_tokens": 4000 * step,
         "memory_bytes": 12 << 30,
         "tokens_per_second": 2000.0,
     }

@@ -74,7 +74,8 @@ def test_every_picture_says_what_it_shows_and_has_its_numbers(page: Path) -> Non
 
 def test_what_a_run_does_not_have_is_not_shown(unfinished: Path) -> None:
     text = render_page(unfinished)
-    assert "running, step 400" in text
+    assert "running, step 400, about 20 min left" in text
+    assert '<progress value="0.4"' in text
     for words in ("Outcome", "What happened to the experts", "Coverage", "refresh", "multi-token"):
         assert words not in text, words
     assert 'http-equiv="refresh" content="5"' in render_page(unfinished, 5)

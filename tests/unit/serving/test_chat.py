@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from tests.faults.conftest import MODEL
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError, RecipeError
-from toolkit.evaluate import answer, encode_chat
+from toolkit.evaluate import answer, encode_chat, speculator
+from toolkit.mtp import Speculator
 from toolkit.quant import load_int8
-from toolkit.serving import Conversation, talk
+from toolkit.serving import Conversation, Screen, talk
 
 QUESTION = "Which category is it: oak - a tree?"
 
@@ -105,16 +110,86 @@ def test_adapters_are_switched(conversation: Conversation, other: Path, tmp_path
 def test_commands_and_the_end(conversation: Conversation) -> None:
     words: list[str] = []
     ours: list[str] = []
-    lines = iter(["/adapter", "/adapter base", "/sing", "/adapter nobody", QUESTION, "/reset", "/quit", "never"])
-    talk(conversation, lines, heard(words), heard(ours), compare=False)
+    screen = Screen(heard(words), heard(ours))
+    lines = iter(["/adapter", "/adapter base", "/sing", "/adapter nobody", "/help", "/mtp on", "/compare maybe",
+                  QUESTION, "/reset", "/quit", "never"])  # fmt: skip
+    talk(conversation, lines, screen)
     assert next(lines) == "never"
     assert ours[0] == "default speaks; there are base, default"
     assert ours[1].startswith("base speaks")
     assert "/sing: no such command" in ours[2]
     assert "nobody: no adapter of that name" in ours[3]
-    assert ours[4] == "forgotten"
+    assert "/mtp [on|off]" in ours[4]
+    assert "nothing to draft with" in ours[5]
+    assert ours[6] == "/compare maybe: say on or off"
+    assert ours[7] == "forgotten"
     assert conversation.messages == []
     assert "".join(words).endswith("\n")
     words.clear()
-    talk(conversation, [QUESTION, ""], heard(words), heard(ours), compare=True)
+    talk(conversation, ["/compare on", QUESTION, ""], screen)
     assert "".join(words).count("base: ") == 2, "the base answers, and the base is who speaks"
+
+
+def test_drafts_are_switched_on_and_off_and_change_no_word(conversation: Conversation, other: Path) -> None:
+    made: list[Speculator] = []
+
+    def make() -> Speculator:
+        made.append(speculator(conversation.model, None, count=3, max_new_tokens=8, measured=False))
+        return made[-1]
+
+    conversation.make_drafts = make
+    wanted = spoken(conversation, [{"role": "user", "content": QUESTION}])
+    pieces: list[str] = []
+    ours: list[str] = []
+    screen = Screen(heard(pieces), heard(ours))
+    talk(conversation, ["/mtp", "/mtp on", QUESTION, "/mtp"], screen)
+    assert "".join(pieces).strip() == wanted
+    assert len(pieces) > 2, "it came in one piece"
+    assert ours[:2] == ["drafts off", "drafts on"]
+    assert len(made) == 1
+    assert (made[0].counts.passes > 0) == ("tokens a pass" in ours[2])
+    before = copy.deepcopy(made[0].counts)
+    pieces.clear()
+    talk(conversation, ["/reset", f"/adapter {other}", QUESTION], screen)
+    talk(conversation, ["/adapter default", "/reset", "/mtp off", QUESTION], screen)
+    assert "".join(pieces).strip().endswith(wanted)
+    assert made[0].counts == before, "another adapter, or off: nobody drafts"
+
+
+def test_two_columns_on_a_terminal_that_is_wide_enough(conversation: Conversation) -> None:
+    conversation.compare = True
+    base = spoken_by_base(conversation)
+    own = spoken(conversation, [{"role": "user", "content": QUESTION}])
+    told: list[str] = []
+
+    def shown(width: int, terminal: bool) -> str:
+        stream = io.StringIO()
+        console = Console(file=stream, width=width, force_terminal=terminal, color_system=None)
+        conversation.reset()
+        talk(conversation, [QUESTION], Screen(heard(told), heard([]), console))
+        return stream.getvalue()
+
+    drawn = shown(100, terminal=True)
+    assert told == []
+    header, *answers = re.sub(r"\x1b\[[\d?]*[A-Za-z]", "", drawn[drawn.rindex("base") :]).splitlines()
+    assert header.split() == ["base", "default"]
+    place = header.index("default")
+    assert " ".join(line[:place] for line in answers).split() == base.split()
+    assert " ".join(line[place:] for line in answers).split() == own.split()
+    for width, terminal in ((40, True), (100, False)):
+        told.clear()
+        assert shown(width, terminal) == ""
+        assert "".join(told).split() == ["base:", *base.split(), "default:", *own.split()]
+
+
+def spoken_by_base(conversation: Conversation) -> str:
+    with conversation.model.disable_adapter():
+        return spoken(conversation, [{"role": "user", "content": QUESTION}])
+
+
+def test_a_model_does_not_reach_the_terminal() -> None:
+    told: list[str] = []
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    Screen(heard(told), heard([]), terminal).words("a\x1b]0;title\x07\n")
+    Screen(heard(told), heard([])).words("\x1b")
+    assert told == ["a\\x1b]0;title\\x07\n", "\x1b"]

@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Multi-token-prediction heads of one run side by side: what each is worth on held-out prompts.
+
+    .venv/bin/python scripts/benchmarks/mtp.py RECIPE [section.key=value …] [--prompts 200] [--tokens 32] [--decoded 24]
+
+One adapter is trained as the recipe says. Beside it, from the same batches, learn: a head copied from the last layer, a
+head of random numbers, and a head that sees the base model instead of the adapted one. Heads do not touch the adapter
+nor each other, so one run serves all. Then, on held-out prompts at depths 1 and 3:
+
+  base        the base model with the head that was trained on it
+  stale       the adapted model with that same head: what fine-tuning does to a head that is left alone
+  data alone  a head trained beside the adapter, from the data's text and no other
+  copied      that head after the adapted model's own answers to training prompts, as `mtp.own_answers` does it
+  random      the same from random numbers
+  re-aligned  the base's head after one more pass over the data, on the adapted model, and its own answers
+
+`tau` is the tokens that a pass of the model gives, found by replaying its greedy text (mtp_replay.py); the last columns
+decode some of the prompts in earnest. Greedy text must be the same with drafts and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mtp_replay import replay
+from peft import PeftModel
+from rich.console import Console
+
+from toolkit import flow
+from toolkit.evaluate import answer_ids, measure_drafts
+from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, new_head
+from toolkit.plan import make_plan
+from toolkit.recipe import load as load_recipe
+from toolkit.training import train_adapter
+
+DEPTHS = (1, 3)
+
+
+class Several:
+    """Heads that learn from the same batches: those of `beside` from the adapted model, `apart` from its base."""
+
+    loss_weight = 0.0
+
+    def __init__(self, model: PeftModel, beside: Mapping[str, HeadTraining], apart: HeadTraining) -> None:
+        self.model, self.beside, self.apart = model, beside, apart
+        self.seen: list[tuple[dict[str, Any], torch.Tensor | int | None]] = []
+
+    def listen(self) -> Any:
+        """As one head's."""
+        return self.apart.listen()
+
+    def learn(self, hidden: torch.Tensor, inputs: dict[str, Any], count: Any, logits: torch.Tensor | None) -> None:
+        """Each head's own, and what the base model makes of the same batch."""
+        self.seen.append((dict(inputs), count))
+        for head in self.beside.values():
+            head.learn(hidden, inputs, count, logits)
+        with self.model.disable_adapter():
+            self.apart.learn(hidden_states(self.model, inputs), inputs, count)
+
+    def step(self, factor: float) -> None:
+        """Each head's."""
+        for head in (*self.beside.values(), self.apart):
+            head.step(factor)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Nothing: the run is not resumed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing."""
+
+
+@torch.no_grad()
+def hidden_states(model: PeftModel, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """After the final norm, as the model stands."""
+    from toolkit.mtp.head import capture_hidden
+
+    with capture_hidden(model.get_base_model()) as hidden:
+        model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False, logits_to_keep=1)
+    return hidden()
+
+
+def train(plan: Any, depth: int, learning_rate: float) -> tuple[PeftModel, Any, Any, Several, float]:
+    """The recipe's adapter and the heads beside it: model, tokenizer, batches, heads, and the seconds it took."""
+    base, tokenizer = flow.load(plan)
+    batches = flow.build_batches(tokenizer, plan)
+    model = flow.attach(base, plan)
+
+    def head(made: MtpHead) -> HeadTraining:
+        return HeadTraining(made, model, depth=depth, learning_rate=learning_rate)
+
+    beside = {"copied": head(new_head(base)), "random": head(new_head(base, copied=False))}
+    heads = Several(model, beside, head(new_head(base)))
+    recipe, started = plan.recipe, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        train_adapter(
+            model, tokenizer, batches.train, None, folder=Path(folder) / "checkpoints",
+            metrics=Path(folder) / "metrics.jsonl",
+            arguments={**recipe.training.model_dump(exclude={"output_dir"}), "report_to": [], "save_steps": 10**6},
+            device=plan.device, dtype=plan.dtype, train_router=recipe.lora.router, console=Console(quiet=True),
+            head=heads,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return model, tokenizer, batches, heads, time.perf_counter() - started
+
+
+def realigned(heads: Several, depth: int, learning_rate: float) -> HeadTraining:
+    """The base's head after one more pass over what was trained on, with the adapter as it has become."""
+    model = heads.model.eval()
+    again = HeadTraining(copy.deepcopy(heads.apart.head), model, depth=depth, learning_rate=learning_rate)
+    for done, (inputs, count) in enumerate(heads.seen):
+        again.learn(hidden_states(model, inputs), inputs, count)
+        again.step(1.0 - done / len(heads.seen))
+    return again
+
+
+def main() -> None:
+    """Train, measure, print."""
+    given = _arguments()
+    recipe = load_recipe(given.recipe, [*given.overrides, "mtp.enabled=false"], note=lambda line: print(line))
+    plan = make_plan(recipe)
+    depth, learning_rate = max(DEPTHS), recipe.mtp.head_learning_rate
+    model, tokenizer, batches, heads, seconds = train(plan, depth, learning_rate)
+    model.eval()
+    trained = {**heads.beside, "re-aligned": realigned(heads, depth, learning_rate)}
+    finished = {"stale": heads.apart.head, "data alone": copy.deepcopy(heads.beside["copied"].head)}
+    asked, own = flow.own_answers(model, tokenizer, batches, plan)
+    for training in trained.values():
+        learn_own_answers(training, asked, own, tokens=flow.step_tokens(plan), seed=recipe.training.seed)
+    finished |= {name: training.head for name, training in trained.items()}
+    prompts = [list(question.prompt_ids) for question in batches.held_out[: given.prompts]]
+    write = partial(answer_ids, model, tokenizer, prompts, max_new_tokens=given.tokens, batch_size=50)
+    answers = write()
+    rows = []
+    with model.disable_adapter():
+        rows.append(_row("base", model, heads.apart.head.eval(), prompts, write()))
+    rows += [_row(name, model, head.eval(), prompts, answers) for name, head in finished.items()]
+    parameters, length = sum(p.numel() for p in heads.apart.head.parameters()), sum(map(len, answers)) / len(answers)
+    print(
+        f"{recipe.model.model_name_or_path}: {len(heads.seen)} batches in {seconds:.0f} s, head of {parameters:,} "
+        f"parameters, {len(own)} own answers; {len(prompts)} held-out prompts, answers of {length:.1f} tokens"
+    )
+    print(f"{'head':12}{'depth':>6}{'tau':>8}  accepted by place")
+    for row in rows:
+        for count in DEPTHS:
+            found = row[str(count)]
+            print(f"{row['head']:12}{count:6}{found['tau']:8.2f}  {' '.join(f'{r:.1%}' for r in found['accepted'])}")
+    decoded = [_decoded(model, finished["copied"], prompts[: given.decoded], given.tokens, n) for n in DEPTHS]
+    if given.json:
+        given.json.write_text(json.dumps({"rows": rows, "decoded": decoded, "seconds": seconds}, indent=1) + "\n")
+
+
+def _row(name: str, model: PeftModel, head: MtpHead, prompts: Any, answers: Any) -> dict[str, Any]:
+    found = {str(count): replay(model, head, prompts, answers, count) for count in DEPTHS}
+    return {"head": name, **{count: {"tau": r.tau, "accepted": r.rates} for count, r in found.items()}}
+
+
+def _decoded(model: PeftModel, head: MtpHead, prompts: Any, tokens: int, count: int) -> dict[str, Any]:
+    found = measure_drafts(model, head, prompts, count=count, max_new_tokens=tokens).to_dict()
+    print(
+        f"decoded {found['prompts']} prompts, {count} drafts: tau {found['tau']:.2f}, {found['tokens_per_second']:.1f} "
+        f"tokens/s with drafts, {found['plain_tokens_per_second']:.1f} without, same text: {found['identical']}",
+        flush=True,
+    )
+    return found
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--decoded", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How many drafts of a head a model would accept, found from its finished greedy text in a few passes.
+
+Decoding with drafts runs one token or a few at a time, which on a CPU is a thousand times slower than reading. A text
+that is known already tells what decoding would have done: at each place the head's guesses, computed for all places at
+once as in training, are compared with the words that follow. `tests/parity/test_mtp.py` holds both ways together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+
+from toolkit.mtp import MtpHead, Trunk
+from toolkit.mtp.head import capture_hidden
+from toolkit.mtp.loss import Chain, Rows
+
+__all__ = ["Replay", "replay"]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Tokens a checked pass gives (tau), and the share of drafts accepted by place, those before being right."""
+
+    passes: int
+    tokens: int
+    proposed: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+    @property
+    def tau(self) -> float:
+        """1 where no draft is ever right."""
+        return self.tokens / max(1, self.passes)
+
+    @property
+    def rates(self) -> list[float]:
+        """Accepted over proposed, by place."""
+        return [a / max(1, p) for a, p in zip(self.accepted, self.proposed, strict=True)]
+
+
+@torch.no_grad()
+def replay(
+    model: PeftModel,
+    head: MtpHead,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    count: int,
+    batch: int = 25,
+) -> Replay:
+    """Decode `answers`, the model's own greedy text, with `count` drafts a pass."""
+    base = model.get_base_model()
+    trunk = Trunk.of(base)
+    head.follow_attention("sdpa")
+    passes = tokens = 0
+    proposed, accepted = [0] * count, [0] * count
+    for start in range(0, len(prompts), batch):
+        asked, said = prompts[start : start + batch], answers[start : start + batch]
+        rows = [[*prompt, *answer] for prompt, answer in zip(asked, said, strict=True)]
+        guesses = _guesses(model, head, trunk, rows, count)
+        for number, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
+            last, end = len(prompt), len(row) - 1
+            while last < end:
+                right = 0
+                for place in range(min(count, end - last)):
+                    proposed[place] += 1
+                    if int(guesses[place][number, last - 1]) != row[last + place + 1]:
+                        break
+                    accepted[place] += 1
+                    right += 1
+                gained = min(right + 1, end - last)
+                passes, tokens, last = passes + 1, tokens + gained, last + gained
+    return Replay(passes, tokens, tuple(proposed), tuple(accepted))
+
+
+def _guesses(model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]], count: int) -> list[torch.Tensor]:
+    """By depth, the head's choice [B, L] at each place, given the true tokens before it."""
+    ids, mask = _padded(rows)
+    with capture_hidden(model.get_base_model()) as hidden:
+        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    chain = Chain(head, trunk, Rows.of({"input_ids": ids, "labels": ids, "attention_mask": mask}), count)
+    current, found = hidden().float(), []
+    for depth in range(1, count + 1):
+        current = chain.step(depth, current)
+        found.append(torch.stack([trunk.logits(row).argmax(-1) for row in current]))
+    return found
+
+
+def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = len(rows), max(map(len, rows))
+    ids, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+    return ids, mask

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Write down what plans of the published models ask most, so that `onecard plan` answers without loading torch.
+
+    .venv/bin/python scripts/record_plans.py [--model WORD] [--check]
+
+Each record (toolkit/plan/published/records) holds a model's shapes and the bytes of its steps, rehearsed one by one: of
+its recipe and of a recipe of defaults, over lengths and ranks, on a card and on a CPU. It is used only where torch,
+transformers and peft are of the versions that it was made with. `--check` rehearses again and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from toolkit.plan.shapes import Shapes, published, versions
+from toolkit.plan.skeletons import shape_of, shapes_of
+from toolkit.plan.steps import Held, Question, StepShape, question, rehearsed
+from toolkit.recipe import Recipe, load, parse
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "toolkit" / "plan" / "published" / "records"
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+RANKS = (8, 16, 32, 64)
+
+
+def recipes(name: str) -> Iterator[Recipe]:
+    """The recipe of this repository that names the model, and one that says nothing else."""
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        found = load(path, note=lambda _: None)
+        if found.model.model_name_or_path == name:
+            yield found
+    yield parse(f"model: {{model_name_or_path: {name}}}\ndata: {{train: none}}\n")
+
+
+def questions(name: str) -> dict[str, Question]:
+    """All that the record answers, by digest."""
+    found: dict[str, Question] = {}
+    for recipe in recipes(name):
+        for length, r, kept, device in _choices(recipe):
+            asked = question(
+                _changed(recipe, r, length, kept),
+                StepShape(length, length - 1),
+                device=device,
+                dtype="bfloat16" if device == "cuda" else "float32",
+                backend="onecard_triton" if device == "cuda" else "onecard_per_expert",
+            )
+            found[asked.digest()] = asked
+    return found
+
+
+def _choices(recipe: Recipe) -> Iterator[tuple[int, int, bool, str]]:
+    """Length, rank, whether activations are kept, device: the recipe, and what a plan tries where it does not fit."""
+    longest, r = int(recipe.training.max_length), int(recipe.lora.r)
+    yield from ((length, r, False, "cuda") for length in LENGTHS)
+    yield from ((longest, rank, False, "cuda") for rank in RANKS)
+    yield from ((LENGTHS[0], rank, False, "cuda") for rank in RANKS if rank <= r)
+    yield longest, r, True, "cuda"
+    yield longest, r, False, "cpu"
+
+
+def _changed(recipe: Recipe, r: int, length: int, kept: bool) -> Recipe:
+    training = recipe.training.model_copy(update={"max_length": length, "gradient_checkpointing": not kept})
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": r}), "training": training})
+
+
+def answer(name: str, asked: Question) -> Held:
+    """Rehearsed now."""
+    return rehearsed(shape_of(name, attn_implementation=asked.attn), asked)
+
+
+def fresh(name: str) -> dict[str, Any]:
+    """A model's record."""
+    shapes: Shapes = shapes_of(shape_of(name))
+    steps = {}
+    for digest, asked in questions(name).items():
+        held = answer(name, asked)
+        steps[digest] = [held.peak, held.saved]
+    return {"versions": versions(), "shapes": shapes.to_record(), "steps": dict(sorted(steps.items()))}
+
+
+def main() -> int:
+    """Write the records, or compare them."""
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--check", action="store_true")
+    given, wrong = parser.parse_args(), 0
+    for name in published():
+        if given.model.lower() not in name.lower():
+            continue
+        began, record = time.perf_counter(), fresh(name)
+        path = RECORDS / f"{name.replace('/', '__')}.json"
+        if given.check:
+            same = path.is_file() and json.loads(path.read_text(encoding="utf-8")) == record
+            wrong += not same
+        else:
+            RECORDS.mkdir(exist_ok=True)
+            path.write_text(_text(record), encoding="utf-8")
+        words = "written" if not given.check else "the same" if same else "DIFFERENT"
+        print(f"{name}: {len(record['steps'])} steps in {time.perf_counter() - began:.0f} s, {words}", flush=True)
+    return 1 if wrong else 0
+
+
+def _text(record: dict[str, Any]) -> str:
+    """JSON with a line for each part."""
+    parts = {
+        "versions": json.dumps(record["versions"]),
+        "shapes": json.dumps(record["shapes"]),
+        "steps": "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record["steps"].items()) + "\n}",
+    }
+    return "{" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items()) + "}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Merged exports with a head: stitched into the base for stock `use_mtp`, or a draft folder that servers can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+
+from tests.parity.conftest import EMBEDDED
+from tests.parity.families import build, tiny_config
+from tests.parity.native_heads import native_checkpoint, next_token, our_draft, stock, stock_draft
+from toolkit.adapters import attach_lora
+from toolkit.mtp import head_state, load_native, native_keys, new_head, read_head
+from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging.export import Export, export_adapter
+from toolkit.quant import load_int8
+
+
+def artifact_of(base: Path, folder: Path, *, headed: bool = True) -> Path:
+    """An adapter and a head, both moved, as a run would leave them."""
+    model, _ = load_int8(str(base))
+    native = native_keys(base, model.config)
+    head = load_native(model, native) if native else new_head(model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for _, parameter in head.parts():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.02))
+    state = head_state(head, model)
+    adapted = attach_lora(model, r=2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return write_artifact(
+        adapted,
+        AutoTokenizer.from_pretrained(EMBEDDED),
+        folder,
+        base=identify_base(str(base)),
+        recipe_yaml="",
+        results={},
+        coverage={},
+        mtp_head=state if headed else None,
+    )
+
+
+def exported(family: str, folder: Path, *, headed: bool = True) -> Export:
+    build(tiny_config(family)).save_pretrained(folder / "base")
+    adapter = artifact_of(folder / "base", folder / "adapter", headed=headed)
+    return export_adapter(adapter, folder / "base", "merged", folder / "merged")
+
+
+PROMPTS = torch.randint(3, 90, (6, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "mellum"])
+def test_a_native_head_is_stitched_into_the_base(family: str, tmp_path: Path) -> None:
+    native_checkpoint(family, tmp_path / "base")
+    adapter = artifact_of(tmp_path / "base", tmp_path / "adapter")
+    done = export_adapter(adapter, tmp_path / "base", "merged", tmp_path / "merged")
+    assert "own head replaced" in done.compared
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    head = load_file(adapter / "mtp_head.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in head.items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in head.items())
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    merged = stock(tmp_path / "merged")
+    ours = read_head(adapter, merged, native_keys(tmp_path / "merged", merged.config))
+    assert [stock_draft(merged, p) for p in PROMPTS] == [our_draft(merged, ours, p) for p in PROMPTS]
+    plain = merged.generate(PROMPTS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(
+        plain, merged.generate(PROMPTS[:1], max_new_tokens=8, do_sample=False, pad_token_id=0, use_mtp=True)
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_a_new_head_becomes_a_draft_folder(family: str, tmp_path: Path) -> None:
+    """Stock transformers, given the folder as a model of the family it is dressed as, drafts what we draft."""
+    done = exported(family, tmp_path)
+    assert "draft/ holds the head" in done.compared
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ours = read_head(tmp_path / "adapter", base, None)
+    dressed, head = _draft_model(tmp_path / "merged" / "draft")
+    assert torch.equal(dressed.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert torch.equal(dressed.get_output_embeddings().weight, base.get_output_embeddings().weight)
+    theirs = [_drafted(head, *next_token(base, prompt)) for prompt in PROMPTS]
+    assert theirs == [our_draft(base, ours, prompt) for prompt in PROMPTS]
+    assert len(set(theirs)) > 1
+
+
+def _draft_model(folder: Path) -> tuple[PreTrainedModel, MtpModel]:
+    config = AutoConfig.from_pretrained(folder)
+    made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        made.get_input_embeddings().weight.copy_(weights["model.embed_tokens.weight"])
+        made.get_output_embeddings().weight.copy_(weights["lm_head.weight"])
+    made.config.name_or_path = str(folder)
+    made._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{config.num_hidden_layers}\."]
+    return made, MtpModel.from_pretrained(made, device_map={"": "cpu"}).eval()
+
+
+@torch.no_grad()
+def _drafted(head: MtpModel, hidden: torch.Tensor, tokens: torch.Tensor) -> int:
+    cache = MtpCache(config=head.config)
+    return int(head(tokens[None, 1:], hidden, None, torch.arange(1, len(tokens))[None], cache)[0])
+
+
+def test_where_no_server_has_a_block_for_it_the_export_says_why(tmp_path: Path) -> None:
+    done = exported("granitemoe", tmp_path)
+    assert "no server takes a new head for this family: its attention computes something else" in done.compared
+    assert not (tmp_path / "merged" / "draft").exists()
+
+
+def test_without_a_head_the_config_says_so(tmp_path: Path) -> None:
+    exported("qwen3_moe", tmp_path, headed=False)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0

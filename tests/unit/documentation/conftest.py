@@ -1,0 +1,145 @@
+"""A folder to try the documentation's commands in, the Hub of this machine, and the programs' own parsers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from huggingface_hub import constants
+
+from tests.hub_stand_in import HubStandIn, serve
+from tests.unit.documentation.commands import ROOT
+from toolkit.cli import app
+from toolkit.recipe import load
+
+CUT = ["training.max_steps=2", "data.max_samples=24", "eval.max_samples=4", "eval.max_new_tokens=4"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository's recipes, the quickstart cut to two steps, as the folder that commands start in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for path in (ROOT / "recipes").iterdir():
+        (tmp_path / "recipes" / path.name).symlink_to(path)
+    quickstart = tmp_path / "recipes" / "quickstart.yaml"
+    quickstart.unlink()
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    for override in CUT:
+        section, key, value = re.split(r"[.=]", override)
+        text = re.sub(rf"\n  {key}: \S+", "", text)
+        text = re.sub(rf"\n{section}:\n", f"\n{section}:\n  {key}: {value}\n", text)
+    quickstart.write_text(text, encoding="utf-8")
+    assert load(quickstart).training.max_steps == 2
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "metric.py").write_text("def same_category(answer, wanted):\n    return float(answer == wanted)\n")
+    return tmp_path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    """A Hub on this machine that this process's client talks to; the client reads its switches at import."""
+    with serve() as stand_in:
+        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_TOKEN", "good")
+        yield stand_in
+
+
+class Parsed(Exception):
+    """The program has read its arguments and would begin."""
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """`parse(words)`: let the command's own program read its arguments, and no more; raises where it refuses them."""
+    read = argparse.ArgumentParser.parse_args
+
+    def parse_args(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
+        read(self, *args, **kwargs)  # type: ignore[call-overload]
+        raise Parsed
+
+    def parse(words: list[str]) -> None:
+        match words:
+            case ["onecard", verb, *arguments]:
+                onecard_takes(verb, arguments)
+            case ["python", "-m", module, *arguments]:
+                script(Path(module.replace(".", "/") + ".py"), arguments)
+            case ["python", path, *arguments]:
+                script(Path(path), arguments)
+            case ["bash", path, *arguments] if path.endswith("finetune.sh"):
+                onecard_takes("train", arguments[2:] if arguments[:1] == ["--processes"] else arguments)
+            case ["bash", path, *arguments]:
+                assert (ROOT / path).is_file(), path
+                missing = [each for each in arguments if each.startswith("tests") and not (ROOT / each).exists()]
+                assert not missing, missing
+            case ["accelerate", "launch", *arguments]:
+                accelerate_takes(arguments)
+            case ["pip", "install", name]:
+                extras(name)
+            case [path, *arguments] if path.endswith(".py"):
+                script(Path(path), arguments)
+
+    def script(path: Path, arguments: list[str]) -> None:
+        """Up to where it has parsed; one that reads names without a parser is only looked for."""
+        assert (ROOT / path).is_file(), path
+        if "argparse" not in (ROOT / path).read_text(encoding="utf-8"):
+            return
+        with monkeypatch.context() as inside:
+            inside.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            inside.setattr(sys, "argv", [path.name, *arguments])
+            inside.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+            known = set(sys.modules)
+            try:
+                runpy.run_path(str(ROOT / path), run_name="__main__")
+            except Parsed:
+                return
+            finally:
+                for name in set(sys.modules) - known:
+                    if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "scripts")):
+                        del sys.modules[name]
+        raise AssertionError(f"{path} ended without reading its arguments")
+
+    return parse
+
+
+def onecard_takes(verb: str, arguments: list[str]) -> None:
+    """Raises where the verb's parser refuses the arguments."""
+    group = typer.main.get_command(app)
+    if verb.startswith("--"):
+        assert verb in {option for parameter in group.params for option in parameter.opts} | {"--help"}, verb
+        return
+    commands = group.commands  # type: ignore[attr-defined]
+    assert verb in commands, verb
+    commands[verb].make_context(verb, list(arguments))
+
+
+def accelerate_takes(arguments: list[str]) -> None:
+    """accelerate's launcher, and behind `-m toolkit` ours."""
+    from accelerate.commands.launch import launch_command_parser
+
+    given = launch_command_parser().parse_args(arguments)
+    assert given.training_script == "toolkit"
+    verb, *rest = given.training_script_args
+    onecard_takes(verb, rest)
+
+
+def extras(name: str) -> None:
+    """The extras of `onecard[a,b]` are ours."""
+    import tomllib
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    asked = re.fullmatch(r"onecard\[([\w,-]+)\]|[\w-]+", name)
+    assert asked is not None, name
+    assert set((asked[1] or "").split(",")) - {""} <= known.keys(), name

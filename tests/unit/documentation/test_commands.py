@@ -1,0 +1,132 @@
+"""Every command in README and docs is run or parsed; every verb has its how-to and says what to type next."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import shlex
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import typer
+
+from tests.faults.conftest import Run, onecard
+from tests.hub_stand_in import HubStandIn
+from tests.unit.documentation.commands import ELSEWHERE, PAGES, ROOT, Shown, reason, shown, shown_in
+from tests.unit.documentation.conftest import onecard_takes
+from toolkit.cli import app
+
+__all__ = ["onecard"]
+VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+HOW_TO = ROOT / "docs" / "verbs.md"
+WALKED = ("verbs.md", "tutorial.md")
+ENDLESS = "serve"
+QUESTION = "Which category is it: oak - a tree?"
+
+
+def test_commands_are_found() -> None:
+    block = "```bash\nonecard train r.yaml \\\n    a.b=1  # why\n\n# no\npip install x\n```"
+    found = shown(f"{block}\n`onecard plan RUN`, `train`, `onecard`")
+    assert [each.words for each in found] == [
+        ["onecard", "train", "r.yaml", "a.b=1"], ["pip", "install", "x"], ["onecard", "plan", "runs/quickstart"],
+    ]  # fmt: skip
+    forms = ("onecard push A [--tag]", "onecard train", "onecard doctor")
+    assert [shown(f"`{text}`")[0].is_synopsis for text in forms] == [True, True, False]
+    (piped,) = shown('```bash\necho "a b" | onecard generate RUN --prompt -\n```')
+    assert (piped.typed, piped.words[1]) == ("a b", "generate")
+
+
+def test_every_verb_has_a_how_to_with_a_command() -> None:
+    sections = HOW_TO.read_text(encoding="utf-8").split("\n## ")[1:]
+    assert sorted(section.partition("\n")[0] for section in sections) == VERBS
+    for section in sections:
+        verb = section.partition("\n")[0]
+        assert any(each.words[1] == verb for each in shown(section)), verb
+
+
+def test_every_reason_is_needed() -> None:
+    given = {reason(command) for page in PAGES for command in shown_in(page)}
+    assert {why for _, why in ELSEWHERE} <= given
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_one_that_its_program_takes(page: Path, parse: Callable[[list[str]], None]) -> None:
+    for command in shown_in(page):
+        if command.is_synopsis:
+            if command.text.startswith("onecard "):
+                assert command.words[1] in [*VERBS, "…"], command
+            continue
+        try:
+            parse(command.words)
+        except (Exception, SystemExit) as error:
+            pytest.fail(f"{command.page}: {command.text}: {error}")
+
+
+class Walk:
+    """Runs commands one after the other in one folder, as a reader types them."""
+
+    def __init__(self, onecard: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.onecard, self.monkeypatch = onecard, monkeypatch
+        self.hinted: set[str] = set()
+
+    def run(self, command: Shown) -> str:
+        """Stdout; fails unless it ends with 0, says what comes next, and prints JSON where that is asked for."""
+        _, verb, *arguments = command.words
+        answers = iter([QUESTION, "/mtp on", QUESTION, ""])
+        self.monkeypatch.setattr(builtins, "input", lambda _: next(answers))
+        self.monkeypatch.setattr("sys.stdin", io.StringIO(command.typed))
+        status, out, err = self.onecard(verb, *arguments)
+        assert status == 0, f"{command.page}: {command.text}: {err}"
+        if "--json" in arguments or verb == "schema":
+            json.loads(out)
+        assert self.is_hinted(err), f"{command.text}: says nothing of what comes next: {err}"
+        self.hinted.add(verb)
+        return out
+
+    def is_hinted(self, err: str) -> bool:
+        """Whether there are commands after `next`, each of them one that the program takes."""
+        _, _, after = err.rpartition("next\n")
+        hints = [shlex.split(line) for line in after.splitlines() if line.startswith("  ")]
+        for _, verb, *arguments in hints:
+            onecard_takes(verb, arguments)
+        return bool(hints)
+
+
+def interrupted(server: ThreadingHTTPServer) -> None:
+    raise KeyboardInterrupt
+
+
+def test_every_command_of_the_how_tos_runs_and_says_what_comes_next(
+    onecard: Run, folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    walk = Walk(onecard, monkeypatch)
+    skipped = set()
+    for command in shown_in(HOW_TO):
+        if command.is_synopsis:
+            continue
+        if reason(command):
+            skipped.add(command.words[1])
+        else:
+            walk.run(command)
+    assert walk.hinted == set(VERBS) - {ENDLESS}
+    assert ENDLESS in skipped
+    assert len(hub.commits) == 1
+    assert (folder / "runs" / "quickstart" / "report.html").is_file()
+    for page in (page for page in PAGES if page.name not in WALKED):
+        for command in shown_in(page):
+            if command.text.startswith("onecard") and not command.is_synopsis and reason(command) is None:
+                walk.run(command)
+
+
+def test_the_tutorial_runs(onecard: Run, folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    walk = Walk(onecard, monkeypatch)
+    steps = [each for each in shown_in(ROOT / "docs" / "tutorial.md") if not each.is_synopsis and not reason(each)]
+    for command in steps:
+        walk.run(command)
+    assert len(steps) >= 9
+    assert (folder / "runs" / "tutorial" / "report.html").is_file()

@@ -1,0 +1,105 @@
+"""Records of published models against what is found anew, and the command that reads them: no torch, no connection."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scripts.record_plans import answer, questions
+from toolkit.plan import steps
+from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, unfold, versions
+from toolkit.plan.skeletons import shape_of, shapes_of
+from toolkit.plan.steps import Held, recall, remember
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("name", published())
+def test_recorded_shapes_are_those_of_the_installed_versions(name: str) -> None:
+    record = read_record(name)
+    assert record, f"recorded with other versions than {versions()}: run scripts/record_plans.py"
+    recorded = recorded_shapes(record)
+    assert recorded is not None
+    fresh = shapes_of(shape_of(name))
+    assert recorded.to_dict() == fresh.to_dict()
+    assert list(recorded.parameters) == list(fresh.parameters)
+    assert record["steps"].keys() == questions(name).keys()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("name", "number"), list(zip(published(), (0, 11, 23, 37, 41), strict=True)))
+def test_recorded_steps_are_rehearsed_again(name: str, number: int) -> None:
+    """Another one of each model: card and CPU, kept and recomputed; `scripts/record_plans.py --check` does them all."""
+    pytest.importorskip("triton")
+    short = sorted((asked for asked in questions(name).values() if asked.length <= 256), key=lambda asked: asked.lora)
+    asked = short[number % len(short)]
+    assert recall(asked, "", read_record(name)) == answer(name, asked)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a 1", "m.0.x 2", "m.0.y 3", "m.1.x 2", "m.1.y 3", "b 4"],
+        ["m.0.x 2", "m.1.x 5", "m.2.x 5", "m.4.x 5"],
+        ["m.0.x 0.y", "n.3.z", "n.4.z", "n.4.z"],
+        [],
+    ],
+)
+def test_folding_is_undone(lines: list[str]) -> None:
+    assert list(unfold(json.loads(json.dumps(fold(lines))))) == lines
+
+
+def test_other_versions_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.plan.shapes._version", lambda package: "0.0")
+    assert read_record(published()[0]) == {}
+
+
+def test_what_was_rehearsed_is_remembered_for_this_question_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ONECARD_CACHE", str(tmp_path))
+    asked = next(iter(questions(published()[0]).values()))
+    assert recall(asked, "config", {}) is None
+    remember(asked, "config", Held(7, 3))
+    assert recall(asked, "config", {}) == Held(7, 3)
+    assert recall(asked, "another config", {}) is None
+    assert recall(replace(asked, length=asked.length + 1), "config", {}) is None
+    scaled = replace(asked, lora=json.dumps({**json.loads(asked.lora), "lora_alpha": 1.0}))
+    assert recall(scaled, "config", {}) == Held(7, 3)
+    steps._sources.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "_REHEARSED", ("ops",))
+        assert recall(asked, "config", {}) is None
+    steps._sources.cache_clear()
+    (file,) = (tmp_path / "steps").iterdir()
+    file.write_text("[1")
+    assert recall(asked, "config", {}) is None
+    file.unlink()
+    (tmp_path / "steps").rmdir()
+    (tmp_path / "steps").write_text("a file where the folder should be")
+    remember(asked, "config", Held(7, 3))
+
+
+RECIPES = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if re.search(r"-a?\d+b|-lite", path.stem)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_plan_for_a_card_loads_no_torch(recipe: str) -> None:
+    program = (
+        "import sys\nfrom toolkit.cli import main\n"
+        f"sys.argv = ['onecard', 'plan', 'recipes/{recipe}.yaml', '--device', sys.argv[1], '--json']\n"
+        "code = 0\ntry:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "print('CODE', code, *heavy, file=sys.stderr)"
+    )
+    for card in ("rtx-4090", "rtx-3070"):
+        command = [sys.executable, "-c", program, card]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stderr.strip().splitlines()[-1] in {"CODE 0", "CODE 5"}
+        assert json.loads(done.stdout)["bytes"]["total"] > 1 << 30

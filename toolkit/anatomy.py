@@ -1,0 +1,61 @@
+"""The parts of an MoE model as data: expert layers, linears and their roles, without a module or a weight.
+
+`toolkit.architecture` finds them in a model; a plan of a published model has them from a record, and loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LINEAR_ROLES", "Architecture", "ExpertLayer", "Linear"]
+
+LINEAR_ROLES = ("attention", "shared", "dense")
+"""Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One MoE layer: where its experts module and its router are, and its two stacks' names and storage order.
+
+    A stack is [E, out, in], or [E, in, out] where `is_transposed`. `sees_text` is false for experts that only image or
+    sound tokens are routed to: they are stored in int8 like all others, but text cannot train them.
+    """
+
+    name: str
+    up: str
+    down: str
+    is_transposed: bool
+    num_experts: int
+    router: str
+    router_is_linear: bool
+    sees_text: bool = True
+
+    @property
+    def stacks(self) -> tuple[str, str]:
+        """Full names of both stacks."""
+        return f"{self.name}.{self.up}", f"{self.name}.{self.down}"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """An `nn.Linear` and its role: what is stored in int8 and adapted, and why the others are neither.
+
+    Int8: attention, shared, dense. As they are: head; gate (a few outputs that steer others); selector (its scores only
+    choose tokens, so no gradient comes back); fused (a kernel reads its `weight` and never calls it); tower (outside
+    the text decoder: an encoder of images or sound, which text cannot train).
+    """
+
+    name: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Every part that can be quantised or adapted, in model order."""
+
+    layers: tuple[ExpertLayer, ...]
+    linears: tuple[Linear, ...]
+
+    def linear_names(self, *roles: str) -> tuple[str, ...]:
+        """Names of the linears with one of these roles."""
+        return tuple(linear.name for linear in self.linears if linear.role in roles)

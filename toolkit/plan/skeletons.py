@@ -1,0 +1,49 @@
+"""A model on the meta device for a plan, and what is read off it; the half of planning that needs torch."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from toolkit.architecture import auto_class, describe, skeleton
+from toolkit.plan.head import experts_per_token, head_parameters
+from toolkit.plan.shapes import Shapes, is_published, published_config
+
+__all__ = ["shape_of", "shapes_of"]
+
+_NUMBERS = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "head_dim")
+
+
+def shape_of(name: str, revision: str = "main", attn_implementation: str = "auto") -> PreTrainedModel:
+    """The model on the meta device, from its config or a published one.
+
+    Raises:
+        ModelError: as `toolkit.architecture.skeleton`.
+    """
+    if not is_published(name, revision):
+        model = skeleton(name, revision=revision)
+    else:
+        values = published_config(name)
+        with torch.device("meta"):
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+    if attn_implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(attn_implementation)
+    return model
+
+
+def shapes_of(model: PreTrainedModel) -> Shapes:
+    """What a plan reads of a model.
+
+    Raises:
+        ModelError: it is no MoE, or a family that cannot work.
+    """
+    architecture, config = describe(model), model.config.get_text_config()
+    found = {name: getattr(config, name, None) for name in (*_NUMBERS, "max_position_embeddings")}
+    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    numbers["experts_per_token"] = experts_per_token(config, architecture.layers[0].num_experts)
+    with suppress(AttributeError, IndexError, NotImplementedError):  # a decoder that keeps its layers elsewhere
+        numbers["head_parameters"] = head_parameters(model, config, 1)
+    return Shapes(architecture, {name: tuple(p.shape) for name, p in model.named_parameters()}, numbers)

@@ -1,0 +1,168 @@
+"""What a step holds: asked of a record that comes with the package, of the user's cache, and else of a rehearsal.
+
+A rehearsal runs the step on tensors without memory (`toolkit.rehearsal`, a room further on that is named here as data)
+and takes seconds; its answer depends on nothing but the question, the installed versions and our own sources.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.durable import write_text
+from toolkit.plan.shapes import versions
+from toolkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Held", "Question", "StepShape", "cache_root", "question", "recall", "rehearsed", "remember"]
+
+_REHEARSAL = "toolkit.rehearsal"
+_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py")
+"""Our sources that a rehearsal runs."""
+_SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
+"""Of the adapter: no byte depends on them."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What of a step the data decide: tokens in the longest sequence, and how many of them carry a label.
+
+    Where they were looked at, also what evaluation meets: tokens in the longest held-out sequence, its labels, and
+    tokens in the longest prompt.
+    """
+
+    length: int
+    labelled: int
+    held_out: int = 0
+    held_out_labelled: int = 0
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes beyond what stands: the most at once, gradients among them; and those of a micro-batch that waits."""
+
+    peak: int
+    saved: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that decides a step's bytes but the model. `kind`: train, loss (held out) or generate (prompt and answer)."""
+
+    kind: str
+    batch: int
+    length: int
+    labelled: int
+    dtype: str
+    checkpointing: bool
+    balanced: bool
+    on_card: bool
+    backend: str
+    experts: str
+    linears: str
+    packed: bool
+    attn: str
+    lora: str
+    """The recipe's section, JSON."""
+
+    def digest(self, *more: str) -> str:
+        """16 hex digits of the question, and of what else it depends on."""
+        lora = {key: value for key, value in json.loads(self.lora).items() if key not in _SCALES}
+        return sha256(json.dumps([{**asdict(self), "lora": lora}, *more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def question(
+    recipe: Recipe, shape: StepShape, *, device: str, dtype: str, backend: str, kind: str = "train"
+) -> Question:
+    """What a recipe with rank and length decided asks. `device` is cuda or cpu."""
+    training, lora = recipe.training, recipe.lora
+    batch, length, labelled = training.per_device_train_batch_size, shape.length, shape.labelled
+    if kind == "loss":
+        batch = max(training.per_device_eval_batch_size, recipe.eval.batch_size if recipe.eval.enabled else 1)
+        length, labelled = shape.held_out, max(1, shape.held_out_labelled)
+    if kind == "generate":
+        batch, length, labelled = recipe.eval.batch_size, shape.prompt + recipe.eval.max_new_tokens, 1
+    trains = kind == "train"
+    return Question(
+        kind=kind,
+        batch=batch,
+        length=length,
+        labelled=labelled,
+        dtype=dtype,
+        checkpointing=trains and training.gradient_checkpointing,
+        balanced=trains and lora.router and training.router_aux_loss_coef != 0,
+        on_card=device == "cuda",
+        backend=backend,
+        experts=recipe.quantization.experts,
+        linears=recipe.quantization.linears,
+        packed=trains and training.packing,
+        attn=recipe.model.attn_implementation,
+        lora=lora.model_dump_json(exclude={"adapter_name_or_path"}),
+    )
+
+
+def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
+    """The answer of a rehearsal; the skeleton `model` is used up."""
+    import torch
+
+    rehearsal: Any = import_module(_REHEARSAL)
+    given = {**asdict(asked), "dtype": getattr(torch, asked.dtype), "lora": json.loads(asked.lora)}
+    del given["attn"]
+    if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be imagined
+        given["backend"] = "onecard_per_expert"
+    peak, saved = rehearsal.rehearse(model, rehearsal.Step(**given))
+    return Held(peak, saved)
+
+
+def recall(asked: Question, model: str, record: Mapping[str, Any]) -> Held | None:
+    """An answer given before: in a published model's record, or in the user's cache. `model`: its config's JSON."""
+    found = record.get("steps", {}).get(asked.digest())
+    if found is None:
+        with suppress(OSError, ValueError):
+            found = json.loads(_file(asked, model).read_text(encoding="utf-8"))
+    try:
+        return Held(*map(int, found))
+    except TypeError:  # none, or a damaged file
+        return None
+
+
+def remember(asked: Question, model: str, held: Held) -> None:
+    """Keep an answer in the user's cache, where that can be written."""
+    path = _file(asked, model)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps([held.peak, held.saved]))
+
+
+def cache_root() -> Path:
+    """`$ONECARD_CACHE`, or `onecard` in the user's cache folder."""
+    given = os.environ.get("ONECARD_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "onecard"
+
+
+def _file(asked: Question, model: str) -> Path:
+    key = asked.digest(model, json.dumps(versions(), sort_keys=True), _sources())
+    return cache_root() / "steps" / f"{key}.json"
+
+
+@cache
+def _sources() -> str:
+    house, digest = Path(__file__).parents[1], sha256()
+    for room in _REHEARSED:
+        path = house / room
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else (path,):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

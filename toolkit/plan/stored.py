@@ -1,0 +1,79 @@
+"""A checkpoint as it lies on a disk or on the Hub: its true bytes and dtypes, from headers where they can be read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolkit.errors import HubError
+from toolkit.plan.budget import Budget
+from toolkit.plan.formats import declared_format
+from toolkit.plan.headers import Header, cached_snapshot, check_shards
+from toolkit.plan.shapes import Shapes, is_published, stored_method
+from toolkit.registration import METHOD
+
+__all__ = ["Stored", "what_is_stored"]
+
+_BITS = {None: 16.0, "mxfp4": 4.25}
+"""Bits of a stored expert weight: MXFP4 has a scale of one byte for 32 values of four bits."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of the files, by dtype where headers say them; whether they are on this machine, and in our int8."""
+
+    bytes: int
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    is_here: bool = False
+    is_int8: bool = False
+    note: str = ""
+
+
+def what_is_stored(budget: Budget) -> Stored:
+    """Of the budget's model: a folder, a snapshot in the Hub's cache, or headers on the Hub.
+
+    A published model is not asked for: its size follows from its shapes. Where the Hub cannot be reached, 16 bit are
+    taken, and said.
+
+    Raises:
+        ModelError: wrong shapes, a format that cannot be read, damaged or missing shards, or no safetensors.
+    """
+    name, revision = budget.name, budget.revision
+    folder = Path(name) if Path(name).is_dir() else cached_snapshot(name, revision)
+    if folder is None and is_published(name, revision):
+        return Stored(_reckoned(budget.shapes, stored_method(name)))
+    declared = None if is_published(name, revision) else declared_format(name, budget.model.config)
+    try:
+        headers = check_shards(folder) if folder else _on_the_hub(name, revision)
+    except HubError:
+        note = "download: reckoned at 16 bit a parameter, since the Hub does not give the headers now"
+        return Stored(_reckoned(budget.shapes, None), note=note)
+    if not is_published(name, revision):
+        _refuse_wrong_shapes(budget, headers)
+    dtypes: Counter[str] = Counter()
+    for header in headers:
+        dtypes[header.dtype] += header.bytes
+    is_int8 = declared is not None and declared["quant_method"] == METHOD
+    return Stored(sum(dtypes.values()), dict(dtypes), folder is not None, is_int8)
+
+
+def _on_the_hub(name: str, revision: str) -> list[Header]:
+    from toolkit.plan.remote import hub_headers
+
+    return list(hub_headers(name, revision))
+
+
+def _refuse_wrong_shapes(budget: Budget, headers: list[Header]) -> None:
+    from toolkit.plan.agreement import refuse_wrong_shapes
+
+    refuse_wrong_shapes(budget.name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))
+
+
+def _reckoned(shapes: Shapes, method: str | None) -> int:
+    """Bytes with expert weights in the method's bits and everything else in 16."""
+    stacks = sum(math.prod(shapes.parameters[name]) for layer in shapes.architecture.layers for name in layer.stacks)
+    rest = sum(map(math.prod, shapes.parameters.values())) - stacks
+    return int(stacks * _BITS[method] / 8) + 2 * rest
