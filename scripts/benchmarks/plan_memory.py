@@ -3,13 +3,14 @@
 
     .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE]
 
-Each row is a process of its own, forked from one that has only loaded the libraries: it plans, builds a model of 60 to 400 MB in int8 with random numbers, trains two steps
-as `onecard train` does, and reads its anonymous memory (RssAnon) every 5 ms. What Python and the libraries held before
-the model was built is subtracted; nothing else is. MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which
-keeps glibc from raising it as it goes: what is freed is then given back, and RssAnon is what the run holds, as
-`torch.cuda.max_memory_allocated` is on a card. `--holes` leaves glibc alone; the plan has `slack` for that. Streamed
-cases read their stacks from an int8 file that another process has written; what stays is copied out of the file's
-mapping, since mapped pages are nobody's anonymous memory.
+Each row is a process of its own, forked from one that has only loaded the libraries: it plans, builds a model of 60 to
+400 MB in int8 with random numbers, trains two steps as `onecard train` does, and reads its anonymous memory (RssAnon)
+every 5 ms. What Python and the libraries held before the model was built is subtracted; nothing else is.
+
+MALLOC_MMAP_THRESHOLD_ is set to glibc's own initial value, which keeps glibc from raising it as it goes: what is freed
+is then given back, and RssAnon is what the run holds, as `torch.cuda.max_memory_allocated` is on a card. `--holes`
+leaves glibc alone; the plan has `slack` for that. Streamed cases read their stacks from an int8 file that another
+process has written; what stays is copied out of the file's mapping, since mapped pages are nobody's anonymous memory.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Peaks follow from the number of multiprocessors and the boost clock: on GeForce, in all three generations, one does 512
 bf16 operations a clock with fp32 sums (half of what it does with fp16 sums) and 2,048 int8 operations. The products
-agree with the peaks that the white papers print: 71, 165.2 and 209.5 TFLOP/s for the 3090, 4090 and 5090.
+agree with the peaks that the white papers print: 71, 165.2 and 209.5 TFLOP/s for the 3090, 4090 and 5090. Each figure
+was also found in a second place, which docs/planning.md names.
 """
 
 from __future__ import annotations

@@ -52,8 +52,13 @@ def step_duration(
     placement: Mapping[str, str],
     adapter: int,
     length: int,
+    together: int = 1,
 ) -> Duration:
-    """Of all micro-batches of one optimizer step. `stacks`: MoE layer to bytes. `adapter`: trained parameters."""
+    """Of all micro-batches of one optimizer step.
+
+    Args:
+        stacks: MoE layer to bytes. adapter: trained parameters. together: micro-batches that share a streamed layer.
+    """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
     micro = training.gradient_accumulation_steps
@@ -68,7 +73,7 @@ def step_duration(
     limits = {
         "arithmetic": arithmetic,
         "memory": moved / (card.memory_rate * 1e9),
-        "bus": 2 * micro * away / (card.pcie_rate * 1e9),
+        "bus": 2 * math.ceil(micro / together) * away / (card.pcie_rate * 1e9),
     }
     likely = {name: seconds / _REACHED[name] for name, seconds in limits.items()}
     return Duration(**limits, estimate=max(likely["arithmetic"] + likely["memory"], likely["bus"]))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.errors import ModelError
 from toolkit.plan.head import head_bytes
-from toolkit.plan.place import resident_bytes, streamed
+from toolkit.plan.place import resident_bytes
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import Held
 from toolkit.recipe import Recipe
@@ -87,8 +87,14 @@ def count_bytes(
     itemsize: int,
     step: Held,
     evaluating: int = 0,
+    together: int = 1,
 ) -> Bytes:
-    """All groups. `step`: what a training step holds. `evaluating`: most bytes of a pass over held-out examples."""
+    """All groups.
+
+    Args:
+        step: what a micro-batch holds. together: how many of them go through a streamed layer before the next.
+        evaluating: most bytes of a pass over held-out examples.
+    """
     architecture, parameters = shapes.architecture, shapes.parameters
     experts, slots = resident_bytes(stack_bytes(shapes, recipe.quantization.experts, itemsize), placement)
     stacks = sum(math.prod(parameters[name]) for layer in architecture.layers for name in layer.stacks)
@@ -97,7 +103,7 @@ def count_bytes(
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
-    held = step.peak + _beside(recipe, placement) * step.saved
+    held = step.peak + (together - 1) * step.saved
     activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
@@ -123,13 +129,6 @@ def _head(shapes: Shapes, recipe: Recipe) -> int:
     if "head_parameters" not in shapes.numbers:
         raise ModelError("mtp.enabled: this family keeps its decoder layers where no head can copy one; remove it")
     return head_bytes(recipe.mtp.num_mtp_layers * shapes.numbers["head_parameters"])
-
-
-def _beside(recipe: Recipe, placement: Mapping[str, str]) -> int:
-    """Micro-batches whose saved activations are alive beside one that computes: streamed layers take all in turn."""
-    training = recipe.training
-    one_by_one = training.activation_offloading or recipe.lora.lora_dropout > 0 or recipe.mtp.enabled
-    return 0 if one_by_one or not streamed(placement) else training.gradient_accumulation_steps - 1
 
 
 def _optimizer_scratch(recipe: Recipe, device: str, adapter: int) -> int:

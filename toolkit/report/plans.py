@@ -52,13 +52,17 @@ def show_plan(console: Console, made: Plan) -> None:
 def _lines(made: Plan) -> list[str]:
     lines = []
     if away := [place for place in made.placement.values() if place != "resident"]:
-        lines.append(f"streamed: experts of {len(away)} of {len(made.placement)} layers, from {away[0]}")
+        beside = f", {made.together} micro-batches in a pass" if made.together > 1 else ""
+        lines.append(f"streamed: experts of {len(away)} of {len(made.placement)} layers, from {away[0]}{beside}")
     if time := made.duration:
         which = max(("arithmetic", "memory", "bus"), key=lambda name: getattr(time, name))
         lines.append(
             f"step: not under {time.limit:.2f} s ({which}), likely {time.estimate:.1f} s; rates from the card's "
             "tables, shares reached assumed"
         )
+    if made.stored and made.stored.dtypes:
+        kinds = (f"{size / 1e9:.2f} in {dtype}" for dtype, size in sorted(made.stored.dtypes.items()))
+        lines.append(f"checkpoint, GB: {', '.join(kinds)}{'' if made.stored.is_here else ', to be downloaded'}")
     if any(made.disk.values()):
         sizes = (f"{name} {size / 1e9:.1f}" for name, size in made.disk.items() if size)
         lines.append(f"disk, GB: {', '.join(sizes)}")

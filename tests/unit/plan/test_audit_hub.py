@@ -23,7 +23,7 @@ from toolkit.cli import main
 
 def outcome(model):
     out, err, code = io.StringIO(), io.StringIO(), 0
-    sys.argv = ["onecard", "plan", model, "--audit", "--json"]
+    sys.argv = ["onecard", "plan", model, *([] if "planned" in model else ["--audit"]), "--json"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
@@ -55,6 +55,7 @@ def contents() -> dict[str, dict[str, bytes]]:
     return {
         "single": {**config, "model.safetensors": (MODEL / "model.safetensors").read_bytes()},
         "sharded": sharded,
+        "planned": sharded,
         "lacking": {name: content for name, content in sharded.items() if name != SECOND},
         "damaged": {**sharded, FIRST: b"\xff" * 1000},
         "pickled": {**config, "pytorch_model.bin": b"x"},
@@ -90,6 +91,17 @@ def test_the_hub_and_a_folder_say_the_same(asked: tuple[Outcomes, HubStandIn], n
     assert said["code"] == 0, said["err"]
     local = audit(str(MODEL)).to_dict()
     assert json.loads(said["out"]) == json.loads(json.dumps({**local, "model": f"alice/{name}"}))
+
+
+def test_a_plan_knows_the_true_bytes_from_headers_alone(asked: tuple[Outcomes, HubStandIn]) -> None:
+    said, hub = asked[0]["planned"], asked[1]
+    assert said["code"] == 0, said["err"]
+    plan, tensors = json.loads(said["out"]), load_file(MODEL / "model.safetensors")
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    assert plan["stored"] == {"bytes": held, "dtypes": {"BF16": held}, "is_here": False, "is_int8": False, "note": ""}
+    assert plan["disk"]["download"] == held
+    fetched = {key: size for key, size in hub.served.items() if "alice/planned/" in key and key.endswith("safetensors")}
+    assert set(fetched.values()) == {HEADER_BYTES}
 
 
 def test_config_index_and_headers_are_all_that_is_fetched(asked: tuple[Outcomes, HubStandIn]) -> None:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from toolkit.errors import RecipeError, ResourceError
-from toolkit.plan import Device, StepShape, choose_device, make_plan, parse_bytes
+from toolkit.plan import (
+    Device,
+    Plan,
+    StepShape,
+    choose_device,
+    device_memory,
+    devices,
+    free_memory,
+    make_plan,
+    parse_bytes,
+)
 from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.place import resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import published
-from toolkit.plan.steps import Held
+from toolkit.plan.steps import Held, question
 from toolkit.recipe import Recipe, parse
 
 MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
@@ -100,6 +112,85 @@ def test_a_processor_streams_from_the_disk_and_a_small_host_too() -> None:
         assert sorted(set(made.placement.values())) == ["disk", "resident"]
         assert len(streamed(made.placement)) == 8
         assert made.disk["int8 file"] > 0
+
+
+def test_micro_batches_that_wait_are_counted_where_layers_are_streamed() -> None:
+    def activations(**training: Any) -> int:
+        made = make_plan(
+            recipe(placement={"share": share}, training=training) if share else recipe(training=training),
+            device=Device("cpu", "cpu", 1 << 40, None, 1 << 40),
+        )
+        return made.bytes.activations
+
+    share = 0.0
+    assert activations(gradient_accumulation_steps=4) == activations()
+    share = 0.5
+    saved = 1024 * (1 << 18)  # as `counted` has it
+    assert activations(gradient_accumulation_steps=4) == activations() + 3 * saved
+
+
+def test_as_many_micro_batches_go_together_as_fit_with_the_least_traffic() -> None:
+    def planned(memory: int, micro: int = 8) -> Plan:
+        training = {"gradient_accumulation_steps": micro, "max_length": 2048}
+        return make_plan(recipe(training=training), device=Device("cuda", "card", memory))
+
+    least = planned(1 << 40).bytes.total
+    kinds = set()
+    for memory in range(least - (5 << 30), least, 1 << 28):
+        made = planned(memory)
+        away, passes = len(streamed(made.placement)), -(-8 // made.together)
+        if not made.fits:
+            continue
+        kinds.add(made.together)
+        budget = Budget(MODEL, "main", Device("cuda", "card", memory), made.dtype, made.backend, "auto")
+        for count in range(1, 17):  # no other split moves less
+            other = spread(dict.fromkeys(made.placement, 0), count, "host")
+            if budget.fits(made.recipe, other):
+                assert away * passes <= count * -(-8 // budget.together(made.recipe, other))
+    assert len(kinds) > 2
+
+
+def test_evaluation_is_counted_where_the_data_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def answer(self: Budget, wanted: Recipe, kind: str) -> Held:
+        found = question(wanted, self.shape_for(wanted), device="cuda", dtype=self.dtype, backend="any", kind=kind)
+        asked.append((kind, found.batch, found.length))
+        return Held({"loss": 1, "generate": wanted.eval.batch_size}[kind] << 30)
+
+    monkeypatch.setattr(Budget, "_answer", answer)
+    device = Device("cuda", "card", 12 << 30)
+    held_out = StepShape(512, 511, 400, 100, 60)
+    short = recipe(eval={"batch_size": 4, "max_new_tokens": 8}, training={"per_device_eval_batch_size": 6})
+    made = make_plan(short, device=device, shape=held_out)
+    assert asked[:2] == [("loss", 6, 400), ("generate", 4, 68)]
+    assert made.bytes.evaluation == (4 << 30) - made.bytes.gradients - made.bytes.activations
+    assert make_plan(short, device=device).bytes.evaluation == 0
+    long = make_plan(recipe(eval={"batch_size": 9}, placement={"experts": "resident"}), device=device, shape=held_out)
+    assert not long.fits
+    assert long.changes[0].what == "eval.batch_size=1 training.per_device_eval_batch_size=1"
+
+
+def test_a_folder_says_its_own_bytes() -> None:
+    """The quickstart's model, which is in bfloat16 in this repository."""
+    folder = Path(__file__).parents[3] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
+    made = make_plan(recipe(model={"model_name_or_path": str(folder)}), device=Device("cpu", "cpu", 1 << 40))
+    assert made.stored is not None
+    assert made.stored.is_here
+    assert made.stored.dtypes.keys() == {"BF16"}
+    assert made.disk["download"] == 0
+    elsewhere = make_plan(recipe(), device=Device("cpu", "cpu", 1 << 40))
+    assert elsewhere.disk["download"] == pytest.approx(2 * 6.92e9, rel=0.01)
+
+
+def test_free_memory_obeys_the_limits_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_memory("cpu")
+    assert 0 < free <= device_memory("cpu")
+    unlimited, used = resource.RLIM_INFINITY, devices._fields("/proc/self/status")
+    for limited, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        limits = {limited: used[field] + (8 << 20)}
+        monkeypatch.setattr(resource, "getrlimit", lambda which, given=limits: (given.get(which, unlimited), unlimited))
+        assert free_memory("cpu") <= 8 << 20
 
 
 def test_what_is_to_be_resident_is_never_streamed() -> None:
