@@ -58,7 +58,7 @@ def replay(
     for start in range(0, len(prompts), batch):
         asked, said = prompts[start : start + batch], answers[start : start + batch]
         rows = [[*prompt, *answer] for prompt, answer in zip(asked, said, strict=True)]
-        guesses = _guesses(model, head, trunk, rows, count)
+        guesses = _guesses(model, head, trunk, rows, list(map(len, asked)), count)
         for number, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
             last, end = len(prompt), len(row) - 1
             while last < end:
@@ -74,8 +74,10 @@ def replay(
     return Replay(passes, tokens, tuple(proposed), tuple(accepted))
 
 
-def _guesses(model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]], count: int) -> list[torch.Tensor]:
-    """By depth, the head's choice [B, L] at each place, given the true tokens before it."""
+def _guesses(
+    model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]], starts: list[int], count: int
+) -> list[torch.Tensor]:
+    """By depth, the head's choice [B, L] at each place of the answers, given the true tokens before it."""
     ids, mask = _padded(rows)
     with capture_hidden(model.get_base_model()) as hidden:
         model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
@@ -83,7 +85,11 @@ def _guesses(model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]
     current, found = hidden().float(), []
     for depth in range(1, count + 1):
         current = chain.step(depth, current)
-        found.append(torch.stack([trunk.logits(row).argmax(-1) for row in current]))
+        choices = torch.full(ids.shape, -1)
+        for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            place = slice(start - 1, len(row))
+            choices[number, place] = trunk.logits(current[number, place]).argmax(-1)
+        found.append(choices)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from toolkit.evaluate import draft_table
 from toolkit.packaging.base import BaseIdentity
 
 __all__ = ["model_card"]
@@ -37,6 +38,7 @@ def model_card(
         f"# {name}\n\nA LoRA adapter for the Mixture-of-Experts model {_origin(base)}, trained with onecard on a base "
         "held in 8 bit and saved in PEFT's own layout.",
         _results_section(results),
+        _drafts_section(results),
         f"## Load\n\n```python\n{_loading_code(base)}```",
         _adapter_section(adapter_config, coverage),
         _limits_section(base, versions),
@@ -93,6 +95,20 @@ def _results_section(results: Mapping[str, Any]) -> str:
     examples = f" On {results['examples']} examples." if isinstance(results.get("examples"), int) else ""
     table = "\n".join(["| metric | base | adapted |", "|---|---:|---:|", *rows])
     return f"## Results\n\nHeld-out examples, never trained on; the base in the same 8 bits.{examples}\n\n{table}"
+
+
+def _drafts_section(results: Mapping[str, Any]) -> str:
+    columns, rows = draft_table(results.get("mtp") or {})
+    if not rows:
+        return ""
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return (
+        "## Drafts\n\n`mtp_head.safetensors` holds a multi-token-prediction head: it guesses the next tokens, and the "
+        "model checks them in one pass, so that the text stays the same. *base* is the checkpoint's own head before "
+        "training, *stale* the same beside this adapter, *trained* the head in this folder. Speeds are those of the "
+        "machine that trained.\n\n" + "\n".join(lines)
+    )
 
 
 def _figure(value: Any) -> str:
