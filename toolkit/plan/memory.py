@@ -88,10 +88,12 @@ def count_bytes(
     step: Held,
     evaluating: int = 0,
     together: int = 1,
+    learning: int = 0,
 ) -> Bytes:
     """All groups.
 
     Args:
+        learning: what a head holds while it learns, beside what the micro-batch has saved.
         step: what a micro-batch holds. together: how many of them go through a streamed layer before the next.
         evaluating: most bytes of a pass over held-out examples.
     """
@@ -103,7 +105,7 @@ def count_bytes(
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
-    held = step.peak + (together - 1) * step.saved
+    held = max(step.peak, step.saved + learning if learning else 0) + (together - 1) * step.saved
     activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
