@@ -119,9 +119,11 @@ class Budget:
             numbers["head_parameters"],
             numbers["hidden_size"],
             numbers["vocab_size"],
-            tokens=batch * shape.length,
+            batch=batch,
+            length=shape.length,
             labelled=batch * shape.labelled,
             depth=max(recipe.mtp.depth, recipe.mtp.num_mtp_layers),
+            layers=recipe.mtp.num_mtp_layers,
             device=self.device.kind,
         )
 

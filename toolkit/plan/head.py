@@ -28,6 +28,8 @@ _CHUNKS = 6
 _SAVED = 1.25
 """Of a head's parameters over the hidden size, which is about the sum of its linears' outputs: numbers that a token
 leaves for the backward pass. Measured, scripts/benchmarks/plan_memory.py."""
+_MASK = 22
+"""Bytes for each pair of places where a layer is applied again: who sees whom, in several types. Measured likewise."""
 
 
 def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
@@ -53,7 +55,16 @@ def head_bytes(parameters: int) -> int:
 
 
 def head_step_bytes(
-    parameters: int, hidden: int, vocab: int, *, tokens: int, labelled: int, depth: int, device: str
+    parameters: int,
+    hidden: int,
+    vocab: int,
+    *,
+    batch: int,
+    length: int,
+    labelled: int,
+    depth: int,
+    layers: int,
+    device: str,
 ) -> int:
     """Bytes that a head holds while it learns from one batch, before the model's own backward pass begins.
 
@@ -61,10 +72,12 @@ def head_step_bytes(
     the head learns from them.
 
     Args:
-        parameters: of the head. tokens, labelled: in the batch. device: cpu or cuda.
+        parameters: of one layer. length: tokens of a sequence. labelled: positions in the batch. depth: tokens ahead.
+        layers: of the head; beyond their number the last one is applied again. device: cpu or cuda.
     """
     logits = 4 * labelled * vocab
-    own = int(4 * tokens * depth * _SAVED * parameters / hidden)
+    own = int(4 * batch * length * depth * _SAVED * parameters / hidden)
+    own += _MASK * batch * length**2 * sum(range(2, depth - layers + 2))
     return own + _CHUNKS * min(logits, _CHUNK[device]) + (2 * logits if device == "cpu" else 0)
 
 
