@@ -21,7 +21,8 @@ USERS = {"Bearer good": "write", "Bearer reader": "read"}
 class HubStandIn(ThreadingHTTPServer):
     """`repositories` maps ids to `{private, files}`; `commits` and `created` record what clients asked for.
 
-    A repository with `content` ({name: bytes}) can be read, unless it is `gated`; `served` counts the bytes by file.
+    A repository with `content` ({name: bytes}) can be read, unless it is `gated`, and is at `commit`; `served` counts
+    the bytes by file.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer([_listed(name, content) for name, content in repository.get("content", {}).items()])
             return
         files = [{"rfilename": name} for name in repository["files"]]
-        self._answer({"id": repo_id, "sha": HEAD, "private": repository["private"], "siblings": files})
+        self._answer(
+            {"id": repo_id, "sha": repository.get("commit", HEAD), "private": repository["private"], "siblings": files}
+        )
 
     def _resolve(self) -> None:
         """A file, or the part of it in the Range header, or the Hub's own words for why not."""
@@ -97,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         part = content[first : last + 1]
         self.send_response(206 if asked else 200)
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", HEAD)
+        self.send_header("X-Repo-Commit", self.server.repositories[repo_id].get("commit", HEAD))
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if self.command == "GET":

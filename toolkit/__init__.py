@@ -8,16 +8,16 @@
     result = train(model, tokenizer, batches, plan)
     artifact = package(result, plan)
 
-The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch. Where
-transformers is imported already, its `from_pretrained` knows our int8 checkpoints from here on; where `toolkit` comes
-first, any of these names, or `import toolkit.quant`, tells it.
+The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch. From
+here on transformers' `from_pretrained` knows our int8 checkpoints, whichever of the two was imported first.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import Any
+
+from toolkit.registration import register
 
 __all__ = [
     "OnecardError",
@@ -56,6 +56,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-if sys.modules.get("transformers"):
-    # Whoever has transformers has paid for torch. Asked the other way round, a light import cannot tell it anything.
-    import_module("toolkit.quant")
+register(lambda: import_module("toolkit.quant").Int8Config)

@@ -27,6 +27,8 @@ from toolkit.errors import ModelError, first_line
 
 __all__ = [
     "DRAFT_CARRIER",
+    "GGUF_NAMES",
+    "GGUF_ROTATED_IN_PAIRS",
     "LINEAR_ROLES",
     "MTP_LAYOUTS",
     "MTP_WITHOUT_END_NORM",
@@ -267,3 +269,25 @@ Source: vLLM's glm4_moe_mtp.py, which `--speculative-config` gets at with a draf
 
 MTP_WITHOUT_END_NORM = re.compile(r"^model\.mtp_linear_proj\.")
 """Key names of heads that go from their block straight to the output head. Source: the same weight map of ERNIE-4.5."""
+
+GGUF_NAMES: Mapping[str, str] = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "deepseek_v32": "deepseek32",
+    "deepseek_v4": "deepseek4",
+    "glm4_moe_lite": "deepseek2",
+    "glm4v_moe": "glm4moe",
+    "granitemoe_swa": "granite_swa",
+    "granitemoehybrid": "granitehybrid",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "mimo_v2_flash": "mimo2",
+    "mixtral": "llama",
+    "solar_open": "glm4moe",
+}
+"""llama.cpp's name of an architecture, by model type, where more than hyphens differ from transformers'. Source: the
+classes that its `conversion` package registers (llama.cpp of llama-cpp-python 0.3.36)."""
+
+GGUF_ROTATED_IN_PAIRS = frozenset({"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "mixtral"})
+"""Model types whose rows of query and key llama.cpp's converter reorders from halves to pairs (`LlamaModel.permute`,
+for classes with `undo_permute`), since its rotary embedding of these architectures turns neighbours."""

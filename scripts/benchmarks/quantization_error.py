@@ -2,7 +2,7 @@
 """What int8 costs a model, rounded plainly and with error compensation: held-out loss, and output error by layer.
 
     .venv/bin/python scripts/benchmarks/quantization_error.py MODEL CALIBRATION.jsonl[,…] HELD_OUT.jsonl[,…] \
-        [--calibration 128] [--held-out 300] [--max-length 256] [--json]
+        [--calibration 512] [--held-out 300] [--max-length 256] [--json]
 
 Calibration and held-out examples come from different files. The output error of a part (a linear, an expert stack) is
 |X(W - Ŵ)ᵀ| / |XWᵀ| for X the inputs it has in the fp32 model on the held-out examples, an expert's rows weighted by its
@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("calibration_files", type=lambda text: text.split(","))
     parser.add_argument("held_out_files", type=lambda text: text.split(","))
-    parser.add_argument("--calibration", type=int, default=128)
+    parser.add_argument("--calibration", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--json", action="store_true")

@@ -1,4 +1,4 @@
-"""Damages checkpoint files in every way a disk does, and counts what is seen; and times a safe save beside a plain one.
+"""Damages checkpoint files in every way a disk does, and counts what is seen.
 
     python -m scripts.faults.corruptions [--count N]
 
@@ -9,22 +9,15 @@ must be found valid: nothing is to be seen falsely.
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from toolkit.errors import ModelError
-from toolkit.training.checkpoint import open_checkpoint, write_checkpoint
+from toolkit.training.checkpoint import open_checkpoint
 
 __all__ = ["corruptions"]
 
@@ -66,42 +59,8 @@ def _damaged(content: bytes, file: Path, other: Path, chance: random.Random) -> 
     return bytes(data)
 
 
-def _plain_save(folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-    """As the stock trainer: straight into the folder, never synced, never read again."""
-    folder.mkdir()
-    for name, content in tensors.items():
-        save_file(content, folder / name)
-
-
-def _time(save: Callable[[Path], object], place: Path, times: int) -> float:
-    found = []
-    for _ in range(times):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        os.sync()
-        began = time.perf_counter()
-        save(place)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
-
-
-def measure_overhead(place: Path) -> None:
-    """Print the seconds of both saves over sizes."""
-    for megabytes in (1, 16, 128):
-        values = torch.randn(megabytes << 18)
-        tensors = {"adapter.safetensors": {"a": values[: len(values) // 3].clone()}}
-        tensors["optimizer.safetensors"] = {"o": values[len(values) // 3 :].clone()}
-        safe = _time(
-            lambda folder, t=tensors: write_checkpoint(folder, 1, tensors=t, texts={}, facts={}),  # type: ignore[misc]
-            place,
-            5,
-        )
-        plain = _time(lambda folder, t=tensors: _plain_save(folder / "checkpoint-1", t), place, 5)  # type: ignore[misc]
-        print(f"{megabytes:4} MiB: safe {safe:.3f} s, plain {plain:.3f} s, {safe - plain:+.3f} s", flush=True)
-
-
 def main() -> int:
-    """Both measurements; 1 where a damage went unseen or a whole checkpoint was refused."""
+    """1 where a damage went unseen or a whole checkpoint was refused."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=2500)
     options = parser.parse_args()
@@ -112,7 +71,6 @@ def main() -> int:
         two = sorted((Path(folder) / "run" / "checkpoints").iterdir())[:2]
         seen, false = _count(two[0], two[1], options.count)
         print(f"{seen} of {options.count} corruptions seen, {false} whole checkpoints refused")
-        measure_overhead(Path(folder) / "timed")
     return int(seen < options.count or false > 0)
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tests.faults.faulty import FAULTS, Scenario, preloaded, try_every
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart"
 MODEL = QUICKSTART / "nano-qwen3moe-2m"
+EXPORTS = ("peft", "per-expert", "merged", "merged-int8", "gguf")
 _INSIDE = "ONECARD_PRELOADED"
 _VARYING = {"memory_bytes", "tokens_per_second", "train_runtime", "eval_runtime"}
 
@@ -118,6 +119,35 @@ def _artifact_if_any(place: Path) -> None:
         _artifact_is_whole(place)
 
 
+def moved_artifact(place: Path) -> None:
+    """An artifact whose adapters are no longer zero, as `export` wants it."""
+    import torch
+
+    model, _ = _adapted()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    _package(place)
+
+
+def _export(layout: str, place: Path) -> None:
+    from toolkit.packaging import export_adapter
+
+    if not (place / "out").exists():
+        export_adapter(place / "adapter", MODEL, layout, place / "out")
+
+
+def _export_if_any(place: Path) -> None:
+    from toolkit.packaging.manifest import file_entry
+
+    if (place / "out").exists():
+        listed = json.loads((place / "out" / "export.json").read_text())["files"]
+        assert listed.keys() | {"export.json"} == {path.name for path in (place / "out").iterdir()}
+        assert all(file_entry(place / "out" / name) == entry for name, entry in listed.items())
+
+
 def _quantize(place: Path) -> None:
     from toolkit.quant import quantize_checkpoint
 
@@ -138,18 +168,38 @@ def _nothing(place: Path) -> None:
 RECIPE = """\
 model: {{model_name_or_path: {model}}}
 lora: {{r: 2}}
-data: {{train: {data}/category.train.jsonl, validation: {data}/category.validation.jsonl, max_samples: 24}}
+data: {{train: {place}/train.jsonl, validation: {place}/validation.jsonl}}
 training:
-  {{output_dir: {run}, max_steps: 4, save_steps: 1, learning_rate: 1e-3, max_length: 96, use_cpu: true, packing: false}}
+  {{output_dir: {place}/run, max_steps: 4, save_steps: 1, learning_rate: 1e-3, max_length: 96, use_cpu: true,
+   packing: false}}
 eval: {{max_samples: 2, max_new_tokens: 1}}
 """
 
 
 def write_recipe(place: Path) -> Path:
-    """A small recipe whose run lies in `place`."""
+    """A small recipe whose run lies in `place`, and its data."""
+    for split, count in (("train", 24), ("validation", 4)):
+        rows = (QUICKSTART / "data" / f"category.{split}.jsonl").read_text().splitlines()[:count]
+        (place / f"{split}.jsonl").write_text("\n".join(rows))
     path = place / "recipe.yaml"
-    path.write_text(RECIPE.format(model=MODEL, data=QUICKSTART / "data", run=place / "run"))
+    path.write_text(RECIPE.format(model=MODEL, place=place))
     return path
+
+
+def rehearse_once() -> None:
+    """Let this process and its forks count a step's memory once: that opens no file and takes most of a start."""
+    from toolkit.plan import budget
+
+    counted: dict[str, int] = {}
+    count_step = budget.count_step
+
+    def remembered(model: Any, recipe: Any, shape: Any, **options: Any) -> int:
+        key = f"{recipe.model_dump(exclude={'training': {'output_dir', 'max_steps'}})} {shape} {options}"
+        if key not in counted:
+            counted[key] = count_step(model, recipe, shape, **options)
+        return counted[key]
+
+    budget.count_step = remembered
 
 
 def command(*arguments: str) -> None:
@@ -225,14 +275,26 @@ class _Hub:
 def scenarios() -> dict[str, Scenario]:
     """By name."""
     hub = _Hub()
+    rehearse_once()
     found = [
         Scenario("save and rotate", _checkpoints_before, _save, _a_checkpoint_is_there, contents),
         Scenario("package", _nothing, _package, _artifact_if_any, contents),
         Scenario("package again", _package, _package, _artifact_is_whole, contents),
+        *(
+            Scenario(
+                f"export {layout}",
+                moved_artifact,
+                partial(_export, layout),
+                _export_if_any,
+                contents,
+                prepared_once=True,
+            )
+            for layout in EXPORTS
+        ),
         Scenario("quantize", _nothing, _quantize, _int8_if_any, contents),
         Scenario("push", hub.clear, hub.push, hub.whole_or_absent, hub.files, lambda place: "net"),
         Scenario("run", _nothing, train_run, _nothing, run_results, lambda place: str(place / "run")),
-        Scenario("resume", _start_run, _go_on, _nothing, run_results, lambda place: str(place / "run")),
+        Scenario("resume", _start_run, _go_on, _nothing, run_results, lambda place: str(place / "run"), True),
     ]
     return {each.name: each for each in found}
 

@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from scripts.faults.kill_points import run_results, train_run
+from scripts.faults.kill_points import rehearse_once, run_results, train_run
 
 __all__ = ["kill_at_random"]
 
@@ -60,6 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     options = parser.parse_args()
+    rehearse_once()
     chance, place = random.Random(0), Path(tempfile.mkdtemp()) / "run"
     place.mkdir()
     train_run(place)  # loads the libraries, which the forks then have
@@ -72,13 +74,17 @@ def main() -> int:
         place.mkdir()
         kills += kill_at_random(place, longest, chance)
         runs += 1
-        equal += run_results(place) == expected
+        found = run_results(place)
+        equal += found == expected
+        for part in expected:
+            if found[part] != expected[part]:
+                print(f"  {part}: {found[part]}\n  not {expected[part]}")
         print(f"{kills} kills over {runs} runs, {equal} of {runs} ended as if never killed", flush=True)
     shutil.rmtree(place.parent)
     return int(equal < runs)
 
 
-def _fresh_results(place: Path) -> object:
+def _fresh_results(place: Path) -> dict[str, Any]:
     shutil.rmtree(place)
     place.mkdir()
     train_run(place)

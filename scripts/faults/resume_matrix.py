@@ -3,7 +3,8 @@
     python -m scripts.faults.resume_matrix [NAME …]
 
 Compared bit for bit: every logged loss, gradient norm, learning rate, accuracy and held-out loss; the adapter; the
-optimizer's state, the random numbers and the sums of the last checkpoint; the mean loss of the result.
+optimizer's state, the random numbers and the sums of the last checkpoint; the mean loss of the result; the
+multi-token-prediction head.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, set_seed
 
 from toolkit.adapters import attach_lora
+from toolkit.architecture import describe, skeleton
+from toolkit.mtp import HeadTraining, new_head
+from toolkit.offload import load_streamed
+from toolkit.plan.place import spread
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
 from toolkit.training import TrainResult, train_adapter
 from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
+from toolkit.training.layer_major import layer_major_for
 from toolkit.training.trainer import AdapterTrainer
 
 __all__ = ["CASES", "Case", "Cut", "Outcome", "compare", "train"]
 
 MODEL = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
+HEAD = "head.safetensors"
 _TIMING = {"memory_bytes", "tokens_per_second", "train_runtime", "eval_runtime"}
 _SPEEDS = ("_per_second",)
 
@@ -55,10 +64,17 @@ class Case:
     rows: int = 23
     poisoned: int = -1
     """The forward pass whose loss is not finite."""
+    streamed: float = 0.0
+    """The share of MoE layers whose experts stay on the disk."""
+    by_layer: bool = False
+    """Whether a step's micro-batches must go through streamed layers together."""
+    head: dict[str, Any] = field(default_factory=dict)
+    """A multi-token-prediction head's training, and its `stage`."""
 
 
 BASE = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "max_length": 96, "warmup_steps": 2, "use_cpu": True}
 PLAIN = {"packing": False, "gradient_checkpointing": False}
+THREE = {"gradient_accumulation_steps": 3}
 DROPOUT = {"experts": False, "router": False, "lora_dropout": 0.2}
 
 CASES = (
@@ -93,6 +109,29 @@ CASES = (
     Case("no load-balancing loss", {**PLAIN, "router_aux_loss_coef": 0.0}, cuts=(3,)),
     Case("a step left out before the cut", {**PLAIN, "max_steps": 8}, cuts=(5,), poisoned=2),
     Case("a step left out, logged in threes", {**PLAIN, "logging_steps": 3, "max_steps": 8}, cuts=(5,), poisoned=4),
+    Case("experts streamed", PLAIN, (3,), streamed=1.0),
+    Case("half of the experts streamed, packed", cuts=(3,), streamed=0.5),
+    Case("streamed, two resumes in a row", {**PLAIN, "max_steps": 8}, (3, 3), streamed=1.0),
+    Case("streamed, layer by layer", {**PLAIN, **THREE}, (9,), streamed=1.0, by_layer=True),
+    Case("streamed, layer by layer, cut inside a step", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True),
+    Case(
+        "half streamed, layer by layer, epochs",
+        {**PLAIN, **THREE, "max_steps": 9},
+        (14,),
+        streamed=0.5,
+        rows=8,
+        by_layer=True,
+    ),
+    Case("streamed, dropout, so no layer by layer", {**PLAIN, **THREE}, (10,), DROPOUT, streamed=1.0),
+    Case("a head", PLAIN, (3,), head={"depth": 2}),
+    Case("a head, packed and accumulated", {"gradient_accumulation_steps": 2}, (9,), head={"depth": 1}),
+    Case("a head, epochs, two resumes", {**PLAIN, "max_steps": 9}, (3, 4), head={"depth": 2}, rows=4),
+    Case("a head that learns from the data", PLAIN, (5,), head={"kind": "ce"}),
+    Case("a head that pulls at the adapter", PLAIN, (5,), head={"loss_weight": 0.3}),
+    Case("a head, dropout", PLAIN, (5,), DROPOUT, head={"depth": 2}),
+    Case("a head after the adapter", {**PLAIN, "max_steps": 4}, (3,), head={"stage": "after"}),
+    Case("a head after the adapter, cut before it", {**PLAIN, "max_steps": 4}, (4,), head={"stage": "after"}, rows=9),
+    Case("a head over streamed experts", {**PLAIN, **THREE}, (10,), head={"depth": 2}, streamed=1.0),
     Case("cut after the last step", {**PLAIN, "max_steps": 4}, cuts=(4,), rows=9),
 )
 
@@ -110,24 +149,45 @@ class Outcome:
 
 def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[], int] = lambda: 0) -> TrainResult:
     """One start of the case's run in `folder`; with `cut`, raises `Cut` before that forward pass of this start."""
-    model, _ = load_int8(str(MODEL), **case.quant)
-    set_seed(0)
-    adapted = attach_lora(model, **{"r": 2, **case.lora})
+    adapted, head = _model(case, folder)
     section = TrainingSection(**{**BASE, **case.training})
+    arguments = {**section.model_dump(exclude={"output_dir"}), "report_to": []}
+    assert (layer_major_for(adapted, arguments) is not None and head is None) == case.by_layer
     with _interrupted(case, cut):
-        return train_adapter(
+        result = train_adapter(
             adapted,
             AutoTokenizer.from_pretrained(MODEL),
             _rows(case.rows),
             _rows(4),
             folder=folder / "checkpoints",
             metrics=folder / "metrics.jsonl",
-            arguments={**section.model_dump(exclude={"output_dir"}), "report_to": []},
+            arguments=arguments,
             device="cpu",
             dtype="float32",
             train_router=case.lora.get("router", True),
             console=Console(file=io.StringIO()),
+            head=head,
+            head_stage=case.head.get("stage", "with"),
         )
+    if head is not None:
+        save_file({name: tensor.contiguous() for name, tensor in head.head.state_dict().items()}, folder / HEAD)
+    return result
+
+
+def _model(case: Case, folder: Path) -> tuple[PeftModel, HeadTraining | None]:
+    """The adapted model, and its head's training where the case has one."""
+    if case.streamed:
+        layers = [layer.name for layer in describe(skeleton(str(MODEL))).layers]
+        placement = spread(dict.fromkeys(layers, 1), round(case.streamed * len(layers)), "disk")
+        model, _ = load_streamed(str(MODEL), placement, cache=folder / "int8", **case.quant)
+    else:
+        model, _ = load_int8(str(MODEL), **case.quant)
+    set_seed(0)
+    adapted = attach_lora(model, **{"r": 2, **case.lora})
+    if not case.head:
+        return adapted, None
+    options = {"learning_rate": 3e-3, **{key: value for key, value in case.head.items() if key != "stage"}}
+    return adapted, HeadTraining(new_head(model), adapted, **options)
 
 
 def compare(case: Case, folder: Path) -> list[str]:
@@ -196,6 +256,7 @@ def _outcome(folder: Path, result: TrainResult) -> Outcome:
     adapter = {name: tensor.tolist() for name, tensor in read_tensors(last.path / "adapter_model.safetensors").items()}
     facts = {"steps": result.steps, "mean loss": result.loss, "tokens": result.tokens, "skipped": result.skipped}
     optimizer = read_json(last.path / "optimizer.json")
+    hashes |= {HEAD: _sha256(folder / HEAD)} if (folder / HEAD).exists() else {}
     return Outcome({**facts, **hashes, **counted, "metrics": kept, "adapter": adapter, "optimizer": optimizer})
 
 

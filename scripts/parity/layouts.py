@@ -13,8 +13,10 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -24,19 +26,25 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.packaging import FORMATS, identify_base, write_artifact
 from toolkit.packaging.export import export_adapter
 
-__all__ = ["main", "round_trips"]
+__all__ = ["main", "make_adapter", "round_trips"]
 
 NANO = Path(__file__).resolve().parents[2] / "recipes/quickstart/nano-qwen3moe-2m"
 
 
-def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMATS) -> dict[str, str]:
-    """By format, how far off the export was when read back, or the line that says why there is none."""
+def make_adapter(model_type: str, scratch: Path, **changed: Any) -> tuple[PeftModel, Path]:
+    """A tiny random checkpoint in `scratch/base` in fp32, adapted, and the adapter's artifact.
+
+    `changed` are fields of its config.
+    """
     from transformers import AutoTokenizer
 
     base = scratch / "base"
-    build(tiny_config(model_type)).save_pretrained(base)
+    config = tiny_config(model_type)
+    for field, value in changed.items():
+        setattr(config.get_text_config(), field, value)
+    build(config).save_pretrained(base)
     model = attach_lora(
-        build(tiny_config(model_type)),
+        build(config),
         r=4,
         lora_alpha=6,
         use_rslora=True,
@@ -56,10 +64,16 @@ def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMA
         results={},
         coverage={},
     )
+    return model, artifact
+
+
+def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMATS) -> dict[str, str]:
+    """By format, how far off the export was when read back, or the line that says why there is none."""
+    _, artifact = make_adapter(model_type, scratch)
     found = {}
     for layout in formats:
         try:
-            found[layout] = f"{export_adapter(artifact, base, layout, scratch / layout).difference:.1e}"
+            found[layout] = f"{export_adapter(artifact, scratch / 'base', layout, scratch / layout).difference:.1e}"
         except (ModelError, RecipeError) as error:
             found[layout] = f"no: {str(error)[:150]}"
     return found

@@ -49,7 +49,8 @@ class Scenario:
     """Something that writes: `act` is cut short and then done again; `final` must be as if nothing had happened.
 
     `holds` raises where what is there after the fault is neither the old nor the new state. `below` are the files
-    whose changes count, "net" for messages sent instead.
+    whose changes count, "net" for messages sent instead. With `prepared_once` the files that `prepare` left are copied
+    for each fault; they may name their place.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Scenario:
     holds: Callable[[Path], None]
     final: Callable[[Path], Any]
     below: Callable[[Path], str] = str
+    prepared_once: bool = False
 
 
 @dataclass
@@ -151,6 +153,12 @@ def try_every(scenario: Scenario, fault: Fault, folder: Path, points: Callable[[
 
 def _fresh(place: Path, scenario: Scenario) -> Path:
     shutil.rmtree(place, ignore_errors=True)
+    kept = place.with_name(f"{place.name}-prepared")
+    if kept.exists():
+        shutil.copytree(kept, place)
+        return place
     place.mkdir(parents=True)
     scenario.prepare(place)
+    if scenario.prepared_once:
+        shutil.copytree(place, kept)
     return place

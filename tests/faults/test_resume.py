@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from toolkit.training.resume import refuse_changes
 SOME = (
     "an epoch's end with dropout",
     "two resumes in a row",
+    "streamed, layer by layer, cut inside a step",
+    "a head over streamed experts",
 )
 
 
@@ -117,6 +121,11 @@ def other_template(place: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": "<|im_start|>"}))
 
 
+def other_config(place: Path) -> None:
+    file = place / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.1}))
+
+
 def other_weights(place: Path) -> None:
     file = place / "model" / "model.safetensors"
     tensors = load_file(file)
@@ -130,6 +139,7 @@ def other_weights(place: Path) -> None:
         (other_rows, "the training examples are other ones"),
         (other_template, "the tokenizer or its chat template is another one"),
         (other_weights, "the base's weights are other ones"),
+        (other_config, "the base's config.json says something else"),
     ],
 )
 def test_other_content_under_the_same_name_is_refused(
@@ -181,6 +191,40 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off
     lines = [json.loads(line) for line in (cut_off / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6]
     assert sorted(path.name for path in (cut_off / "run" / "checkpoints").iterdir()) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_clock_that_was_set_back_changes_nothing(
+    onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = (cut_off / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(cut_off / "run" / "adapter")
+    shutil.rmtree(cut_off / "run" / "checkpoints" / "checkpoint-4")
+    now = time.time
+    for path in (cut_off / "run").rglob("*"):  # all that is there is from the future
+        os.utime(path, (now() + 1e7,) * 2)
+    monkeypatch.setattr(time, "time", lambda: now() - 1e7)
+    status, _, err = onecard("train", cut_off / "recipe.yaml")
+    assert status == 0, err
+    assert "resuming from checkpoint-2" in err
+    assert (cut_off / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_every_file_of_a_checkpoint_is_missed(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained / "run" / "checkpoints", tmp_path / "checkpoints")
+    names = sorted(path.name for path in (folder / "checkpoint-4").iterdir())
+    assert len(names) > 8
+    for name in names:
+        content = (folder / "checkpoint-4" / name).read_bytes()
+        (folder / "checkpoint-4" / name).unlink()
+        said: list[str] = []
+        found = newest_checkpoint(folder, said.append)
+        assert found
+        assert found.step == 2
+        assert name in said[0]
+        (folder / "checkpoint-4" / name).write_bytes(content)
+    newest = newest_checkpoint(folder)
+    assert newest
+    assert newest.step == 4
 
 
 def test_a_fork_starts_from_the_weights_and_resumes_itself(onecard: Run, cut_off: Path) -> None:

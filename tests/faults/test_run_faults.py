@@ -116,7 +116,7 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     monkeypatch.setattr(AdapterTrainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_has_saved_that_step(
     onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:

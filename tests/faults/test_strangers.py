@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from scripts.faults.fuzz import _artifact
+from scripts.faults.targets import small_artifact
 from tests.faults.conftest import MODEL
 from toolkit.adapters import attach_lora, load_adapter
 from toolkit.adapters.stranger import check_adapter_files
@@ -36,7 +36,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    return _artifact(tmp_path)
+    return small_artifact(tmp_path)
 
 
 def configure(folder: Path, **values: Any) -> None:

@@ -38,6 +38,11 @@ def missing_shard(folder: Path) -> None:
     weights.unlink()
 
 
+def unknown_architecture(folder: Path) -> None:
+    shutil.copytree(MODEL, folder)
+    configure(folder, model_type="sesame_moe", architectures=["SesameMoeForCausalLM"])
+
+
 def other_shape(folder: Path) -> None:
     shutil.copytree(MODEL, folder)
     configure(folder, moe_intermediate_size=40)
@@ -51,6 +56,7 @@ def configure(folder: Path, **values: object) -> None:
 FROM_CONFIG_AND_HEADERS = [
     (dense, "not a Mixture-of-Experts model"),
     (unknown_format, "quantised as sesame"),
+    (unknown_architecture, "sesame_moe"),
     (missing_shard, SHARDS[1]),
     (other_shape, "experts.down_proj is 8×128×128 in the files and 8×128×40 by config.json"),
 ]

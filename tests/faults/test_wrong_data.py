@@ -42,6 +42,35 @@ def test_rows_that_cannot_be_used(onecard: Run, recipe: Path, tmp_path: Path, co
     assert not (tmp_path / "run").exists()
 
 
+LEFT: dict[str, tuple[bytes, list[str], str]] = {
+    "all filtered": (
+        lines({"prompt": "a", "completion": ""}, {"prompt": 1, "completion": "b"}),
+        ["data.on_invalid=drop"],
+        "no usable example in 2 rows",
+    ),
+    "all too long": (lines(*[{"prompt": "word " * 90, "completion": "yes"}] * 3), ["training.max_length=64"], "longer"),
+    "all masked": (
+        lines(*[{"prompt": "word " * 90, "completion": "yes"}] * 3),
+        ["training.max_length=64", "data.truncation=keep_start"],
+        "answer beyond max_length: 3",
+    ),
+    "all cut before the end of turn": (
+        lines(*[{"prompt": "a", "completion": "word " * 90}] * 3),
+        ["training.max_length=64", "data.truncation=keep_start"],
+        "every answer is cut before its end-of-turn token",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "overrides", "words"), LEFT.values(), ids=LEFT)
+def test_data_of_which_nothing_is_left(
+    onecard: Run, recipe: Path, tmp_path: Path, content: bytes, overrides: list[str], words: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    fails(onecard("train", recipe, f"data.train={tmp_path}/rows.jsonl", *overrides), 3, words)
+    assert not (tmp_path / "run").exists()
+
+
 TEMPLATES: dict[str, tuple[str, str]] = {
     "no end of turn": ("{% for m in messages %}{{ m.content }}{% endfor %}", "end-of-turn"),
     "answers left out": (

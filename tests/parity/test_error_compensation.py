@@ -20,7 +20,7 @@ from toolkit.architecture import describe
 from toolkit.errors import ModelError, RecipeError
 from toolkit.plan import make_plan
 from toolkit.quant import dequantize_state, load_int8
-from toolkit.quant.calibrate import compensate_model, make_batches
+from toolkit.quant.calibrate import calibration_examples, compensate_model, make_batches
 from toolkit.quant.observe import Batch, decoder_layers, observe, walk
 from toolkit.quant.source import SourceWeights
 from toolkit.recipe import load
@@ -275,3 +275,11 @@ def test_nothing_to_compensate_is_said(checkpoint: Path, tmp_path: Path) -> None
     stored.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"int8 already.*take the checkpoint it was made from"):
         compensate_model(stored, str(tmp_path), examples(2))
+
+
+def test_calibration_stops_at_the_number_of_tokens_whose_inputs_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.quant.calibrate._MOST_TOKENS", 10)
+    rows = [[1] * length for length in (4, 6, 1, 2)]
+    assert calibration_examples(rows) == rows[:2]
+    assert calibration_examples(rows[1:]) == rows[1:]
+    assert calibration_examples([[1] * 11, [1]]) == [[1] * 11]

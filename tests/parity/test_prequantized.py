@@ -100,7 +100,9 @@ def test_save_pretrained_of_an_int8_model_writes_the_same_tensors(checkpoint: Pa
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), rounded)
 
 
-@pytest.mark.parametrize("imports", ["import transformers, toolkit", "import toolkit.quant, transformers"])
+@pytest.mark.parametrize(
+    "imports", ["import transformers, toolkit", "import toolkit, transformers", "import toolkit.quant, transformers"]
+)
 def test_plain_from_pretrained_needs_one_import_and_keeps_the_dtype(stored: Path, imports: str) -> None:
     program = f"""
 {imports}

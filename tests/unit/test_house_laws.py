@@ -24,10 +24,14 @@ MODULES = sorted(HOUSE.rglob("*.py"))
 PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.name.startswith("_")]
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
-_BASE = {"errors", "ranks", "durable", "signals", "steps", "downloads", "recipe", "anatomy", "architecture", "plan"}
+_BASE = {
+    *("errors", "registration", "ranks", "durable", "signals", "steps", "downloads"),
+    *("recipe", "anatomy", "architecture", "plan"),
+}
 _MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "registration": set(),
     "ranks": set(),
     "durable": {"errors"},
     "steps": {"errors"},

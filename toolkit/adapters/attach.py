@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -137,7 +138,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     """Put an adapter in PEFT's layout (ours or a stock one) on a loaded model.
 
     Raises:
-        ModelError: not an adapter, made for another model, or with keys missing, left over or of another shape.
+        ModelError: not an adapter, made for another model, with keys missing, left over or of another shape, or with
+            numbers that are not finite.
     """
     check_adapter_files(Path(folder))
     try:
@@ -148,14 +150,21 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
         config.base_model_name_or_path = None  # whatever it was called where it was trained
         peft_model = get_peft_model(model, register(config))
         if _load_own_layout(peft_model, folder):
-            return _freeze(peft_model, is_trainable)
+            return _freeze(_finite(peft_model, folder), is_trainable)
         result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not fit this base model: {first_line(error)}") from None
     for what, keys in (("lacks", _own(result.missing_keys)), ("has a key the model has not:", result.unexpected_keys)):
         if keys:
             raise ModelError(f"{folder}: the adapter {what} {keys[0]} ({len(keys)} in all); it is for another model")
-    return _freeze(peft_model, is_trainable)
+    return _freeze(_finite(peft_model, folder), is_trainable)
+
+
+def _finite(model: PeftModel, folder: str | Path) -> PeftModel:
+    broken = [n for n, p in model.named_parameters() if "lora_" in n and not torch.isfinite(p).all()]
+    if broken:
+        raise ModelError(f"{folder}: {broken[0]} is not finite ({len(broken)} in all); copy or train it again")
+    return model
 
 
 def add_adapter(model: PeftModel, folder: str | Path, name: str) -> None:

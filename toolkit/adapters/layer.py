@@ -18,7 +18,7 @@ from torch import nn
 
 from toolkit.architecture import is_experts, is_plain_linear
 from toolkit.errors import ModelError
-from toolkit.ops import FACTORS, LoraFactors, adapted_linear
+from toolkit.ops import BACKENDS, DEFAULT_BACKEND, FACTORS, LoraFactors, adapted_linear
 from toolkit.quant import Int8Linear
 
 __all__ = ["Int8LoraLinear", "ParamWrapper", "factors_from_layout", "register"]
@@ -34,7 +34,13 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
         if factors is None:
             output: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return output
-        active = self.get_base_layer().__dict__.setdefault(FACTORS, {})
+        experts = self.get_base_layer()
+        if (backend := experts.config._experts_implementation) not in BACKENDS:
+            raise ModelError(
+                f"the expert backend {backend} knows nothing of adapters and would leave them out: "
+                f"model.set_experts_implementation({DEFAULT_BACKEND!r}) first"
+            )
+        active = experts.__dict__.setdefault(FACTORS, {})
         active[self.parameter_name] = factors
         try:
             output = self.base_layer(x, *args, **kwargs)

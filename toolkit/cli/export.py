@@ -31,6 +31,9 @@ def export(
         f"{made.folder}: {made.format}, read back and compared ({made.compared}): off by {made.difference:.3g}, "
         f"at most {made.bound:.3g}"
     )
+    for server, problems in made.servers.items():
+        console.print(f"{server}, by the rules in its sources: {'takes it' if not problems else 'does not take it'}")
+        console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
     for line in _USED_BY[format]:
         console.print(line.format(made.folder), markup=False)
     next_commands(console, *(each.format(made.folder) for each in _AFTER.get(format, ())), f"push {run} OWNER/NAME")
@@ -41,7 +44,7 @@ _USED_BY = {
     "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
     "per-expert": ("vllm serve BASE --enable-lora --lora-modules mine={0}",),
     "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
-    "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `import toolkit.quant`",),
+    "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `import toolkit`",),
     "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
 }
 """Who opens a layout, with the folder to come."""

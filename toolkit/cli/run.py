@@ -113,6 +113,7 @@ def _train(
     from toolkit.ranks import is_first
     from toolkit.report import terminal as show
     from toolkit.report.page import write_page
+    from toolkit.report.pictures import run_pictures
     from toolkit.report.plans import show_plan
     from toolkit.training.memory import anonymous_memory
 
@@ -131,10 +132,11 @@ def _train(
     result = flow.train(model, tokenizer, batches, made, console, resumed, stop)
     if not is_first():
         return None
-    packaged = flow.package(result, made)
+    packaged = flow.package(result, made, run_pictures(run.path))
     finished: dict[str, Any] = show.summarize(result, made, batches, packaged, compensated, before)
-    write_text(run.summary, json.dumps(finished, indent=2))
-    write_page(run.path)
+    text = json.dumps(finished, indent=2)
+    write_page(run.path, text)
+    write_text(run.summary, text)
     return finished
 
 

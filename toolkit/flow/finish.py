@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from toolkit.flow.head import evaluate_head, make_head, teach_own_answers
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
-from toolkit.packaging import identify_base, write_artifact
+from toolkit.packaging import config_sha256, identify_base, license_of, write_artifact
 from toolkit.packaging.manifest import file_entry
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
@@ -68,7 +68,8 @@ class Trained:
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
         run = self.training
-        figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens}}
+        examples = {"examples": len(self.rows)} if self.rows else {}
+        figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens, **examples}}
         mtp = {"mtp": self.drafting} if self.drafting else {}
         return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
 
@@ -228,8 +229,13 @@ def _wanted_best(
 
 def _base_facts(plan: Plan) -> dict[str, Any]:
     kept = RunFolder(plan.folder).compensated
-    facts = {"base": identify_base(plan.model, plan.recipe.model.revision).weights_sha256}
-    return {**facts, "compensated": file_entry(kept)["sha256"] if kept.is_file() else None}
+    base = identify_base(plan.model, plan.recipe.model.revision)
+    return {
+        "commit": base.revision,
+        "base": base.weights_sha256,
+        "config": config_sha256(plan.model, plan.recipe.model.revision),
+        "compensated": file_entry(kept)["sha256"] if kept.is_file() else None,
+    }
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:
@@ -239,13 +245,19 @@ def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ..
 
 
 @part("package")
-def package(result: Trained, plan: Plan) -> Path:
-    """Write the artifact into the run folder; stock PEFT opens it as it is."""
+def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = None) -> Path:
+    """Write the artifact into the run folder; stock PEFT opens it as it is.
+
+    `pictures` are PNG files for the model card, as `toolkit.report.pictures` draws them.
+    """
+    base, revision = plan.model, plan.recipe.model.revision
     return write_artifact(
         result.model,
         result.tokenizer,
         RunFolder(plan.folder).adapter,
-        base=identify_base(plan.model, plan.recipe.model.revision),
+        base=identify_base(base, revision),
+        license=plan.recipe.hub.license or license_of(base, revision),
+        pictures=pictures,
         recipe_yaml=dump(plan.recipe),
         results=result.results(),
         coverage=result.counts,

@@ -18,11 +18,11 @@ from toolkit.evaluate import LOSS, find_metric
 from toolkit.flow.judge import general_text, held_out
 from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
-from toolkit.packaging import fetch_adapter, identify_base
+from toolkit.packaging import fetch_adapter, identify_base, require_base
 from toolkit.plan import Plan, StepShape
 from toolkit.plan.place import streamed
 from toolkit.quant import fetch, load_int8, measure
-from toolkit.quant.calibrate import Compensation, compensate_model
+from toolkit.quant.calibrate import Compensation, calibration_examples, compensate_model
 from toolkit.quant.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, join
 from toolkit.steps import part
@@ -87,7 +87,7 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     with first_one_first():
         if kept and kept.is_file():
             return read_compensated(model, kept, _base_hash(plan))
-        examples = batches.train[: wanted.calibration_samples]["input_ids"]
+        examples = calibration_examples(batches.train[: wanted.calibration_samples]["input_ids"])
         report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
         if kept:
             write_compensated(model, report, kept, _base_hash(plan))
@@ -105,7 +105,9 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     lora = plan.recipe.lora
     set_seed(plan.recipe.training.seed)
     if lora.adapter_name_or_path:
-        return load_adapter(model, fetch_adapter(lora.adapter_name_or_path), is_trainable=True)
+        start = fetch_adapter(lora.adapter_name_or_path)
+        require_base(start, plan.model, plan.recipe.model.revision)
+        return load_adapter(model, start, is_trainable=True)
     return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
 
 
@@ -116,6 +118,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
     then compensates again, which reads the training data; without it the base is rounded plainly.
     """
     model, tokenizer = load(plan)
+    require_base(artifact, plan.model, plan.recipe.model.revision)
     kept = RunFolder(Path(artifact).parent).compensated
     if plan.recipe.quantization.error_compensation != "none":
         if kept.is_file():

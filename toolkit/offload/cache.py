@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.plan.formats import declared_format
 from toolkit.plan.steps import cache_root
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config
 from toolkit.quant.save import fetch
+from toolkit.registration import METHOD
 
 __all__ = ["int8_folder"]
 

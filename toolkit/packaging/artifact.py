@@ -34,9 +34,11 @@ from toolkit.packaging.card import model_card
 from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD,
     FORMAT,
     MANIFEST,
     MTP_HEAD,
+    PICTURES,
     TOKENIZER_FILES,
     file_entry,
     read_manifest,
@@ -45,7 +47,7 @@ from toolkit.packaging.manifest import (
 from toolkit.packaging.portable import figures, portable
 from toolkit.recipe import Effect, changes
 
-__all__ = ["check_folder", "stack_versions", "write_artifact"]
+__all__ = ["check_folder", "seal", "stack_versions", "write_artifact"]
 
 # What transformers writes into tokenizer_config.json about where and how the tokenizer was loaded here.
 _LOADING_KEYS = frozenset({"auto_map", "cache_dir", "is_local", "local_files_only", "name_or_path", "use_auth_token"})
@@ -86,13 +88,14 @@ def write_artifact(
     adapter_name: str = "default",
     mtp_head: Mapping[str, Tensor] | None = None,
     rows: Iterable[str] = (),
+    pictures: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
 
     An artifact of the same run (same base, same recipe) is replaced; anything else that lies there is left alone.
     `results` and `coverage` are as `model_card` reads them; of `results` only numbers are kept. Tensors keep
     their dtype. `mtp_head` holds the tensors of a trained multi-token-prediction head by name. `rows` are the texts of
-    the training data: none of them may be found in the artifact.
+    the training data: none of them may be found in the artifact. `pictures` are PNG files by the names of `PICTURES`.
 
     Raises `ModelError` where `folder` holds something else, the adapter is empty or a row of the data would leave with
     it, `ResourceError` where it cannot be
@@ -113,8 +116,9 @@ def write_artifact(
             _write_tokenizer(tokenizer, staging)
             if mtp_head:
                 save_file({n: _contiguous(mtp_head[n]) for n in sorted(mtp_head)}, staging / MTP_HEAD, _METADATA)
-            _write_card(base, facts, license, staging)
-            _write_manifest(facts, staging)
+            for name in PICTURES.keys() & (pictures or {}).keys():
+                (staging / name).write_bytes((pictures or {})[name])
+            seal(staging, facts, license)
             refuse_canaries(staging, rows)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -136,7 +140,9 @@ def _by_field(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _portable_recipe(recipe_yaml: str) -> dict[str, Any]:
     recipe = YAML(typ="safe").load(io.StringIO(recipe_yaml)) or {}
-    return {name: portable(section) for name, section in recipe.items()}
+    kept = {name: portable(section) for name, section in recipe.items()}
+    kept.get("training", {}).pop("output_dir", None)  # the same run in another folder is the same run
+    return kept
 
 
 def _write_adapter(model: PeftModel, adapter_name: str, base: BaseIdentity, folder: Path) -> None:
@@ -186,18 +192,22 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", portable(kept))
 
 
-def _write_card(base: BaseIdentity, facts: Mapping[str, Any], license: str | None, folder: Path) -> None:
+def seal(folder: Path, facts: Mapping[str, Any], license: str | None = None) -> None:
+    """Write the card and the manifest of a folder that holds all other files of an artifact.
+
+    `facts` are `base recipe results coverage versions`, already fit to leave the machine; other keys go along.
+    """
     text = model_card(
-        base=base,
+        base=BaseIdentity(**facts["base"]),
         adapter_config=json.loads((folder / ADAPTER_CONFIG).read_bytes()),
         results=facts["results"],
         coverage=facts["coverage"],
         versions=facts["versions"],
+        recipe=facts["recipe"],
+        combined=facts.get("combined", ()),
+        pictures=[name for name in PICTURES if (folder / name).is_file()],
         license=license,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _write_manifest(facts: Mapping[str, Any], folder: Path) -> None:
+    (folder / CARD).write_text(text, encoding="utf-8")
     files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {**facts, "format": FORMAT, "files": files})

@@ -12,16 +12,20 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from toolkit.errors import ModelError
 from toolkit.steps import advance, part
 
-__all__ = ["BaseIdentity", "cached_snapshot", "identify_base"]
+__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base", "license_of"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+"""Of a config.json: where it came from, and how its files are stored; the run's own dtype is bound apart."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -54,6 +58,21 @@ def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
     return BaseIdentity(name, commit, _weights_sha256(folder))
 
 
+def config_sha256(name_or_path: str, revision: str = "main") -> str:
+    """A hash of what `config.json` says of the computation: equal weights under another one are another base.
+
+    Raises `ModelError` where there is none that can be read.
+    """
+    folder = Path(name_or_path)
+    path = (folder if folder.is_dir() else cached_snapshot(name_or_path, revision)) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        said = {key: value for key, value in config.items() if key not in _SAYS_NOTHING}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise ModelError(f"{path}: cannot be read as JSON: download the checkpoint again") from None
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def _hub_origin(folder: Path) -> tuple[str, str] | None:
     """Repository and commit of a folder inside the Hub cache: `models--owner--name/snapshots/<commit>`."""
     folder = folder.absolute()
@@ -61,6 +80,18 @@ def _hub_origin(folder: Path) -> tuple[str, str] | None:
     if folder.parent.name == "snapshots" and repository.startswith("models--") and _COMMIT.fullmatch(folder.name):
         return repository.removeprefix("models--").replace("--", "/"), folder.name
     return None
+
+
+def license_of(name_or_path: str, revision: str = "main") -> str | None:
+    """The Hub id of a checkpoint's licence, from the card that lies with it here, or None. Never downloads."""
+    card: Any = Path(name_or_path) / "README.md"
+    if not Path(name_or_path).is_dir():
+        card = try_to_load_from_cache(name_or_path, "README.md", revision=revision)
+    try:
+        found = (metadata_load(card) or {}).get("license") if isinstance(card, (str, Path)) else None
+    except (OSError, ValueError, YAMLError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def cached_snapshot(repo_id: str, revision: str) -> Path:

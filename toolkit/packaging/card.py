@@ -1,20 +1,28 @@
 """The model card: what the Hub shows of an adapter, written from the run's own figures.
 
-PEFT writes a template of "[More Information Needed]"; a reader wants base against adapted, what was trained, and code
-that loads it. huggingface_hub writes and validates the metadata block.
+PEFT writes a template of "[More Information Needed]"; a reader wants base against adapted, what was trained on what,
+and code that loads it. huggingface_hub writes and validates the metadata block. Equal facts give equal text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from ruamel.yaml import YAML
 
-from toolkit.evaluate import draft_table
 from toolkit.packaging.base import BaseIdentity
+from toolkit.packaging.loading import loading_section
+from toolkit.packaging.manifest import PICTURES
 
 __all__ = ["model_card"]
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_LOCAL_FILE = re.compile(r"\.(jsonl?|csv|parquet|gz|zst)$")
+_TASK = "text-generation"
 
 
 def model_card(
@@ -24,60 +32,84 @@ def model_card(
     results: Mapping[str, Any],
     coverage: Mapping[str, Any],
     versions: Mapping[str, str],
+    recipe: Mapping[str, Any] | None = None,
+    combined: Collection[Mapping[str, Any]] = (),
+    pictures: Collection[str] = (),
     license: str | None = None,
 ) -> str:
     """The README.md of an artifact: metadata block and Markdown.
 
-    `results` is `{"base": {metric: number}, "adapted": {metric: number}, "examples": number}`, all optional. `coverage`
-    maps what was covered to `{"done": n, "total": n}`, `[done, total]`, a plain value, or a mapping of such. `license`
-    is a Hub licence id.
+    `results` is `{"base": {metric: number}, "adapted": {metric: number}, "examples": number, "training": …, "mtp": …}`,
+    all optional. `coverage` maps what was covered to `{"done": n, "total": n}`, `[done, total]`, a plain value, or a
+    mapping of such. `recipe` is the resolved recipe without secrets and local paths. `combined` are the adapters that
+    this one is the weighted sum of. `pictures` are files beside the card. `license` is a Hub licence id.
     """
     name = f"{base.name.rpartition('/')[2]} adapter"
+    recipe = recipe or {}
     parts = [
-        f"---\n{_metadata(name, base, results, license)}\n---",
+        f"---\n{_metadata(name, base, results, recipe, license)}\n---",
         f"# {name}\n\nA LoRA adapter for the Mixture-of-Experts model {_origin(base)}, trained with onecard on a base "
         "held in 8 bit and saved in PEFT's own layout.",
+        _combined_section(combined),
+        _training_section(adapter_config, coverage, results, recipe),
         _results_section(results),
-        _drafts_section(results),
-        f"## Load\n\n```python\n{_loading_code(base)}```",
-        _adapter_section(adapter_config, coverage),
+        _pictures_section(pictures),
+        _drafting_section(results),
+        loading_section(base, adapter_config),
+        _recipe_section(recipe),
         _limits_section(base, versions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(name: str, base: BaseIdentity, results: Mapping[str, Any], license: str | None) -> str:
-    evaluated = _eval_results(results)
+def _metadata(
+    name: str, base: BaseIdentity, results: Mapping[str, Any], recipe: Mapping[str, Any], license: str | None
+) -> str:
+    dataset = _hub_dataset(recipe)
+    evaluated = _eval_results(results, dataset)
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if base.revision else {}
     data = ModelCardData(
         # The Hub refuses a card whose base_model is no repository, so a local folder's name stays out.
         base_model=base.name if base.revision else None,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASK,
         license=license,
-        tags=["lora", "moe", "onecard"],
+        datasets=[dataset] if dataset else None,
+        tags=["lora", "moe", "onecard", "peft"],
         model_name=name if evaluated else None,
         eval_results=evaluated or None,
+        **relation,
     )
     return data.to_yaml()
 
 
-def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+def _hub_dataset(recipe: Mapping[str, Any]) -> str | None:
+    """The training data's name on the Hub, None where it is a file of the user's."""
+    name = (recipe.get("data") or {}).get("train")
+    if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not _LOCAL_FILE.search(name):
+        return name
+    return None
+
+
+def _eval_results(results: Mapping[str, Any], dataset: str | None) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-generation",
-            dataset_type="held-out",
-            dataset_name="Held-out examples of the training data",
+            task_type=_TASK,
+            task_name="Answers to held-out examples",
+            dataset_type=dataset or "held-out",
+            dataset_name=dataset or "Held-out examples of the training data",
             metric_type=metric,
+            metric_name=metric.replace("_", " "),
             metric_value=value,
         )
-        for metric, value in sorted(_metrics(results, "adapted").items())
+        for metric, value in sorted(_mapping(results, "adapted").items())
         if value is not None
     ]
 
 
-def _metrics(results: Mapping[str, Any], side: str) -> Mapping[str, Any]:
-    values = results.get(side)
-    return values if isinstance(values, Mapping) else {}
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _origin(base: BaseIdentity) -> str:
@@ -86,62 +118,39 @@ def _origin(base: BaseIdentity) -> str:
     return f"`{base.name}`"
 
 
-def _results_section(results: Mapping[str, Any]) -> str:
-    before, after = _metrics(results, "base"), _metrics(results, "adapted")
-    names = sorted({*before, *after})
-    if not names:
+def _combined_section(combined: Collection[Mapping[str, Any]]) -> str:
+    if not combined:
         return ""
-    rows = [f"| {name} | {_figure(before.get(name))} | {_figure(after.get(name))} |" for name in names]
-    examples = f" On {results['examples']} examples." if isinstance(results.get("examples"), int) else ""
-    table = "\n".join(["| metric | base | adapted |", "|---|---:|---:|", *rows])
-    return f"## Results\n\nHeld-out examples, never trained on; the base in the same 8 bits.{examples}\n\n{table}"
+    rows = [f"| {one['weight']:g} | `{one['name']}` | `{one['weights_sha256']}` |" for one in combined]
+    head = "## A combination\n\nThe weighted sum of these adapters; its own figures were not measured."
+    return "\n".join([head, "", "| weight | adapter | SHA-256 of its weights |", "|---:|---|---|", *rows])
 
 
-def _drafts_section(results: Mapping[str, Any]) -> str:
-    columns, rows = draft_table(results.get("mtp") or {})
-    if not rows:
-        return ""
-    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return (
-        "## Drafts\n\n`mtp_head.safetensors` holds a multi-token-prediction head: it guesses the next tokens, and the "
-        "model checks them in one pass, so that the text stays the same. *base* is the checkpoint's own head before "
-        "training, *stale* the same beside this adapter, *trained* the head in this folder. Speeds are those of the "
-        "machine that trained.\n\n" + "\n".join(lines)
-    )
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "n/a"
-
-
-def _loading_code(base: BaseIdentity) -> str:
-    revision = f', revision="{base.revision}"' if base.revision else ""
-    comment = "" if base.revision else "  # your folder with this model"
-    return (
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = "{base.name}"{comment}\n'
-        'adapter = "."  # this folder, or its repository on the Hub\n'
-        f'model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="auto")\n'
-        "model = PeftModel.from_pretrained(model, adapter)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)\n\n"
-        'messages = [{"role": "user", "content": "Hello!"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-        ")\n"
-        "output = model.generate(**inputs, max_new_tokens=64)\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
-    )
-
-
-def _adapter_section(config: Mapping[str, Any], coverage: Mapping[str, Any]) -> str:
+def _training_section(
+    config: Mapping[str, Any], coverage: Mapping[str, Any], results: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> str:
     targets = config.get("target_modules") or []
     targets = [targets] if isinstance(targets, str) else [*targets]
     names = ", ".join(f"`{name}`" for name in [*(config.get("target_parameters") or []), *targets])
-    rows = [f"| rank, alpha | {config['r']}, {config['lora_alpha']:g} |", f"| targets | {names} |"]
+    rows = [f"| data | {_data(recipe, results)} |"] if recipe.get("data") else []
+    rows += [f"| rank, alpha | {config['r']}, {config['lora_alpha']:g} |"]
+    rows += [
+        f"| {label} | {', '.join(f'`{name}` {value:g}' for name, value in sorted(config[key].items()))} |"
+        for key, label in (("rank_pattern", "other ranks"), ("alpha_pattern", "other alphas"))
+        if config.get(key)
+    ]
+    rows += [f"| targets | {names} |"]
     rows += [f"| {name} | {value} |" for name, value in _coverage_rows(coverage)]
-    return "\n".join(["## What was trained", "", "| | |", "|---|---|", *rows])
+    trained = _mapping(results, "training")
+    rows += [f"| {name} | {_figure(trained[name])} |" for name in ("steps", "tokens", "loss") if name in trained]
+    return "\n".join(["## What was trained, on what", "", "| | |", "|---|---|", *rows])
+
+
+def _data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    name = _hub_dataset(recipe)
+    what = f"[{name}](https://huggingface.co/datasets/{name})" if name else "a data set that is not published"
+    count = _mapping(results, "training").get("examples")
+    return f"{count} examples of {what}" if count else what
 
 
 def _coverage_rows(coverage: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -157,6 +166,65 @@ def _coverage_rows(coverage: Mapping[str, Any], prefix: str = "") -> list[tuple[
         else:
             rows.append((name, str(value)))
     return rows
+
+
+def _results_section(results: Mapping[str, Any]) -> str:
+    before, after = _mapping(results, "base"), _mapping(results, "adapted")
+    names = sorted({*before, *after})
+    if not names:
+        return ""
+    rows = [f"| {name} | {_figure(before.get(name))} | {_figure(after.get(name))} |" for name in names]
+    examples = f" On {results['examples']} examples." if isinstance(results.get("examples"), int) else ""
+    table = "\n".join(["| metric | base | adapted |", "|---|---:|---:|", *rows])
+    return f"## Results\n\nHeld-out examples, never trained on; the base in the same 8 bits.{examples}\n\n{table}"
+
+
+def _pictures_section(pictures: Collection[str]) -> str:
+    return "\n\n".join(f"![{PICTURES[name]}]({name})" for name in sorted(pictures))
+
+
+def _drafting_section(results: Mapping[str, Any]) -> str:
+    """How many drafts of the multi-token-prediction head the model accepts; before training, too, where it is known."""
+    mtp = _mapping(results, "mtp")
+    kinds = [(kind, _mapping(mtp, kind)) for kind in sorted(mtp) if "tau" in _mapping(mtp, kind)]
+    if not kinds:
+        return ""
+    depths = sorted({depth for _, found in kinds for depth in _mapping(found, "acceptance")}, key=str)
+    rows = [
+        f"| {kind} | {_figure(found['tau'])} | "
+        + " | ".join(_figure(_mapping(found, "acceptance").get(depth)) for depth in depths)
+        + " |"
+        for kind, found in kinds
+    ]
+    head = f"| head | tokens a forward | {' | '.join(f'accepted at depth {depth}' for depth in depths)} |"
+    return "\n".join(
+        [
+            "## Multi-token prediction",
+            "",
+            "`mtp_head.safetensors` drafts the next tokens, and the model checks them: its answers stay the same.",
+            "",
+            head,
+            "|---|" + "---:|" * (1 + len(depths)),
+            *rows,
+        ]
+    )
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "n/a"
+
+
+def _recipe_section(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    text = io.StringIO()
+    writer = YAML()
+    writer.default_flow_style = False
+    writer.width = 10_000
+    writer.dump({name: section for name, section in recipe.items() if section}, text)
+    return f"## The recipe\n\nWithout secrets and paths of the machine it ran on.\n\n```yaml\n{text.getvalue()}```"
 
 
 def _limits_section(base: BaseIdentity, versions: Mapping[str, str]) -> str:

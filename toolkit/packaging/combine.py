@@ -7,6 +7,7 @@ experts a pair has, once the configuration says its rank.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter_config, read_manifest, write_json
+from toolkit.packaging.artifact import seal, stack_versions
+from toolkit.packaging.canary import refuse_canaries
+from toolkit.packaging.manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TOKENIZER_FILES,
+    load_adapter_config,
+    read_manifest,
+    write_json,
+)
+from toolkit.packaging.portable import portable
 from toolkit.packaging.verify import verify_artifact
 
 __all__ = ["Combined", "combine_adapters"]
@@ -42,7 +53,7 @@ class Combined:
 
 
 def combine_adapters(weights: Mapping[str, float], out: str | Path, *, rank: int | None = None) -> Combined:
-    """Write the sum of `weights[folder] · adapter` as a plain adapter to the new folder `out`.
+    """Write the sum of `weights[folder] · adapter` as an artifact to the new folder `out`.
 
     Args:
         weights: artifact folders and their weights; one alone with a `rank` reduces that adapter.
@@ -70,12 +81,38 @@ def combine_adapters(weights: Mapping[str, float], out: str | Path, *, rank: int
         ranks.add(A.shape[1])
         tensors[f"{name}.lora_A.weight"] = A.reshape(-1, A.shape[2]).contiguous()
         tensors[f"{name}.lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
-    config = load_adapter_config(next(iter(weights)))
+    first = Path(next(iter(weights)))
     plain = {"r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     with staged_folder(out) as folder:
         save_file({name: tensors[name] for name in sorted(tensors)}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-        write_json(folder / ADAPTER_CONFIG, {**config, **plain})
+        write_json(folder / ADAPTER_CONFIG, {**load_adapter_config(first), **plain})
+        for path in sorted(first.iterdir()):
+            if path.name in TOKENIZER_FILES:
+                shutil.copyfile(path, folder / path.name)
+        seal(folder, _facts(weights, first, widest))
+        refuse_canaries(folder)
     return Combined(str(out), widest, len(names), math.sqrt(lost / total) if total else 0.0)
+
+
+def _facts(weights: Mapping[str, float], first: Path, rank: int) -> dict[str, Any]:
+    """The first adapter's recipe and coverage hold for all, ranks aside; figures and a head were each one's own."""
+    manifest = read_manifest(first)
+    plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    lora = {**manifest["recipe"].get("lora", {}), **plain, "adapter_name_or_path": None}
+    recipe = {**manifest["recipe"], "lora": lora}
+    parts = [
+        {
+            "name": Path(folder).absolute().parent.name if Path(folder).name == "adapter" else Path(folder).name,
+            "weight": weight,
+            "weights_sha256": read_manifest(folder)["files"][ADAPTER_WEIGHTS]["sha256"],
+        }
+        for folder, weight in weights.items()
+    ]
+    kept = {key: manifest[key] for key in ("base", "coverage")}
+    facts: dict[str, Any] = portable(
+        {**kept, "recipe": recipe, "results": {}, "versions": stack_versions(), "combined": parts}
+    )
+    return facts
 
 
 def _open(folder: str) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:

@@ -7,22 +7,26 @@ adapter's own numbers again, and `export.json` records how near.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors, from_per_expert, largest_difference, per_expert, read_factors
+from toolkit.architecture import describe
 from toolkit.architecture import skeleton as skeleton_of
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError
 from toolkit.packaging.gguf import MODELFILE, read_gguf, write_gguf
 from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_entry, load_adapter_config, write_json
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
+from toolkit.packaging.served import server_problems
 from toolkit.packaging.stitch import DRAFT_FOLDER, stitch_head
-from toolkit.packaging.verify import verify_artifact
+from toolkit.packaging.verify import require_base, verify_artifact
 from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter"]
@@ -42,6 +46,8 @@ class Export:
     compared: str
     difference: float
     bound: float
+    servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What stands against each server that reads this layout, by its own rules; empty lists where nothing does."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -66,18 +72,27 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     if out.exists():
         raise RecipeError(f"{out}: is there already; give another name")
     verify_artifact(artifact, strict=True)
+    require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
     with staged_folder(out) as folder:
         compared, difference, bound = _WRITERS[format](artifact, base, adapter, skeleton, folder)
         if not difference <= bound:
             raise ModelError(f"{format}: what was written is off by {difference:.2e}, over {bound:.0e}: not exported")
-        export = Export(str(out), format, compared, difference, bound)
+        servers = _servers(folder, skeleton) if format == "per-expert" else {}
+        export = Export(str(out), format, compared, difference, bound, servers)
         files = {
             str(path.relative_to(folder)): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         write_json(folder / _RECORD, {**export.to_dict(), "folder": out.name, "files": files})
     return export
+
+
+def _servers(folder: Path, skeleton: PreTrainedModel) -> dict[str, list[str]]:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    experts = max(layer.num_experts for layer in describe(skeleton).layers)
+    return server_problems(shapes, load_adapter_config(folder), experts)
 
 
 def _peft(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """An adapter as a GGUF LoRA file for llama.cpp and Ollama, written and read back with the `gguf` library.
 
-llama.cpp's converter script is on no registry as a library. The names come from `gguf`'s own table of architectures;
-scalings are folded into B, with alpha 0, which llama.cpp reads as "no scaling of its own".
+llama.cpp's converter script is on no registry as a library. The names come from `gguf`'s own tables, rows are put in
+the order of its tensors, and scalings are folded into B, with alpha 0, which is "no scaling of its own" over there.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors, split
+from toolkit.architecture import GGUF_NAMES, GGUF_ROTATED_IN_PAIRS, describe
 from toolkit.errors import ModelError, RecipeError
 
 __all__ = ["MODELFILE", "read_gguf", "write_gguf"]
@@ -63,30 +64,81 @@ def _library() -> Any:
 
 
 def _architecture(library: Any, skeleton: PreTrainedModel) -> Any:
-    """The architecture that llama.cpp calls as transformers does, hyphens and underscores aside."""
-    wanted = skeleton.config.get_text_config().model_type.removesuffix("_text")
+    """llama.cpp's architecture of this family: of the same name but for hyphens and underscores, or the table's."""
+    wanted = _model_type(skeleton)
+    called = GGUF_NAMES.get(wanted, wanted)
     for arch, name in library.MODEL_ARCH_NAMES.items():
-        if name.replace("-", "").replace("_", "") == wanted.replace("_", ""):
+        if _bare(name) == _bare(called):
             return arch
-    raise ModelError(f"gguf: llama.cpp has no architecture by the name of {wanted}: export as per-expert or merged")
+    raise ModelError(f"gguf: llama.cpp has no architecture for {wanted}: export as per-expert or merged")
+
+
+def _model_type(skeleton: PreTrainedModel) -> str:
+    return str(skeleton.config.get_text_config().model_type).removesuffix("_text")
+
+
+def _bare(name: str) -> str:
+    return name.replace("-", "").replace("_", "")
 
 
 def _tensors(library: Any, arch: Any, adapter: Sequence[Factors], skeleton: PreTrainedModel) -> dict[str, Any]:
     """By llama.cpp's name: A [E, R, I] and B [E, O, R] of a stack, 2-D ones of a linear, fp32, scaling folded."""
-    names = library.get_tensor_name_map(arch, skeleton.config.get_text_config().num_hidden_layers)
+    routers = {f"{layer.router}.weight" for layer in describe(skeleton).layers}
     result: dict[str, Any] = {}
     for factors in adapter:
-        by_projection: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        for part in split(factors, skeleton):
-            key = re.sub(r"(experts)\.\d+\.", r"\1.", part.key) if factors.is_stack else part.key
-            by_projection.setdefault(key, []).append((part.expert, part.rows))
-        for key, rows in by_projection.items():
-            name = names.get_name(key, try_suffixes=(".weight",))
-            if name is None:
-                raise ModelError(f"gguf: llama.cpp has no name for {key}: export as per-expert or merged")
-            B = torch.stack(
-                [factors.scaling * factors.B_EOR[e][r].float() for e, r in sorted(rows, key=lambda x: x[0])]
-            )
-            A = factors.A_ERI.float()
-            result[f"{name}.weight"] = (A, B) if factors.is_stack else (A[0], B[0])
+        A, B = factors.A_ERI.float(), factors.scaling * factors.B_EOR.float()
+        if factors.is_stack:
+            found = {name: (A, B[:, rows].contiguous()) for name, rows in _stacks(library, factors, skeleton)}
+        elif factors.parameter in routers:
+            found = {_block(library, "FFN_GATE_INP", factors): (A[0], B[0])}
+        else:
+            found = {name: (A[0], B[0, rows].contiguous()) for name, rows in _linears(library, arch, factors, skeleton)}
+        result |= {f"{name}.weight": pair for name, pair in found.items()}
+    known = {name.format(bid="*") for name in (library.TENSOR_NAMES[tensor] for tensor in library.MODEL_TENSORS[arch])}
+    for name in result:
+        if re.sub(r"^blk\.\d+\.", "blk.*.", name.removesuffix(".weight")) not in known:
+            _refuse(name.removesuffix(".weight"), f"{library.MODEL_ARCH_NAMES[arch]} has no such tensor there")
     return result
+
+
+def _stacks(library: Any, factors: Factors, skeleton: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """A stack's tensors and their rows: gate and up lie in one parameter here, in two there."""
+    path, _, leaf = factors.parameter.rpartition(".")
+    rows = torch.arange(factors.B_EOR.shape[1])
+    if leaf != "gate_up_proj":
+        kind = "FFN_DOWN_EXP" if leaf.startswith("down") else "FFN_UP_EXP"
+        return [(_block(library, kind, factors), rows)]
+    joined = bool(getattr(skeleton.get_submodule(path), "is_concatenated", True))
+    gate, up = (rows.chunk(2)) if joined else (rows[::2], rows[1::2])
+    return [(_block(library, "FFN_GATE_EXP", factors), gate), (_block(library, "FFN_UP_EXP", factors), up)]
+
+
+def _block(library: Any, kind: str, factors: Factors) -> str:
+    number = re.search(r"\.(\d+)\.", factors.parameter)
+    if number is None:
+        raise ModelError(f"gguf: {factors.parameter} lies in no numbered layer: export as per-expert or merged")
+    return str(library.TENSOR_NAMES[library.MODEL_TENSOR[kind]]).format(bid=number[1])
+
+
+def _linears(library: Any, arch: Any, factors: Factors, skeleton: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """A linear's tensor and the order of its rows; query and key are reordered where llama.cpp's rotation wants it."""
+    config = skeleton.config.get_text_config()
+    names = library.get_tensor_name_map(arch, config.num_hidden_layers)
+    found = []
+    for part in split(factors, skeleton):
+        name = next((n for key in (part.key, factors.parameter) if (n := names.get_name(key, (".weight",)))), None)
+        if name is None:
+            _refuse(part.key, "its table has no name for it")
+        name = name.removesuffix(".weight")
+        if name.endswith(".attn_kv_b"):
+            _refuse(part.key, "it is stored there as two tensors that adapters are not applied to")
+        rows = part.rows
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        if (_model_type(skeleton) in GGUF_ROTATED_IN_PAIRS) and (count := heads.get(name.rpartition(".")[2])):
+            rows = rows.reshape(count, 2, -1).transpose(1, 2).reshape(-1)
+        found.append((name, rows))
+    return found
+
+
+def _refuse(part: str, why: str) -> NoReturn:
+    raise ModelError(f"gguf: llama.cpp takes no adapter on {part}: {why}: export as per-expert or merged")

@@ -20,10 +20,12 @@ from toolkit.errors import ModelError
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "CARD",
     "FILES",
     "FORMAT",
     "MANIFEST",
     "MTP_HEAD",
+    "PICTURES",
     "TOKENIZER_FILES",
     "file_entry",
     "is_plain",
@@ -35,14 +37,18 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MTP_HEAD = "mtp_head.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MTP_HEAD = "mtp_head.safetensors"
+CARD = "README.md"
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
 )
+PICTURES = {
+    "experts.png": "Tokens by layer and expert, on held-out examples, with the adapter",
+    "loss.png": "Training and held-out loss by step",
+}
 # Beside manifest.json, an artifact holds these files and no others.
-FILES = TOKENIZER_FILES | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, "README.md", MTP_HEAD}
+FILES = TOKENIZER_FILES | PICTURES.keys() | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, MTP_HEAD}
 
 _LARGEST = 1 << 20
 _MOST_JSON_BYTES = 8 * 2**20

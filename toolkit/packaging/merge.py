@@ -1,4 +1,4 @@
-"""Merges an adapter into the original 16-bit checkpoint, in its own keys, files and dtypes, one expert at a time.
+"""Merges an adapter into the original checkpoint, in its own keys, files and dtypes, one expert at a time.
 
 `merge_and_unload` wants the whole model in memory and saves in transformers' layout. Here each file is copied, and only
 the bytes of tensors that the adapter changes are written again, so that everything else stays the same bit for bit.
@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.adapters.layouts import Factors, deltas
 from toolkit.errors import ModelError
+from toolkit.packaging.dequantised import merge_dequantised
 from toolkit.packaging.places import overwrite, places_of
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.shards import Shards, targets
@@ -35,11 +36,16 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
     """Write the merged checkpoint into an empty folder; returns how many tensors changed.
 
     Raises:
-        ModelError: the base holds quantised weights, or no tensor for a part that the adapter changes.
+        ModelError: the base holds onecard's int8 weights, or no tensor for a part that the adapter changes.
     """
     wanted = storage(str(base), read_config(str(base)))
-    if wanted is None or wanted.source is not None:
-        raise ModelError(f"{base}: its weights are quantised: merge into the 16-bit checkpoint it was made from")
+    if wanted is None:
+        raise ModelError(
+            f"{base}: holds rounded int8 weights alone, and a merge starts from the original ones: give the checkpoint "
+            "it was made from with --base FOLDER"
+        )
+    if wanted.source is not None:
+        return merge_dequantised(base, adapter, skeleton, folder, _beside(base))
     with Shards(str(base), base) as shards:
         names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
         _copy(base, [path.name for path in shards.files], folder)
@@ -82,9 +88,13 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
 
 
 def _copy(base: Path, shards: Sequence[str], folder: Path) -> None:
-    beside = {path.name for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()}
-    for name in sorted({*beside, *shards}):
+    for name in sorted({*(path.name for path in _beside(base)), *shards}):
         shutil.copyfile(base / name, folder / name)
+
+
+def _beside(base: Path) -> list[Path]:
+    """Tokenizer, templates, configs and licence."""
+    return sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()})
 
 
 def _key(key: str, group: Sequence[str], parameter: str) -> str:

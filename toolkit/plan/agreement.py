@@ -17,7 +17,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from toolkit.errors import ModelError
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.plan.formats import declared_format
+from toolkit.registration import METHOD
 
 __all__ = ["refuse_wrong_shapes"]
 

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ModelError
+from toolkit.registration import METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["METHOD", "SOURCES", "declared_format"]
-
-METHOD = "onecard_int8"
-"""Our own format, by the name it has in a config."""
+__all__ = ["SOURCES", "declared_format"]
 
 SOURCES = ("fp8", "mxfp8", "mxfp4")
 """Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""

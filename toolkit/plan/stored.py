@@ -10,9 +10,10 @@ from pathlib import Path
 
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.plan.formats import declared_format
 from toolkit.plan.headers import Header, cached_snapshot, check_shards
 from toolkit.plan.shapes import Shapes, is_published, stored_method
+from toolkit.registration import METHOD
 
 __all__ = ["Stored", "what_is_stored"]
 

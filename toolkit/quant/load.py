@@ -16,10 +16,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
 from toolkit.errors import ModelError, first_line
-from toolkit.plan.formats import METHOD, declared_format
+from toolkit.plan.formats import declared_format
 from toolkit.quant.experts import expert_weights
 from toolkit.quant.int8 import dequantize
 from toolkit.quant.quantizer import Int8Config
+from toolkit.registration import METHOD
 
 __all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
 

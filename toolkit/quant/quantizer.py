@@ -20,18 +20,20 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from toolkit.architecture import LINEAR_ROLES, describe, strip_index
-from toolkit.plan.formats import METHOD
 from toolkit.quant.int8 import Int8Linear
 from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
+from toolkit.registration import METHOD, make_room
 
 __all__ = ["EXPERT_BACKEND", "Int8Config", "Int8Quantizer"]
 
 EXPERT_BACKEND = "onecard_per_expert"
 """What int8 experts compute with where the caller names no backend of ours; `toolkit.ops` registers it."""
+
+make_room(AUTO_QUANTIZATION_CONFIG_MAPPING)
 
 
 @register_quantization_config(METHOD)

@@ -7,6 +7,7 @@ is otherwise on meta.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ class SourceWeights:
 
     @contextmanager
     def layer(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
-        """The parameters under module `name` by their full names, on the CPU, freed when the block ends.
+        """What is stored under module `name`, by full names, on the CPU, freed when the block ends.
 
         Raises:
             ModelError: a tensor is missing, has another shape than the config says, or cannot be read.
@@ -69,13 +70,26 @@ class SourceWeights:
         module = self._model.get_submodule(name).to(_dtype(wanted))
         try:
             self._read(name, wanted)
-            yield {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
+            yield dict(module.state_dict(prefix=f"{name}."))
         finally:
             module.to("meta")
 
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Every decoder layer and every module outside of them, in the files' order, and what is stored of each."""
+        known, found = self._model.state_dict(), dict[str, list[str]]()
+        for target in dict.fromkeys(self._targets.values()):
+            if target in known:
+                layer = re.match(r".+?\.\d+(?=\.)", target)
+                found.setdefault(layer[0] if layer else target.rpartition(".")[0], []).append(target)
+        return {name: tuple(targets) for name, targets in found.items()}
+
+    def stored_as(self, parameter: str) -> set[str]:
+        """The dtypes, as safetensors calls them, of the tensors that a parameter is made of, in the files."""
+        return {str(self._slices[key].get_dtype()) for key, target in self._targets.items() if target == parameter}
+
     def stored_dtype(self, parameter: str) -> torch.dtype:
         """The coarsest dtype of the tensors that a parameter is made of, in the files."""
-        found = {str(self._slices[key].get_dtype()) for key, target in self._targets.items() if target == parameter}
+        found = self.stored_as(parameter)
         return max((_HALF.get(name, torch.float32) for name in found), key=lambda dtype: torch.finfo(dtype).eps)
 
     def _read(self, name: str, slices: dict[str, Any]) -> None:

@@ -63,8 +63,8 @@ class QuantizationSection(_Section):
     error_compensation: Literal["none", "gptq"] = "none"
     """`gptq` rounds the int8 parts again, layer by layer, so that their outputs on training examples stay as near as
     they can: same storage, same speed, some minutes more before step 1."""
-    calibration_samples: Positive = 128
-    """Training examples that `gptq` looks at."""
+    calibration_samples: Positive = 512
+    """Training examples that `gptq` looks at, up to 262,144 tokens of them."""
 
     @model_validator(mode="after")
     def _something_to_compensate(self) -> QuantizationSection:
@@ -296,6 +296,8 @@ class HubSection(_Section):
     """`owner/name` of the repository."""
     hub_private_repo: bool = True
     """Create the repository private."""
+    license: NonEmpty | None = None
+    """The adapter's licence, as the Hub calls it; without it what the base's card says."""
     hub_token: NonEmpty | None = None
     """Only as `${NAME}`, an environment variable; without it the Hub's own login is used."""
 

@@ -46,18 +46,21 @@ class Chart:
         return Markup(self.svg)
 
 
-def write_page(run: Path) -> Path:
+def write_page(run: Path, summary: str | None = None) -> Path:
     """Write `report.html` into the run folder and give its path.
+
+    Args:
+        summary: JSON of a run that ends now: it has no file yet, which comes last and says that all is there.
 
     Raises:
         ModelError: there is no run here.
     """
     target = RunFolder(run).report
-    write_text(target, render_page(run))
+    write_text(target, render_page(run, summary=summary))
     return target
 
 
-def render_page(run: Path, refresh_seconds: int | None = None) -> str:
+def render_page(run: Path, refresh_seconds: int | None = None, summary: str | None = None) -> str:
     """The page as it stands; `refresh_seconds` makes an unfinished run's page load itself again.
 
     Raises:
@@ -66,7 +69,7 @@ def render_page(run: Path, refresh_seconds: int | None = None) -> str:
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise ModelError(f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote")
-    metrics, finished = _read_metrics(folder.metrics), _read(folder.summary)
+    metrics, finished = read_metrics(folder.metrics), json.loads(summary) if summary else _read(folder.summary)
     plan, experts = _read(folder.plan), _read(folder.experts)
     environment = Environment(loader=PackageLoader("toolkit.report", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"of": _of, "figure": _figure, "number": lambda value: f"{value:,}"}
@@ -97,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; the last may still be in the writing, and a resumed run writes some steps again."""
     entries: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():

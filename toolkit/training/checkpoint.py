@@ -33,6 +33,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "rotate",
+    "sealed",
     "write_checkpoint",
 ]
 
@@ -42,6 +43,7 @@ FEWEST = 2
 """Valid checkpoints kept whatever the recipe's limit: the newest may be damaged by what damages the machine."""
 
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
+_FILE = re.compile(r"[\w-][\w.-]{0,99}")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|old|discarded)")
 _MOST_MANIFEST_BYTES = 8 << 20
 
@@ -80,7 +82,7 @@ def write_checkpoint(
                 (staging / name).write_text(text, encoding="utf-8")
             files = {path.name: _entry(path) for path in sorted(staging.iterdir())}
             manifest = {"format": FORMAT, "step": step, "files": files, "facts": dict(facts)}
-            (staging / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+            (staging / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(
@@ -200,7 +202,7 @@ def _entry(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
 
 
-def _sealed(manifest: Mapping[str, Any]) -> str:
+def sealed(manifest: Mapping[str, Any]) -> str:
     """The manifest as text with a hash over itself: there is one text for each content, so any changed byte shows."""
     body = json.dumps(manifest, sort_keys=True, indent=1)
     return json.dumps({**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True, indent=1) + "\n"
@@ -213,7 +215,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ModelError(f"{file}: not a checkpoint's manifest")
         text = file.read_text(encoding="utf-8")
         found: dict[str, Any] = json.loads(text)
-        whole = text == _sealed({key: value for key, value in found.items() if key != "seal"})
+        whole = text == sealed({key: value for key, value in found.items() if key != "seal"})
     except FileNotFoundError:
         raise ModelError(f"{path}: no {MANIFEST}: cut off, or not written by onecard") from None
     except OSError as error:
@@ -222,6 +224,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: damaged") from None
     if not whole:
         raise ModelError(f"{file}: damaged")
-    if found["format"] != FORMAT:
-        raise ModelError(f"{file}: format {found['format']} is not this version's {FORMAT}")
+    if found.get("format") != FORMAT:
+        raise ModelError(f"{file}: format {str(found.get('format'))[:20]} is not this version's {FORMAT}")
+    if not _is_manifest(found):
+        raise ModelError(f"{file}: sealed, but not as onecard writes it")
     return found
+
+
+def _is_manifest(found: Mapping[str, Any]) -> bool:
+    """Whether the parts are there and of their types; a seal is a sum and no signature, so anyone can make one."""
+    step, files, facts = found.get("step"), found.get("files"), found.get("facts")
+    return (
+        type(step) is int
+        and isinstance(facts, dict)
+        and isinstance(files, dict)
+        and all(_FILE.fullmatch(name) and isinstance(entry, dict) for name, entry in files.items())
+        and all(entry.keys() == {"sha256", "size"} for entry in files.values())
+    )

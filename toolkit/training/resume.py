@@ -31,6 +31,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbyte
 _WHAT: Mapping[str, str] = {
     "data": "the training examples are other ones",
     "base": "the base's weights are other ones",
+    "config": "the base's config.json says something else",
     "compensated": "the base's compensated integers are other ones",
     "tokenizer": "the tokenizer or its chat template is another one",
     "device": "it ran elsewhere",
@@ -84,8 +85,11 @@ def refuse_changes(run: Path, found: list[Change], note: Callable[[str], None]) 
 def _refuse_other_facts(found: Checkpoint, facts: Mapping[str, Any]) -> None:
     for key, sentence in _WHAT.items():
         if key in facts and found.facts.get(key) != facts[key]:
-            shown = f"{str(found.facts.get(key))[:24]} -> {str(facts[key])[:24]}"
-            raise ModelError(f"{found.path}: {sentence} ({key}: {shown}); {_FORK}")
+            shown = f"{key}: {str(found.facts.get(key))[:24]} -> {str(facts[key])[:24]}"
+            before = found.facts.get("commit")
+            now = facts.get("commit", before)
+            moved = f"; the Hub's commit moved: {before} -> {now}" if before != now else ""
+            raise ModelError(f"{found.path}: {sentence} ({shown}{moved}); {_FORK}")
 
 
 def _refuse_other_versions(

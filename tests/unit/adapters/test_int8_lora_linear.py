@@ -17,6 +17,8 @@ def build(*, bias: bool, rank: int = 3, dropout: float = 0.0, dtype: torch.dtype
     base = Int8Linear.from_linear(nn.Linear(13, 7, bias=bias, dtype=dtype))
     stored, scale = quantize(torch.randn(7, 13, generator=generator))
     base.weight.data, base.weight_scale.data = stored, scale
+    if base.bias is not None:
+        base.bias.data.normal_(generator=generator)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
     layer = Int8LoraLinear(base, "default", config=config, r=rank, lora_alpha=2 * rank)
     layer.lora_B["default"].weight.data.normal_(generator=generator)

@@ -1,12 +1,10 @@
-"""What a run measured of its drafts, as a table, on the card and on the page."""
+"""What a run measured of its drafts, as a table."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from toolkit.evaluate import draft_table
-from toolkit.packaging.base import BaseIdentity
-from toolkit.packaging.card import model_card
 
 
 def measured(tau: float, first: float, speed: float) -> dict[str, Any]:
@@ -34,22 +32,3 @@ def test_a_new_head_stands_alone_and_nothing_gives_nothing() -> None:
     assert columns == ["drafts on held-out prompts", "trained"]
     assert all(len(row) == 2 for row in rows)
     assert draft_table({"training": {"steps": 3}}) == ([], [])
-
-
-def test_the_card_carries_them() -> None:
-    text = model_card(
-        base=BaseIdentity("owner/base", None, "0" * 64),
-        adapter_config={"r": 2, "lora_alpha": 4},
-        results={"mtp": FIGURES},
-        coverage={},
-        versions={},
-    )
-    assert "## Drafts" in text
-    assert "| draft 1 accepted | 70.0% | 20.0% | 65.0% |" in text
-    assert "## Drafts" not in model_card(
-        base=BaseIdentity("owner/base", None, "0" * 64),
-        adapter_config={"r": 2, "lora_alpha": 4},
-        results={},
-        coverage={},
-        versions={},
-    )

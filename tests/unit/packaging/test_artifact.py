@@ -160,6 +160,11 @@ def test_portable(value: object, expected: object) -> None:
     assert portable(value) == expected
 
 
+def test_figures_leave_out_what_the_clock_says() -> None:
+    said = {"tau": 2.0, "tokens_per_second": 30.3, "plain_tokens_per_second": 2.0, "train_runtime": 1.0, "seconds": 1.0}
+    assert figures({"mtp": {"trained": said}}) == {"mtp": {"trained": {"tau": 2.0}}}
+
+
 def test_figures_keep_numbers_only() -> None:
     results = {"base": {"loss": 1.5, "note": "text"}, "samples": ["a"], "text": {"x": "y"}, "bad": math.inf}
     assert figures(results) == {"base": {"loss": 1.5}, "bad": None}

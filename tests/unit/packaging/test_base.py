@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from tests.unit.packaging.conftest import BASE
 from toolkit.errors import ModelError
-from toolkit.packaging import identify_base
+from toolkit.packaging import identify_base, license_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,6 +49,17 @@ def test_a_bad_index_is_one_line(tmp_path: Path, index: str) -> None:
         identify_base(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_licence_is_read_off_the_bases_card(tmp_path: Path) -> None:
+    assert license_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("# No metadata\n")
+    assert license_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n")
+    assert license_of(str(tmp_path)) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert license_of(str(tmp_path)) is None
+    assert license_of("owner/never-cached") is None
 
 
 def test_no_safetensors(tmp_path: Path) -> None:

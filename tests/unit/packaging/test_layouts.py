@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.packaging.conftest import BASE, stock_adapter
 from toolkit.adapters.layouts import from_per_expert, largest_difference, per_expert, read_factors
 from toolkit.architecture import skeleton
 from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging import combine_adapters, export_adapter
+from toolkit.packaging import combine_adapters, export_adapter, read_manifest, reopen_recipe, verify_artifact
 
 # PEFT looks for a pattern's keys among modules only; those of parameters do apply.
 pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
@@ -68,6 +68,17 @@ def test_a_combination_is_the_weighted_sum(write, tmp_path: Path) -> None:
     found = {f.parameter: f.full() for f in read_factors(tmp_path / "sum", base)}
     parts = [{f.parameter: f.full() for f in read_factors(folder, base)} for folder in (one, other)]
     assert made.error == 0.0
+    report = verify_artifact(tmp_path / "sum", base=BASE)
+    assert report.ok, report.checks
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "sum").get_vocab() == AutoTokenizer.from_pretrained(BASE).get_vocab()
+    )
+    made_of = read_manifest(tmp_path / "sum")["combined"]
+    assert [(part["name"], part["weight"]) for part in made_of] == [("one", 0.7), ("other", 0.3)]
+    assert "## A combination" in (tmp_path / "sum/README.md").read_text()
+    assert reopen_recipe(tmp_path / "sum", base=str(BASE), note=lambda line: None).lora.r == made.rank
+    adapted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "sum"))
+    assert (adapted - logits(AutoModelForCausalLM.from_pretrained(BASE))).abs().max() > 0.1
     for name, total in found.items():
         torch.testing.assert_close(total, 0.7 * parts[0][name] + 0.3 * parts[1][name], atol=1e-6, rtol=1e-5)
 

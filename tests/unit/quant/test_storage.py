@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
 }
 LATENT: dict[str, Any] = {
     **SIZES,
+    "head_dim": 8,
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -108,9 +109,8 @@ def same(first: Path, second: Path, **arguments: Any) -> None:
         assert tensor.dtype == theirs[name].dtype, name
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "deepseek_v32"])
-def test_fp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str, shards: int) -> None:
+def fp8_pair(tmp_path: Path, family: str, shards: int = 1) -> tuple[Path, Path, dict[str, Any]]:
+    """A checkpoint of FP8 blocks, one of their exact values in fp32, and what the first declares."""
     folder = tiny(tmp_path / "float", family, **LATENT if "deepseek" in family else {})
     stored: Tensors = {}
     exact: Tensors = {}
@@ -121,7 +121,14 @@ def test_fp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str, sha
             stored[name] = exact[name] = weight
     declared = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
     quantized = rewrite(folder, tmp_path / "fp8", stored, declared, shards)
-    same(quantized, rewrite(folder, tmp_path / "exact", exact, None))
+    return quantized, rewrite(folder, tmp_path / "exact", exact, None), declared
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "deepseek_v32"])
+def test_fp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str, shards: int) -> None:
+    quantized, exact, declared = fp8_pair(tmp_path, family, shards)
+    same(quantized, exact)
     model, coverage = load_int8(str(quantized))
     assert coverage.stacks_int8 == coverage.stacks > 0
     assert coverage.linears_8bit == coverage.linears > 0
@@ -167,8 +174,8 @@ def test_mxfp8_blocks_round_as_their_exact_values(tmp_path: Path, family: str, s
     assert load_int8(str(quantized))[0].config.quantization_config.source == declared
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_mxfp4_blocks_round_as_their_exact_values(tmp_path: Path, shards: int) -> None:
+def mxfp4_pair(tmp_path: Path, shards: int = 1) -> tuple[Path, Path, dict[str, Any]]:
+    """A checkpoint of MXFP4 stacks, one of their exact values in fp32, and what the first declares."""
     folder = tiny(tmp_path / "float", "gpt_oss")
     generator = torch.Generator().manual_seed(3)
     stored: Tensors = {}
@@ -186,7 +193,13 @@ def test_mxfp4_blocks_round_as_their_exact_values(tmp_path: Path, shards: int) -
         exact[name] = values.flatten(2).transpose(1, 2)
     declared = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     quantized = rewrite(folder, tmp_path / "mxfp4", stored, declared, shards)
-    same(quantized, rewrite(folder, tmp_path / "exact", exact, None))
+    return quantized, rewrite(folder, tmp_path / "exact", exact, None), declared
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_mxfp4_blocks_round_as_their_exact_values(tmp_path: Path, shards: int) -> None:
+    quantized, exact, declared = mxfp4_pair(tmp_path, shards)
+    same(quantized, exact)
     assert load_int8(str(quantized))[0].config.quantization_config.source == declared
 
 

@@ -1,0 +1,226 @@
+"""What the fuzzer feeds: every reader of something that others wrote, with good inputs to start from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from scripts.faults.mutations import Mutation, mutate_bytes, mutate_json, mutate_row, mutate_template
+
+__all__ = ["TARGETS", "Target", "small_artifact"]
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "recipes" / "quickstart" / "nano-qwen3moe-2m"
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
+
+
+@dataclass
+class Target:
+    """Good inputs, and a function that reads one; raises errors of ours, or returns.
+
+    Where `read` takes a short cut, `whole` is the way that users take: every 250th input goes there, and every one
+    that ends the process on the short way.
+    """
+
+    name: str
+    seeds: list[bytes]
+    read: Callable[[bytes], object]
+    mutations: tuple[Mutation, ...] = (mutate_bytes,)
+    whole: Callable[[bytes], object] | None = None
+
+
+def _recipes(folder: Path) -> Target:
+    from toolkit.recipe import flat, parse, starter
+
+    short = b"model: {model_name_or_path: a/b}\nlora: {r: 4}\ndata: {train: x.jsonl}\ntraining: {max_steps: 3}\n"
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in flat(parse(short.decode())).items():
+        section, _, field = name.partition(".")
+        tree.setdefault(section, {})[field] = value
+    shipped = [path.read_bytes() for path in sorted((ROOT / "recipes").glob("*.yaml"))] + [starter("x.yaml").encode()]
+    every_field, few_fields = json.dumps(tree).encode(), json.dumps({k: tree[k] for k in ("model", "data")}).encode()
+
+    def read(data: bytes) -> None:
+        parse(data.decode("utf-8", "replace"), note=lambda line: None)
+
+    def mutate(seed: bytes, chance: Any) -> bytes:
+        """A recipe as JSON, which is YAML, with a value exchanged; or the bytes of one as people write it."""
+        if chance.random() < 0.5:
+            return mutate_json(chance.choice((every_field, few_fields)), chance)
+        return mutate_bytes(seed, chance)
+
+    return Target("recipe", [short] * len(shipped) + shipped, read, (mutate,))
+
+
+def _rows(folder: Path) -> Target:
+    from toolkit.data.reading import Reading
+    from toolkit.data.sources import open_source
+
+    file = folder / "rows.jsonl"
+    seeds = [
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n',
+        b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}\n' * 2,
+        b'{"instruction": "a", "input": "", "output": "b"}\n',
+        b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n',
+        b'{"text": "words"}\n{"text": "more"}\n',
+    ]
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        rows = open_source("rows.jsonl", base_folder=folder)
+        Reading("auto", {}, None, "error").read("train", "rows.jsonl", rows)
+
+    return Target("jsonl", seeds, read, (mutate_bytes, mutate_row))
+
+
+def small_artifact(folder: Path) -> Path:
+    """An artifact of one small LoRA, without a model."""
+    import torch
+    from safetensors.torch import save_file
+
+    from toolkit.packaging.manifest import file_entry
+
+    place = folder / "artifact"
+    place.mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(4, 2)}, place / WEIGHTS
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {},
+        "revision": None,
+    }
+    (place / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "a/b"}))
+    files = {name: file_entry(place / name) for name in (WEIGHTS, CONFIG)}
+    base = {"name": "a/b", "revision": None, "weights_sha256": "0" * 64}
+    rest: dict[str, Any] = {"versions": {}, "recipe": {}, "results": {}, "coverage": {}}
+    (place / MANIFEST).write_text(json.dumps({"format": 1, "files": files, "base": base, **rest}))
+    return place
+
+
+def _of_artifact(name: str, file: str, folder: Path) -> Target:
+    """The artifact with one file mutated, read as `verify` and as loading do."""
+    from toolkit.adapters.stranger import check_adapter_files
+    from toolkit.packaging import verify_artifact
+    from toolkit.packaging.manifest import file_entry, load_adapter_config, read_manifest
+
+    place = small_artifact(folder)
+    good = json.loads((place / MANIFEST).read_bytes())
+
+    def read(data: bytes) -> None:
+        (place / file).write_bytes(data)
+        if file != MANIFEST:  # whoever sends a bad file sends its hash too
+            entry = {file: file_entry(place / file)}
+            (place / MANIFEST).write_text(json.dumps({**good, "files": {**good["files"], **entry}}))
+        verify_artifact(place)
+        read_manifest(place)
+        load_adapter_config(place)
+        check_adapter_files(place)
+
+    is_json = file.endswith("json")
+    return Target(
+        name, [(place / file).read_bytes()], read, (mutate_bytes, mutate_json) if is_json else (mutate_bytes,)
+    )
+
+
+def _header(folder: Path) -> Target:
+    """The safetensors header alone mutated, with a length that fits it."""
+    target = _of_artifact("safetensors header", WEIGHTS, folder)
+    whole = target.seeds[0]
+    length = int.from_bytes(whole[:8], "little")
+    header, rest, read = whole[8 : 8 + length], whole[8 + length :], target.read
+    return Target(
+        target.name,
+        [header.strip()],
+        lambda data: read(len(data).to_bytes(8, "little") + data + rest),
+        (mutate_bytes, mutate_json),
+    )
+
+
+def _checkpoint(folder: Path) -> Target:
+    """A checkpoint's manifest, as it is and with a seal that fits what was changed."""
+    import torch
+
+    from toolkit.training.checkpoint import newest_checkpoint, open_checkpoint, sealed, write_checkpoint
+
+    saved = write_checkpoint(
+        folder, 1, tensors={"a.safetensors": {"x": torch.ones(3)}}, texts={"b.json": "{}"}, facts={"recipe": {"a.b": 1}}
+    )
+    file = saved.path / MANIFEST
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        newest_checkpoint(folder)
+        open_checkpoint(saved.path)
+
+    def reseal(seed: bytes, chance: Any) -> bytes:
+        unsealed = {key: value for key, value in json.loads(seed).items() if key != "seal"}
+        changed = json.loads(mutate_json(json.dumps(unsealed).encode(), chance))
+        return sealed(changed).encode() if isinstance(changed, dict) else json.dumps(changed).encode()
+
+    return Target("checkpoint manifest", [file.read_bytes()], read, (mutate_bytes, mutate_json, reseal, reseal))
+
+
+def _templates(folder: Path) -> Target:
+    """Templates rendered in this process, and every 250th through the fork that tries them first, as users do.
+
+    The tokenizer is a stand-in with the real one's special tokens: without torch a process forks ten times faster.
+    """
+    from unittest import mock
+
+    from toolkit.data.formats import Example
+    from toolkit.data.problems import InvalidRow
+    from toolkit.data.template import ChatRenderer
+
+    config = json.loads((MODEL / "tokenizer_config.json").read_bytes())
+    special = {key: config[key] for key in ("bos_token", "eos_token", "pad_token")}
+    tokenizer: Any = SimpleNamespace(
+        **special,
+        chat_template=None,
+        special_tokens_map=special,
+        all_special_tokens=sorted(set(special.values())),
+        added_tokens_decoder={0: SimpleNamespace(content="<|im_start|>", special=True)},
+        get_chat_template=lambda template, tools: template,
+    )
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
+    example = Example("here", messages=turns * 2)
+    plain = (
+        b"{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+        b"{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    marked = (
+        b"{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        b"{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+
+    def whole(data: bytes) -> None:
+        with contextlib.suppress(InvalidRow):
+            ChatRenderer(tokenizer, data.decode("utf-8", "replace")).answers(example)
+
+    def read(data: bytes) -> None:
+        with mock.patch("toolkit.data.template.require_frugal", lambda render: render()):
+            whole(data)
+
+    seeds = [plain, marked, (MODEL / "chat_template.jinja").read_bytes()]
+    return Target("chat template", seeds, read, (mutate_bytes, mutate_template), whole)
+
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "recipe": _recipes,
+    "jsonl": _rows,
+    "adapter config": lambda folder: _of_artifact("adapter config", CONFIG, folder),
+    "artifact manifest": lambda folder: _of_artifact("artifact manifest", MANIFEST, folder),
+    "adapter weights": lambda folder: _of_artifact("adapter weights", WEIGHTS, folder),
+    "safetensors header": _header,
+    "checkpoint manifest": _checkpoint,
+    "chat template": _templates,
+}

@@ -1,0 +1,166 @@
+"""The other side of the llama.cpp check: its own converter and its own library, without onecard.
+
+    python llama_side.py convert JOB.json     Hugging Face folders to GGUF files, by llama.cpp's `conversion` package
+    python llama_side.py run JOB.json NAME    logits of one family's files, by libllama
+
+A job holds `converter` (a folder with `conversion` and `gguf-py`), `tokens`, `out`, and `models`: by name, the folders
+`base` and `merged` and the file `adapter`, each None where there is none. Logits go to NAME.npz, failures to NAME.json.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["convert", "run"]
+
+
+def convert(job: dict[str, Any]) -> None:
+    """Every folder of the job to an fp32 GGUF file beside it; what the converter says where it cannot."""
+    sys.path[:0] = [job["converter"], f"{job['converter']}/gguf-py"]
+    import gguf
+    import torch
+    from conversion import get_model_class
+
+    for name, files in job["models"].items():
+        for kind in ("base", "merged"):
+            if not files[kind]:
+                continue
+            folder = Path(files[kind])
+            try:
+                architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+                with torch.inference_mode():
+                    model = _without_words(get_model_class(architecture))
+                    model(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf")).write()
+            except (Exception, SystemExit) as error:  # whatever it is, the table tells of it and goes on
+                _note(job, name, kind, f"converter: {type(error).__name__}: {error}")
+
+
+def _without_words(converter: Any) -> type:
+    """The converter's class for a model without a tokenizer: token numbers go in, and logits come out."""
+
+    class WithoutWords(converter):  # type: ignore[misc]
+        model_arch = converter.model_arch
+
+        def set_vocab(self) -> None:
+            self._set_vocab_none()
+            self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+
+    return WithoutWords
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+class _Settings(ctypes.Structure):
+    """`llama_model_params` or `llama_context_params`: libllama fills them in, and only a few numbers are changed."""
+
+    _fields_ = [("numbers", ctypes.c_int32 * 128)]
+
+
+_CONTEXT = {"n_ctx": (0, 512), "n_batch": (1, 2048), "n_threads": (7, 4), "n_threads_batch": (8, 4)}
+_CONTEXT |= {"flash_attn_type": (13, -1), "type_k": (26, 1), "type_v": (27, 1)}
+"""Places of these numbers in llama.h's `llama_context_params`, and libllama's defaults, which check the places."""
+
+
+def run(job: dict[str, Any], name: str) -> None:
+    """Logits [T, V] of the base, the base with the GGUF LoRA, and the merged model."""
+    lib, said = _library(), []
+    heard = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+        lambda level, text, data: said.append(text.decode(errors="replace").strip()) if level >= 3 else None
+    )
+    lib.llama_log_set(heard, None)
+    lib.llama_backend_init()
+    files, found = job["models"][name], {}
+    for kind, folder, adapter in (
+        ("base", files["base"], None),
+        ("adapter", files["base"], files["adapter"]),
+        ("merged", files["merged"], None),
+    ):
+        if folder and (kind != "adapter" or adapter) and Path(f"{folder}.gguf").is_file():
+            said.clear()
+            try:
+                found[kind] = _logits(lib, f"{folder}.gguf", adapter, job["tokens"])
+            except RuntimeError as error:
+                _note(job, name, kind, f"{error}: {' '.join(said)[-300:]}")
+    np.savez(Path(job["out"]) / f"{name}.npz", **found)
+
+
+def _library() -> Any:
+    """libllama lies inside this package's extension module, which exports its C functions."""
+    folder = importlib.util.find_spec("xllamacpp").submodule_search_locations[0]
+    lib = ctypes.CDLL(str(next(Path(folder).glob("*.so"))))
+    for function in ("llama_model_default_params", "llama_context_default_params"):
+        getattr(lib, function).restype = _Settings
+    for function in ("llama_model_load_from_file", "llama_init_from_model", "llama_adapter_lora_init"):
+        getattr(lib, function).restype = ctypes.c_void_p
+    lib.llama_model_get_vocab.restype = ctypes.c_void_p
+    lib.llama_batch_init.restype = _Batch
+    lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
+    return lib
+
+
+def _logits(lib: Any, path: str, adapter: str | None, tokens: list[int]) -> np.ndarray:
+    model = _made(lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params()), "model not loaded")
+    context = _made(lib.llama_init_from_model(model, _plain_context(lib)), "no context")
+    if adapter:
+        lora = _made(lib.llama_adapter_lora_init(model, adapter.encode()), "adapter not loaded")
+        loras, scales = (ctypes.c_void_p * 1)(lora.value), (ctypes.c_float * 1)(1.0)
+        if lib.llama_set_adapters_lora(context, loras, ctypes.c_size_t(1), scales):
+            raise RuntimeError("adapter not applied")
+    batch = lib.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for place, token in enumerate(tokens):
+        batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+    if lib.llama_decode(context, batch):
+        raise RuntimeError("llama_decode failed")
+    count = lib.llama_vocab_n_tokens(ctypes.c_void_p(lib.llama_model_get_vocab(model)))
+    result = np.ctypeslib.as_array(lib.llama_get_logits(context), (len(tokens), count)).copy()
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+    return result
+
+
+def _plain_context(lib: Any) -> _Settings:
+    """One thread, no flash attention, keys and values in fp32."""
+    settings = lib.llama_context_default_params()
+    moved = [field for field, (place, default) in _CONTEXT.items() if settings.numbers[place] != default]
+    if moved:
+        raise RuntimeError(f"this libllama has {moved[0]} in another place")
+    wanted = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1}
+    for field, value in {**wanted, "flash_attn_type": 0, "type_k": 0, "type_v": 0}.items():
+        settings.numbers[_CONTEXT[field][0]] = value
+    return settings
+
+
+def _made(pointer: int | None, what: str) -> ctypes.c_void_p:
+    if not pointer:
+        raise RuntimeError(what)
+    return ctypes.c_void_p(pointer)
+
+
+def _note(job: dict[str, Any], name: str, kind: str, line: str) -> None:
+    path = Path(job["out"]) / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**known, kind: " ".join(line.split())[:300]}))
+
+
+if __name__ == "__main__":
+    read = json.loads(Path(sys.argv[2]).read_text())
+    convert(read) if sys.argv[1] == "convert" else run(read, sys.argv[3])

@@ -1,0 +1,161 @@
+"""Adapters that are not this base's, parts that were not reached, archives: each is one line and exit code 4."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scripts.faults.kill_points import moved_artifact
+from tests.faults.conftest import MODEL, Run
+from tests.faults.test_wrong_input import own_model
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained-looking artifact of the embedded model."""
+    place = tmp_path_factory.mktemp("artifact")
+    moved_artifact(place)
+    return place / "adapter"
+
+
+@pytest.fixture
+def copied(artifact: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(artifact, tmp_path / "adapter")
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 4, nothing for programs, and the last line says it."""
+    status, out, err = result
+    assert (status, out) == (4, ""), err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("onecard: ")
+    assert [word for word in words if word not in last] == [], last
+
+
+def other_base(folder: Path) -> Path:
+    """The embedded model with one number changed: everything fits, and nothing is right."""
+    weights = own_model(folder) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+def test_an_adapter_of_another_base_is_no_start(onecard: Run, recipe: Path, tmp_path: Path, artifact: Path) -> None:
+    other = other_base(tmp_path / "model")
+    start = [f"lora.adapter_name_or_path={artifact}", "eval.enabled=false"]
+    refused(onecard("train", recipe, f"model.model_name_or_path={other}", *start), "other weights", str(other))
+    status, _, err = onecard("train", recipe, *start, f"training.output_dir={tmp_path}/own")
+    assert status == 0, err
+
+
+def test_an_adapter_of_another_base_is_not_exported(onecard: Run, tmp_path: Path, artifact: Path) -> None:
+    from toolkit.errors import ModelError
+    from toolkit.packaging import export_adapter
+
+    other = other_base(tmp_path / "model")
+    with pytest.raises(ModelError, match="other weights than the adapter's base"):
+        export_adapter(artifact, other, "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    refused(onecard("verify", artifact, "--base", other), "other weights")
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(tensors)][0, 0] = float("nan")
+
+
+def lacking(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[min(tensors)]
+
+
+def left_over(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(1, 128)
+
+
+def misshapen(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(tensors)] = torch.ones(*tensors[min(tensors)].shape[:-1], 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(not_finite, "not finite"), (lacking, "lacks"), (left_over, "layers.9"), (misshapen, "does not fit")],
+)
+def test_tensors_that_cannot_be_used_are_no_start(
+    onecard: Run, recipe: Path, copied: Path, spoil: Callable[[dict[str, torch.Tensor]], None], words: str
+) -> None:
+    tensors = load_file(copied / WEIGHTS)
+    spoil(tensors)
+    save_file(tensors, copied / WEIGHTS, metadata={"format": "pt"})
+    refused(onecard("train", recipe, f"lora.adapter_name_or_path={copied}"), words)
+    refused(onecard("verify", copied), "checks failed")
+
+
+def test_an_archive_is_not_opened(onecard: Run, recipe: Path, artifact: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "adapter.zip"
+    with zipfile.ZipFile(packed, "w") as file:
+        file.write(artifact / WEIGHTS, "../../escaped.safetensors")
+    tarred = tmp_path / "adapter.tar.gz"
+    with tarfile.open(tarred, "w:gz") as file:
+        member = tarfile.TarInfo("../escaped")
+        member.size = 4
+        file.addfile(member, io.BytesIO(b"text"))
+    before = sorted(tmp_path.parent.rglob("*"))
+    for archive in (packed, tarred):
+        refused(onecard("verify", archive), archive.name)
+        refused(onecard("train", recipe, f"lora.adapter_name_or_path={archive}"), archive.name)
+    new = [path for path in sorted(tmp_path.parent.rglob("*")) if path not in before and tmp_path / "run" not in
+           (path, *path.parents)]  # fmt: skip
+    assert new == []
+
+
+def test_experts_that_are_not_int8_end_the_run(onecard: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.quant.quantizer import Int8Quantizer
+
+    finish = Int8Quantizer._process_model_after_weight_loading
+
+    def one_is_left(self: Any, model: Any, **options: Any) -> Any:
+        experts = model.model.layers[1].mlp.experts
+        experts.down_proj = nn.Parameter(experts.down_proj.float(), requires_grad=False)
+        return finish(self, model, **options)
+
+    monkeypatch.setattr(Int8Quantizer, "_process_model_after_weight_loading", one_is_left)
+    refused(onecard("train", recipe), "layers.1.mlp.experts.down_proj", MODEL.name)
+
+
+def test_adapters_that_were_not_applied_end_the_run(
+    onecard: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolkit.adapters import attach
+
+    make = attach.get_peft_model
+
+    def one_is_left(*arguments: Any, **options: Any) -> Any:
+        model = make(*arguments, **options)
+        attention = model.get_base_model().model.layers[2].self_attn
+        attention.q_proj = attention.q_proj.get_base_layer()
+        return model
+
+    monkeypatch.setattr(attach, "get_peft_model", one_is_left)
+    refused(onecard("train", recipe), "layers.2.self_attn.q_proj", "PEFT did not adapt it", "1 of ")
+
+
+def test_adapters_that_never_move_end_the_run(onecard: Run, recipe: Path, tmp_path: Path) -> None:
+    refused(onecard("train", recipe, "training.learning_rate=1e-30", "eval.enabled=false"), "adapters moved")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_name_that_matches_nothing_is_refused_with_the_nearest(onecard: Run, recipe: Path) -> None:
+    refused(onecard("train", recipe, "lora.target_modules=[q_prj]"), "q_prj", "did you mean", "q_proj")

@@ -1,0 +1,134 @@
+"""Which servers take an adapter as it lies on the disk, by the rules that their loaders state in their sources.
+
+A server that does not know a key drops it without a word or refuses the whole adapter, and no small program can ask it
+first: both want a GPU. The rules are those of vLLM 0.33.0 (`lora/lora_model.py`, `lora/lora_weights.py`,
+`lora/peft_helper.py`) and SGLang 0.5.23 (`srt/lora/lora.py`, `srt/lora/utils.py`, `srt/lora/lora_config.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["SERVERS", "server_problems"]
+
+SERVERS = ("vLLM 0.33.0", "SGLang 0.5.23")
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
+_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"up_proj", "down_proj"})
+"""Of an expert, with a gate by its two usual sets of names, or without."""
+_VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_SGLANG_TAKES = frozenset(
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "o_proj",
+        "out_proj",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "down_proj",
+        "w1",
+        "w2",
+        "w3",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "in_proj",
+        "in_proj_q",
+        "in_proj_k",
+        "in_proj_v",
+        "in_proj_z",
+        "in_proj_qkvz",
+        "embed_tokens",
+        "lm_head",
+    ]
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def server_problems(shapes: Shapes, config: Mapping[str, Any], num_experts: int) -> dict[str, list[str]]:
+    """By server, one line for each thing that it would refuse or drop; an empty list is an adapter that it takes.
+
+    Args:
+        shapes: of every tensor of `adapter_model.safetensors`, by key. config: `adapter_config.json`.
+        num_experts: of each stack.
+    """
+    keys = list(_keys(shapes, config))
+    modules = sorted({match["module"] for match in map(_KEY.fullmatch, shapes) if match})
+    stacks = list(_stacks(modules, num_experts))
+    found = (
+        [*keys, *stacks, *_vllm_config(config)],
+        [*keys, *stacks, *_sglang_config(config), *_sglang_modules(modules)],
+    )
+    return dict(zip(SERVERS, found, strict=True))
+
+
+def _keys(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
+    """Both loaders: pairs of 2-D tensors of the one rank that the configuration names."""
+    sides: dict[str, set[str]] = defaultdict(set)
+    for key, shape in shapes.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            yield f"{key} is no LoRA key"
+            continue
+        sides[match["module"]].add(match["side"])
+        if ".base_layer" in key or match["module"].endswith(".experts"):
+            yield f"{key} is PEFT's fused layout, which is read for a few families only"
+        elif len(shape) != 2 or shape[0 if match["side"] == "A" else 1] != config["r"]:
+            yield f"{key} is {'×'.join(map(str, shape))}, not of rank {config['r']}"
+    yield from (f"{module} has only one of A and B" for module, found in sorted(sides.items()) if len(found) == 1)
+
+
+def _stacks(modules: Iterable[str], num_experts: int) -> Iterator[str]:
+    """All experts are packed into one tensor, so each needs every projection."""
+    experts: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for module in modules:
+        if match := _EXPERT.fullmatch(module):
+            experts[match["stack"]][int(match["number"])].add(match["projection"])
+    for stack, found in sorted(experts.items()):
+        if missing := sorted(set(range(num_experts)) - found.keys()):
+            yield f"{stack} lacks expert {missing[0]} ({len(missing)} of {num_experts} are missing)"
+        for number, projections in sorted(found.items()):
+            if number >= num_experts:
+                yield f"{stack}.{number} is beyond the last of {num_experts} experts"
+            if projections not in _PROJECTIONS:
+                yield f"{stack}.{number} has {', '.join(sorted(projections))}, not all projections of an expert"
+
+
+def _vllm_config(config: Mapping[str, Any]) -> Iterator[str]:
+    for field in ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens"):
+        if config.get(field):
+            yield f"{field} is not supported"
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _VLLM_STARTS:
+        yield f"init_lora_weights={start} changes the base's weights"
+    if config["r"] > 512:
+        yield f"rank {config['r']} is over 512, the largest --max-lora-rank"
+
+
+def _sglang_config(config: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(config.get("target_modules"), list):
+        yield "target_modules is not a list of names"
+    for field in ("use_rslora", "rank_pattern", "alpha_pattern", "use_dora"):
+        if config.get(field):
+            yield f"{field} is not read: alpha / r scales everything"
+
+
+def _sglang_modules(modules: Iterable[str]) -> Iterator[str]:
+    by_leaf: dict[str, list[str]] = defaultdict(list)
+    for module in modules:
+        by_leaf[module.rpartition(".")[2]].append(module)
+    for leaf, found in sorted(by_leaf.items()):
+        if leaf not in _SGLANG_TAKES:
+            yield f"{found[0]}: no adapter on a module called {leaf} ({len(found)} modules)"
+    for leaf, other in (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("v_proj", "q_proj"), ("w1", "w3")):
+        owners, others = ({m.rpartition(".")[0] for m in by_leaf[part]} for part in (leaf, other))
+        yield from (f"{owner} has {leaf} without {other}" for owner in sorted(owners - others))
