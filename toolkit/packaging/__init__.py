@@ -2,6 +2,7 @@
 
 from toolkit.packaging.artifact import check_folder, stack_versions, write_artifact
 from toolkit.packaging.base import BaseIdentity, config_sha256, identify_base, license_of
+from toolkit.packaging.canary import training_answers
 from toolkit.packaging.card import model_card
 from toolkit.packaging.combine import Combined, combine_adapters
 from toolkit.packaging.export import FORMATS, Export, export_adapter
@@ -36,6 +37,7 @@ __all__ = [
     "require_base",
     "runs_near",
     "stack_versions",
+    "training_answers",
     "verify_artifact",
     "write_artifact",
 ]
