@@ -23,15 +23,9 @@ __all__ = ["MetricsLog", "ProgressDisplay", "StillAdapters", "held_out_scores", 
 
 _PLAIN_SECONDS = 5.0
 _NOT_SCORES = {
-    "loss",
-    "runtime",
-    "samples_per_second",
+    "aux_loss", "entropy", "loss", "mean_token_accuracy", "num_tokens", "runtime", "samples_per_second",
     "steps_per_second",
-    "num_tokens",
-    "mean_token_accuracy",
-    "entropy",
-    "aux_loss",
-}
+}  # fmt: skip
 """What an evaluation logs of its own accord."""
 _RERUN = "checkpoints are whole: free space or mend the disk, then rerun the same command"
 
