@@ -38,7 +38,18 @@ def test_a_thousand_steps_and_six_thousand_experts_are_a_small_page(finished: Pa
     assert page == finished / "report.html"
     assert page.stat().st_size < MOST_BYTES
     text = page.read_text(encoding="utf-8")
-    for words in ("finished, step 1,000", "60.0%", "base 10.0%", "Router entropy", "96 of 96", "1 (3.7; layer.expert)"):
+    for words in (
+        "finished, step 1,000",
+        "60.0%",
+        "base 10.0%",
+        "Router entropy",
+        "96 of 96",
+        "1 (3.7; layer.expert)",
+        "Held-out token f1, while training",
+        "Training stopped early, after 1,000 of 2,000 steps",
+        "The adapter is that of step 900",
+        "base 10.0%, better",
+    ):
         assert words in text, words
 
 
