@@ -3,52 +3,62 @@
 
     .venv/bin/python scripts/plan_cards.py [--seconds]
 
-Offline, from the published configs that come with the package. A step is rehearsed once a recipe: its bytes do not
-depend on the card. `--seconds` times each recipe's plan, without the imports, which are printed first.
+Offline, from what comes with the package. Seconds are a step's limit and estimate. `--seconds` adds a column:
+it times the whole command, interpreter and imports included, once for each card; the median and the longest.
 """
 
 from __future__ import annotations
 
+import statistics
+import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
+
+from toolkit.plan import Device, make_plan
+from toolkit.plan.cards import CARDS
+from toolkit.plan.place import streamed
+from toolkit.recipe import load
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("olmoe-1b-7b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-30b-a3b")
 
 
+def cell(name: str, card: str) -> tuple[str, float]:
+    """What the plan says for a card, and its need in GiB."""
+    recipe, device = load(ROOT / "recipes" / f"{name}.yaml", note=lambda _: None), CARDS[card]
+    made = make_plan(recipe, device=Device("cuda", card, device.memory, device))
+    need, away = made.bytes.total / 2**30, len(streamed(made.placement))
+    if not made.fits:
+        return (f"no: {made.changes[0].what}" if made.changes else "no"), need
+    seconds = f", {made.duration.limit:.1f} to {made.duration.estimate:.1f} s" if made.duration else ""
+    return (f"{away} of {len(made.placement)} layers streamed, {need:.1f}" if away else "fits") + seconds, need
+
+
+def wall(name: str) -> str:
+    """Median and longest wall time of the command over all cards."""
+    times = []
+    for card in CARDS:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "toolkit", "plan", f"recipes/{name}.yaml", "--device", card, "--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode in (0, 5), done.stderr
+        times.append(time.perf_counter() - began)
+    return f"{statistics.median(times):.2f} ({max(times):.2f})"
+
+
 def main() -> None:
     """Print the table."""
-    warnings.simplefilter("ignore")
-    began = time.perf_counter()
-    from toolkit.plan import Device, make_plan
-    from toolkit.plan.cards import CARDS
-    from toolkit.plan.place import streamed
-    from toolkit.recipe import load
-
-    if "--seconds" in sys.argv:
-        print(f"imports: {time.perf_counter() - began:.1f} s")
+    timed = "--seconds" in sys.argv
     sizes = sorted({card.memory_gib for card in CARDS.values()})
-    names = {size: " ".join(n.removeprefix("rtx-") for n, c in CARDS.items() if c.memory_gib == size) for size in sizes}
-    print("| recipe | need GiB | " + " | ".join(f"{size} GiB: {names[size]}" for size in sizes) + " |")
-    print("|---" * (len(sizes) + 2) + "|")
+    groups = {size: [name for name, card in CARDS.items() if card.memory_gib == size] for size in sizes}
+    heads = [f"{size} GiB: {' '.join(name.removeprefix('rtx-') for name in groups[size])}" for size in sizes]
+    print("| recipe | need GiB | " + " | ".join(heads) + (" | plan, s |" if timed else " |"))
+    print("|---" * (len(sizes) + 2 + timed) + "|")
     for name in RECIPES:
-        recipe, cells, need = load(ROOT / "recipes" / f"{name}.yaml", note=lambda _: None), [], 0.0
-        began = time.perf_counter()
-        for size in reversed(sizes):
-            card = next(card for card in CARDS.values() if card.memory_gib == size)
-            made = make_plan(recipe, device=Device("cuda", card.name, card.memory, card))
-            away = len(streamed(made.placement))
-            need = need or made.bytes.total / 2**30
-            if not made.fits:
-                cells.append(f"no: {made.changes[0].what}" if made.changes else "no")
-            elif away:
-                cells.append(f"{away} of {len(made.placement)} layers streamed, {made.bytes.total / 2**30:.1f}")
-            else:
-                cells.append("fits")
-        shown = f" ({time.perf_counter() - began:.1f} s)" if "--seconds" in sys.argv else ""
-        print(f"| {name}{shown} | {need:.1f} | {' | '.join(reversed(cells))} |", flush=True)
+        cells = [cell(name, groups[size][-1]) for size in sizes]
+        row = [name, f"{cells[-1][1]:.1f}", *(text for text, _ in cells), *([wall(name)] if timed else [])]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-__all__ = ["HEAD", "HubStandIn", "serve"]
+import pytest
+from huggingface_hub import constants
+
+__all__ = ["HEAD", "HubStandIn", "serve", "serve_this_process"]
 
 HEAD = "a" * 40
 USERS = {"Bearer good": "write", "Bearer reader": "read"}
@@ -49,6 +53,21 @@ def serve() -> Iterator[HubStandIn]:
         finally:
             hub.shutdown()
             thread.join()
+
+
+@contextmanager
+def serve_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubStandIn]:
+    """A running stand-in that this process's own client talks to, which read its switches when it was imported."""
+    with serve() as stand_in:
+        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_TOKEN", "good")
+        yield stand_in
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -78,16 +78,20 @@ def test_other_ways_to_train_are_the_same(tmp_path: Path, changes: dict[str, Any
 def test_traffic_is_two_passes_a_step_however_many_micro_batches(tmp_path: Path) -> None:
     layers = 6
     checkpoint = deep_checkpoint(tmp_path / "deep", layers)
-    moved = []
-    for micro_batches in (2, 4):
-        folder = tmp_path / str(micro_batches)
+    moved, adapters = [], []
+    for micro_batches, together in ((2, None), (4, None), (4, 2)):
+        folder = tmp_path / f"{micro_batches} {together}"
         changes = {"gradient_accumulation_steps": micro_batches, "packing": False, "max_steps": 3}
-        adapted, *_ = train(load(checkpoint, tmp_path), folder, **changes)
+        adapted, _, adapter = train(load(checkpoint, tmp_path), folder, **changes, together=together)
+        adapters.append(adapter)
         stream = stream_of(adapted)
         assert stream is not None
         moved.append(stream.traffic.layers)
     # Up once and down once, less what is in the two slots at either turn; once more for the probe before the first.
     assert moved[0] == moved[1] <= (3 + 1) * (2 * layers - 2)
+    # Two at a time: two passes each way, and the same bits.
+    assert moved[1] < moved[2] <= (2 * 3 + 1) * (2 * layers - 2)
+    assert_same_bits(adapters[1], adapters[2])
 
 
 def deep_checkpoint(folder: Path, layers: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -45,8 +46,11 @@ def push(
     json_: Json = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
+    from toolkit.errors import RecipeError
     from toolkit.packaging import push_artifact, training_answers
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise RecipeError(f"{repo_id}: not a repository; write OWNER/NAME")
     console = quiet_console()
     folder = artifact_of(artifact)
     if dry_run:

@@ -9,7 +9,7 @@ from toolkit.packaging.export import FORMATS, Export, export_adapter
 from toolkit.packaging.hub import check_token, push_artifact
 from toolkit.packaging.manifest import load_adapter_config, read_manifest
 from toolkit.packaging.remote import fetch_adapter, is_remote
-from toolkit.packaging.reopen import base_folder, reopen_recipe
+from toolkit.packaging.reopen import base_folder, reopen_recipe, runs_near
 from toolkit.packaging.verify import Check, VerifyReport, require_base, verify_artifact
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "read_manifest",
     "reopen_recipe",
     "require_base",
+    "runs_near",
     "stack_versions",
     "training_answers",
     "verify_artifact",

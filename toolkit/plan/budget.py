@@ -6,6 +6,7 @@ Shapes are read once; a step's bytes are asked for once for each choice that cha
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.plan.devices import Device
+from toolkit.plan.head import head_step_bytes
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
-from toolkit.plan.place import share_of, spread
+from toolkit.plan.place import most_together, resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
 from toolkit.plan.steps import Held, Question, StepShape, question, recall, rehearsed, remember
 from toolkit.recipe import Recipe
@@ -85,27 +87,58 @@ class Budget:
 
     def bytes(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> Bytes:
         """Of a recipe with rank and length decided; all stacks resident where no placement is given."""
-        step = self.step(recipe) if self.counts_steps else Held(0)
-        return self._bytes(recipe, placement, step, self.evaluating(recipe))
+        placement = placement or self._resident()
+        return self._bytes(recipe, placement, self.together(recipe, placement))
 
-    def _bytes(self, recipe: Recipe, placement: Mapping[str, str] | None, step: Held, evaluating: int = 0) -> Bytes:
+    def together(self, recipe: Recipe, placement: Mapping[str, str]) -> int:
+        """The most micro-batches that fit when they go through a streamed layer before the next: each waits once."""
+        most = most_together(recipe) if self.counts_steps and streamed(placement) else 1
+        room = (self._bytes(recipe, placement, count).total <= self.device.memory for count in range(most, 1, -1))
+        return next((most - number for number, fits in enumerate(room) if fits), 1)
+
+    def _bytes(self, recipe: Recipe, placement: Mapping[str, str], together: int = 1, *, counts: bool = True) -> Bytes:
+        counts = counts and self.counts_steps
         return count_bytes(
             self.shapes,
             recipe,
-            placement or spread(dict.fromkeys(self.layers, 0), 0, "resident"),
+            placement,
             device=self.device.kind,
             itemsize=self.itemsize,
-            step=step,
-            evaluating=evaluating,
+            step=self.step(recipe) if counts else Held(0),
+            evaluating=self.evaluating(recipe) if counts else 0,
+            together=together,
+            learning=self._learning(recipe) if counts else 0,
         )
+
+    def _learning(self, recipe: Recipe) -> int:
+        """What a multi-token-prediction head holds while it learns from a micro-batch."""
+        numbers, shape, batch = self.shapes.numbers, self.shape_for(recipe), recipe.training.per_device_train_batch_size
+        if not recipe.mtp.enabled or "head_parameters" not in numbers:
+            return 0
+        return head_step_bytes(
+            numbers["head_parameters"],
+            numbers["hidden_size"],
+            numbers["vocab_size"],
+            batch=batch,
+            length=shape.length,
+            labelled=batch * shape.labelled,
+            depth=max(recipe.mtp.depth, recipe.mtp.num_mtp_layers),
+            layers=recipe.mtp.num_mtp_layers,
+            device=self.device.kind,
+        )
+
+    def _resident(self) -> dict[str, str]:
+        return spread(dict.fromkeys(self.layers, 0), 0, "resident")
 
     def fits(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> bool:
         """Whether the device has the bytes. What stands is looked at first: counting a step may take seconds."""
-        memory = self.device.memory
-        return self._bytes(recipe, placement, Held(0)).total <= memory and self.bytes(recipe, placement).total <= memory
+        placement, memory = placement or self._resident(), self.device.memory
+        return self._bytes(recipe, placement, counts=False).total <= memory and (
+            self._bytes(recipe, placement).total <= memory
+        )
 
     def place(self, recipe: Recipe) -> dict[str, str]:
-        """MoE layer to resident, host or disk: what the recipe says, or the fewest streamed layers that make it fit."""
+        """MoE layer to resident, host or disk: what the recipe says, or what fits with the least traffic."""
         wanted, sizes = recipe.placement, stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize)
         is_int8 = recipe.quantization.experts == "int8"
         if wanted.experts == "resident" or not is_int8:
@@ -113,11 +146,25 @@ class Budget:
         if wanted.share is not None:
             count = share_of(sizes, wanted.share)
             return spread(sizes, count, self._place(wanted.experts, sizes, count))
-        for count in range(len(sizes) + 1):
-            placement = spread(sizes, count, self._place(wanted.experts, sizes, count))
-            if self.fits(recipe, placement):
-                return placement
-        return spread(sizes, 0, "resident") if wanted.experts == "auto" else placement
+        if self.fits(recipe):
+            return self._resident()
+        everything = spread(sizes, len(sizes), self._place(wanted.experts, sizes, len(sizes)))
+        if not self.fits(recipe, everything):
+            return self._resident() if wanted.experts == "auto" else everything
+        return self._least_traffic(recipe, sizes)
+
+    def _least_traffic(self, recipe: Recipe, sizes: Mapping[str, int]) -> dict[str, str]:
+        """Fewest layers times passes: more layers streamed leave room for more micro-batches in each pass."""
+        micro, most = recipe.training.gradient_accumulation_steps, most_together(recipe)
+        beside = [self._bytes(recipe, self._resident(), count) for count in range(1, most + 1)]
+        rests = [counted.total - counted.experts for counted in beside]
+        found: list[tuple[int, int, dict[str, str]]] = []
+        for count in range(1, len(sizes) + 1):
+            placement = spread(sizes, count, self._place(recipe.placement.experts, sizes, count))
+            room = self.device.memory - sum(resident_bytes(sizes, placement))
+            if together := sum(rest <= room for rest in rests):
+                found.append((count * math.ceil(micro / together), count, placement))
+        return min(found, key=lambda each: each[:2])[2]
 
     def step(self, recipe: Recipe) -> Held:
         """What a training step holds."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.plan.cards import Card
+from toolkit.plan.head import HEAD_BYTES
 from toolkit.plan.memory import Bytes
 from toolkit.plan.place import streamed
 from toolkit.plan.shapes import Shapes
@@ -52,8 +53,13 @@ def step_duration(
     placement: Mapping[str, str],
     adapter: int,
     length: int,
+    together: int = 1,
 ) -> Duration:
-    """Of all micro-batches of one optimizer step. `stacks`: MoE layer to bytes. `adapter`: trained parameters."""
+    """Of all micro-batches of one optimizer step.
+
+    Args:
+        stacks: MoE layer to bytes. adapter: trained parameters. together: micro-batches that share a streamed layer.
+    """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
     micro = training.gradient_accumulation_steps
@@ -61,14 +67,15 @@ def step_duration(
     frozen = _active(shapes) * tokens * 2 * (passes - 1)
     attention = _attention(shapes, length) * tokens * (passes - 0.5)
     low_rank = adapter * _share(shapes) * tokens * 2 * passes
-    arithmetic = (frozen + attention + low_rank) / (card.bf16_tflops * 1e12)
+    head = 6 * sizes.mtp / HEAD_BYTES * tokens * recipe.mtp.depth / recipe.mtp.num_mtp_layers  # its logits left out
+    arithmetic = (frozen + attention + low_rank + head) / (card.bf16_tflops * 1e12)
     weights = sizes.linears + sizes.other + sum(stacks.values())
     moved = micro * (passes - 1) * weights + 2 * (sizes.adapter + sizes.gradients + sizes.optimizer)
     away = sum(stacks[name] for name in streamed(placement))
     limits = {
         "arithmetic": arithmetic,
         "memory": moved / (card.memory_rate * 1e9),
-        "bus": 2 * micro * away / (card.pcie_rate * 1e9),
+        "bus": 2 * math.ceil(micro / together) * away / (card.pcie_rate * 1e9),
     }
     likely = {name: seconds / _REACHED[name] for name, seconds in limits.items()}
     return Duration(**limits, estimate=max(likely["arithmetic"] + likely["memory"], likely["bus"]))

@@ -57,6 +57,8 @@ class Plan:
     folder: Path
     placement: Mapping[str, str] = field(default_factory=dict)
     """MoE layer module name to where its expert stacks live: resident, host or disk."""
+    together: int = 1
+    """Micro-batches that go through a streamed layer before the next."""
     device_name: str = ""
     length: int = 0
     """Tokens of the sequence that `bytes` are for: the longest of the data where they were looked at."""
@@ -113,6 +115,7 @@ class Plan:
             "fits": self.fits,
             "placement": dict(self.placement),
             "streamed_layers": len(streamed(self.placement)),
+            "micro_batches_together": self.together,
             "step_seconds": self.duration.to_dict() if self.duration else None,
             "disk": dict(self.disk),
             "stored": asdict(self.stored) if self.stored else None,
@@ -156,6 +159,7 @@ def make_plan(
         device.memory,
         Path(recipe.training.output_dir),
         placement,
+        budget.together(recipe, placement),
         device.name,
         chosen.length,
         chosen.labelled,
@@ -184,7 +188,8 @@ def _duration(
         return None
     stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
     adapter = sizes.adapter // 4
-    return step_duration(budget.shapes, recipe, budget.device.card, sizes, stacks, placement, adapter, length)
+    together = budget.together(recipe, placement)
+    return step_duration(budget.shapes, recipe, budget.device.card, sizes, stacks, placement, adapter, length, together)
 
 
 def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.errors import ModelError
 from toolkit.plan.head import head_bytes
-from toolkit.plan.place import resident_bytes, streamed
+from toolkit.plan.place import resident_bytes
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import Held
 from toolkit.recipe import Recipe
@@ -26,6 +26,9 @@ in anonymous memory. The second is measured in each run and set apart from the r
 _WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": 16 << 20}
 """Experts multiplied out at a time (`toolkit.ops.triton.launch`), and cuBLAS's own. On a CPU what trainer and BLAS set
 up when training begins, measured; an expert's buffers are rehearsed."""
+_A_THREAD = 5 << 20
+"""What BLAS keeps for a thread, measured: on a CPU every micro-batch that waits has one, and a buffer for an expert
+multiplied out."""
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
@@ -87,8 +90,16 @@ def count_bytes(
     itemsize: int,
     step: Held,
     evaluating: int = 0,
+    together: int = 1,
+    learning: int = 0,
 ) -> Bytes:
-    """All groups. `step`: what a training step holds. `evaluating`: most bytes of a pass over held-out examples."""
+    """All groups.
+
+    Args:
+        learning: what a head holds while it learns, beside what the micro-batch has saved.
+        step: what a micro-batch holds. together: how many of them go through a streamed layer before the next.
+        evaluating: most bytes of a pass over held-out examples.
+    """
     architecture, parameters = shapes.architecture, shapes.parameters
     experts, slots = resident_bytes(stack_bytes(shapes, recipe.quantization.experts, itemsize), placement)
     stacks = sum(math.prod(parameters[name]) for layer in architecture.layers for name in layer.stacks)
@@ -97,7 +108,8 @@ def count_bytes(
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
-    held = step.peak + _beside(recipe, placement) * step.saved
+    held = _held(step, gradients, recipe.training.gradient_accumulation_steps, together, len(architecture.layers))
+    held = max(held, learning + together * step.saved if learning else 0)
     activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
@@ -111,10 +123,25 @@ def count_bytes(
         mtp=_head(shapes, recipe),
         activations=activations,
         evaluation=evaluation,
-        workspace=_WORKSPACE[device],
+        workspace=_WORKSPACE[device]
+        + (together - 1) * (_A_THREAD + _largest(shapes) * itemsize if device == "cpu" else 0),
         slack=int(_SLACK[device] * (gradients + activations + evaluation)),
         libraries=_LIBRARIES[device],
     )
+
+
+def _held(step: Held, gradients: int, micro: int, together: int, layers: int) -> int:
+    """Most bytes of gradients and activations: later micro-batches have the gradients of earlier ones beside them.
+
+    Where all go together, only the last layer's are there when the others compute their loss.
+    """
+    before = 0 if micro == 1 else gradients // layers if together == micro else gradients
+    return max(step.peak, before + (step.bare or step.peak)) + (together - 1) * step.saved
+
+
+def _largest(shapes: Shapes) -> int:
+    """Parameters of the largest matrix of an expert."""
+    return max(math.prod(shapes.parameters[name][1:]) for layer in shapes.architecture.layers for name in layer.stacks)
 
 
 def _head(shapes: Shapes, recipe: Recipe) -> int:
@@ -123,13 +150,6 @@ def _head(shapes: Shapes, recipe: Recipe) -> int:
     if "head_parameters" not in shapes.numbers:
         raise ModelError("mtp.enabled: this family keeps its decoder layers where no head can copy one; remove it")
     return head_bytes(recipe.mtp.num_mtp_layers * shapes.numbers["head_parameters"])
-
-
-def _beside(recipe: Recipe, placement: Mapping[str, str]) -> int:
-    """Micro-batches whose saved activations are alive beside one that computes: streamed layers take all in turn."""
-    training = recipe.training
-    one_by_one = training.activation_offloading or recipe.lora.lora_dropout > 0 or recipe.mtp.enabled
-    return 0 if one_by_one or not streamed(placement) else training.gradient_accumulation_steps - 1
 
 
 def _optimizer_scratch(recipe: Recipe, device: str, adapter: int) -> int:

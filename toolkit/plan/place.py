@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-__all__ = ["SLOTS", "resident_bytes", "share_of", "spread", "streamed"]
+from toolkit.recipe import Recipe
+
+__all__ = ["SLOTS", "most_together", "resident_bytes", "share_of", "spread", "streamed"]
 
 SLOTS = 2
 """Device buffers that streamed layers pass through: one is computed with while the next one is filled."""
@@ -40,3 +42,12 @@ def resident_bytes(layers: Mapping[str, int], placement: Mapping[str, str]) -> t
 def share_of(layers: Mapping[str, int], share: float) -> int:
     """How many layers a share of them is, rounded up."""
     return math.ceil(share * len(layers))
+
+
+def most_together(recipe: Recipe) -> int:
+    """Micro-batches of an optimizer step that may go through a streamed layer before the next; 1 is the usual order.
+
+    Dropout draws random numbers in order, offloaded activations and a head know one micro-batch at a time.
+    """
+    alone = recipe.training.activation_offloading or recipe.lora.lora_dropout > 0 or recipe.mtp.enabled
+    return 1 if alone else recipe.training.gradient_accumulation_steps

@@ -33,10 +33,11 @@ class LayerMajor(Generic[Result]):
 
     Args:
         stream: its `gate` is taken while tasks run.
+        together: most tasks side by side, whose activations are alive together; the next ones follow. None for all.
     """
 
-    def __init__(self, stream: ExpertStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: ExpertStream, together: int | None = None) -> None:
+        self._stream, self._together = stream, together
         self._turn = Condition()
         self._pool = ThreadPoolExecutor(1)
         self._threads = 1
@@ -48,6 +49,11 @@ class LayerMajor(Generic[Result]):
         A task runs until it asks for another layer than the current one; when all have come so far, the layer that the
         first of them waits for becomes the current one.
         """
+        size = self._together or max(1, len(tasks))
+        groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        return [result for group in groups for result in self._run(group)]
+
+    def _run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
         self._begin(len(tasks))
         if len(tasks) > self._threads:
             self._pool, self._threads = ThreadPoolExecutor(len(tasks), "onecard-micro-batch"), len(tasks)
@@ -151,8 +157,10 @@ class LayerMajorSteps:
         return self._losses[number]
 
 
-def layer_major_for(model: nn.Module, arguments: dict[str, Any]) -> LayerMajor[torch.Tensor] | None:
-    """What runs an optimizer step's micro-batches, None where the ordinary order is the right one.
+def layer_major_for(
+    model: nn.Module, arguments: dict[str, Any], together: int | None = None
+) -> LayerMajor[torch.Tensor] | None:
+    """What runs an optimizer step's micro-batches, `together` at a time; None where the ordinary order is right.
 
     That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
     moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
@@ -162,7 +170,7 @@ def layer_major_for(model: nn.Module, arguments: dict[str, Any]) -> LayerMajor[t
     pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
     if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
         return None
-    return LayerMajor(stream)
+    return None if together == 1 else LayerMajor(stream, together)
 
 
 def _draws_random_numbers(model: Any) -> bool:

@@ -116,7 +116,8 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             # Without a graph nothing flows back, and the guard drops the whole step. Where processes wait for each
             # other's gradients these must come, and are not finite anywhere.
             return loss.new_zeros((), requires_grad=True) if processes() == 1 else result
-        return result if self.beside is None else self.beside.learn(result, inputs, self._logits, count)
+        logits, self._logits = self._logits, None  # not to be held through the backward pass
+        return result if self.beside is None else self.beside.learn(result, inputs, logits, count)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' own; before the first one, forward and backward of the longest batch."""
@@ -224,6 +225,7 @@ def train_adapter(
     best: BestAdapter | None = None,
     advice: str = "a smaller training.max_length",
     probes: bool = True,
+    together: int | None = None,
     resume: Resume | None = None,
     stop: StopRequest | None = None,
     places: Sequence[str] = (),
@@ -242,6 +244,7 @@ def train_adapter(
         best: what to keep or stop for.
         advice: what to change where memory does not suffice for the longest batch.
         probes: whether that batch goes first. It changes no number; it costs a batch's time.
+        together: micro-batches that go through a streamed layer before the next; None for all of a step.
         head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
         resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
         stop: told of signals. places: where each row of `train` came from. parts: trained and saved beside the adapter.
@@ -275,7 +278,7 @@ def train_adapter(
         trainer.score = best.score
         trainer.add_callback(keeper)
     trainer.probe_advice = advice if probes else None
-    trainer.layer_major = None if head else layer_major_for(model, arguments)
+    trainer.layer_major = None if head else layer_major_for(model, arguments, together)
     trainer.evaluates_each_epoch = validation is not None and not arguments["eval_steps"]
     guard = StepGuard(most, partial(name_examples, train, places), console.print)
     saved = {**(parts or {}), **({"mtp": head} if head and head_stage == "with" else {})}
