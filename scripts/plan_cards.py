@@ -3,7 +3,7 @@
 
     .venv/bin/python scripts/plan_cards.py [--seconds]
 
-Offline, from what comes with the package. Seconds are an optimizer step's limit and estimate. `--seconds` adds a column:
+Offline, from what comes with the package. Seconds are a step's limit and estimate. `--seconds` adds a column:
 it times the whole command, interpreter and imports included, once for each card; the median and the longest.
 """
 

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ def fresh(name: str) -> dict[str, Any]:
     shapes: Shapes = shapes_of(shape_of(name))
     steps = {}
     for digest, asked in questions(name).items():
-        held = answer(name, asked)
-        steps[digest] = [held.peak, held.saved]
+        steps[digest] = list(astuple(answer(name, asked)))
     return {"versions": versions(), "shapes": shapes.to_record(), "steps": dict(sorted(steps.items()))}
 
 

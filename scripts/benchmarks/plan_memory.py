@@ -82,7 +82,7 @@ class Case:
 
 
 CASES = [
-    Case("qwen3_moe", share=1.0, accumulation=4),
+    Case("qwen3_moe", length=512, share=1.0, accumulation=4),
     *(Case(family, share=1.0) for family in ("qwen3_moe", "mixtral", "gpt_oss")),
     Case("qwen3_moe", share=0.5, config={"num_hidden_layers": 8}),
     Case("olmoe", share=0.5, checkpointing=False),
@@ -146,7 +146,8 @@ def run(case: Case) -> dict[str, Any]:
         placement = budget.place(recipe) if case.share else None
         planned = budget.bytes(recipe, placement)
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(3, 2000, (24, case.length), generator=generator).tolist()
+        count = 2 * case.batch * case.accumulation
+        ids = torch.randint(3, 2000, (count, case.length), generator=generator).tolist()
         data = Dataset.from_dict({"input_ids": ids, "labels": ids})
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         if placement:
@@ -161,7 +162,7 @@ def run(case: Case) -> dict[str, Any]:
         result = train_adapter(
             adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
             arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
-            dtype="float32", train_router=case.router, console=Console(quiet=True),
+            dtype="float32", train_router=case.router, console=Console(quiet=True), probes=False,
             head=HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None,
         )  # fmt: skip
     measured = result.peak_memory - before

@@ -26,6 +26,9 @@ in anonymous memory. The second is measured in each run and set apart from the r
 _WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": 16 << 20}
 """Experts multiplied out at a time (`toolkit.ops.triton.launch`), and cuBLAS's own. On a CPU what trainer and BLAS set
 up when training begins, measured; an expert's buffers are rehearsed."""
+_A_THREAD = 5 << 20
+"""What BLAS keeps for a thread, measured: on a CPU every micro-batch that waits has one, and a buffer for an expert
+multiplied out."""
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
@@ -105,7 +108,8 @@ def count_bytes(
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
-    held = max(step.peak, step.saved + learning if learning else 0) + (together - 1) * step.saved
+    held = _held(step, gradients, recipe.training.gradient_accumulation_steps, together, len(architecture.layers))
+    held = max(held, learning + together * step.saved if learning else 0)
     activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
@@ -119,10 +123,25 @@ def count_bytes(
         mtp=_head(shapes, recipe),
         activations=activations,
         evaluation=evaluation,
-        workspace=_WORKSPACE[device],
+        workspace=_WORKSPACE[device]
+        + (together - 1) * (_A_THREAD + _largest(shapes) * itemsize if device == "cpu" else 0),
         slack=int(_SLACK[device] * (gradients + activations + evaluation)),
         libraries=_LIBRARIES[device],
     )
+
+
+def _held(step: Held, gradients: int, micro: int, together: int, layers: int) -> int:
+    """Most bytes of gradients and activations: later micro-batches have the gradients of earlier ones beside them.
+
+    Where all go together, only the last layer's are there when the others compute their loss.
+    """
+    before = 0 if micro == 1 else gradients // layers if together == micro else gradients
+    return max(step.peak, before + (step.bare or step.peak)) + (together - 1) * step.saved
+
+
+def _largest(shapes: Shapes) -> int:
+    """Parameters of the largest matrix of an expert."""
+    return max(math.prod(shapes.parameters[name][1:]) for layer in shapes.architecture.layers for name in layer.stacks)
 
 
 def _head(shapes: Shapes, recipe: Recipe) -> int:

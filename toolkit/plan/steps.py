@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -51,10 +51,12 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes beyond what stands: the most at once, gradients among them; and those of a micro-batch that waits."""
+    """Bytes beyond what stands: the most at once, gradients among them; those of a micro-batch that waits; and the most
+    at once beside gradients of micro-batches before."""
 
     peak: int
     saved: int = 0
+    bare: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,7 @@ def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
     del given["attn"]
     if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be imagined
         given["backend"] = "onecard_per_expert"
-    peak, saved = rehearsal.rehearse(model, rehearsal.Step(**given))
-    return Held(peak, saved)
+    return Held(*rehearsal.rehearse(model, rehearsal.Step(**given)))
 
 
 def recall(asked: Question, model: str, record: Mapping[str, Any]) -> Held | None:
@@ -143,7 +144,7 @@ def remember(asked: Question, model: str, held: Held) -> None:
     path = _file(asked, model)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps([held.peak, held.saved]))
+        write_text(path, json.dumps(astuple(held)))
 
 
 def cache_root() -> Path:

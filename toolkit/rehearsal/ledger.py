@@ -7,7 +7,7 @@ are nearly all, and has no marks inside a backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,8 +30,13 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self.peaks: dict[str, int] = {}
         """Highest count of each stretch, by the mark that opens it."""
+        self.bares: dict[str, int] = {}
+        """As `peaks`, without what `left_out` gave where the stretch began."""
+        self.left_out: Callable[[], int] = int
+        """Bytes among those alive that a caller counts apart."""
+        self._left_out = 0
         self.waiting = 0
-        """Highest count at places that the caller asks for."""
+        """Highest count, without what is left out, at places that the caller asks for."""
         self.opened: dict[str, int] = {}
         """Count at each mark."""
         self._granule, self._mark = granule, "start"
@@ -42,7 +47,8 @@ class Ledger(TorchDispatchMode):
     def mark(self, name: str) -> None:
         """End a stretch and begin one of this name."""
         self.peaks[self._mark] = max(self.peak, self.peaks.get(self._mark, 0))
-        self._mark, self.peak = name, self.live
+        self.bares[self._mark] = max(self.peak - self._left_out, self.bares.get(self._mark, 0))
+        self._mark, self.peak, self._left_out = name, self.live, self.left_out()
         self.opened.setdefault(name, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -54,10 +54,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Counted:
-    """Highest count of live bytes in each stretch (before the layers, in each layer forward and backward, the loss),
-    and what a micro-batch holds, gradients of parameters apart, where it may have to wait for its next experts."""
+    """Highest count of live bytes in each stretch (before the layers, in each layer forward and backward, the loss).
+
+    `bares`: the same, gradients of parameters from before the stretch left out. `saved`: what a micro-batch holds
+    without them where it may have to wait for its next experts.
+    """
 
     peaks: Mapping[str, int]
+    bares: Mapping[str, int]
     saved: int
 
     @property
@@ -65,10 +69,16 @@ class Counted:
         """The highest of all."""
         return max(self.peaks.values())
 
+    @property
+    def bare(self) -> int:
+        """The highest of all, beside gradients that were there before."""
+        return max(self.bares.values())
 
-def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int]:
-    """Most bytes that a step holds beyond parameters, buffers and optimizer, gradients among them; and how much a
-    micro-batch holds while others are taken through a streamed layer.
+
+def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
+    """Most bytes that a step holds beyond parameters, buffers and optimizer, its gradients among them; how much a
+    micro-batch holds while others are taken through a streamed layer; and the most beside gradients that are there
+    already.
 
     Args:
         model: a skeleton on meta, which is used up.
@@ -79,11 +89,14 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int]:
     truncate(peft_model, depths.short + depths.period)
     longer = run_step(peft_model, step, imagination)
     if not depths.period:
-        return longer.peak, longer.saved
+        return longer.peak, longer.saved, longer.bare
     truncate(peft_model, depths.short)
     short = run_step(peft_model, step, imagination)
     saved = short.saved + depths.repeats * (longer.saved - short.saved)
-    return _extrapolated(short.peaks, longer.peaks, depths), saved
+    highest, bare = (
+        _extrapolated(*each, depths) for each in ((short.peaks, longer.peaks), (short.bares, longer.bares))
+    )
+    return highest, saved, bare
 
 
 def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
@@ -109,7 +122,7 @@ def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Count
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
-    return Counted(ledger.peaks, max(ledger.opened.get("loss", 0), ledger.waiting))
+    return Counted(ledger.peaks, ledger.bares, max(ledger.opened.get("loss", 0), ledger.waiting))
 
 
 def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
@@ -117,7 +130,8 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
     inputs = _inputs(model, step)
     watches = [_Watch(ledger, number, is_last=number == len(layers) - 1) for number in range(len(layers))]
     handles = [layer.register_forward_hook(watch) for layer, watch in zip(layers, watches, strict=True)]
-    recomputed = [experts.register_forward_pre_hook(partial(_wait, ledger, model)) for experts in _experts(model)]
+    ledger.left_out = partial(_gradients, model)
+    recomputed = [experts.register_forward_pre_hook(partial(_wait, ledger)) for experts in _experts(model)]
     half = step.dtype in (torch.bfloat16, torch.float16)
     try:
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
@@ -141,10 +155,13 @@ def _experts(model: PeftModel) -> list[nn.Module]:
     return [base.get_submodule(layer.name) for layer in describe(base).layers]
 
 
-def _wait(ledger: Ledger, model: nn.Module, *_: Any) -> None:
+def _gradients(model: nn.Module) -> int:
+    return sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+
+
+def _wait(ledger: Ledger, *_: Any) -> None:
     """A micro-batch may wait before any experts, in forward or where forward is computed again."""
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
-    ledger.waiting = max(ledger.waiting, ledger.live - gradients)
+    ledger.waiting = max(ledger.waiting, ledger.live - ledger.left_out())
 
 
 class _Watch:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from toolkit.durable import write_text
 from toolkit.errors import ModelError
 from toolkit.evaluate import draft_table
+from toolkit.packaging import runs_near
 from toolkit.report import charts
 from toolkit.training import RunFolder
 
@@ -68,7 +69,9 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
     """
     folder = RunFolder(run)
     if not folder.recipe.is_file():
-        raise ModelError(f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote")
+        raise ModelError(
+            f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote{runs_near(run)}"
+        )
     metrics, finished = read_metrics(folder.metrics), json.loads(summary) if summary else _read(folder.summary)
     plan, experts = _read(folder.plan), _read(folder.experts)
     environment = Environment(loader=PackageLoader("toolkit.report", "."), autoescape=True, undefined=StrictUndefined)

@@ -187,7 +187,8 @@ def checks(console: Console, report: VerifyReport) -> None:
     """What `verify` found."""
     for check in report.checks:
         console.print(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}", markup=False)
-    console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
+    if report.tensors:
+        console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
 
 
 def _mean(parts: list[Any], what: str) -> str:

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from toolkit.errors import RecipeError, ResourceError
-from toolkit.plan import Device, StepShape, choose_device, device_memory, devices, free_memory, make_plan, parse_bytes
+from toolkit.plan import (
+    Device,
+    Plan,
+    StepShape,
+    choose_device,
+    device_memory,
+    devices,
+    free_memory,
+    make_plan,
+    parse_bytes,
+)
 from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.place import resident_bytes, share_of, spread, streamed
@@ -36,7 +46,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(wanted.lora.r, int)
         kept = 1 if wanted.training.gradient_checkpointing else 8
         saved = kept * wanted.training.max_length * (1 << 18)
-        return Held(saved + wanted.lora.r * (40 << 20), saved)
+        return Held(saved + wanted.lora.r * (40 << 20), saved, saved)
 
     monkeypatch.setattr(Budget, "step", step)
 
@@ -117,6 +127,41 @@ def test_micro_batches_that_wait_are_counted_where_layers_are_streamed() -> None
     share = 0.5
     saved = 1024 * (1 << 18)  # as `counted` has it
     assert activations(gradient_accumulation_steps=4) == activations() + 3 * saved
+
+
+def test_later_micro_batches_have_the_gradients_of_earlier_ones_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(bare: int, micro: int) -> int:
+        monkeypatch.setattr(Budget, "step", lambda *_: Held(1 << 30, 0, bare))
+        made = make_plan(
+            recipe(training={"gradient_accumulation_steps": micro}), device=Device("cpu", "cpu", 1 << 40, None, 1 << 40)
+        )
+        return made.bytes.gradients + made.bytes.activations
+
+    gradients = make_plan(recipe(), device=Device("cpu", "cpu", 1 << 40)).bytes.gradients
+    assert counted(900 << 20, 1) == 1 << 30
+    assert counted(900 << 20, 2) == gradients + (900 << 20)
+    assert counted(1 << 20, 2) == 1 << 30
+
+
+def test_as_many_micro_batches_go_together_as_fit_with_the_least_traffic() -> None:
+    def planned(memory: int, micro: int = 8) -> Plan:
+        training = {"gradient_accumulation_steps": micro, "max_length": 2048}
+        return make_plan(recipe(training=training), device=Device("cuda", "card", memory))
+
+    least = planned(1 << 40).bytes.total
+    kinds = set()
+    for memory in range(least - (5 << 30), least, 1 << 28):
+        made = planned(memory)
+        away, passes = len(streamed(made.placement)), -(-8 // made.together)
+        if not made.fits:
+            continue
+        kinds.add(made.together)
+        budget = Budget(MODEL, "main", Device("cuda", "card", memory), made.dtype, made.backend, "auto")
+        for count in range(1, 17):  # no other split moves less
+            other = spread(dict.fromkeys(made.placement, 0), count, "host")
+            if budget.fits(made.recipe, other):
+                assert away * passes <= count * -(-8 // budget.together(made.recipe, other))
+    assert len(kinds) > 2
 
 
 def test_evaluation_is_counted_where_the_data_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
