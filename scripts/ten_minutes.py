@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,15 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="ten-minutes-", dir=ROOT / "runs"))
     folder.mkdir(parents=True, exist_ok=True)
     with serve() as hub:
-        took = walk(folder.resolve(), overrides, hub)
+        took = walk(folder.resolve(), overrides, hub, onecard)
     print(json.dumps(took, indent=2) if given.json else table(took))
 
 
-def walk(folder: Path, overrides: list[str], hub: HubStandIn) -> dict[str, float]:
-    """Seconds by step."""
+Command = Callable[[HubStandIn, Path, str, list[str]], float]
+
+
+def walk(folder: Path, overrides: list[str], hub: HubStandIn, run_verb: Command) -> dict[str, float]:
+    """Seconds by step, each taken by `run_verb`."""
     recipe, run = folder / "recipe.yaml", folder / "run"
     settings = [*SETTINGS, f"training.output_dir={run}", *overrides]
     steps: dict[str, list[Any]] = {
@@ -65,17 +69,17 @@ def walk(folder: Path, overrides: list[str], hub: HubStandIn) -> dict[str, float
         "generate": [run, "--prompt", PROMPT, "--max-new-tokens", 8],
         "push": [run, REPOSITORY],
     }
-    took = {verb: onecard(hub, folder, verb, *arguments) for verb, arguments in steps.items()}
+    took = {verb: run_verb(hub, folder, verb, list(map(str, given))) for verb, given in steps.items()}
     check(run, hub)
     return took
 
 
-def onecard(hub: HubStandIn, folder: Path, verb: str, *arguments: object) -> float:
+def onecard(hub: HubStandIn, folder: Path, verb: str, arguments: list[str]) -> float:
     """Seconds that a verb took; its words go to a file beside the run."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "good", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "toolkit", verb, *map(str, arguments)]
+    command = [sys.executable, "-m", "toolkit", verb, *arguments]
     print(f"onecard {verb} …", file=sys.stderr, flush=True)
     began = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -7,12 +7,17 @@ import hashlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-__all__ = ["HEAD", "HubStandIn", "serve"]
+import pytest
+from huggingface_hub import constants
+
+__all__ = ["HEAD", "HubStandIn", "serve", "serve_this_process"]
 
 HEAD = "a" * 40
 USERS = {"Bearer good": "write", "Bearer reader": "read"}
@@ -33,6 +38,7 @@ class HubStandIn(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.served: dict[str, int] = {}
         self.failed: set[str] = set()
+        self.silence = 6.0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -47,6 +53,21 @@ def serve() -> Iterator[HubStandIn]:
         finally:
             hub.shutdown()
             thread.join()
+
+
+@contextmanager
+def serve_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubStandIn]:
+    """A running stand-in that this process's own client talks to, which read its switches when it was imported."""
+    with serve() as stand_in:
+        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_TOKEN", "good")
+        yield stand_in
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -128,14 +149,25 @@ class _Handler(BaseHTTPRequestHandler):
             there = repository.get("branches", {}).get(_branch(self.path), {})
             self._answer({"files": [_upload_mode(name, there.get(name)) for name in names]})
         elif self.path.endswith("/lfs/objects/batch"):
-            self._answer({"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]})
+            repo_id = self.path.lstrip("/").partition(".git/")[0]
+            if fault := self._fault(repo_id, "batch"):
+                self._fail(fault)
+                return
+            self._answer(
+                {"transfer": "basic", "objects": [self._action(repo_id, o) for o in json.loads(body)["objects"]]}
+            )
         elif "/commit/" in self.path:
             self._commit([json.loads(line) for line in body.splitlines()])
         else:
             self._answer({})
 
     def do_PUT(self) -> None:
-        self.server.blobs[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        repo_id, _, oid = self.path.removeprefix("/blob/").rpartition("/")
+        if fault := self._fault(repo_id, "put"):
+            self._fail(fault)
+            return
+        self.server.blobs[oid] = body
         self._answer({})
 
     def _create(self, wanted: dict[str, Any]) -> None:
@@ -146,8 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.repositories.setdefault(repo_id, {"private": private, "files": [".gitattributes"]})
         self._answer({"url": f"{self.server.url}/{repo_id}"}, 409 if known else 200)
 
-    def _action(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        return {**wanted, "actions": {"upload": {"href": f"{self.server.url}/blob/{wanted['oid']}"}}}
+    def _action(self, repo_id: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        return {**wanted, "actions": {"upload": {"href": f"{self.server.url}/blob/{repo_id}/{wanted['oid']}"}}}
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         header = next(line["value"] for line in lines if line["key"] == "header")
@@ -155,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "A commit has happened since.\nPlease refresh and try again."}, 412)
             return
         repo_id = "/".join(self.path.split("/")[3:5])
-        fault = self._fault(repo_id)
+        fault = self._fault(repo_id, "commit")
         if fault and fault != "lost":
             self._fail(fault)
             return
@@ -179,17 +211,20 @@ class _Handler(BaseHTTPRequestHandler):
         urls = {"commitUrl": f"{repository}/commit/{'b' * 40}", "pullRequestUrl": f"{repository}/discussions/1"}
         self._answer({**urls, "commitOid": "b" * 40})
 
-    def _fault(self, repo_id: str) -> str:
-        """What goes wrong with the first commit to a repository called `fault-…`; the second time all is well."""
-        if "/fault-" not in repo_id or repo_id in self.server.failed:
+    def _fault(self, repo_id: str, where: str) -> str:
+        """What goes wrong the first time with a repository called `fault-WHERE-WHAT`; the second time all is well."""
+        place, _, fault = repo_id.partition("/fault-")[2].partition("-")
+        if place != where or repo_id in self.server.failed:
             return ""
         self.server.failed.add(repo_id)
-        return repo_id.partition("/fault-")[2]
+        return fault
 
     def _fail(self, fault: str) -> None:
         if fault.isdigit():
             self._answer({"error": f"injected {fault}"}, int(fault))
-        else:  # the connection ends without an answer
+        else:  # the connection ends without an answer, at once or after longer than anyone waits
+            if fault == "timeout":
+                time.sleep(self.server.silence)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 

@@ -277,7 +277,7 @@ GGUF_NAMES: Mapping[str, str] = {
     "deepseek_v4": "deepseek4",
     "glm4_moe_lite": "deepseek2",
     "glm4v_moe": "glm4moe",
-    "granitemoe_swa": "granite_swa",
+    "glm_moe_dsa": "glm-dsa",
     "granitemoehybrid": "granitehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
@@ -288,6 +288,6 @@ GGUF_NAMES: Mapping[str, str] = {
 """llama.cpp's name of an architecture, by model type, where more than hyphens differ from transformers'. Source: the
 classes that its `conversion` package registers (llama.cpp of llama-cpp-python 0.3.36)."""
 
-GGUF_ROTATED_IN_PAIRS = frozenset({"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "mixtral"})
+GGUF_ROTATED_IN_PAIRS = frozenset({"granitemoe", "granitemoehybrid", "granitemoeshared", "mixtral"})
 """Model types whose rows of query and key llama.cpp's converter reorders from halves to pairs (`LlamaModel.permute`,
 for classes with `undo_permute`), since its rotary embedding of these architectures turns neighbours."""

@@ -7,7 +7,7 @@ One adapter is trained as the recipe says. Beside it, from the same batches, lea
 head of random numbers, and a head that sees the base model instead of the adapted one. Heads do not touch the adapter
 nor each other, so one run serves all. Then, on held-out prompts at depths 1 and 3:
 
-  base        the base model with the head that was trained on it
+  base        the base model with the head that was trained on it, on the data and on the base's own answers
   stale       the adapted model with that same head: what fine-tuning does to a head that is left alone
   data alone  a head trained beside the adapter, from the data's text and no other
   copied      that head after the adapted model's own answers to training prompts, as `mtp.own_answers` does it
@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mtp_replay import replay
+from mtp_replay import Texts
 from peft import PeftModel
 from rich.console import Console
 
 from toolkit import flow
 from toolkit.evaluate import answer_ids, measure_drafts
-from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, new_head
+from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, learn_own_answers, new_head
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 from toolkit.training import train_adapter
@@ -130,19 +130,24 @@ def main() -> None:
     depth, learning_rate = max(DEPTHS), recipe.mtp.head_learning_rate
     model, tokenizer, batches, heads, seconds = train(plan, depth, learning_rate)
     model.eval()
+    with model.disable_adapter():
+        before, said = flow.own_answers(model, tokenizer, batches, plan)
+        learn_own_answers(heads.apart, before, said, tokens=flow.step_tokens(plan), seed=recipe.training.seed)
     trained = {**heads.beside, "re-aligned": realigned(heads, depth, learning_rate)}
     finished = {"stale": heads.apart.head, "data alone": copy.deepcopy(heads.beside["copied"].head)}
     asked, own = flow.own_answers(model, tokenizer, batches, plan)
+    shared = OwnHidden(next(iter(trained.values())))
     for training in trained.values():
-        learn_own_answers(training, asked, own, tokens=flow.step_tokens(plan), seed=recipe.training.seed)
+        tokens, seed = flow.step_tokens(plan), recipe.training.seed
+        learn_own_answers(training, asked, own, tokens=tokens, seed=seed, source=shared)
     finished |= {name: training.head for name, training in trained.items()}
     prompts = [list(question.prompt_ids) for question in batches.held_out[: given.prompts]]
     write = partial(answer_ids, model, tokenizer, prompts, max_new_tokens=given.tokens, batch_size=50)
     answers = write()
-    rows = []
+    adapted = Texts(model, prompts, answers)
     with model.disable_adapter():
-        rows.append(_row("base", model, heads.apart.head.eval(), prompts, write()))
-    rows += [_row(name, model, head.eval(), prompts, answers) for name, head in finished.items()]
+        rows = [_row("base", Texts(model, prompts, write()), heads.apart.head.eval())]
+    rows += [_row(name, adapted, head.eval()) for name, head in finished.items()]
     parameters, length = sum(p.numel() for p in heads.apart.head.parameters()), sum(map(len, answers)) / len(answers)
     print(
         f"{recipe.model.model_name_or_path}: {len(heads.seen)} batches in {seconds:.0f} s, head of {parameters:,} "
@@ -158,9 +163,9 @@ def main() -> None:
         given.json.write_text(json.dumps({"rows": rows, "decoded": decoded, "seconds": seconds}, indent=1) + "\n")
 
 
-def _row(name: str, model: PeftModel, head: MtpHead, prompts: Any, answers: Any) -> dict[str, Any]:
-    found = {str(count): replay(model, head, prompts, answers, count) for count in DEPTHS}
-    return {"head": name, **{count: {"tau": r.tau, "accepted": r.rates} for count, r in found.items()}}
+def _row(name: str, texts: Texts, head: MtpHead) -> dict[str, Any]:
+    found = texts.replay(head, DEPTHS)
+    return {"head": name, **{str(count): {"tau": r.tau, "accepted": r.rates} for count, r in found.items()}}
 
 
 def _decoded(model: PeftModel, head: MtpHead, prompts: Any, tokens: int, count: int) -> dict[str, Any]:

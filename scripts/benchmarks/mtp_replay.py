@@ -17,7 +17,7 @@ from toolkit.mtp import MtpHead, Trunk
 from toolkit.mtp.head import capture_hidden
 from toolkit.mtp.loss import Chain, Rows
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "Texts"]
 
 
 @dataclass(frozen=True)
@@ -40,51 +40,70 @@ class Replay:
         return [a / max(1, p) for a, p in zip(self.accepted, self.proposed, strict=True)]
 
 
-@torch.no_grad()
-def replay(
-    model: PeftModel,
-    head: MtpHead,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    count: int,
-    batch: int = 25,
-) -> Replay:
-    """Decode `answers`, the model's own greedy text, with `count` drafts a pass."""
-    base = model.get_base_model()
-    trunk = Trunk.of(base)
-    head.follow_attention("sdpa")
-    passes = tokens = 0
-    proposed, accepted = [0] * count, [0] * count
-    for start in range(0, len(prompts), batch):
-        asked, said = prompts[start : start + batch], answers[start : start + batch]
-        rows = [[*prompt, *answer] for prompt, answer in zip(asked, said, strict=True)]
-        guesses = _guesses(model, head, trunk, rows, count)
-        for number, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
-            last, end = len(prompt), len(row) - 1
-            while last < end:
-                right = 0
-                for place in range(min(count, end - last)):
-                    proposed[place] += 1
-                    if int(guesses[place][number, last - 1]) != row[last + place + 1]:
-                        break
-                    accepted[place] += 1
-                    right += 1
-                gained = min(right + 1, end - last)
-                passes, tokens, last = passes + 1, tokens + gained, last + gained
-    return Replay(passes, tokens, tuple(proposed), tuple(accepted))
+class Texts:
+    """A model's own greedy answers to prompts, read once; heads are tried on them.
 
+    The model must stay as it is (adapter on or off) only while this is made.
+    """
 
-def _guesses(model: PeftModel, head: MtpHead, trunk: Trunk, rows: list[list[int]], count: int) -> list[torch.Tensor]:
-    """By depth, the head's choice [B, L] at each place, given the true tokens before it."""
-    ids, mask = _padded(rows)
-    with capture_hidden(model.get_base_model()) as hidden:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    chain = Chain(head, trunk, Rows.of({"input_ids": ids, "labels": ids, "attention_mask": mask}), count)
-    current, found = hidden().float(), []
-    for depth in range(1, count + 1):
-        current = chain.step(depth, current)
-        found.append(torch.stack([trunk.logits(row).argmax(-1) for row in current]))
-    return found
+    def __init__(
+        self, model: PeftModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch: int = 25
+    ) -> None:
+        self.trunk = Trunk.of(model.get_base_model())
+        self.batches: list[tuple[list[int], list[list[int]], torch.Tensor]] = []
+        for start in range(0, len(prompts), batch):
+            asked, said = prompts[start : start + batch], answers[start : start + batch]
+            rows = [[*prompt, *answer] for prompt, answer in zip(asked, said, strict=True)]
+            self.batches.append((list(map(len, asked)), rows, self._read(model, rows)))
+
+    @staticmethod
+    @torch.no_grad()
+    def _read(model: PeftModel, rows: list[list[int]]) -> torch.Tensor:
+        ids, mask = _padded(rows)
+        with capture_hidden(model.get_base_model()) as hidden:
+            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        return hidden().float()
+
+    @torch.no_grad()
+    def replay(self, head: MtpHead, counts: Sequence[int]) -> dict[int, Replay]:
+        """Decode with each of these numbers of drafts a pass."""
+        head.follow_attention("sdpa")
+        guesses = [self._guesses(head, *batch, max(counts)) for batch in self.batches]
+        return {count: self._decode(guesses, count) for count in counts}
+
+    def _decode(self, guesses: list[list[torch.Tensor]], count: int) -> Replay:
+        passes = tokens = 0
+        proposed, accepted = [0] * count, [0] * count
+        for (starts, rows, _), guessed in zip(self.batches, guesses, strict=True):
+            for number, (row, last) in enumerate(zip(rows, starts, strict=True)):
+                end = len(row) - 1
+                while last < end:
+                    right = 0
+                    for place in range(min(count, end - last)):
+                        proposed[place] += 1
+                        if int(guessed[place][number, last - 1]) != row[last + place + 1]:
+                            break
+                        accepted[place] += 1
+                        right += 1
+                    gained = min(right + 1, end - last)
+                    passes, tokens, last = passes + 1, tokens + gained, last + gained
+        return Replay(passes, tokens, tuple(proposed), tuple(accepted))
+
+    def _guesses(
+        self, head: MtpHead, starts: list[int], rows: list[list[int]], hidden: torch.Tensor, count: int
+    ) -> list[torch.Tensor]:
+        """By depth, the head's choice [B, L] at each place of the answers, given the true tokens before it."""
+        ids, mask = _padded(rows)
+        chain = Chain(head, self.trunk, Rows.of({"input_ids": ids, "labels": ids, "attention_mask": mask}), count)
+        current, found = hidden, []
+        for depth in range(1, count + 1):
+            current = chain.step(depth, current)
+            choices = torch.full(ids.shape, -1)
+            for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+                place = slice(start - 1, len(row))
+                choices[number, place] = self.trunk.logits(current[number, place]).argmax(-1)
+            found.append(choices)
+        return found
 
 
 def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

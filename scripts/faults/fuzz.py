@@ -45,6 +45,8 @@ _PATIENCE = 120.0
 """Seconds of no answer, on a machine that does something else, after which a worker is taken to wait for ever."""
 _A_WORKER = 5000
 """Inputs that one worker reads: what leaks shows as memory, and what one input leaves behind does not reach far."""
+_AT_ONCE = 250
+"""Answers that a worker sends together; where it dies before, its inputs are read again with one answer each."""
 _EVERY = 250
 """One input in so many goes the whole way where a target has a short cut."""
 _SHORT_SECONDS = 0.25
@@ -74,20 +76,24 @@ def mutated(target: Target, seed: int, number: int) -> bytes:
 
 def fuzz(target: Target, inputs: int, seed: int = 0) -> Found:
     """Read `inputs` mutations of the target's seeds, the same ones for the same `seed`."""
-    found, whole = Found(), False
+    found, whole, at_once = Found(), False, _AT_ONCE
     while found.inputs < inputs:
         first = found.inputs
-        numbers = range(first, first + 1 if whole else min(inputs, first + _A_WORKER))
+        numbers = range(first, first + 1 if whole else min(inputs, first + (_A_WORKER if at_once > 1 else _AT_ONCE)))
         died = None
-        for answer in _answers(target, numbers, seed, whole):
+        for answer in _answers(target, numbers, seed, whole, at_once):
             if isinstance(answer, str):
                 died = answer
                 break
             _count(found, answer)
+        if died and at_once > 1:
+            at_once = 1  # once more, to see at which input
+            continue
         if died and (whole or target.whole is None):
             data = mutated(target, seed, found.inputs)
             _count(found, {"seconds": 0.0, "failure": f"input {found.inputs}: {died}: {data[:300]!r}"})
         whole = bool(died) and not whole and target.whole is not None
+        at_once = 1 if died else _AT_ONCE
     return found
 
 
@@ -100,7 +106,7 @@ def _count(found: Found, answer: dict[str, Any]) -> None:
         found.failures.append(answer["failure"])
 
 
-def _answers(target: Target, numbers: range, seed: int, whole: bool) -> Iterator[dict[str, Any] | str]:
+def _answers(target: Target, numbers: range, seed: int, whole: bool, at_once: int) -> Iterator[dict[str, Any] | str]:
     """What a worker says of each input, in order; a text where it died or never answered."""
     ours, theirs = os.pipe()
     with warnings.catch_warnings():
@@ -110,7 +116,7 @@ def _answers(target: Target, numbers: range, seed: int, whole: bool) -> Iterator
         worker = os.fork()
     if worker == 0:
         os.close(ours)
-        _work(target, numbers, seed, whole, theirs)
+        _work(target, numbers, seed, whole, at_once, theirs)
     os.close(theirs)
     answered = 0
     with os.fdopen(ours, "rb", buffering=0) as stream:
@@ -131,7 +137,7 @@ def _has_ended(worker: int) -> bool:
     return os.waitid(os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _work(target: Target, numbers: range, seed: int, whole: bool, pipe: int) -> None:
+def _work(target: Target, numbers: range, seed: int, whole: bool, at_once: int, pipe: int) -> None:
     """In the worker: an answer for each number, then out."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -139,6 +145,7 @@ def _work(target: Target, numbers: range, seed: int, whole: bool, pipe: int) -> 
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MOST_BYTES, resource.RLIM_INFINITY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        kept = b""
         for number in numbers:
             data = mutated(target, seed, number)
             answer = None
@@ -146,7 +153,9 @@ def _work(target: Target, numbers: range, seed: int, whole: bool, pipe: int) -> 
                 answer = _try_one(target.read, data, number, _SHORT_SECONDS if target.whole else MOST_SECONDS)
             if target.whole and (answer is None or "failure" in answer):
                 answer = {**_try_one(target.whole, data, number, MOST_SECONDS), "whole": True}
-            os.write(pipe, json.dumps(answer).encode() + b"\n")
+            kept += json.dumps(answer).encode() + b"\n"
+            if (number + 1 - numbers.start) % at_once == 0 or number + 1 == numbers.stop:
+                kept = kept[os.write(pipe, kept) :]
     finally:
         os._exit(0)
 
@@ -164,14 +173,14 @@ def _try_one(read: Callable[[bytes], object], data: bytes, number: int, most: fl
         if "\n" in str(error).strip():
             answer["failure"] = f"more than one line: {str(error)[:200]!r}"
     except _Hang:
-        pass  # the seconds tell
+        answer["failure"] = f"a hang of more than {most} s"
     except Exception:
         last = traceback.format_exc().splitlines()
         answer["failure"] = f"{last[-1][:200]} at {last[-3].strip()[:160]}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     answer["seconds"] = time.process_time() - began
-    if answer["seconds"] > most:
+    if answer["seconds"] > most and "failure" not in answer:
         answer["failure"] = f"{answer['seconds']:.1f} s"
     if "failure" in answer:
         answer["failure"] = f"input {number}: {answer['failure']}: {data[:300]!r}"

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.faults.kill_points import rehearse_once, run_results, train_run
+from scripts.faults.kill_points import run_results, spare_pictures, train_run
 
 __all__ = ["kill_at_random"]
 
@@ -61,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     options = parser.parse_args()
-    rehearse_once()
+    spare_pictures()
     chance, place = random.Random(0), Path(tempfile.mkdtemp()) / "run"
     place.mkdir()
     train_run(place)  # loads the libraries, which the forks then have

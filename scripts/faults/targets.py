@@ -49,12 +49,18 @@ def _recipes(folder: Path) -> Target:
         parse(data.decode("utf-8", "replace"), note=lambda line: None)
 
     def mutate(seed: bytes, chance: Any) -> bytes:
-        """A recipe as JSON, which is YAML, with a value exchanged; or the bytes of one as people write it."""
-        if chance.random() < 0.5:
-            return mutate_json(chance.choice((every_field, few_fields)), chance)
-        return mutate_bytes(seed, chance)
+        """A recipe as JSON, which is YAML, with a value exchanged; or the bytes of one as people write it.
 
-    return Target("recipe", [short] * len(shipped) + shipped, read, (mutate,))
+        Large ones cost a third of a second each in the YAML parser, and come less often.
+        """
+        while True:
+            is_json = chance.random() < 0.5
+            tree = chance.choice((every_field, few_fields, few_fields))
+            data = mutate_json(tree, chance) if is_json else mutate_bytes(seed, chance)
+            if len(data) < 5000 or chance.random() < 0.02:
+                return data
+
+    return Target("recipe", [short] * 3 * len(shipped) + shipped, read, (mutate,))
 
 
 def _rows(folder: Path) -> Target:

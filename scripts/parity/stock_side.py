@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["adapter_keys", "logits", "loss", "make_adapter", "run"]
+__all__ = ["adapter_keys", "logits", "loss", "make_adapter", "run", "run_many"]
 
 # Present here, they would mean that this is not a stock environment.
 STRANGERS = ("toolkit", "trl", "bitsandbytes", "datasets")
@@ -114,5 +114,27 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 
 
+def run_many(job: dict[str, Any]) -> None:
+    """Logits [T, V] of each of `job["models"]`, a base and an adapter or None, on the first of `job["prompts"]`."""
+    found, strange = {}, {"missing": 0, "unexpected": 0}
+    for name, (base, adapter) in job["models"].items():
+        model = _any_class(base)
+        if adapter:
+            model, keys = with_adapter(model, adapter)
+            strange = {kind: strange[kind] + len(keys[kind]) for kind in strange}
+        found[name] = logits(model, job["prompts"])[0]
+    save_file(found, Path(job["out"]) / "logits.safetensors")
+    (Path(job["out"]) / "report.json").write_text(json.dumps({**strange, "versions": versions()}))
+
+
+def _any_class(folder: str) -> PreTrainedModel:
+    """By the class that the config names, since not every family has a class for text alone."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+    model: PreTrainedModel = cls.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
 if __name__ == "__main__":
-    run(json.loads(Path(sys.argv[1]).read_text()))
+    read = json.loads(Path(sys.argv[1]).read_text())
+    run_many(read) if "models" in read else run(read)

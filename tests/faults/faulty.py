@@ -127,8 +127,14 @@ def in_fork(act: Callable[[], object], below: str = "", at: int = 0, fault: Faul
     return os.waitstatus_to_exitcode(status)
 
 
-def try_every(scenario: Scenario, fault: Fault, folder: Path, points: Callable[[int], Iterator[int]]) -> Tally:
-    """Let the fault strike at each of `points(changes)`, and do the work again after each."""
+def try_every(
+    scenario: Scenario,
+    fault: Fault,
+    folder: Path,
+    points: Callable[[int], Iterator[int]],
+    told: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    """Let the fault strike at each of `points(changes)`, and do the work again after each; `told` of each."""
     whole = _fresh(folder / "whole", scenario)
     tally = Tally(changes_of(lambda: scenario.act(whole), scenario.below(whole)))
     expected = scenario.final(whole)
@@ -148,6 +154,7 @@ def try_every(scenario: Scenario, fault: Fault, folder: Path, points: Callable[[
                 tally.failures.append(f"{what}: other results after the rerun")
         except (Exception, SystemExit) as error:
             tally.failures.append(f"{what}: {type(error).__name__}: {error}")
+        told(tally)
     return tally
 
 

@@ -26,14 +26,16 @@ from tests.hub_stand_in import serve
 
 place, model = Path(sys.argv[1]), Path(sys.argv[2])
 content = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
-config, weights = json.loads(content["config.json"]), load(content["model.safetensors"])
+config, tokenizer = (json.loads(content[name]) for name in ("config.json", "tokenizer_config.json"))
+weights = load(content["model.safetensors"])
+tokenizer["pad_token"] = "<|im_start|>"
 weights["model.norm.weight"] = weights["model.norm.weight"] + 1
 states = {
     "first": ("a", content),
     "card": ("b", {**content, "README.md": b"a better card"}),
     "weights": ("c", {**content, "model.safetensors": save(weights, {"format": "pt"})}),
     "config": ("d", {**content, "config.json": json.dumps({**config, "rms_norm_eps": 0.1}).encode()}),
-    "template": ("e", {**content, "chat_template.jinja": content["chat_template.jinja"] + b"x"}),
+    "tokenizer": ("e", {**content, "tokenizer_config.json": json.dumps(tokenizer).encode()}),
 }
 
 def train():
@@ -102,7 +104,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     [
         ("weights", "c", "the base's weights are other ones"),
         ("config", "d", "the base's config.json says something else"),
-        ("template", "e", "the tokenizer or its chat template is another one"),
+        ("tokenizer", "e", "the tokenizer or its chat template is another one"),
     ],
 )
 def test_a_revision_that_moved_to_another_base_is_refused(
@@ -113,7 +115,7 @@ def test_a_revision_that_moved_to_another_base_is_refused(
     line = outcomes[state]["err"].splitlines()[-1]
     assert words in line
     assert "--fork" in line
-    assert (MOVED + commit * 40 in line) == (state != "template")
+    assert (MOVED + commit * 40 in line) == (state != "tokenizer")
 
 
 def test_a_revision_that_moved_to_the_same_bytes_goes_on(outcomes: dict[str, dict[str, Any]]) -> None:

@@ -212,7 +212,7 @@ def test_a_clock_that_was_set_back_changes_nothing(
 def test_every_file_of_a_checkpoint_is_missed(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained / "run" / "checkpoints", tmp_path / "checkpoints")
     names = sorted(path.name for path in (folder / "checkpoint-4").iterdir())
-    assert len(names) > 8
+    assert len(names) >= 8
     for name in names:
         content = (folder / "checkpoint-4" / name).read_bytes()
         (folder / "checkpoint-4" / name).unlink()

@@ -73,6 +73,16 @@ def test_an_adapter_of_another_base_is_not_exported(onecard: Run, tmp_path: Path
     refused(onecard("verify", artifact, "--base", other), "other weights")
 
 
+def test_what_does_not_say_its_base_passes(copied: Path, tmp_path: Path) -> None:
+    from toolkit.packaging import require_base
+    from toolkit.quant import quantize_checkpoint
+
+    quantize_checkpoint(str(MODEL), tmp_path / "int8")
+    require_base(copied, str(tmp_path / "int8"))
+    (copied / "manifest.json").unlink()
+    require_base(copied, str(other_base(tmp_path / "model")))
+
+
 def not_finite(tensors: dict[str, torch.Tensor]) -> None:
     tensors[min(tensors)][0, 0] = float("nan")
 
@@ -153,7 +163,7 @@ def test_adapters_that_were_not_applied_end_the_run(
 
 
 def test_adapters_that_never_move_end_the_run(onecard: Run, recipe: Path, tmp_path: Path) -> None:
-    refused(onecard("train", recipe, "training.learning_rate=1e-30", "eval.enabled=false"), "adapters moved")
+    refused(onecard("train", recipe, "training.learning_rate=1e-60", "eval.enabled=false"), "adapters moved")
     assert not (tmp_path / "run" / "adapter").exists()
 
 

@@ -99,7 +99,7 @@ def test_the_chunked_loss_is_the_plain_one(kind: str, monkeypatch: pytest.Monkey
     model = adapted().eval()
     base, inputs = model.get_base_model(), batch(adapted())
     head, trunk, hidden = new_head(base), Trunk.of(base), hidden_of(model, inputs)
-    monkeypatch.setattr("toolkit.mtp.loss._CHUNK_BYTES", 4 * 2048 * 7)  # seven rows at a time
+    monkeypatch.setattr("toolkit.mtp.loss._CHUNK_BYTES", {"cpu": 4 * 2048 * 7})  # seven rows at a time
     loss, _ = head_loss(head, trunk, hidden, Rows.of(inputs), depth=1, kind=kind)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in head.named_parameters()}

@@ -1,14 +1,19 @@
-"""Downloads tell how far they are, to whoever listens, and draw nothing."""
+"""Downloads tell how far they are, to whoever listens, draw nothing, and leave other forms of the weights alone."""
 
 from __future__ import annotations
 
 import contextvars
 import io
+import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.hub_stand_in import serve_this_process
 from toolkit import downloads, steps
+from toolkit.errors import HubError
+from toolkit.quant import fetch
 
 
 def test_bars_of_the_hub_become_counts(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +47,25 @@ def test_bars_of_the_hub_become_counts(monkeypatch: pytest.MonkeyPatch, capfd: p
     assert {unit for _, _, unit in told} == {"bytes"}
     contextvars.Context().run(lambda: downloads.download("a/b", ["*.json"], revision="main"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_only_the_shards_of_the_index_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shards = {f"model-{number:05}-of-00002.safetensors": b"x" * 1000 for number in (1, 2)}
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    sharded = {
+        "config.json": b"{}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **shards,
+        "original/model.safetensors": b"y" * 9000,
+        "consolidated.safetensors": b"z" * 9000,
+        "README.md": b"r",
+    }
+    single = {"config.json": b"{}", "model.safetensors": b"x", "other.safetensors": b"y" * 9000}
+    with serve_this_process(monkeypatch, tmp_path) as hub:
+        for name, content in (("a/sharded", sharded), ("a/single", single)):
+            hub.repositories[name] = {"private": False, "files": list(content), "content": content}
+        folder = fetch("a/sharded", "main")
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors.index.json", *shards}
+        assert {path.name for path in fetch("a/single", "main").iterdir()} == {"config.json", "model.safetensors"}
+        with pytest.raises(HubError, match="a/none: cannot be downloaded"):
+            fetch("a/none", "main")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +90,20 @@ def test_doctor_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("sm_80" in hint for hint in found["hints"])
 
 
-def test_the_shell_can_complete(onecard: Run) -> None:
-    assert "--install-completion" in onecard("--help")[1]
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("onecard pre", {"preview"}),
+        ("onecard eval runs/x --lm", {"--lm-eval"}),
+        ("onecard train r.yaml training.learn", {"training.learning_rate="}),
+        ("onecard train r.yaml quantization.experts=", {"quantization.experts=", *(
+            f"quantization.experts={word}" for word in ("int8", "none"))}),
+        ("onecard sweep r.yaml lora.router=t", {"lora.router=true"}),
+    ],
+)  # fmt: skip
+def test_the_shell_can_complete(typed: str, offered: set[str]) -> None:
+    words = typed.split(" ")
+    asked = {"_ONECARD_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    command = [sys.executable, "-c", "from toolkit.cli import main; main()"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == offered, done.stderr

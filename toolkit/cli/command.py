@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -49,6 +50,23 @@ for _name, _verb in _VERBS.items():
     app.command(_name)(_verb)
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from toolkit import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _all_verbs(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune open Mixture-of-Experts models in 8-bit on one card. Start: onecard train recipes/quickstart.yaml"""
+
+
 def main() -> None:
     """Run the command; errors become one line and an exit code."""
     debug = "--debug" in sys.argv
@@ -59,24 +77,47 @@ def main() -> None:
     if not debug:
         _hush()
     try:
-        app(arguments, prog_name="onecard", standalone_mode=True)
-    except KeyboardInterrupt:
+        code = app(arguments, prog_name="onecard", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; rerun the same command to go on from the last checkpoint", 130, debug)
     except Exception as error:
         _fail(*_explain(error), debug)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
     """What to print for an error, and the exit code."""
     from toolkit.errors import OnecardError, first_line
 
+    if hasattr(error, "format_message"):
+        return _usage(error), 2
     if isinstance(error, OnecardError):
-        return str(error), error.exit_code
+        return f"{error}{_reach(str(error))}", error.exit_code
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
         return f"out of memory: {first_line(error)}; lower training.max_length or lora.r", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}", 5
     return f"unexpected: {type(error).__name__}: {first_line(error)}; --debug shows where", 1
+
+
+def _usage(error: Any) -> str:
+    """What a parser has to say; its class is private to typer."""
+    from toolkit.recipe import field_named
+
+    verb = error.ctx.command_path if error.ctx else "onecard"
+    said = error.format_message().rstrip(".")
+    option = getattr(error, "option_name", None)
+    field = field_named(option.lstrip("-").replace("-", "_")) if isinstance(option, str) else None
+    return f"{said}; {f'write {field}=VALUE' if field else f'{verb} --help lists what there is'}"
+
+
+def _reach(message: str) -> str:
+    """What to do where a library says no more than that the Hub is out of reach."""
+    if "couldn't connect to" not in message:
+        return ""
+    offline = "; HF_HUB_OFFLINE is set here" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return f" Check the name and the connection, or give a folder{offline}"
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from toolkit.cli.options import Json, RecipePath, emit, load_recipe, quiet_console
+from toolkit.cli.options import Json, RecipePath, complete_field, emit, load_recipe, plain_console, quiet_console
 from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ __all__ = ["sweep"]
 def sweep(
     recipe: RecipePath,
     overrides: Annotated[
-        list[str], typer.Argument(metavar="SECTION.KEY=A,B...", help="Values to try; single ones hold.")
+        list[str],
+        typer.Argument(
+            metavar="SECTION.KEY=A,B...", help="Values to try; single ones hold.", autocompletion=complete_field
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; else training.output_dir with -sweep.")] = None,
     metric: Annotated[str, typer.Option(help="The figure that ranks the trials.")] = "loss",
@@ -31,16 +34,19 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Train a recipe with every combination of some values. Rerun the same command to go on with what is not done."""
+    from toolkit.sweep.grid import expand
+
+    trials = expand(overrides)
+    parsed = load_recipe(recipe, list(trials[0].overrides), plain_console())
+    _check_metric(metric, parsed.eval.metric, parsed.eval.regression)
     import torch
 
     from toolkit.durable import write_text
     from toolkit.errors import ModelError
     from toolkit.report.sweep import table
-    from toolkit.sweep import Sweep, best_first, draw, expand, run_trials
+    from toolkit.sweep import Sweep, best_first, draw, run_trials
 
     console = quiet_console()
-    trials = expand(overrides)
-    parsed = load_recipe(recipe, list(trials[0].overrides), console)
     folder = out or Path(f"{parsed.training.output_dir}-sweep")
     planned = Sweep(recipe.resolve(), tuple(trials), folder.resolve())
     cards = 0 if parsed.training.use_cpu else torch.cuda.device_count()
@@ -66,6 +72,19 @@ def sweep(
             f"{len(failed)} of {len(trials)} trials failed, {failed[0].trial.name} first; look into {folder / 'logs'} "
             "and rerun the same command"
         )
+
+
+_FIGURES = ["loss", "exact_match", "token_f1", "rouge_l", "json_valid"]
+
+
+def _check_metric(metric: str, chosen: str, regression: str | None) -> None:
+    """Raise `RecipeError` unless trials will have this figure."""
+    from toolkit.errors import RecipeError, did_you_mean
+
+    known = [*_FIGURES, chosen.rpartition(":")[2], *(["perplexity"] if regression else [])]
+    if metric not in known:
+        hint = did_you_mean(metric, known) or f"; there are {', '.join(dict.fromkeys(known))}"
+        raise RecipeError(f"--metric {metric}: no trial will have that figure{hint}")
 
 
 def _tell(console: Console, outcome: Outcome, metric: str) -> None:

@@ -24,16 +24,29 @@ __all__ = [
     "RecipePath",
     "RunPath",
     "artifact_of",
+    "complete_field",
     "emit",
     "load_recipe",
     "opened_as",
     "plain_console",
     "quiet_console",
     "reopen",
+    "run_of",
 ]
 
+
+def complete_field(incomplete: str) -> list[str]:
+    """What the shell offers for an override: `section.key=`, and its words where there are only a few."""
+    from toolkit.recipe import field_words
+
+    return [each for each in field_words(incomplete.partition("=")[0]) if each.startswith(incomplete)]
+
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe YAML.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the recipe.", autocompletion=complete_field),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Base = Annotated[str | None, typer.Option(help="The base checkpoint, where the artifact names none that is here.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an artifact.")]
@@ -86,13 +99,19 @@ def artifact_of(path: Path | str) -> Path:
     return path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
 
 
+def run_of(path: Path) -> Path | None:
+    """The run that this is, or whose adapter it is."""
+    run = path.parent if path.name == "adapter" and not (path / "recipe.yaml").is_file() else path
+    return run if (run / "recipe.yaml").is_file() else None
+
+
 def opened_as(path: Path | str, base: str | None = None) -> str:
     """What to type after a verb to open this run or artifact again, its base included where nothing else names it."""
     from toolkit.packaging import read_manifest
 
     if base:
         return f"{path} --base {base}"
-    if run := next((each for each in (Path(path), Path(path).parent) if (each / "recipe.yaml").is_file()), None):
+    if run := run_of(Path(path)):
         return str(run)
     is_local = read_manifest(artifact_of(path))["base"]["revision"] is None
     return f"{path} --base BASE" if is_local else str(path)
@@ -108,6 +127,20 @@ def _fetched(path: Path | str) -> Path:
     return fetch_adapter(name)
 
 
+_OPEN = ("data.", "eval.", "model.", "placement.", "quantization.error_compensation", "training.max_length")
+_OPEN_TOO = ("training.use_cpu", "training.packing")
+
+
+def _refuse_what_was_trained(overrides: list[str]) -> None:
+    """Raise `RecipeError` for an override that a finished adapter cannot follow."""
+    from toolkit.errors import RecipeError
+
+    for override in overrides:
+        if "." in override.partition("=")[0] and not override.startswith((*_OPEN, *_OPEN_TOO)):
+            key = override.partition("=")[0]
+            raise RecipeError(f"{key}: was decided by training; here data.*, eval.* and model.* can be given")
+
+
 def reopen(
     path: Path, overrides: list[str] | None, base: str | None, console: Console, *, as_trained: bool = False
 ) -> tuple[Plan, Any, Any]:
@@ -116,6 +149,7 @@ def reopen(
     from toolkit.packaging import reopen_recipe
     from toolkit.plan import make_plan
 
+    _refuse_what_was_trained(overrides or [])
     path = _fetched(path)
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
     made = make_plan(recipe, for_training=False)

@@ -59,6 +59,7 @@ def init(
     json_: Json = False,
 ) -> None:
     """Write a commented recipe; with model and data, asked for on a terminal, one that plans successfully."""
+    from toolkit.data import require_source
     from toolkit.errors import RecipeError
     from toolkit.plan import first_that_fits
     from toolkit.recipe import starter
@@ -73,6 +74,7 @@ def init(
     console = quiet_console()
     fields: dict[tuple[str, str], Any] = {}
     if model is not None and data is not None:
+        require_source(data)
         fields, made = first_that_fits(model, data, card)
         show_plan(console, made)
     try:

@@ -44,6 +44,7 @@ def _main_job(
     recipe: Path, overrides: list[str] | None, fork: bool, stop: StopRequest
 ) -> tuple[Recipe, RunFolder, Console, dict[str, Any] | None]:
     """Everything up to the finished run, and its summary."""
+    parsed = load_recipe(recipe, overrides, plain_console())
     from toolkit import flow
     from toolkit.packaging import check_token
     from toolkit.plan import make_plan
@@ -60,7 +61,6 @@ def _main_job(
 
     console = quiet_console()
     note = _once(console)
-    parsed = load_recipe(recipe, overrides, console)
     check_writable(Path(parsed.training.output_dir))
     source = RunFolder(Path(parsed.training.output_dir))
     parsed = fork_recipe(parsed) if fork else parsed
@@ -202,12 +202,13 @@ def preview(
     json_: Json = False,
 ) -> None:
     """The first examples as tokens with the loss mask, a length histogram, drop counts."""
+    parsed = load_recipe(recipe, overrides, plain_console())
     from toolkit import flow
     from toolkit.data import render_preview
     from toolkit.plan import make_plan
 
     console = quiet_console()
-    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
+    made = make_plan(parsed, for_training=False)
     tokenizer = flow.load_tokenizer(made)
     batches = flow.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -45,14 +46,18 @@ def push(
     json_: Json = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
-    from toolkit.packaging import push_artifact
+    from toolkit.errors import RecipeError
+    from toolkit.packaging import push_artifact, training_answers
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise RecipeError(f"{repo_id}: not a repository; write OWNER/NAME")
     console = quiet_console()
     folder = artifact_of(artifact)
     if dry_run:
         console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False)
+    rows = training_answers(folder.parent) if folder.name == "adapter" else []
     url = push_artifact(
-        folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run
+        folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run, rows=rows
     )
     if json_:
         emit({"url": url, "sent": not dry_run}, json_)

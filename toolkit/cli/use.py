@@ -20,6 +20,7 @@ from toolkit.cli.options import (
     plain_console,
     quiet_console,
     reopen,
+    run_of,
 )
 from toolkit.report.hints import next_commands
 
@@ -112,6 +113,7 @@ def report(
     from toolkit.report.page import write_page
     from toolkit.report.serve import page_server
 
+    run = run_of(run) or run
     if not serve:
         page = write_page(run)
         if json_:
@@ -138,12 +140,15 @@ def generate(
     json_: Json = False,
 ) -> None:
     """One answer of the adapted model, to stdout."""
+    from toolkit.errors import RecipeError
     from toolkit.evaluate import encode_chat
 
+    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    if not text.strip():
+        raise RecipeError("--prompt: is empty; give the question, or - to read it from stdin")
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
     reply_to = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console)
-    text = sys.stdin.read() if prompt == "-" else prompt
     ids = encode_chat(tokenizer, [{"role": "user", "content": text}], made.recipe.data.system_prompt)
     reply, figures = reply_to(ids)
     if json_:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from toolkit.data.build import Batches, build_batches
 from toolkit.data.preview import render_preview
 from toolkit.data.report import DataReport, HeldOut, SplitReport
-from toolkit.data.sources import read_chat_template
+from toolkit.data.sources import read_chat_template, require_source
 
 __all__ = [
     "Batches",
@@ -18,4 +18,5 @@ __all__ = [
     "build_batches",
     "read_chat_template",
     "render_preview",
+    "require_source",
 ]

@@ -58,6 +58,13 @@ def open_source(
     return _read_hub(source, split or default, name, path)
 
 
+def require_source(source: str) -> None:
+    """Raise `DataError` where examples should be on this machine and are not; a name on the Hub is believed."""
+    path = Path(source).expanduser()
+    if not path.exists() and _looks_local(source):
+        raise DataError(f"{path}: no such file or folder{_neighbours(path)}")
+
+
 def read_chat_template(path: Path) -> str:
     """The text of a Jinja file.
 

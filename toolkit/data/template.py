@@ -126,10 +126,11 @@ class ChatRenderer:
             {"role": "system", "content": _PROBE},
             *({"role": role, "content": _PROBE} for role in ("user", "assistant") * 2),
         )
-        for messages in (turns[1:2], turns[1:3], turns[1:], turns):
-            for generation_prompt in (False, True):
-                with contextlib.suppress(InvalidRow, DataError):
-                    self.render(messages, generation_prompt=generation_prompt)
+        with contextlib.suppress(DataError):  # not Jinja at all
+            for messages in (turns[1:2], turns[1:3], turns[1:], turns):
+                for generation_prompt in (False, True):
+                    with contextlib.suppress(InvalidRow):
+                        self.render(messages, generation_prompt=generation_prompt)
 
     def _probe(self) -> tuple[str, set[str]]:
         """The header of an assistant turn, and the special tokens that open turns rather than close them."""

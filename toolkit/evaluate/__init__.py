@@ -1,7 +1,7 @@
 """Held-out examples: loss and metrics, base against adapted, generation, and where experts went."""
 
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
-from toolkit.evaluate.drafts import Drafting, measure_drafts, speculator
+from toolkit.evaluate.drafts import Drafting, draft_table, measure_drafts, speculator
 from toolkit.evaluate.general import read_windows
 from toolkit.evaluate.generate import answer, answer_ids, encode_chat, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
@@ -17,6 +17,7 @@ __all__ = [
     "answer",
     "answer_ids",
     "compare",
+    "draft_table",
     "encode_chat",
     "expert_statistics",
     "find_metric",

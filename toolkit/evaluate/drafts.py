@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,14 @@ from peft import PeftModel
 
 from toolkit.mtp import HeadDrafter, LookupDrafter, MtpHead, Speculator, Trunk
 
-__all__ = ["Drafting", "measure_drafts", "speculator"]
+__all__ = ["Drafting", "draft_table", "measure_drafts", "speculator"]
+
+_WHO = ("base", "stale", "trained")
+_FIGURES = (
+    ("tokens a pass", "tau", "{:.2f}"),
+    ("tokens a second", "tokens_per_second", "{:.1f}"),
+    ("without drafts", "plain_tokens_per_second", "{:.1f}"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,25 @@ class Drafting:
             "plain_tokens_per_second": round(self.plain_tokens_per_second, 2),
             "identical": self.identical,
         }
+
+
+def draft_table(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A run's `mtp` figures as a table: columns, and rows of text; none where nothing was drafted.
+
+    `base` is the checkpoint's own head on its own model, `stale` the same head once the adapter is on, `trained` the
+    head that was trained along.
+    """
+    measured = {name: found for name in _WHO if (found := figures.get(name))}
+    if not measured:
+        return [], []
+    rows = [[what, *(form.format(found[key]) for found in measured.values())] for what, key, form in _FIGURES[:1]]
+    places = sorted({place for found in measured.values() for place in found["acceptance"]}, key=int)
+    for place in places:
+        shares = [found["acceptance"].get(place) for found in measured.values()]
+        rows.append([f"draft {place} accepted", *("" if share is None else f"{share:.1%}" for share in shares)])
+    rows += [[what, *(form.format(found[key]) for found in measured.values())] for what, key, form in _FIGURES[1:]]
+    pays = ["yes" if f["tokens_per_second"] > f["plain_tokens_per_second"] else "no" for f in measured.values()]
+    return ["drafts on held-out prompts", *measured], [*rows, ["worth their time here", *pays]]
 
 
 def measure_drafts(

@@ -133,9 +133,11 @@ def evaluate_head(
     if head is not None:
         measured["trained"] = measure_drafts(model, head, prompts, count=count, max_new_tokens=length).to_dict()
     elif console is not None:
-        before, after = (measured[name]["tau"] for name in ("base", "stale"))
+        before, after = measured["base"], measured["stale"]
         console.print(
-            f"warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: {after:.2f} "
-            f"tokens a pass, {before:.2f} before; mtp.enabled=true trains it along"
+            "warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: "
+            f"{after['tau']:.2f} tokens a pass, {before['tau']:.2f} before; of first drafts "
+            f"{after['acceptance'].get('1', 0):.0%} accepted, {before['acceptance'].get('1', 0):.0%} before; "
+            "mtp.enabled=true trains it along"
         )
     return measured

@@ -6,7 +6,7 @@ from toolkit.mtp.drafts import HeadDrafter, LookupDrafter
 from toolkit.mtp.export import HEAD_FILE, config_with_head, head_state, merged_head_state, read_head
 from toolkit.mtp.head import MtpHead, Trunk
 from toolkit.mtp.native import load_native, native_keys
-from toolkit.mtp.own import learn_own_answers
+from toolkit.mtp.own import OwnHidden, learn_own_answers
 from toolkit.mtp.served import draft_config, draft_tensors
 from toolkit.mtp.training import HeadResult, HeadTraining
 
@@ -18,6 +18,7 @@ __all__ = [
     "HeadTraining",
     "LookupDrafter",
     "MtpHead",
+    "OwnHidden",
     "Speculator",
     "Trunk",
     "can_speculate",

@@ -54,7 +54,7 @@ class Counts:
     @property
     def tokens_per_pass(self) -> float:
         """Accepted tokens and the one that every pass gives anyway, per pass."""
-        return self.tokens / max(1, self.passes)
+        return self.tokens / self.passes if self.passes else 1.0
 
     def rates(self) -> dict[int, float]:
         """Share of proposed drafts accepted, by place from 1; a place counts once those before it were right."""

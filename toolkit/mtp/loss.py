@@ -18,8 +18,9 @@ from toolkit.mtp.head import MtpHead, Trunk, causal_mask
 
 __all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "weights_of_depths"]
 
-_CHUNK_BYTES = 1 << 26
-"""Bytes of logits that exist at once."""
+_CHUNK_BYTES = {"cpu": 1 << 24}
+"""Bytes of logits in a chunk, of which half a dozen tensors exist at once; a card takes more, to be kept busy."""
+_CHUNK_OF_CARDS = 1 << 26
 
 _DECAY = 0.8
 """Each depth counts this much of the one before: a draft is of use only if those before it were right."""
@@ -221,7 +222,8 @@ class _GuidedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_NH, trunk, guide = args
-        step = max(1, _CHUNK_BYTES // (4 * trunk.weight.shape[0]))
+        chunk_bytes = _CHUNK_BYTES.get(hidden_NH.device.type, _CHUNK_OF_CARDS)
+        step = max(1, chunk_bytes // (4 * trunk.weight.shape[0]))
         grad_NH = torch.empty_like(hidden_NH)
         total, hits = (
             torch.zeros((), device=hidden_NH.device),

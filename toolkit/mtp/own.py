@@ -12,7 +12,7 @@ import torch
 
 from toolkit.mtp.training import HeadTraining
 
-__all__ = ["learn_own_answers"]
+__all__ = ["OwnHidden", "learn_own_answers"]
 
 _PASSES = 5
 """Times that each answer is gone through. On the embedded model the third depth still gains from the fifth."""
@@ -36,11 +36,13 @@ def learn_own_answers(
     *,
     tokens: int,
     seed: int = 0,
+    source: OwnHidden | None = None,
 ) -> int:
     """Train the head on prompts and the model's own greedy answers; gives the number of steps.
 
     Args:
         tokens: in a step, padding included. seed: of the order, which is the same on every machine.
+        source: the model's hidden states of these very answers, where another head has learned from them before.
     """
     rows = [
         ([*prompt, *answer], [-100] * len(prompt) + list(answer))
@@ -52,7 +54,7 @@ def learn_own_answers(
     training.model.eval()
     random = torch.Generator().manual_seed(seed)
     batches = [batch for _ in range(_PASSES) for batch in _batches(rows, tokens, random)]
-    source = _Hidden(training, rows)
+    source = source or OwnHidden(training)
     for done, batch in enumerate(batches):
         chosen = [rows[index] for index in batch]
         inputs = _padded(chosen, training.base.device)
@@ -61,24 +63,24 @@ def learn_own_answers(
     return len(batches)
 
 
-class _Hidden:
+class OwnHidden:
     """The model's hidden states of the rows, read once and kept in the computer's memory where they are few enough."""
 
-    def __init__(self, training: HeadTraining, rows: Sequence[Row]) -> None:
+    def __init__(self, training: HeadTraining) -> None:
         self.training = training
-        size = training.base.config.get_text_config().hidden_size * training.base.dtype.itemsize
-        self.keeps = sum(len(ids) for ids, _ in rows) * size <= _KEPT
         self.kept: dict[int, torch.Tensor] = {}
+        self.room = _KEPT
 
     def of(self, batch: Sequence[int], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[B, L, H] of a batch's padded inputs; zeros where padding was not read."""
         lengths = inputs["attention_mask"].sum(1).tolist()
         if any(index not in self.kept for index in batch):
             read = self._read(inputs)
-            if not self.keeps:
+            if (size := read.nbytes) > self.room:
                 return read
+            self.room -= size
             for row, (index, length) in enumerate(zip(batch, lengths, strict=True)):
-                self.kept[index] = read[row, :length].to("cpu", self.training.base.dtype)
+                self.kept[index] = read[row, :length].to("cpu", copy=True)
         hidden = torch.nn.utils.rnn.pad_sequence([self.kept[index] for index in batch], batch_first=True)
         return hidden.to(inputs["input_ids"].device)
 

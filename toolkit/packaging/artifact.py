@@ -65,10 +65,11 @@ def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) ->
     try:
         there = read_manifest(folder)
     except ModelError:
-        there = {"base": None, "recipe": {}}
+        there = {"base": {}, "recipe": {}}
     before, now = _by_field(there["recipe"]), _by_field(_portable_recipe(recipe_yaml))
     same_run = bool(before) and all(change.effect is not Effect.BINDS for change in changes(before, now))
-    if there["base"] != asdict(base) or not same_run:
+    # A commit that moved for another file's sake, and a copy under another name, are the same base.
+    if there["base"].get("weights_sha256") != base.weights_sha256 or not same_run:
         raise ModelError(
             f"{folder}: holds something other than this run's artifact: move it away or choose another folder"
         )

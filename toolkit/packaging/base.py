@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from toolkit.errors import ModelError
+from toolkit.registration import METHOD
 from toolkit.steps import advance, part
 
 __all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base", "license_of"]
@@ -35,12 +36,14 @@ class BaseIdentity:
 
     `revision` is the 40-hex commit, or None for a local folder. `weights_sha256` is the SHA-256 over the lines
     `<shard name> <SHA-256 of the shard>`, sorted by name: equal files give equal hashes wherever they lie, and a
-    checkpoint that was sharded differently counts as another base.
+    checkpoint that was sharded differently counts as another base. `is_int8` says that the checkpoint is one of ours,
+    whose integers say nothing of the weights that they were rounded from.
     """
 
     name: str
     revision: str | None
     weights_sha256: str
+    is_int8: bool = False
 
 
 def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
@@ -55,7 +58,15 @@ def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
     else:
         folder = cached_snapshot(name_or_path, revision)
         name, commit = name_or_path, folder.name
-    return BaseIdentity(name, commit, _weights_sha256(folder))
+    return BaseIdentity(name, commit, _weights_sha256(folder), _is_int8(folder))
+
+
+def _is_int8(folder: Path) -> bool:
+    try:
+        declared = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+        return isinstance(declared, dict) and declared.get("quant_method") == METHOD
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def config_sha256(name_or_path: str, revision: str = "main") -> str:

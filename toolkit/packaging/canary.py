@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from toolkit.errors import ModelError
+from toolkit.data.sources import open_source
+from toolkit.errors import DataError, ModelError
 from toolkit.packaging.portable import SECRET
+from toolkit.recipe import load
 
-__all__ = ["canaries", "refuse_canaries", "row_texts"]
+__all__ = ["canaries", "refuse_canaries", "training_answers"]
 
 # Homes, temporary and mounted folders, with at least one name below them; a chat template has none of these.
 _LOCAL = re.compile(r"(?<![\w./:-])(?:/(?:home|Users|root|tmp|mnt|media|scratch|workspace)/[\w.-]+|[A-Z]:\\\\?Users\\)")
@@ -50,16 +53,25 @@ def canaries(folder: Path, rows: Iterable[str] = ()) -> Iterator[str]:
             yield from (f"{name} holds row {number} of the data" for name, text in wanted if plain in text)
 
 
-def row_texts(value: object) -> Iterator[str]:
-    """Every text in a row of the data, however it is nested."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from row_texts(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from row_texts(part)
+def training_answers(run: Path) -> list[str]:
+    """The answers in a run's training data, for a last look before a push; none where the data are not here."""
+    if not (run / "recipe.yaml").is_file():
+        return []
+    data = load(run / "recipe.yaml", note=lambda line: None).data
+    if not Path(data.train).exists():
+        return []
+    try:
+        rows = (row.values for row in open_source(data.train, base_folder=run))
+        return [text for values in rows if isinstance(values, dict) for text in _answers(values)]
+    except DataError:
+        return []
+
+
+def _answers(row: Mapping[str, Any]) -> Iterator[str]:
+    """What the assistant says in a conversation, or the fields that a plain example keeps its answer in."""
+    turns = [turn for turn in row.get("messages") or row.get("conversations") or () if isinstance(turn, Mapping)]
+    yield from (str(turn.get("content")) for turn in turns if turn.get("role") == "assistant")
+    yield from (row[key] for key in ("completion", "output", "response", "answer") if isinstance(row.get(key), str))
 
 
 def _text(path: Path) -> str:

@@ -126,7 +126,8 @@ def _linears(library: Any, arch: Any, factors: Factors, skeleton: PreTrainedMode
     names = library.get_tensor_name_map(arch, config.num_hidden_layers)
     found = []
     for part in split(factors, skeleton):
-        name = next((n for key in (part.key, factors.parameter) if (n := names.get_name(key, (".weight",)))), None)
+        spelled = (part.key, factors.parameter, factors.parameter.replace(".language_model.", "."))
+        name = next((n for key in spelled if (n := names.get_name(key, (".weight",)))), None)
         if name is None:
             _refuse(part.key, "its table has no name for it")
         name = name.removesuffix(".weight")

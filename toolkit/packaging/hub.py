@@ -7,15 +7,15 @@ artifact into a public repository, and one line that says how to repeat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from httpx2 import HTTPError
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from toolkit.errors import HubError, first_line
 from toolkit.packaging.canary import refuse_canaries
+from toolkit.packaging.connection import HTTPError, limit_waiting
 from toolkit.packaging.manifest import FILES, MANIFEST, read_manifest
 from toolkit.packaging.verify import verify_artifact
 from toolkit.steps import part
@@ -28,7 +28,7 @@ def check_token(token: str | None = None, *, endpoint: str | None = None) -> str
 
     Raises `HubError` where there is no token, the Hub refuses it, it may only read, or the Hub cannot be reached.
     """
-    with _one_line("the Hub does not accept the token", "log in with `hf auth login`, or set hub.hub_token"):
+    with _one_line("the Hub does not accept the token", "log in with `hf auth login`; nothing has been trained yet"):
         who = HfApi(endpoint=endpoint, token=token).whoami()
     if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise HubError(f"the token of {who['name']} may only read: make one that may write, then `hf auth login`")
@@ -47,6 +47,7 @@ def push_artifact(
     token: str | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
+    rows: Iterable[str] = (),
 ) -> str:
     """Push an artifact to `repo_id` as one commit and return its URL; with `dry_run`, only verify and name the URL.
 
@@ -54,11 +55,12 @@ def push_artifact(
     artifact that this one lacks are deleted in the same commit; other files of the repository stay. Repeating a push
     that succeeded changes nothing.
 
-    Raises `ModelError` where verification fails (nothing is sent then) and `HubError` for everything on the Hub's side.
+    `rows` are answers of the training data: none of them may leave. Raises `ModelError` where verification fails or a
+    token, a local path or a row is found (nothing is sent then) and `HubError` for everything on the Hub's side.
     """
     folder = Path(folder)
     verify_artifact(folder, strict=True)
-    refuse_canaries(folder)
+    refuse_canaries(folder, rows)
     api = HfApi(endpoint=endpoint, token=token)
     if dry_run:
         return f"{api.endpoint}/{repo_id}"
@@ -98,9 +100,27 @@ def _operations(folder: Path, there: set[str]) -> list[CommitOperation]:
 @contextmanager
 def _one_line(what: str, then: str) -> Iterator[None]:
     """Turn whatever the Hub client raises into one `HubError` line."""
+    limit_waiting()
     try:
         yield
-    except (HTTPError, OSError, ValueError, KeyError) as error:
-        said = getattr(error, "server_message", None) or ""
-        reason = " ".join(dict.fromkeys([first_line(error).rstrip("."), *said.split("\n")])).strip()
-        raise HubError(f"{what}: {reason[:300]}; {then}") from None
+    except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
+        # What went wrong with a large file stands behind a RuntimeError that names the file alone.
+        causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+        said = [line for cause in causes for line in (getattr(cause, "server_message", None) or "").split("\n")]
+        reason = " ".join(dict.fromkeys([*(first_line(cause).rstrip(".") for cause in causes), *said])).strip()
+        status = next((found for cause in causes if (found := _status(cause))), 0)
+        advice = "" if "hf auth login" in then else _ADVICE.get(status, "")
+        raise HubError(f"{what}: {reason[:300]}; {advice}{then}") from None
+
+
+_ADVICE = {
+    401: "set hub.hub_token, or log in with `hf auth login`; ",
+    403: "use a token that may write to this repository; ",
+    409: "somebody else is at work there: look at the repository first; ",
+    412: "somebody else committed meanwhile: look at the repository first; ",
+    429: "wait a few minutes; ",
+}
+
+
+def _status(error: BaseException) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)

@@ -69,6 +69,7 @@ class _Base(_Part):
     name: Annotated[str, Field(min_length=1)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     weights_sha256: Sha256
+    is_int8: bool = False
 
 
 class _Manifest(_Part):

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from httpx2 import HTTPError
-
 from toolkit.downloads import download
 from toolkit.errors import HubError, RecipeError, first_line
+from toolkit.packaging.connection import HTTPError, limit_waiting
 from toolkit.packaging.manifest import FILES, MANIFEST
 
 __all__ = ["fetch_adapter", "is_remote"]
@@ -37,6 +36,7 @@ def fetch_adapter(name: str) -> Path:
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(f"{name}: not an adapter on the Hub; write hf://owner/name or hf://owner/name@revision")
+    limit_waiting()
     try:
         wanted = sorted({*FILES, MANIFEST})
         return download(match["repo"], wanted, revision=match["revision"])

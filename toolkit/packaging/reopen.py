@@ -13,7 +13,7 @@ from toolkit.packaging.base import cached_snapshot
 from toolkit.packaging.manifest import read_manifest
 from toolkit.recipe import Recipe, load, parse
 
-__all__ = ["base_folder", "reopen_recipe"]
+__all__ = ["base_folder", "reopen_recipe", "runs_near"]
 
 
 def reopen_recipe(
@@ -32,7 +32,9 @@ def reopen_recipe(
     if (path / "recipe.yaml").is_file():
         return load(path / "recipe.yaml", given, note)
     if not (path / "adapter_config.json").is_file():
-        raise ModelError(f"{path}: neither a run folder nor an adapter; give the folder that `onecard train` named")
+        raise ModelError(
+            f"{path}: neither a run folder nor an adapter; give the folder that `onecard train` named{runs_near(path)}"
+        )
     manifest = read_manifest(path)
     if base is None and manifest["base"]["revision"] is None:
         raise ModelError(
@@ -41,6 +43,13 @@ def reopen_recipe(
     stream = io.StringIO()
     YAML().dump(manifest["recipe"], stream)
     return parse(stream.getvalue(), str(path / "manifest.json"), given, note)
+
+
+def runs_near(path: Path) -> str:
+    """In words, up to three runs in this folder, or in the one above where it is not there."""
+    folder = path if path.is_dir() else path.parent
+    found = sorted(each.parent for each in folder.glob("*/recipe.yaml")) if folder.is_dir() else []
+    return f"; there are {', '.join(map(str, found[:3]))}{', …' if len(found) > 3 else ''}" if found else ""
 
 
 def base_folder(path: Path, base: str | None = None) -> Path:

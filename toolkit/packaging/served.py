@@ -21,34 +21,9 @@ _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\
 _PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"up_proj", "down_proj"})
 """Of an expert, with a gate by its two usual sets of names, or without."""
 _VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_SGLANG_TAKES = frozenset(
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "qkv_proj",
-        "o_proj",
-        "out_proj",
-        "gate_proj",
-        "up_proj",
-        "gate_up_proj",
-        "down_proj",
-        "w1",
-        "w2",
-        "w3",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "in_proj",
-        "in_proj_q",
-        "in_proj_k",
-        "in_proj_v",
-        "in_proj_z",
-        "in_proj_qkvz",
-        "embed_tokens",
-        "lm_head",
-    ]
+_SGLANG_TAKES = re.compile(
+    r"(q|k|v|qkv|o|out|gate|up|gate_up|down|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|w[123]|in_proj(_[qkvz]|_qkvz)?"
+    r"|embed_tokens|lm_head"
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,7 +102,7 @@ def _sglang_modules(modules: Iterable[str]) -> Iterator[str]:
     for module in modules:
         by_leaf[module.rpartition(".")[2]].append(module)
     for leaf, found in sorted(by_leaf.items()):
-        if leaf not in _SGLANG_TAKES:
+        if not _SGLANG_TAKES.fullmatch(leaf):
             yield f"{found[0]}: no adapter on a module called {leaf} ({len(found)} modules)"
     for leaf, other in (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("v_proj", "q_proj"), ("w1", "w3")):
         owners, others = ({m.rpartition(".")[0] for m in by_leaf[part]} for part in (leaf, other))

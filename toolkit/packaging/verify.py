@@ -7,7 +7,6 @@ one named check, and the layout on a given base is compared with what stock PEFT
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import warnings
 from collections import defaultdict
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.errors import ModelError, first_line
-from toolkit.packaging.base import cached_snapshot, identify_base
+from toolkit.packaging.base import identify_base
 from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -34,7 +33,6 @@ from toolkit.packaging.manifest import (
     load_adapter_config,
     read_manifest,
 )
-from toolkit.registration import METHOD
 
 __all__ = ["Check", "VerifyReport", "require_base", "verify_artifact"]
 
@@ -284,12 +282,11 @@ def require_base(folder: str | Path, base: str, revision: str = "main") -> None:
     """Raise `ModelError` where an artifact was trained on other weights than those of `base`.
 
     An adapter without our manifest does not say what it was trained on, and the bytes of our int8 files say nothing of
-    the checkpoint they were rounded from: both pass.
+    the checkpoint they were rounded from, on either side: all of these pass.
     """
-    place = Path(base) if Path(base).is_dir() else cached_snapshot(base, revision)
-    config = json.loads((place / "config.json").read_bytes())
-    is_rounded = (config.get("quantization_config") or {}).get("quant_method") == METHOD
-    if (Path(folder) / MANIFEST).is_file() and not is_rounded:
+    if not (Path(folder) / MANIFEST).is_file():
+        return
+    if not (identify_base(base, revision).is_int8 or read_manifest(folder)["base"].get("is_int8")):
         _check_base_weights(Path(folder), base, revision)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.plan.devices import Device
+from toolkit.plan.head import head_step_bytes
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.place import most_together, resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
@@ -106,6 +107,24 @@ class Budget:
             step=self.step(recipe) if counts else Held(0),
             evaluating=self.evaluating(recipe) if counts else 0,
             together=together,
+            learning=self._learning(recipe) if counts else 0,
+        )
+
+    def _learning(self, recipe: Recipe) -> int:
+        """What a multi-token-prediction head holds while it learns from a micro-batch."""
+        numbers, shape, batch = self.shapes.numbers, self.shape_for(recipe), recipe.training.per_device_train_batch_size
+        if not recipe.mtp.enabled or "head_parameters" not in numbers:
+            return 0
+        return head_step_bytes(
+            numbers["head_parameters"],
+            numbers["hidden_size"],
+            numbers["vocab_size"],
+            batch=batch,
+            length=shape.length,
+            labelled=batch * shape.labelled,
+            depth=max(recipe.mtp.depth, recipe.mtp.num_mtp_layers),
+            layers=recipe.mtp.num_mtp_layers,
+            device=self.device.kind,
         )
 
     def _resident(self) -> dict[str, str]:

@@ -18,6 +18,8 @@ __all__ = ["Device", "choose_device", "device_memory", "free_memory", "parse_byt
 
 _SHORT = {"rtx-3060": "rtx-3060-12gb", "rtx-4060-ti": "rtx-4060-ti-16gb"}
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_SMALLEST = 1 << 20
+"""Bytes: what is less was meant in another unit."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def parse_bytes(text: str) -> int:
         RecipeError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if match is None or not float(match[1]):
+    size = int(float(match[1]) * (1 << _UNITS[match[2]])) if match else 0
+    if size < _SMALLEST:
         raise RecipeError(f"--memory: {text} is not a size; write 12GiB")
-    return int(float(match[1]) * (1 << _UNITS[match[2]]))
+    return size
 
 
 def device_memory(device: str) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.plan.cards import Card
+from toolkit.plan.head import HEAD_BYTES
 from toolkit.plan.memory import Bytes
 from toolkit.plan.place import streamed
 from toolkit.plan.shapes import Shapes
@@ -66,7 +67,8 @@ def step_duration(
     frozen = _active(shapes) * tokens * 2 * (passes - 1)
     attention = _attention(shapes, length) * tokens * (passes - 0.5)
     low_rank = adapter * _share(shapes) * tokens * 2 * passes
-    arithmetic = (frozen + attention + low_rank) / (card.bf16_tflops * 1e12)
+    head = 6 * sizes.mtp / HEAD_BYTES * tokens * recipe.mtp.depth / recipe.mtp.num_mtp_layers  # its logits left out
+    arithmetic = (frozen + attention + low_rank + head) / (card.bf16_tflops * 1e12)
     weights = sizes.linears + sizes.other + sum(stacks.values())
     moved = micro * (passes - 1) * weights + 2 * (sizes.adapter + sizes.gradients + sizes.optimizer)
     away = sum(stacks[name] for name in streamed(placement))

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["config_number", "experts_per_token", "head_bytes", "head_parameters"]
+__all__ = [
+    "HEAD_BYTES",
+    "config_number",
+    "experts_per_token",
+    "head_bytes",
+    "head_parameters",
+    "head_step_bytes",
+]
 
 _PER_TOKEN = (
     "num_experts_per_tok",
@@ -18,8 +25,18 @@ _PER_TOKEN = (
     "top_k_experts",
     "num_selected_experts",
 )
-_BYTES = 16
+HEAD_BYTES = 16
 """Of a parameter that trains in fp32: weight, gradient and AdamW's two moments."""
+
+_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Bytes of logits in a chunk of the head's loss, as `toolkit.mtp.loss` cuts them."""
+_CHUNKS = 6
+"""Of that size at once: the head's logits and their logarithms, the model's, its shares, and two on the way."""
+_SAVED = 1.25
+"""Of a head's parameters over the hidden size, which is about the sum of its linears' outputs: numbers that a token
+leaves for the backward pass. Measured, scripts/benchmarks/plan_memory.py."""
+_MASK = 22
+"""Bytes for each pair of places where a layer is applied again: who sees whom, in several types. Measured likewise."""
 
 
 def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
@@ -41,7 +58,34 @@ def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
 
 def head_bytes(parameters: int) -> int:
     """Bytes of a new head of so many parameters, with its gradients and its optimizer."""
-    return _BYTES * parameters
+    return HEAD_BYTES * parameters
+
+
+def head_step_bytes(
+    parameters: int,
+    hidden: int,
+    vocab: int,
+    *,
+    batch: int,
+    length: int,
+    labelled: int,
+    depth: int,
+    layers: int,
+    device: str,
+) -> int:
+    """Bytes that a head holds while it learns from one batch, before the model's own backward pass begins.
+
+    On a CPU the logits of the labelled positions are among them: the model's loss keeps them for its backward pass, and
+    the head learns from them.
+
+    Args:
+        parameters: of one layer. length: tokens of a sequence. labelled: positions in the batch. depth: tokens ahead.
+        layers: of the head; beyond their number the last one is applied again. device: cpu or cuda.
+    """
+    logits = 4 * labelled * vocab
+    own = int(4 * batch * length * depth * _SAVED * parameters / hidden)
+    own += _MASK * batch * length**2 * sum(range(2, depth - layers + 2))
+    return own + _CHUNKS * min(logits, _CHUNK[device]) + (2 * logits if device == "cpu" else 0)
 
 
 def _inner(experts: Any) -> int:

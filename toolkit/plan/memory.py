@@ -91,10 +91,12 @@ def count_bytes(
     step: Held,
     evaluating: int = 0,
     together: int = 1,
+    learning: int = 0,
 ) -> Bytes:
     """All groups.
 
     Args:
+        learning: what a head holds while it learns, beside what the micro-batch has saved.
         step: what a micro-batch holds. together: how many of them go through a streamed layer before the next.
         evaluating: most bytes of a pass over held-out examples.
     """
@@ -107,6 +109,7 @@ def count_bytes(
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
     held = _held(step, gradients, recipe.training.gradient_accumulation_steps, together, len(architecture.layers))
+    held = max(held, learning + together * step.saved if learning else 0)
     activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(

@@ -14,7 +14,7 @@ from toolkit.recipe.schema import (
     TrackingSection,
     TrainingSection,
 )
-from toolkit.recipe.source import ALIASES, dump, load, parse
+from toolkit.recipe.source import ALIASES, dump, field_named, field_words, load, parse
 from toolkit.recipe.starter import starter
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
     "TrainingSection",
     "changes",
     "dump",
+    "field_named",
+    "field_words",
     "flat",
     "load",
     "parse",

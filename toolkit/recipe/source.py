@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -68,6 +68,7 @@ ALIASES: Mapping[str, str] = {
 """Names that other toolkits use, and ours."""
 
 _NEGATED = {"train_on_inputs"}
+_COMMAND_LINE = "command line"
 _MOST_BYTES = 1 << 20
 _DEEPEST = 32
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -233,7 +234,7 @@ def _apply_override(data: dict[str, Any], lines: _Lines, override: str) -> None:
         if not isinstance(target, dict):
             raise RecipeError(f"override {key}: {step} is a {_kind(target)}, it has no keys")
     target[path[-1]] = wrapped["value"]
-    lines[path] = "command line"
+    lines[path] = _COMMAND_LINE
 
 
 def _follow_aliases(data: dict[str, Any], lines: _Lines, where: str, note: Callable[[str], None]) -> dict[str, Any]:
@@ -270,13 +271,42 @@ def _move(
     home = data.setdefault(section, {})
     if not isinstance(home, dict):
         raise RecipeError(f"{lines.get((section,), where)}: {section}: a section is a mapping, not a {_kind(home)}")
-    if field in home:
+    overrides = place == _COMMAND_LINE != lines.get((section, field))
+    if field in home and not overrides:
         raise RecipeError(f"{place}: {source[-1]}: means {target}, which is given too; keep one")
     if source[-1] in _NEGATED and isinstance(value, bool):
         value = not value
     home[field] = value
     lines[(section, field)] = place
     note(f"{place}: {'.'.join(source)} is called {target} here")
+
+
+def field_named(name: str) -> str | None:
+    """The `section.key` that a name stands for: one of ours, or one that other toolkits use."""
+    homes = [section for section in Recipe.model_fields if name in _fields(section)]
+    return f"{homes[0]}.{name}" if homes else ALIASES.get(name)
+
+
+def field_words(started: str) -> list[str]:
+    """`section.key=` for every field, and `section.key=word` for each word of the one that is `started` exactly."""
+    found = []
+    for section, info in Recipe.model_fields.items():
+        annotation: Any = info.annotation
+        for key, field in annotation.model_fields.items():
+            name = f"{section}.{key}"
+            found += [f"{name}={word}" for word in _words(field.annotation)] if name == started else []
+            found.append(f"{name}=")
+    return found
+
+
+def _words(annotation: Any) -> list[str]:
+    """What a field may be, where that is a choice of a few."""
+    if annotation is bool:
+        return ["true", "false"]
+    options = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(option) for option in options]
+    return [word for option in options if option is not bool for word in _words(option)]
 
 
 def _fields(section: str) -> list[str]:

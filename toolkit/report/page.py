@@ -20,8 +20,11 @@ from markupsafe import Markup
 
 from toolkit.durable import write_text
 from toolkit.errors import ModelError
+from toolkit.evaluate import draft_table
+from toolkit.packaging import runs_near
 from toolkit.report import charts
 from toolkit.training import RunFolder
+from toolkit.training.progress import held_out_scores
 
 __all__ = ["Chart", "render_page", "write_page"]
 
@@ -67,7 +70,9 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
     """
     folder = RunFolder(run)
     if not folder.recipe.is_file():
-        raise ModelError(f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote")
+        raise ModelError(
+            f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote{runs_near(run)}"
+        )
     metrics, finished = read_metrics(folder.metrics), json.loads(summary) if summary else _read(folder.summary)
     plan, experts = _read(folder.plan), _read(folder.experts)
     environment = Environment(loader=PackageLoader("toolkit.report", "."), autoescape=True, undefined=StrictUndefined)
@@ -83,7 +88,7 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
         outcome=_outcome(finished),
         answers=_answers(finished),
         kept=_kept(finished),
-        mtp=_numbers(finished.get("mtp") or finished.get("results", {}).get("mtp") or {}),
+        drafts=draft_table(finished.get("results", {}).get("mtp") or {}),
         training=list(_training_charts(metrics, finished)),
         memory=list(_memory_chart(plan, finished, metrics)),
         experts=experts,
@@ -183,10 +188,6 @@ def _points(metrics: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) 
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-_NOT_SCORES = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens"}
-"""What an evaluation logs beside the figures that are asked of it."""
-
-
 def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str, Any]) -> Iterator[Chart]:
     lines = {"training": _points(metrics, "loss"), "held-out": _points(metrics, "eval_loss")}
     given = {label: points for label, points in lines.items() if points}
@@ -194,10 +195,10 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
         results = finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
         yield _curve_chart("Loss", "nats a token", given, "loss", levels)
-    for key in sorted({key for entry in metrics for key in entry if key.startswith("eval_")} - _NOT_SCORES):
-        if points := _points(metrics, key):
-            name = key.removeprefix("eval_").replace("_", " ")
-            yield _curve_chart(f"Held-out {name}, while training", "", {name: points}, key)
+    for name in sorted({name for entry in metrics for name in held_out_scores(entry)}):
+        if points := _points(metrics, f"eval_{name}"):
+            words = name.replace("_", " ")
+            yield _curve_chart(f"Held-out {words}, while training", "", {words: points}, f"eval-{name}")
     for title, unit, key, scale in (
         ("Learning rate", "", "learning_rate", 1.0),
         ("Gradient norm", "before clipping", "grad_norm", 1.0),
@@ -315,6 +316,17 @@ def _error_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
     ]
     svg = charts.curves("quantisation", lines, "decoder layer", "output error, %")
     yield Chart("Error of 8-bit weights by layer", text, svg, ("layer", "rounded", "compensated"), rows)
+    if worst := compensation["worst"]:
+        left = {f"{each['part']} {each['expert']}": each for each in worst}
+        rows = [
+            [name, str(each["rows"]), f"{each['rounded']:.3%}", f"{each['compensated']:.3%}"]
+            for name, each in left.items()
+        ]
+        text = f"{rows[0][0]} is left with {rows[0][3]}; it met {rows[0][1]} rows of the calibration examples"
+        svg = charts.bars(
+            "worst-experts", {name: 100 * each["compensated"] for name, each in left.items()}, "output error, %"
+        )
+        yield Chart("Experts with the largest error", text, svg, ("expert", "rows", "rounded", "compensated"), rows)
 
 
 def _mean(values: Iterator[float]) -> float:

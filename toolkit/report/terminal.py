@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from toolkit.data import Batches, DataReport
+from toolkit.evaluate import draft_table
 from toolkit.flow import Trained
 from toolkit.packaging import VerifyReport
 from toolkit.plan import Plan
@@ -173,15 +174,12 @@ def benchmarks(console: Console, found: Mapping[str, Mapping[str, Mapping[str, f
 
 def drafting(console: Console, figures: Mapping[str, Any]) -> None:
     """Drafts of a multi-token-prediction head: as the base had it, left as it was, trained."""
-    measured = {name: found for name in ("base", "stale", "trained") if (found := figures.get(name))}
-    if not measured:
+    columns, rows = draft_table(figures)
+    if not rows:
         return
-    table = table_of("drafts on held-out prompts", *measured)
-    table.add_row("tokens a pass", *(f"{found['tau']:.2f}" for found in measured.values()))
-    for place in next(iter(measured.values()))["acceptance"]:
-        table.add_row(f"draft {place} accepted", *(f"{f['acceptance'].get(place, 0):.1%}" for f in measured.values()))
-    for name, key in (("tokens a second", "tokens_per_second"), ("without drafts", "plain_tokens_per_second")):
-        table.add_row(name, *(f"{found[key]:.1f}" for found in measured.values()))
+    table = table_of(*columns)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 
@@ -189,7 +187,8 @@ def checks(console: Console, report: VerifyReport) -> None:
     """What `verify` found."""
     for check in report.checks:
         console.print(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}", markup=False)
-    console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
+    if report.tensors:
+        console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
 
 
 def _mean(parts: list[Any], what: str) -> str:

@@ -116,7 +116,8 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             # Without a graph nothing flows back, and the guard drops the whole step. Where processes wait for each
             # other's gradients these must come, and are not finite anywhere.
             return loss.new_zeros((), requires_grad=True) if processes() == 1 else result
-        return result if self.beside is None else self.beside.learn(result, inputs, self._logits, count)
+        logits, self._logits = self._logits, None  # not to be held through the backward pass
+        return result if self.beside is None else self.beside.learn(result, inputs, logits, count)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' own; before the first one, forward and backward of the longest batch."""

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from huggingface_hub import constants
 
-from tests.hub_stand_in import HubStandIn, serve
+from tests.hub_stand_in import HubStandIn, serve_this_process
 from tests.unit.documentation.commands import ROOT
 from toolkit.cli import app
 from toolkit.recipe import load
@@ -23,11 +22,20 @@ CUT = ["training.max_steps=2", "data.max_samples=24", "eval.max_samples=4", "eva
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository's recipes, the quickstart cut to two steps, as the folder that commands start in."""
+    """The repository's recipes, quickstart cut to two steps and 200 examples, as the folder that commands start in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").iterdir():
         (tmp_path / "recipes" / path.name).symlink_to(path)
+    data = tmp_path / "recipes" / "quickstart" / "data"
+    data.parent.unlink()
+    data.mkdir(parents=True)
+    for path in (ROOT / "recipes" / "quickstart").iterdir():
+        if path.name != data.name:
+            (data.parent / path.name).symlink_to(path)
+    for path in (ROOT / "recipes" / "quickstart" / "data").iterdir():
+        rows = path.read_text(encoding="utf-8").splitlines()[:200]
+        (data / path.name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     quickstart = tmp_path / "recipes" / "quickstart.yaml"
     quickstart.unlink()
     text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
@@ -44,16 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    """A Hub on this machine that this process's client talks to; the client reads its switches at import."""
-    with serve() as stand_in:
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
-        template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("HF_TOKEN", "good")
+    """A Hub on this machine that this process's client talks to."""
+    with serve_this_process(monkeypatch, tmp_path / "hub") as stand_in:
         yield stand_in
 
 

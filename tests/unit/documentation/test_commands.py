@@ -18,6 +18,7 @@ from tests.hub_stand_in import HubStandIn
 from tests.unit.documentation.commands import ELSEWHERE, PAGES, ROOT, Shown, reason, shown, shown_in
 from tests.unit.documentation.conftest import onecard_takes
 from toolkit.cli import app
+from toolkit.steps import Steps
 
 __all__ = ["onecard"]
 VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -45,6 +46,12 @@ def test_every_verb_has_a_how_to_with_a_command() -> None:
     for section in sections:
         verb = section.partition("\n")[0]
         assert any(each.words[1] == verb for each in shown(section)), verb
+
+
+def test_every_verb_that_a_program_may_read_takes_json() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    silent = {verb for verb in VERBS if "--json" not in {opt for each in commands[verb].params for opt in each.opts}}
+    assert silent == {"chat", "serve", "schema"}, "a conversation, a server, and what is JSON anyway"
 
 
 def test_every_reason_is_needed() -> None:
@@ -75,7 +82,7 @@ class Walk:
     def run(self, command: Shown) -> str:
         """Stdout; fails unless it ends with 0, says what comes next, and prints JSON where that is asked for."""
         _, verb, *arguments = command.words
-        answers = iter([QUESTION, "/mtp on", QUESTION, ""])
+        answers = iter([QUESTION if command.page == HOW_TO.name else "/help", ""])
         self.monkeypatch.setattr(builtins, "input", lambda _: next(answers))
         self.monkeypatch.setattr("sys.stdin", io.StringIO(command.typed))
         status, out, err = self.onecard(verb, *arguments)
@@ -95,6 +102,25 @@ class Walk:
         return bool(hints)
 
 
+def parts_seen(monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], set[str]]:
+    """The parts of all verbs from now on: those begun, and those that said how far they are."""
+    begun: set[str] = set()
+    counted: set[str] = set()
+    begin, advance = Steps.begin, Steps.advance
+
+    def beginning(self: Steps, name: str, drawn: bool = True) -> None:
+        begun.add(name)
+        begin(self, name, drawn)
+
+    def advancing(self: Steps, done: float, total: float, unit: str) -> None:
+        counted.update(part.name for part in self._open[-1:])
+        advance(self, done, total, unit)
+
+    monkeypatch.setattr(Steps, "begin", beginning)
+    monkeypatch.setattr(Steps, "advance", advancing)
+    return begun, counted
+
+
 def interrupted(server: ThreadingHTTPServer) -> None:
     raise KeyboardInterrupt
 
@@ -104,6 +130,7 @@ def test_every_command_of_the_how_tos_runs_and_says_what_comes_next(
 ) -> None:
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
     walk = Walk(onecard, monkeypatch)
+    begun, counted = parts_seen(monkeypatch)
     skipped = set()
     for command in shown_in(HOW_TO):
         if command.is_synopsis:
@@ -114,6 +141,8 @@ def test_every_command_of_the_how_tos_runs_and_says_what_comes_next(
             walk.run(command)
     assert walk.hinted == set(VERBS) - {ENDLESS}
     assert ENDLESS in skipped
+    assert {"download", "load", "quantise", "tokenise", "train", "evaluate", "export", "upload"} <= begun
+    assert {"load", "quantise", "tokenise", "evaluate", "export"} <= counted
     assert len(hub.commits) == 1
     assert (folder / "runs" / "quickstart" / "report.html").is_file()
     for page in (page for page in PAGES if page.name not in WALKED):

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from tests.hub_stand_in import HEAD, HubStandIn, serve
-from toolkit.errors import HubError
-from toolkit.packaging import check_token, push_artifact
+from toolkit.errors import HubError, ModelError
+from toolkit.packaging import check_token, push_artifact, read_manifest, training_answers
+from toolkit.packaging.manifest import file_entry, write_json
 
 # huggingface_hub reads its switches at import, so one process of its own makes all the calls.
 CLIENT = """
@@ -140,3 +141,24 @@ def test_offline_is_a_hub_error(monkeypatch: pytest.MonkeyPatch, pristine: Path)
         check_token("any", endpoint=url)
     with pytest.raises(HubError, match="is whole"):
         push_artifact(pristine, "alice/new", token="any", endpoint=url)
+
+
+def test_a_push_names_each_thing_that_may_not_leave(pristine: Path, tmp_path: Path) -> None:
+    run, token, row = tmp_path / "run", "hf_" + "a1B2" * 8, "a fern is a flowerless plant with feathery leaves"
+    artifact = Path(shutil.copytree(pristine, run / "adapter"))
+    turns = [{"role": "user", "content": "What is a fern?"}, {"role": "assistant", "content": row}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (run / "recipe.yaml").write_text(f"model: {{model_name_or_path: nano}}\ndata: {{train: {tmp_path}/rows.jsonl}}\n")
+    assert training_answers(run) == [row]
+    with (artifact / "chat_template.jinja").open("a") as file:
+        file.write(f"{{# {token} from /home/alice/secret, as in: {row} #}}")
+    manifest = read_manifest(artifact)
+    manifest["files"]["chat_template.jinja"] = file_entry(artifact / "chat_template.jinja")
+    write_json(artifact / "manifest.json", manifest)
+    with serve() as hub, pytest.raises(ModelError) as caught:
+        push_artifact(artifact, "alice/new", token="good", endpoint=hub.url, rows=training_answers(run))
+    said = str(caught.value)
+    for words in ("what looks like a Hub token", "the local path /home/alice", "row 1 of the data"):
+        assert f"chat_template.jinja holds {words}" in said
+    assert token not in said
+    assert not hub.created

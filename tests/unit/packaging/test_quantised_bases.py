@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from tests.unit.packaging.conftest import BASE
 from tests.unit.quant.test_storage import fp8_pair, mxfp4_pair
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
@@ -59,7 +60,7 @@ def test_a_quantised_base_is_merged_as_its_exact_values(
     artifact = adapter(quantised, tokenizer, tmp_path / "adapter")
     made = export_adapter(artifact, quantised, "merged", tmp_path / "merged")
     assert made.difference <= made.bound
-    export_adapter(artifact, exact, "merged", tmp_path / "wanted")
+    export_adapter(adapter(exact, tokenizer, tmp_path / "same"), exact, "merged", tmp_path / "wanted")
     found, wanted, stored = (tensors(folder) for folder in (tmp_path / "merged", tmp_path / "wanted", quantised))
     assert found.keys() == wanted.keys()
     for key, value in found.items():
@@ -74,11 +75,14 @@ def test_a_quantised_base_is_merged_as_its_exact_values(
     assert (merged - adapted).abs().median() < (plain - adapted).abs().median() / 20
 
 
-def test_an_int8_checkpoint_is_refused_and_the_original_named(artifact: Path, tmp_path: Path) -> None:
-    from tests.unit.packaging.conftest import BASE
-
+def test_an_int8_checkpoint_is_refused_and_the_original_taken(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     quantize_checkpoint(str(BASE), tmp_path / "int8")
+    artifact = adapter(tmp_path / "int8", tokenizer, tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"original ones: give the checkpoint it was made from with --base") as caught:
         export_adapter(artifact, tmp_path / "int8", "merged", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+    made = export_adapter(artifact, BASE, "merged", tmp_path / "out")
+    assert made.difference <= made.bound

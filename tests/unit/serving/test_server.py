@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.faults.conftest import MODEL
+from tests.faults.conftest import MODEL, Run, onecard
+from tests.unit.documentation.commands import ROOT, shown_in
 from tests.unit.serving.test_chat import QUESTION, adapted
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer, encode_chat, require_harness
+from toolkit.packaging import identify_base, write_artifact
 from toolkit.serving.server import build_app, require_server
+
+__all__ = ["onecard"]
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +50,46 @@ def test_the_server_says_what_generate_says() -> None:
         assert reply["choices"][0]["message"]["content"].strip() == wanted
         assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["mine"]
         assert client.post("/v1/chat/completions", json={**asked, "model": "another"}).status_code == 400
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_serve_answers_what_the_documentation_asks_and_ends_with_ctrl_c(onecard: Run, tmp_path: Path) -> None:
+    """The command of docs/talking.md's curl, to the server that `onecard serve` starts."""
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    asked = next(each for each in shown_in(ROOT / "docs" / "talking.md") if each.text.startswith("curl ")).words
+    address, body = asked[1].replace("8000", str(port)), asked[asked.index("-d") + 1]
+    told: list[dict[str, Any]] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(
+            f"http://{address}", body.encode(), dict([asked[asked.index("-H") + 1].split(": ")])
+        )
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    told.append(json.load(answer))
+                break
+            except OSError:
+                time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    write_artifact(
+        adapted(4, seed=0),
+        AutoTokenizer.from_pretrained(MODEL),
+        tmp_path / "mine",
+        base=identify_base(str(MODEL)),
+        recipe_yaml="model: {model_name_or_path: nano}\ndata: {train: rows.jsonl}\nlora: {r: 4}\n",
+        results={},
+        coverage={},
+    )
+    asking = threading.Thread(target=ask)
+    asking.start()
+    status, _, err = onecard("serve", tmp_path / "mine", "--base", MODEL, "--port", port)
+    asking.join()
+    assert status == 0, err
+    assert f"curl http://localhost:{port}/v1/chat/completions" in err
+    assert "onecard export" in err.rpartition("next\n")[2]
+    assert told[0]["choices"][0]["message"]["content"].strip()

@@ -1,0 +1,108 @@
+"""Drafts where things are unusual: many prompts, a window shorter than they are, another base's head, own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import CONFIG_MAPPING
+
+from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
+from tests.parity.families import build
+from toolkit.adapters import attach_lora
+from toolkit.evaluate import speculator
+from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, new_head
+from toolkit.quant import load_int8
+
+PROMPTS = [[5 + (3 * n + k * (1 + n % 4)) % 80 for k in range(14 + n % 7)] for n in range(5)]
+
+
+def made(family: str, folder: Path, **changes: Any) -> PeftModel:
+    """A tiny adapted model whose adapter matters."""
+    build(CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **changes})).save_pretrained(folder)
+    return adapted(folder)
+
+
+def adapted(folder: Path) -> PeftModel:
+    """The same model and the same adapter each time."""
+    torch.manual_seed(0)
+    return _moved(attach_lora(load_int8(str(folder))[0], r=2))
+
+
+@torch.no_grad()
+def _moved(model: PeftModel) -> PeftModel:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.05)
+    return model.eval()
+
+
+@torch.no_grad()
+def plain(model: PeftModel, prompt: list[int], tokens: int = 12) -> list[int]:
+    written = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return written[0, len(prompt) :].tolist()
+
+
+def taught(model: PeftModel, head: MtpHead, prompts: list[list[int]], tokens: int = 12) -> HeadTraining:
+    """The head once it has learned what the model answers."""
+    training = HeadTraining(head, model, depth=3, learning_rate=3e-3)
+    answers = [plain(model, prompt, tokens) for prompt in prompts]
+    for _ in range(4):
+        learn_own_answers(training, prompts, answers, tokens=64)
+    return training
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"sliding_window": 6}),
+        ("gpt_oss", {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]}),
+    ],
+)
+def test_prompts_longer_than_the_window(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = made(family, tmp_path, **changes)
+    head = taught(model, new_head(model.get_base_model()), PROMPTS).head
+    writer = speculator(model, head, count=3, max_new_tokens=12, measured=False)
+    # Several prompts at once, of several lengths: each is what it is alone.
+    assert writer.generate(PROMPTS) == [plain(model, prompt) for prompt in PROMPTS]
+    assert writer.counts.tokens_per_pass > 1.5
+
+
+def test_a_head_of_another_base_of_the_same_shape_changes_no_text(tmp_path: Path) -> None:
+    model = made("qwen3_moe", tmp_path / "one")
+    build(CONFIG_MAPPING["qwen3_moe"](**{**COMMON, **FAMILIES["qwen3_moe"]}), seed=7).save_pretrained(tmp_path / "two")
+    other = new_head(load_int8(str(tmp_path / "two"))[0])
+    writer = speculator(model, other, count=3, max_new_tokens=12, measured=False)
+    assert writer.generate(PROMPTS) == [plain(model, prompt) for prompt in PROMPTS]
+
+
+def test_own_answers_teach_the_head_and_nothing_else() -> None:
+    """The same twice, to the bit; the adapter stays; and the model's next answers are guessed far better."""
+    prompts, steps = [[5 + (7 * n + k) % 900 for k in range(6 + n % 3)] for n in range(3)], []
+    heads, found = [], []
+    for _ in range(2):
+        model = adapted(EMBEDDED)
+        before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+        answers = [plain(model, prompt, 8) for prompt in prompts]
+        training = HeadTraining(new_head(model.get_base_model()), model, depth=2, learning_rate=3e-3)
+        untaught = speculator(model, training.head, count=2, max_new_tokens=8, measured=False)
+        assert untaught.generate(prompts) == answers
+        steps.append(sum(learn_own_answers(training, prompts, answers, tokens=80) for _ in range(3)))
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+        writer = speculator(model, training.head, count=2, max_new_tokens=8, measured=False)
+        assert writer.generate(prompts) == answers
+        heads.append(training.head.state_dict())
+        found.append((untaught.counts.tokens_per_pass, writer.counts.tokens_per_pass))
+    assert steps[0] == steps[1] > 0
+    assert all(torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
+    assert found[0][1] > found[0][0] + 0.5
+
+
+def test_answers_of_one_token_teach_nothing() -> None:
+    model = attach_lora(load_int8(str(EMBEDDED))[0], r=2)
+    training = HeadTraining(new_head(model.get_base_model()), model)
+    assert learn_own_answers(training, [[5, 6, 7]], [[2]], tokens=64) == 0
+    assert training.steps == 0
