@@ -316,6 +316,17 @@ def _error_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
     ]
     svg = charts.curves("quantisation", lines, "decoder layer", "output error, %")
     yield Chart("Error of 8-bit weights by layer", text, svg, ("layer", "rounded", "compensated"), rows)
+    if worst := compensation["worst"]:
+        left = {f"{each['part']} {each['expert']}": each for each in worst}
+        rows = [
+            [name, str(each["rows"]), f"{each['rounded']:.3%}", f"{each['compensated']:.3%}"]
+            for name, each in left.items()
+        ]
+        text = f"{rows[0][0]} is left with {rows[0][3]}; it met {rows[0][1]} rows of the calibration examples"
+        svg = charts.bars(
+            "worst-experts", {name: 100 * each["compensated"] for name, each in left.items()}, "output error, %"
+        )
+        yield Chart("Experts with the largest error", text, svg, ("expert", "rows", "rounded", "compensated"), rows)
 
 
 def _mean(values: Iterator[float]) -> float:

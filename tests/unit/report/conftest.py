@@ -49,6 +49,8 @@ def experts() -> dict[str, Any]:
 
 def summary() -> dict[str, Any]:
     names = [f"model.layers.{index}" for index in range(LAYERS)]
+    expert = {"part": "model.layers.7.mlp.experts.gate_up_proj", "expert": 5, "rows": 31}
+    worst = [{**expert, "rounded": 0.02, "compensated": 0.0123}]
     parts = [{"layer": name, "rounded": 0.004, "compensated": 0.002, "experts": 1} for name in names]
     return {
         "artifact": "runs/big/adapter",
@@ -68,7 +70,7 @@ def summary() -> dict[str, Any]:
             "best_step": 900,
             "planned_steps": 2000,
         },
-        "compensation": {"rounded": 0.004, "compensated": 0.002, "parts": parts},
+        "compensation": {"rounded": 0.004, "compensated": 0.002, "parts": parts, "worst": worst},
         "seconds": {"calibrate": 0.001, "load": 10.0, "train": 60.0, "evaluate": 20.0},
         "samples": [{"prompt": ATTACK, "wanted": "yes", "base": ATTACK, "adapted": "yes"}],
     }

@@ -83,6 +83,13 @@ def test_every_picture_says_what_it_shows_and_has_its_numbers(page: Path) -> Non
     assert not [name for name, times in ids.items() if times > 1]
 
 
+def test_the_experts_that_compensation_left_worst_are_named(page: Path) -> None:
+    text = page.read_text()
+    assert "Experts with the largest error" in text
+    assert "model.layers.7.mlp.experts.gate_up_proj 5" in text
+    assert "1.230%" in text
+
+
 def test_what_a_run_does_not_have_is_not_shown(unfinished: Path) -> None:
     text = render_page(unfinished)
     assert "running, step 400, about 20 min left" in text
