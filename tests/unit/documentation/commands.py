@@ -21,6 +21,9 @@ PLACEHOLDERS = {
     "RUN": "runs/quickstart",
     "ARTIFACT": "runs/quickstart/adapter",
     "OWNER/NAME": "alice/mine",
+    "owner/name@revision": "alice/mine@main",
+    "A": "runs/quickstart",
+    "B": "runs/slower",
 }
 """What stands for the reader's own, and what stands for it here."""
 
