@@ -7,7 +7,7 @@ One adapter is trained as the recipe says. Beside it, from the same batches, lea
 head of random numbers, and a head that sees the base model instead of the adapted one. Heads do not touch the adapter
 nor each other, so one run serves all. Then, on held-out prompts at depths 1 and 3:
 
-  base        the base model with the head that was trained on it
+  base        the base model with the head that was trained on it, on the data and on the base's own answers
   stale       the adapted model with that same head: what fine-tuning does to a head that is left alone
   data alone  a head trained beside the adapter, from the data's text and no other
   copied      that head after the adapted model's own answers to training prompts, as `mtp.own_answers` does it
@@ -130,6 +130,9 @@ def main() -> None:
     depth, learning_rate = max(DEPTHS), recipe.mtp.head_learning_rate
     model, tokenizer, batches, heads, seconds = train(plan, depth, learning_rate)
     model.eval()
+    with model.disable_adapter():
+        before, said = flow.own_answers(model, tokenizer, batches, plan)
+        learn_own_answers(heads.apart, before, said, tokens=flow.step_tokens(plan), seed=recipe.training.seed)
     trained = {**heads.beside, "re-aligned": realigned(heads, depth, learning_rate)}
     finished = {"stale": heads.apart.head, "data alone": copy.deepcopy(heads.beside["copied"].head)}
     asked, own = flow.own_answers(model, tokenizer, batches, plan)

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from toolkit.errors import RecipeError, ResourceError
-from toolkit.plan import Device, StepShape, choose_device, device_memory, devices, free_memory, make_plan, parse_bytes
+from toolkit.plan import (
+    Device,
+    Plan,
+    StepShape,
+    choose_device,
+    device_memory,
+    devices,
+    free_memory,
+    make_plan,
+    parse_bytes,
+)
 from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.place import resident_bytes, share_of, spread, streamed
