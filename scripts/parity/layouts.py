@@ -76,6 +76,8 @@ def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMA
             found[layout] = f"{export_adapter(artifact, scratch / 'base', layout, scratch / layout).difference:.1e}"
         except (ModelError, RecipeError) as error:
             found[layout] = f"no: {str(error)[:150]}"
+        except Exception as error:  # a fault, not a refusal; the table goes on
+            found[layout] = f"no: {type(error).__name__}: {str(error)[:150]}"
     return found
 
 

@@ -67,11 +67,15 @@ class Factors:
 
 @dataclass(frozen=True)
 class Piece:
-    """A 2-D weight of a checkpoint: its key, and the expert and rows of the model's parameter that it holds."""
+    """A 2-D weight of a checkpoint: its key, and the expert and rows of the model's parameter that it holds.
+
+    `is_turned` says that it lies there as [I, O], rows as columns.
+    """
 
     key: str
     expert: int
     rows: Tensor
+    is_turned: bool = False
 
 
 def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]:
@@ -121,7 +125,7 @@ def pieces(factors: Factors, skeleton: PreTrainedModel) -> list[Piece] | None:
         expert = int(flat[0]) // outputs
         if not torch.equal(flat // outputs, torch.full_like(flat, expert)):
             return None
-        found.append(Piece(key, expert, flat % outputs))
+        found.append(Piece(key, expert, flat % outputs, part.shape[0] < part.shape[1]))
     return found
 
 
@@ -129,9 +133,16 @@ def deltas(factors: Factors, skeleton: PreTrainedModel) -> Iterator[tuple[str, T
     """What the adapter adds to each tensor of the checkpoint, by key, fp32; one expert at a time where it can be."""
     if parts := pieces(factors, skeleton):
         for part in parts:
-            yield part.key, factors.update(part.expert)[part.rows]
+            update = factors.update(part.expert)[part.rows]
+            yield part.key, update.T if part.is_turned else update
         return
-    yield from revert_weight_conversion(skeleton, {factors.parameter: factors.full()}).items()
+    try:
+        stored = revert_weight_conversion(skeleton, {factors.parameter: factors.full()})
+    except (ValueError, RuntimeError, IndexError, KeyError):
+        raise ModelError(
+            f"{factors.parameter}: the checkpoint stores it together with others: export as peft or per-expert"
+        ) from None
+    yield from stored.items()
 
 
 def per_expert(adapter: Sequence[Factors], skeleton: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
