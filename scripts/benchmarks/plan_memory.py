@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Planned against measured peak memory of training on a CPU: families, lengths, ranks, checkpointing, streaming.
 
-    .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE]
+    .venv/bin/python scripts/benchmarks/plan_memory.py [--only NUMBER …] [--json FILE] [--table FILE] [--again FILE]
 
 Each row is a process of its own, forked from one that has only loaded the libraries: it plans, builds a model of 60 to
 400 MB in int8 with random numbers, trains two steps as `onecard train` does, and reads its anonymous memory (RssAnon)
@@ -110,8 +110,44 @@ CASES = [
 ]
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Plan and train one case in this process."""
+def run(case: Case, again: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Plan and train one case in this process; with the row of an earlier run, plan it anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        _config(case).save_pretrained(Path(folder) / "model")
+        recipe, planned, placement, note = _plan(case, str(Path(folder) / "model"))
+        measured, before = (again["measured"], again["before"]) if again else _measure(case, folder, recipe, placement)
+    return {
+        "family": case.family, "length": case.length, "case": case.text, "planned": planned.run, "measured": measured,
+        "error": planned.run / measured - 1, "note": note, "before": before, "bytes": vars(planned),
+    }  # fmt: skip
+
+
+def _plan(case: Case, name: str) -> tuple[Any, Any, Any, str]:
+    """Recipe, bytes, placement (None where all is resident) and the plan's note."""
+    from toolkit.plan.budget import Budget
+    from toolkit.plan.devices import this_device
+    from toolkit.plan.steps import StepShape
+    from toolkit.recipe import parse
+
+    recipe = parse(
+        f"model: {{model_name_or_path: '{name}'}}\ndata: {{train: none}}\n"
+        f"lora: {{r: {case.r}, router: {str(case.router).lower()}, target_modules: {case.target_modules}}}\n"
+        f"training: {{max_length: {case.length}, optim: {case.optim}, packing: {str(case.packing).lower()}, "
+        f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
+        f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
+        + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
+        + (f"mtp: {{enabled: true, depth: {case.drafts}}}\n" if case.drafts else "")
+    )
+    budget = Budget(
+        name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
+        StepShape(case.length, case.length - 1),
+    )  # fmt: skip
+    placement = budget.place(recipe) if case.share else None
+    return recipe, budget.bytes(recipe, placement), placement, budget.note
+
+
+def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int, int]:
+    """Bytes at the highest beyond what was there before, and those."""
     import torch
     from datasets import Dataset
     from rich.console import Console
@@ -119,57 +155,29 @@ def run(case: Case) -> dict[str, Any]:
 
     from toolkit.adapters import attach_lora
     from toolkit.mtp import HeadTraining, new_head
-    from toolkit.plan.budget import Budget
-    from toolkit.plan.devices import this_device
-    from toolkit.plan.steps import StepShape
-    from toolkit.recipe import parse
     from toolkit.training import train_adapter
     from toolkit.training.memory import anonymous_memory
 
-    with tempfile.TemporaryDirectory() as folder:
-        name = str(Path(folder) / "model")
-        config = _config(case)
-        config.save_pretrained(name)
-        recipe = parse(
-            f"model: {{model_name_or_path: '{name}'}}\ndata: {{train: none}}\n"
-            f"lora: {{r: {case.r}, router: {str(case.router).lower()}, target_modules: {case.target_modules}}}\n"
-            f"training: {{max_length: {case.length}, optim: {case.optim}, packing: {str(case.packing).lower()}, "
-            f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
-            f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
-            + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
-            + (f"mtp: {{enabled: true, depth: {case.drafts}}}\n" if case.drafts else "")
-        )
-        budget = Budget(
-            name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
-            StepShape(case.length, case.length - 1),
-        )  # fmt: skip
-        placement = budget.place(recipe) if case.share else None
-        planned = budget.bytes(recipe, placement)
-        generator = torch.Generator().manual_seed(1)
-        count = 2 * case.batch * case.accumulation
-        ids = torch.randint(3, 2000, (count, case.length), generator=generator).tolist()
-        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-        if placement:
-            number = str(CASES.index(case))
-            subprocess.run([sys.executable, __file__, "--write", folder, "--only", number], check=True)
+    generator = torch.Generator().manual_seed(1)
+    count = 2 * case.batch * case.accumulation
+    ids = torch.randint(3, 2000, (count, case.length), generator=generator).tolist()
+    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    if placement:
+        number = str(CASES.index(case))
+        subprocess.run([sys.executable, __file__, "--write", folder, "--only", number], check=True)
 
-        before = anonymous_memory()
-        model = _streamed(folder, placement) if placement else _resident(config)
-        lora = recipe.lora.model_dump(exclude={"adapter_name_or_path"})
-        adapted = attach_lora(model, **lora)
-        arguments = recipe.training.model_dump(exclude={"output_dir"})
-        result = train_adapter(
-            adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
-            arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
-            dtype="float32", train_router=case.router, console=Console(quiet=True), probes=False,
-            head=HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None,
-        )  # fmt: skip
-    measured = result.peak_memory - before
-    return {
-        "family": case.family, "length": case.length, "case": case.text, "planned": planned.run, "measured": measured,
-        "error": planned.run / measured - 1, "note": budget.note, "before": before, "bytes": vars(planned),
-    }  # fmt: skip
+    before = anonymous_memory()
+    model = _streamed(folder, placement) if placement else _resident(_config(case))
+    adapted = attach_lora(model, **recipe.lora.model_dump(exclude={"adapter_name_or_path"}))
+    arguments = recipe.training.model_dump(exclude={"output_dir"})
+    result = train_adapter(
+        adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
+        arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
+        dtype="float32", train_router=case.router, console=Console(quiet=True), probes=False,
+        head=HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None,
+    )  # fmt: skip
+    return result.peak_memory - before, before
 
 
 def _config(case: Case) -> Any:
@@ -244,6 +252,7 @@ def main() -> None:
     parser.add_argument("--holes", action="store_true", help="With glibc's settings untouched.")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, help="Markdown.")
+    parser.add_argument("--again", type=Path, help="A file of --json: plan its rows anew, measure nothing.")
     parser.add_argument("--write", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.write:
@@ -255,8 +264,17 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**kept, **settings})
     _load_libraries()
     rows = []
+    known = (
+        {(row["family"], row["length"], row["case"]): row for row in json.loads(given.again.read_text())}
+        if given.again
+        else {}
+    )
     for number in given.only or range(len(CASES)):
-        row = _in_a_process(CASES[number])
+        case = CASES[number]
+        earlier = known.get((case.family, case.length, case.text))
+        if given.again and earlier is None:
+            continue
+        row = _in_a_process(case, earlier)
         if isinstance(row, str):
             print(f"{number} {CASES[number]} failed: {row}", flush=True)
             continue
@@ -284,10 +302,10 @@ def _load_libraries() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def _in_a_process(case: Case) -> dict[str, Any] | str:
+def _in_a_process(case: Case, earlier: dict[str, Any] | None) -> dict[str, Any] | str:
     """The case's row, or why there is none."""
     here, there = multiprocessing.get_context("fork").Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(case, there))
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(case, earlier, there))
     process.start()
     there.close()
     try:
@@ -298,9 +316,9 @@ def _in_a_process(case: Case) -> dict[str, Any] | str:
     return row
 
 
-def _answer(case: Case, there: Any) -> None:
+def _answer(case: Case, earlier: dict[str, Any] | None, there: Any) -> None:
     try:
-        there.send(run(case))
+        there.send(run(case, earlier))
     except Exception as error:
         there.send(f"{type(error).__name__}: {error}")
 

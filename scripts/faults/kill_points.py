@@ -144,7 +144,7 @@ def _export_if_any(place: Path) -> None:
 
     if (place / "out").exists():
         listed = json.loads((place / "out" / "export.json").read_text())["files"]
-        assert listed.keys() | {"export.json"} == {path.name for path in (place / "out").iterdir()}
+        assert listed.keys() | {"export.json"} == contents(place / "out").keys()
         assert all(file_entry(place / "out" / name) == entry for name, entry in listed.items())
 
 

@@ -30,7 +30,9 @@ from second_environment import python_with  # noqa: E402
 
 from tests.parity.families import families  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
+from toolkit.packaging import identify_base, read_manifest  # noqa: E402
 from toolkit.packaging.export import export_adapter  # noqa: E402
+from toolkit.packaging.manifest import write_json  # noqa: E402
 
 __all__ = ["main"]
 
@@ -71,18 +73,19 @@ def _compared(name: str, folder: Path, python: str) -> dict[str, Any]:
     with model.disable_adapter():
         plain = _logits(model)
     ours["merged"] = ours["adapter"]
-    _round(folder / "base", folder / "base16", base)
+    sixteen = folder / "bf16" / "base"
+    _round(folder / "base", sixteen, base)
     ours["bf16 adapter"] = ours["bf16 merged"] = _logits(model)
-    for layout, source, target in (
-        ("peft", "base", "peft"),
-        ("merged", "base", "merged"),
-        ("merged", "base16", "merged16"),
-    ):
-        export_adapter(artifact, folder / source, layout, folder / target)
+    export_adapter(artifact, folder / "base", "peft", folder / "peft")
+    export_adapter(artifact, folder / "base", "merged", folder / "merged")
+    manifest = read_manifest(artifact)
+    manifest["base"]["weights_sha256"] = identify_base(str(sixteen)).weights_sha256
+    write_json(artifact / "manifest.json", manifest)
+    export_adapter(artifact, sixteen, "merged", folder / "merged16")
     jobs = {
         "adapter": [str(folder / "base"), str(folder / "peft")],
         "merged": [str(folder / "merged"), None],
-        "bf16 adapter": [str(folder / "base16"), str(folder / "peft")],
+        "bf16 adapter": [str(sixteen), str(folder / "peft")],
         "bf16 merged": [str(folder / "merged16"), None],
     }
     (folder / "job.json").write_text(json.dumps({"models": jobs, "prompts": IDS, "out": str(folder)}))

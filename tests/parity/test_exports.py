@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging import export_adapter, identify_base, write_artifact
+from toolkit.packaging import export_adapter, identify_base, read_manifest, write_artifact
+from toolkit.packaging.manifest import write_json
 from toolkit.quant import load_int8
 
 NANO = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
@@ -101,8 +102,11 @@ def test_per_expert_keys_are_the_checkpoints_own(checkpoint: Path, adapter: Path
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
 def test_sharded_bf16_keeps_files_and_dtype(adapter: Path, checkpoint: Path, tmp_path: Path) -> None:
-    shards = tmp_path / "base"
+    shards = tmp_path / "sharded" / checkpoint.name
     stock(checkpoint, torch.bfloat16).save_pretrained(shards, max_shard_size="10KB")
+    manifest = read_manifest(adapter)
+    manifest["base"]["weights_sha256"] = identify_base(str(shards)).weights_sha256
+    write_json(adapter / "manifest.json", manifest)
     export_adapter(adapter, shards, "merged", tmp_path / "merged")
     names = {path.name: path.stat().st_size for path in shards.iterdir() if path.suffix == ".safetensors"}
     assert len(names) > 2
@@ -131,7 +135,7 @@ def test_peft_is_the_artifact(adapter: Path, checkpoint: Path, tmp_path: Path) -
 def test_what_cannot_be_exported_says_so_and_leaves_nothing(adapter: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there are peft"):
         export_adapter(adapter, checkpoint, "gptq", tmp_path / "out")
-    with pytest.raises(ModelError, match="the adapter is for another model"):
+    with pytest.raises(ModelError, match="other weights than the adapter's base"):
         export_adapter(adapter, NANO, "merged", tmp_path / "out")
     (tmp_path / "there").mkdir()
     with pytest.raises(RecipeError, match="is there already"):

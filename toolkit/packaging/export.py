@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from toolkit.adapters.layouts import Factors, from_per_expert, largest_differenc
 from toolkit.architecture import describe
 from toolkit.architecture import skeleton as skeleton_of
 from toolkit.durable import staged_folder
-from toolkit.errors import ModelError, RecipeError
+from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.packaging.gguf import MODELFILE, read_gguf, write_gguf
 from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_entry, load_adapter_config, write_json
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
@@ -63,8 +63,9 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
         format: one of `FORMATS`.
 
     Raises:
-        RecipeError: no such format, or `out` exists. ModelError: the family cannot have this layout, or what was
-            written does not give the adapter's numbers; nothing is left behind then.
+        RecipeError: no such format, or `out` exists. ResourceError: the disk is full or broken.
+        ModelError: the family cannot have this layout, or what was written does not give the adapter's numbers; nothing
+            is left behind then.
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
     if format not in FORMATS:
@@ -75,17 +76,25 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
-    with staged_folder(out) as folder:
-        compared, difference, bound = _WRITERS[format](artifact, base, adapter, skeleton, folder)
-        if not difference <= bound:
-            raise ModelError(f"{format}: what was written is off by {difference:.2e}, over {bound:.0e}: not exported")
-        servers = _servers(folder, skeleton) if format == "per-expert" else {}
-        export = Export(str(out), format, compared, difference, bound, servers)
-        files = {
-            str(path.relative_to(folder)): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()
-        }
-        write_json(folder / _RECORD, {**export.to_dict(), "folder": out.name, "files": files})
+    try:
+        with staged_folder(out) as folder:
+            compared, difference, bound = _WRITERS[format](artifact, base, adapter, skeleton, folder)
+            if not difference <= bound:
+                raise ModelError(
+                    f"{format}: what was written is off by {difference:.2e}, over {bound:.0e}: not exported"
+                )
+            servers = _servers(folder, skeleton) if format == "per-expert" else {}
+            export = Export(str(out), format, compared, difference, bound, servers)
+            _record(export, folder, out.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ResourceError(f"{out}: cannot be exported: {reason}; free space or give another folder") from None
     return export
+
+
+def _record(export: Export, folder: Path, name: str) -> None:
+    files = {str(path.relative_to(folder)): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_json(folder / _RECORD, {**export.to_dict(), "folder": name, "files": files})
 
 
 def _servers(folder: Path, skeleton: PreTrainedModel) -> dict[str, list[str]]:

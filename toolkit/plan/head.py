@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["HEAD_BYTES", "experts_per_token", "head_bytes", "head_parameters", "head_step_bytes"]
+__all__ = [
+    "HEAD_BYTES",
+    "config_number",
+    "experts_per_token",
+    "head_bytes",
+    "head_parameters",
+    "head_step_bytes",
+]
 
 _PER_TOKEN = (
     "num_experts_per_tok",
@@ -88,5 +95,14 @@ def _inner(experts: Any) -> int:
 
 def experts_per_token(config: Any, otherwise: int = 1) -> int:
     """Experts that a token has, by the names that configs give their number; `otherwise` where they give none."""
-    found = (getattr(config, name, None) for name in _PER_TOKEN)
-    return next((int(number) for number in found if isinstance(number, int)), otherwise)
+    found = (config_number(config, name) for name in _PER_TOKEN)
+    return next((number for number in found if number is not None), otherwise)
+
+
+def config_number(config: Any, name: str) -> int | None:
+    """A whole number of a config, None where it has none, or one for each layer, which transformers raises for."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        return None
+    return value if isinstance(value, int) else None

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from toolkit.architecture import auto_class, describe, skeleton
-from toolkit.plan.head import experts_per_token, head_parameters
+from toolkit.plan.head import config_number, experts_per_token, head_parameters
 from toolkit.plan.shapes import Shapes, is_published, published_config
 
 __all__ = ["shape_of", "shapes_of"]
@@ -41,8 +41,8 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
         ModelError: it is no MoE, or a family that cannot work.
     """
     architecture, config = describe(model), model.config.get_text_config()
-    found = {name: getattr(config, name, None) for name in (*_NUMBERS, "max_position_embeddings")}
-    numbers = {name: value for name, value in found.items() if isinstance(value, int)}
+    found = {name: config_number(config, name) for name in (*_NUMBERS, "max_position_embeddings")}
+    numbers = {name: value for name, value in found.items() if value is not None}
     numbers["experts_per_token"] = experts_per_token(config, architecture.layers[0].num_experts)
     with suppress(AttributeError, IndexError, NotImplementedError):  # a decoder that keeps its layers elsewhere
         numbers["head_parameters"] = head_parameters(model, config, 1)

@@ -16,7 +16,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from toolkit.architecture import describe
 from toolkit.rehearsal.ledger import Ledger
@@ -24,6 +26,9 @@ from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
 
 __all__ = ["Step", "imagined_model", "rehearse", "run_step"]
+
+_CAUSAL = "onecard_rehearsal"
+"""The name under which attention of documents on their own is known to transformers."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Count
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
         model.train(step.trains)
+        if _apart(model, step):
+            model.get_base_model().set_attn_implementation(_CAUSAL)
         if step.checkpointing:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -186,6 +193,22 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
     else:
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     return inputs
+
+
+def _apart(model: PeftModel, step: Step) -> bool:
+    """Whether documents are attended to one by one, as `toolkit.training.documents` does."""
+    config = model.get_base_model().config
+    return step.packed and not step.on_card and config._attn_implementation == "sdpa" and not config.sub_configs
+
+
+def _mask_unless_causal(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers leaves a causal mask away where it may look at one; here there is nothing to look at."""
+    window, length = kwargs.get("local_size"), kwargs.get("kv_length", 0)
+    return sdpa_mask(*args, **kwargs) if window is not None and window < length else None
+
+
+AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
+AttentionMaskInterface.register(_CAUSAL, _mask_unless_causal)
 
 
 def _extrapolated(short: Mapping[str, int], longer: Mapping[str, int], depths: Depths) -> int:

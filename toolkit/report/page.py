@@ -24,6 +24,7 @@ from toolkit.evaluate import draft_table
 from toolkit.packaging import runs_near
 from toolkit.report import charts
 from toolkit.training import RunFolder
+from toolkit.training.progress import held_out_scores
 
 __all__ = ["Chart", "render_page", "write_page"]
 
@@ -187,10 +188,6 @@ def _points(metrics: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) 
     return [(step, value) for step, value in found if math.isfinite(value)]
 
 
-_NOT_SCORES = {"eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens"}
-"""What an evaluation logs beside the figures that are asked of it."""
-
-
 def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str, Any]) -> Iterator[Chart]:
     lines = {"training": _points(metrics, "loss"), "held-out": _points(metrics, "eval_loss")}
     given = {label: points for label, points in lines.items() if points}
@@ -198,10 +195,10 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
         results = finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
         yield _curve_chart("Loss", "nats a token", given, "loss", levels)
-    for key in sorted({key for entry in metrics for key in entry if key.startswith("eval_")} - _NOT_SCORES):
-        if points := _points(metrics, key):
-            name = key.removeprefix("eval_").replace("_", " ")
-            yield _curve_chart(f"Held-out {name}, while training", "", {name: points}, key)
+    for name in sorted({name for entry in metrics for name in held_out_scores(entry)}):
+        if points := _points(metrics, f"eval_{name}"):
+            words = name.replace("_", " ")
+            yield _curve_chart(f"Held-out {words}, while training", "", {words: points}, f"eval-{name}")
     for title, unit, key, scale in (
         ("Learning rate", "", "learning_rate", 1.0),
         ("Gradient norm", "before clipping", "grad_norm", 1.0),
@@ -319,6 +316,17 @@ def _error_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
     ]
     svg = charts.curves("quantisation", lines, "decoder layer", "output error, %")
     yield Chart("Error of 8-bit weights by layer", text, svg, ("layer", "rounded", "compensated"), rows)
+    if worst := compensation["worst"]:
+        left = {f"{each['part']} {each['expert']}": each for each in worst}
+        rows = [
+            [name, str(each["rows"]), f"{each['rounded']:.3%}", f"{each['compensated']:.3%}"]
+            for name, each in left.items()
+        ]
+        text = f"{rows[0][0]} is left with {rows[0][3]}; it met {rows[0][1]} rows of the calibration examples"
+        svg = charts.bars(
+            "worst-experts", {name: 100 * each["compensated"] for name, each in left.items()}, "output error, %"
+        )
+        yield Chart("Experts with the largest error", text, svg, ("expert", "rows", "rounded", "compensated"), rows)
 
 
 def _mean(values: Iterator[float]) -> float:

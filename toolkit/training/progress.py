@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ from toolkit.adapters import unmoved_adapters
 from toolkit.durable import sync
 from toolkit.errors import ResourceError
 
-__all__ = ["MetricsLog", "ProgressDisplay", "StillAdapters", "peak_memory"]
+__all__ = ["MetricsLog", "ProgressDisplay", "StillAdapters", "held_out_scores", "peak_memory"]
 
 _PLAIN_SECONDS = 5.0
+_NOT_SCORES = {
+    "aux_loss", "entropy", "loss", "mean_token_accuracy", "num_tokens", "runtime", "samples_per_second",
+    "steps_per_second",
+}  # fmt: skip
+"""What an evaluation logs of its own accord."""
 _RERUN = "checkpoints are whole: free space or mend the disk, then rerun the same command"
 
 
@@ -135,7 +141,9 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
                     f"step {state.global_step}/{state.max_steps}  {text}  {self._left(state)}", highlight=False
                 )
         elif "eval_loss" in entry:
-            self.console.print(f"step {state.global_step}: held-out loss {entry['eval_loss']:.4f}", highlight=False)
+            others = "".join(f", {name} {value:.4f}" for name, value in held_out_scores(entry).items())
+            told = f"step {state.global_step}: held-out loss {entry['eval_loss']:.4f}{others}"
+            self.console.print(told, highlight=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,6 +156,12 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
     def _left(self, state: TrainerState) -> str:
         spent = time.perf_counter() - self._began
         return f"ETA {spent / max(1, state.global_step) * (state.max_steps - state.global_step):.0f} s"
+
+
+def held_out_scores(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation's line that were asked for beside its loss, by their short names."""
+    found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+    return {name: value for name, value in found.items() if name not in _NOT_SCORES}
 
 
 def _describe(entry: dict[str, Any]) -> str:

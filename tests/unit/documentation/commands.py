@@ -33,7 +33,6 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"python (-m )?scripts", "minutes to hours, models that scripts make first, or a card"),
     (r"onecard .*--lm-eval", "lm-eval is no part of the tests' environment; test_metrics.py runs it where it is"),
     (r"onecard sweep (?!.*--out runs/two)", "six trials; test_sweep.py runs others"),
-    (r"onecard train recipes/quickstart-mtp\.yaml", "minutes; test_mtp.py trains a head"),
     (r"onecard quantize .*--recipe", "a minute and more; test_error_compensation.py and test_prequantized.py do it"),
     (r"onecard serve", "does not end; test_server.py starts, asks and stops it"),
     (r"onecard --(install|show)-completion", "changes the reader's shell; test_starting.py asks for completions"),

@@ -49,6 +49,8 @@ def experts() -> dict[str, Any]:
 
 def summary() -> dict[str, Any]:
     names = [f"model.layers.{index}" for index in range(LAYERS)]
+    expert = {"part": "model.layers.7.mlp.experts.gate_up_proj", "expert": 5, "rows": 31}
+    worst = [{**expert, "rounded": 0.02, "compensated": 0.0123}]
     parts = [{"layer": name, "rounded": 0.004, "compensated": 0.002, "experts": 1} for name in names]
     return {
         "artifact": "runs/big/adapter",
@@ -57,10 +59,19 @@ def summary() -> dict[str, Any]:
             "examples": 200,
             "base": {"loss": 2.5, "exact_match": 0.1},
             "adapted": {"loss": 1.5, "exact_match": 0.6},
+            "answers": {"better": 110, "worse": 7},
         },
-        "training": {"steps": STEPS, "loss": 1.2, "seconds": 60.0, "tokens": 10**6, "peak_memory": 12 << 30},
-        "compensation": {"rounded": 0.004, "compensated": 0.002, "parts": parts},
-        "seconds": {"load": 10.0, "train": 60.0, "evaluate": 20.0},
+        "training": {
+            "steps": STEPS,
+            "loss": 1.2,
+            "seconds": 60.0,
+            "tokens": 10**6,
+            "peak_memory": 12 << 30,
+            "best_step": 900,
+            "planned_steps": 2000,
+        },
+        "compensation": {"rounded": 0.004, "compensated": 0.002, "parts": parts, "worst": worst},
+        "seconds": {"calibrate": 0.001, "load": 10.0, "train": 60.0, "evaluate": 20.0},
         "samples": [{"prompt": ATTACK, "wanted": "yes", "base": ATTACK, "adapted": "yes"}],
     }
 
@@ -89,7 +100,8 @@ def unfinished(tmp_path: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run at its end; read only."""
     run = write_unfinished(tmp_path_factory.mktemp("runs") / "big")
-    lines = [*map(metrics_line, range(1, STEPS + 1)), {"step": STEPS, "eval_loss": 1.5}]
+    scored = {"step": STEPS, "eval_loss": 1.5, "eval_token_f1": 0.25, "eval_runtime": 1.0}
+    lines = [*map(metrics_line, range(1, STEPS + 1)), scored]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "experts.json").write_text(json.dumps(experts()))
     (run / "summary.json").write_text(json.dumps(summary()))

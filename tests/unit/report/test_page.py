@@ -38,7 +38,18 @@ def test_a_thousand_steps_and_six_thousand_experts_are_a_small_page(finished: Pa
     assert page == finished / "report.html"
     assert page.stat().st_size < MOST_BYTES
     text = page.read_text(encoding="utf-8")
-    for words in ("finished, step 1,000", "60.0%", "base 10.0%", "Router entropy", "96 of 96", "1 (3.7; layer.expert)"):
+    for words in (
+        "finished, step 1,000",
+        "60.0%",
+        "base 10.0%",
+        "Router entropy",
+        "96 of 96",
+        "1 (3.7; layer.expert)",
+        "Held-out token f1, while training",
+        "Training stopped early, after 1,000 of 2,000 steps",
+        "The adapter is that of step 900",
+        "base 10.0%, better",
+    ):
         assert words in text, words
 
 
@@ -70,6 +81,13 @@ def test_every_picture_says_what_it_shows_and_has_its_numbers(page: Path) -> Non
     assert all(pictures)
     ids = Counter(a["id"] for _, a in elements if a.get("id"))
     assert not [name for name, times in ids.items() if times > 1]
+
+
+def test_the_experts_that_compensation_left_worst_are_named(page: Path) -> None:
+    text = page.read_text()
+    assert "Experts with the largest error" in text
+    assert "model.layers.7.mlp.experts.gate_up_proj 5" in text
+    assert "1.230%" in text
 
 
 def test_what_a_run_does_not_have_is_not_shown(unfinished: Path) -> None:
