@@ -64,11 +64,22 @@ class Parsed(Exception):
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """`parse(words)`: let the command's own program read its arguments, and no more; raises where it refuses them."""
-    read = argparse.ArgumentParser.parse_args
+    read, read_known = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
+    strictly: list[argparse.ArgumentParser] = []
 
     def parse_args(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
-        read(self, *args, **kwargs)  # type: ignore[call-overload]
+        strictly.append(self)
+        try:
+            read(self, *args, **kwargs)  # type: ignore[call-overload]
+        finally:
+            strictly.pop()
         raise Parsed
+
+    def parse_known_args(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> object:
+        found = read_known(self, *args, **kwargs)  # type: ignore[call-overload]
+        if self not in strictly:
+            raise Parsed
+        return found
 
     def parse(words: list[str]) -> None:
         match words:
@@ -98,6 +109,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
             return
         with monkeypatch.context() as inside:
             inside.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            inside.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
             inside.setattr(sys, "argv", [path.name, *arguments])
             inside.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
             known = set(sys.modules)
