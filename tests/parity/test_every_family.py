@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from tests.parity.families import STOCK_LOSES_KEYS, Family, build, families, marked_folders, tiny_config
 from toolkit.adapters import AdapterCoverage, adapter_coverage, attach_lora, load_adapter
-from toolkit.architecture import auto_class, describe
+from toolkit.architecture import auto_class, describe, skeleton
 from toolkit.errors import ModelError
+from toolkit.plan import audit
 from toolkit.quant import Coverage, dequantize_state, load_int8
 
 IDS = torch.randint(3, 80, (3, 24), generator=torch.Generator().manual_seed(5))
@@ -185,6 +186,13 @@ def per_expert(gradient: torch.Tensor, is_A: bool, rank: int) -> torch.Tensor:
 def test_a_saved_model_and_adapter_give_the_same_logits_bit_for_bit_here(evidence: Evidence) -> None:
     assert evidence.stored_again == evidence.stored
     assert torch.equal(evidence.reloaded_logits, evidence.adapted_logits)
+
+
+def test_headers_of_what_was_saved_agree_with_the_config(evidence: Evidence) -> None:
+    folder = str(evidence.folder)
+    model = skeleton(folder)
+    found = audit(folder)
+    assert sum(part.tensors for part in found.parts) == len(dict(model.named_parameters()))
 
 
 def test_a_saved_adapter_gives_the_same_logits_in_stock_peft(evidence: Evidence) -> None:

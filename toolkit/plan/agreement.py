@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -36,7 +36,10 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
         return
     with torch.device("meta"):
         tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes}
-    mapping = get_model_conversion_mapping(model) if declared is None else []
+    mapping = copy.deepcopy(get_model_conversion_mapping(model)) if declared is None else []
+    for conversion in mapping:
+        if isinstance(conversion, WeightConverter):
+            conversion.force_cpu = False  # a matrix too large for a card; there is nothing here to move
     loading = LoadStateDictConfig(weight_mapping=mapping, device_map={"": "meta"})
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
