@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 
 __all__ = ["HEAD", "HubStandIn", "serve", "serve_this_process"]
 
@@ -58,6 +57,8 @@ def serve() -> Iterator[HubStandIn]:
 @contextmanager
 def serve_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubStandIn]:
     """A running stand-in that this process's own client talks to, which read its switches when it was imported."""
+    from huggingface_hub import constants  # others set switches before they import it
+
     with serve() as stand_in:
         template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", stand_in.url)
@@ -96,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "Not found"}, 404)
             return
         if "/tree/" in self.path:
+            if "/" in self.path.partition("?")[0].partition("/tree/")[2]:  # no repository here has folders
+                self._refuse(404, "EntryNotFound")
+                return
             self._answer([_listed(name, content) for name, content in repository.get("content", {}).items()])
             return
         files = [{"rfilename": name} for name in repository["files"]]

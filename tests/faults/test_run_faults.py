@@ -208,7 +208,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
     log = MetricsLog(tmp_path / "gone" / "metrics.jsonl", "cpu")
     with pytest.raises(ResourceError, match="rerun the same command"):
-        log.on_log(None, SimpleNamespace(global_step=1), None, logs={"loss": 1.0})  # type: ignore[arg-type]
+        log.on_log(None, SimpleNamespace(global_step=1, max_steps=2), None, logs={"loss": 1.0})  # type: ignore[arg-type]
 
 
 def test_what_a_kill_leaves_before_the_recipe_is_there_is_no_obstacle(tmp_path: Path) -> None:

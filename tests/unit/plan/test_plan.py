@@ -51,7 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Budget, "step", step)
 
 
-@pytest.mark.parametrize(("text", "size"), [("12GiB", 12 << 30), ("12 gb", 12 << 30), ("1.5g", 3 << 29), ("7", 7)])
+@pytest.mark.parametrize(("text", "size"), [("12GiB", 12 << 30), ("12 gb", 12 << 30), ("1.5g", 3 << 29)])
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
