@@ -38,8 +38,8 @@ class Steps:
         self._open.append(_Part(name, self.console, drawn))
         self._open[-1].draw()
 
-    def end(self) -> None:
-        """The innermost part is over."""
+    def end(self, *, failed: bool = False) -> None:
+        """The innermost part is over; one that failed is told by its error alone."""
         done = self._open.pop()
         done.rest()
         spent = time.perf_counter() - done.began
@@ -48,7 +48,7 @@ class Steps:
             self._open[-1].draw()
         own = spent - done.inside
         self.seconds[done.name] = self.seconds.get(done.name, 0.0) + own
-        if own >= _WORTH_A_LINE:
+        if own >= _WORTH_A_LINE and not failed:
             self.console.print(f"{done.name}: {own:.1f} s", style="dim", highlight=False)
 
     def advance(self, done: float, total: float, unit: str) -> None:
@@ -142,8 +142,10 @@ def part(name: str, *, drawn: bool = True) -> Iterator[None]:
     steps.begin(name, drawn)
     try:
         yield
-    finally:
-        steps.end()
+    except BaseException:
+        steps.end(failed=True)
+        raise
+    steps.end()
 
 
 def advance(done: float, total: float, unit: str) -> None:
