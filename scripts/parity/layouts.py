@@ -27,9 +27,19 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.packaging import FORMATS, identify_base, write_artifact
 from toolkit.packaging.export import export_adapter
 
-__all__ = ["main", "make_adapter", "round_trips"]
+__all__ = ["family_parser", "main", "make_adapter", "round_trips"]
 
 NANO = Path(__file__).resolve().parents[2] / "recipes/quickstart/nano-qwen3moe-2m"
+
+
+def family_parser(description: str | None, venv: Path | None = None) -> argparse.ArgumentParser:
+    """Takes model types; with `venv`, the default of another environment's folder, also that and a file for figures."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; all by default")
+    if venv is not None:
+        parser.add_argument("--venv", type=Path, default=venv, help="the other environment")
+        parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
 
 
 def make_adapter(model_type: str, scratch: Path, **changed: Any) -> tuple[PeftModel, Path]:
@@ -101,6 +111,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; all without any")
-    sys.exit(main(parser.parse_args().families))
+    sys.exit(main(family_parser(__doc__).parse_args().families))

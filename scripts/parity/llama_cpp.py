@@ -12,7 +12,6 @@ and a thousandth.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 
-from layouts import make_adapter  # noqa: E402
+from layouts import family_parser, make_adapter  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
 from tests.parity.families import families  # noqa: E402
@@ -47,11 +46,7 @@ TOLD = {"qwen3_moe": {"norm_topk_prob": True}}
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; all by default")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-llama", help="the other environment")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args(arguments)
+    options = family_parser(__doc__, ROOT / ".venv-llama").parse_args(arguments)
     warnings.simplefilter("ignore")
     python, converter = _other_side(options.venv)
     rows: dict[str, dict[str, Any]] = {}

@@ -10,7 +10,6 @@ fp32 one is over 1e-4, or fewer than twelve families were compared.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 
-from layouts import make_adapter  # noqa: E402
+from layouts import family_parser, make_adapter  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
 from tests.parity.families import families  # noqa: E402
@@ -44,11 +43,7 @@ COLUMNS = ("adapter", "merged", "bf16 adapter", "bf16 merged")
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; all by default")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-parity", help="the other environment")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args(arguments)
+    options = family_parser(__doc__, ROOT / ".venv-parity").parse_args(arguments)
     warnings.simplefilter("ignore")
     python = python_with(options.venv, ("torch", "transformers", "peft"))
     rows: dict[str, dict[str, Any]] = {}
