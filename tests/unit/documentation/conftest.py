@@ -22,7 +22,7 @@ CUT = ["training.max_steps=2", "data.max_samples=24", "eval.max_samples=4", "eva
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What commands start in: the repository's recipes, the quickstarts cut to two steps, and 200 examples."""
+    """The repository's recipes, the quickstarts cut to two steps, 200 examples and 40 held out, to start commands in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").iterdir():
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if path.name != data.name:
             (data.parent / path.name).symlink_to(path)
     for path in (ROOT / "recipes" / "quickstart" / "data").iterdir():
-        rows = path.read_text(encoding="utf-8").splitlines()[:200]
+        rows = path.read_text(encoding="utf-8").splitlines()[: 40 if "validation" in path.name else 200]
         (data / path.name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name, more in (("quickstart", []), ("quickstart-mtp", ["mtp.own_answers=4"])):
         path = tmp_path / "recipes" / f"{name}.yaml"

@@ -42,6 +42,7 @@ def stock_environment(folder: Path, packages: tuple[str, ...] = STOCK) -> Path:
 
 def vllm_stand_in(folder: Path) -> Path:
     """A Python whose `vllm` is `stand_ins/vllm`."""
+    folder.mkdir()
     return _python(folder / "python", f"PYTHONPATH={HERE / 'stand_ins' / 'vllm'} exec {sys.executable}")
 
 

@@ -27,7 +27,7 @@ PYTHON = """\
 case "$*" in *-m\\ pip*) echo "$@" >>{asked}; exit 0 ;; esac
 exec {python} "$@"
 """
-QUICK = ["training.max_steps=1", "eval.enabled=false"]
+QUICK = ["training.logging_steps=1", "eval.enabled=false"]
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_finetune_in_two_processes(repository: Path, warm: None) -> None:
     _, err = launched.communicate()
     assert launched.returncode == 0, err
     assert "processes: 2" in err
-    assert steps(repository / "runs" / "quickstart") == [1]
+    assert steps(repository / "runs" / "quickstart") == [1, 2]
     for wrong in ("x", "0", ""):
         assert shell(repository, "bash", "scripts/finetune.sh", "--processes", wrong, "r.yaml").returncode == 2
 
@@ -150,7 +150,7 @@ def test_two_machines(repository: Path, warm: None) -> None:
     said = [machine.communicate()[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "processes: 2" in said[0]
-    assert steps(repository / "runs" / "quickstart") == [1]
+    assert steps(repository / "runs" / "quickstart") == [1, 2]
 
 
 def test_the_checks_run_and_take_arguments(repository: Path) -> None:

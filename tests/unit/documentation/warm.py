@@ -35,30 +35,29 @@ def warm_python() -> Iterator[None]:
     for name in LIBRARIES:
         importlib.import_module(name)
     fresh_path(os.environ.get("PYTHONPATH", ""))
-    with mock.patch.object(subprocess, "Popen", Warm):
+    with mock.patch.object(subprocess.Popen, "__init__", begin):
         yield
 
 
-class Warm(subprocess.Popen):  # type: ignore[type-arg]
-    """`Popen` whose child, where it would execute this Python, becomes that program as it is."""
+cold = subprocess.Popen.__init__
 
-    def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
-        words = [] if isinstance(args, str) else list(map(str, args))
-        if words and words[0] == sys.executable and not {"-c", "-I"} & set(words[1:3]):
-            options["preexec_fn"] = partial(become, words, options.get("env"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-            super().__init__(args, *rest, **options)
+
+def begin(self: subprocess.Popen[Any], args: Any, *rest: Any, **options: Any) -> None:
+    """As `Popen` does; but a child that would execute this Python becomes that program as it is."""
+    words = [] if isinstance(args, str) else list(map(str, args))
+    if words and words[0] == sys.executable and not {"-c", "-I"} & set(words[1:3]):
+        options["preexec_fn"] = partial(become, words, options.get("env"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        cold(self, args, *rest, **options)
 
 
 @cache
 def fresh_path(pythonpath: str) -> list[str]:
     """`sys.path` of a new interpreter, without the script's own folder, which comes first."""
     command = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path))"]
-    with mock.patch.object(subprocess, "Popen", Warm.__base__):
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": pythonpath}, capture_output=True, text=True, check=True
-        )
+    environment = {**os.environ, "PYTHONPATH": pythonpath}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     path: list[str] = json.loads(done.stdout)
     return path[1:]
 
