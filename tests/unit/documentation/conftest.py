@@ -22,7 +22,7 @@ CUT = ["training.max_steps=2", "data.max_samples=24", "eval.max_samples=4", "eva
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository's recipes, the quickstarts cut to two steps, 200 examples and 40 held out, to start commands in."""
+    """The repository's recipes, the quickstarts cut to two steps, 200 examples, 40 held out, to start commands in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").iterdir():
