@@ -131,7 +131,7 @@ ROWS = (
         "{place}/stream --layers 2 --smaller 64 --tokens 32 --rounds 1 --out {place}",
         (
             r'"what": "2 layers of Qwen3-30B-A3B\'s shape / 64, 32 tokens',
-            r'("same_bits_as_resident": true[^"]*"?.*?){5}',
+            r'(?s)("same_bits_as_resident": true.*?){5}',
         ),
         ("streaming.json", "streaming.svg"),
     ),
