@@ -106,6 +106,7 @@ def step(folder: Path, rank: int, tokens: int) -> dict[str, Any]:
     layers = [layer.name for layer in describe_folder(folder)]
     model, coverage = load_streamed(str(folder), dict.fromkeys(layers, "disk"))
     loaded = time.perf_counter() - start
+    torch.manual_seed(0)
     adapted = attach_lora(model, r=rank, lora_alpha=2 * rank)
     count = adapter_coverage(adapted)
     stream = stream_of(adapted)
