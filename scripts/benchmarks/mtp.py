@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from mtp_replay import Texts
+from options import recipe_parser
 from peft import PeftModel
 from rich.console import Console
 
@@ -179,9 +180,7 @@ def _decoded(model: PeftModel, head: MtpHead, prompts: Any, tokens: int, count: 
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--decoded", type=int, default=24)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import recipe_parser
 from rich.console import Console
 from turns import KEEP_FREED_MEMORY, turn
 
@@ -73,9 +74,7 @@ class Job:
 
 def main() -> None:
     """Alternate, and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--depth", type=int, default=1)
