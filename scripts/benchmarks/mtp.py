@@ -145,9 +145,9 @@ def main() -> None:
     prompts = [list(question.prompt_ids) for question in batches.held_out[: given.prompts]]
     write = partial(answer_ids, model, tokenizer, prompts, max_new_tokens=given.tokens, batch_size=50)
     answers = write()
-    adapted = Texts(model, prompts, answers)
+    adapted = Texts(model, prompts, answers, given.tokens)
     with model.disable_adapter():
-        rows = [_row("base", Texts(model, prompts, write()), heads.apart.head.eval())]
+        rows = [_row("base", Texts(model, prompts, write(), given.tokens), heads.apart.head.eval())]
     rows += [_row(name, adapted, head.eval()) for name, head in finished.items()]
     parameters, length = sum(p.numel() for p in heads.apart.head.parameters()), sum(map(len, answers)) / len(answers)
     print(
