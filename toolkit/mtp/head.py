@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class Trunk:
     """What a head shares with its model, none of it trained here.
 
     `scale` is what the family multiplies its output head's result with; `layer_type` picks the rotary angles where they
-    differ by layer; `window` is how far back the block's attention sees, None for all the way.
+    differ by layer; `window` is how far back the block's attention sees, None for all the way; `words` are the tokens
+    that `output` tells apart, in order, None for all.
     """
 
     embed: nn.Module
@@ -42,6 +43,7 @@ class Trunk:
     scale: float
     layer_type: str | None
     window: int | None
+    words: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, layer_type: str | None = None) -> Trunk:
@@ -76,6 +78,18 @@ class Trunk:
         """The output head's weight [V, H]."""
         weight: torch.Tensor = self.output.weight  # type: ignore[assignment]
         return weight
+
+    def narrowed(self, words: torch.Tensor) -> Trunk:
+        """The same with an output head of these tokens only, which must rise: logits [..., len(words)]."""
+        bias = getattr(self.output, "bias", None)
+        output = nn.Linear(self.weight.shape[1], len(words), bias=bias is not None, device="meta")
+        kept = {"weight": self.weight[words], **({} if bias is None else {"bias": bias[words]})}
+        output.load_state_dict(kept, assign=True)
+        return replace(self, output=output.requires_grad_(False), words=words)
+
+    def columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where in the logits these tokens stand; they must be among `words`."""
+        return tokens if self.words is None else torch.searchsorted(self.words, tokens)
 
     def angles(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Rotary angles as the family's attention takes them; None for families without."""

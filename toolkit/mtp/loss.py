@@ -16,7 +16,7 @@ import torch
 
 from toolkit.mtp.head import MtpHead, Trunk, causal_mask
 
-__all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "weights_of_depths"]
+__all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "rows_at_once", "weights_of_depths"]
 
 _CHUNK_BYTES = {"cpu": 1 << 24}
 """Bytes of logits in a chunk, of which half a dozen tensors exist at once; a card takes more, to be kept busy."""
@@ -83,6 +83,12 @@ class DepthLoss:
     total: float
     hits: int
     count: int
+
+
+def rows_at_once(trunk: Trunk) -> int:
+    """Rows whose logits exist at the same time."""
+    chunk_bytes = _CHUNK_BYTES.get(trunk.weight.device.type, _CHUNK_OF_CARDS)
+    return max(1, chunk_bytes // (4 * trunk.weight.shape[0]))
 
 
 def weights_of_depths(depth: int) -> list[float]:
@@ -222,8 +228,7 @@ class _GuidedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_NH, trunk, guide = args
-        chunk_bytes = _CHUNK_BYTES.get(hidden_NH.device.type, _CHUNK_OF_CARDS)
-        step = max(1, chunk_bytes // (4 * trunk.weight.shape[0]))
+        step = rows_at_once(trunk)
         grad_NH = torch.empty_like(hidden_NH)
         total, hits = (
             torch.zeros((), device=hidden_NH.device),
@@ -233,7 +238,7 @@ class _GuidedLoss(torch.autograd.Function):
             chunk = slice(start, start + step)
             student = trunk.logits(hidden_NH[chunk]).float().log_softmax(-1)
             choice = student.argmax(-1)
-            target = guide.targets_N[chunk]
+            target = trunk.columns(guide.targets_N[chunk])
             if guide.kind == "kl":
                 known = guide.log_probabilities(chunk)
                 target = known.argmax(-1)

@@ -78,6 +78,16 @@ class HeadTraining:
         """A context in which the model's hidden states are seen; gives the function that returns the last ones."""
         return capture_hidden(self.base)
 
+    @contextmanager
+    def among(self, words: torch.Tensor | None) -> Iterator[None]:
+        """Within the block the head learns to tell these tokens apart and no others; None leaves all of them."""
+        whole = self.trunk
+        self.trunk = whole if words is None else whole.narrowed(words)
+        try:
+            yield
+        finally:
+            self.trunk = whole
+
     def learn(
         self,
         hidden_BLH: torch.Tensor,
