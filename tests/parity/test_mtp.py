@@ -301,3 +301,24 @@ def test_looking_back_drafts_where_there_is_no_head(runs: dict[str, Any]) -> Non
     found = measure_drafts(model, None, prompts, count=3, max_new_tokens=12)
     assert found.identical
     assert found.tau >= 1.0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_rows_without_a_target_further_on_change_nothing(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents, few labels: loss, hits and gradients of depth 3 over all rows and over those that count."""
+    model = adapted().eval()
+    base, inputs = model.get_base_model(), batch(adapted())
+    inputs["labels"] = torch.where(torch.arange(30) % 17 > 9, inputs["input_ids"], -100)
+    head, trunk, hidden = new_head(base), Trunk.of(base), hidden_of(model, inputs)
+    head.follow_attention(implementation)
+    found = []
+    for share in (0.75, 0.0):
+        monkeypatch.setattr("toolkit.mtp.loss._NEARLY_ALL", share)
+        head.zero_grad()
+        loss, figures = head_loss(head, trunk, hidden, Rows.of(inputs), depth=3, kind="kl")
+        loss.backward()
+        found.append((loss, [f.hits for f in figures], [p.grad.clone() for _, p in head.parts()]))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    for few, every in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(few, every, rtol=1e-4, atol=1e-5)

@@ -22,6 +22,9 @@ _CHUNK_BYTES = {"cpu": 1 << 24}
 """Bytes of logits in a chunk, of which half a dozen tensors exist at once; a card takes more, to be kept busy."""
 _CHUNK_OF_CARDS = 1 << 26
 
+_NEARLY_ALL = 0.75
+"""Of a sequence's rows; with more of them wanted, to pick them out costs more than it saves."""
+
 _DECAY = 0.8
 """Each depth counts this much of the one before: a draft is of use only if those before it were right."""
 
@@ -134,7 +137,10 @@ def head_loss(
 
 
 class Chain:
-    """The head's blocks over a whole batch, depth after depth."""
+    """The head's blocks over a whole batch, depth after depth.
+
+    Where one layer is applied again, only rows with a target further on are: nobody looks at the others' chains.
+    """
 
     def __init__(self, head: MtpHead, trunk: Trunk, rows: Rows, depth: int) -> None:
         self.head, self.trunk, self.rows = head, trunk, rows
@@ -147,6 +153,7 @@ class Chain:
         self.additive = torch.float32 if head.config._attn_implementation == "eager" else None
         self.mask = None if self.kwargs else self._mask()
         self.cache: Any = None
+        self.further = _further(rows, depth) if depth > 1 == len(head.layers) else None
 
     def _mask(self) -> torch.Tensor:
         rows = self.rows
@@ -159,24 +166,45 @@ class Chain:
         again = depth - len(self.head.layers)
         if self.recurs and again >= 0:
             self.cache = _Keys() if self.cache is None else self.cache
-        return self.head.step(
+        mask = self._chained(again) if again > 0 else self.mask
+        if again <= 0 or self.further is None:
+            return self.head.step(self.trunk, depth, hidden, tokens, positions, mask, self.cache, **self.kwargs)
+        places = self.further
+        wide = places[..., None].expand(-1, -1, hidden.shape[-1])
+        found = self.head.step(
             self.trunk,
             depth,
-            hidden,
-            tokens,
-            positions,
-            self._chained(again) if again > 0 else self.mask,
+            hidden.gather(1, wide),
+            tokens.gather(1, places),
+            positions.gather(1, places),
+            mask,
             self.cache,
-            **self.kwargs,
         )
+        return hidden.new_zeros(hidden.shape).to(found.dtype).scatter(1, wide, found)
 
     def _chained(self, again: int) -> torch.Tensor:
         """Every true key before the row, and of each repetition the row's own."""
         assert self.mask is not None
-        own = torch.eye(self.mask.shape[-1], dtype=torch.bool, device=self.mask.device)
+        mask = self.mask
+        if self.further is not None:
+            mask = mask.gather(2, self.further[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+        own = torch.eye(mask.shape[2], dtype=torch.bool, device=mask.device)
         if self.additive is not None:
             own = torch.zeros(own.shape, device=own.device).masked_fill(~own, torch.finfo(self.additive).min)
-        return torch.cat([self.mask, *[own.expand(self.mask.shape)] * again], dim=-1)
+        return torch.cat([mask, *[own.expand(*mask.shape[:3], -1)] * again], dim=-1)
+
+
+def _further(rows: Rows, depth: int) -> torch.Tensor | None:
+    """The rows [B, N] that have a target at the second depth or later, filled up with the last one, which has none.
+
+    None where that is nearly all of them.
+    """
+    wanted = torch.stack([rows.targets(step) for step in range(2, depth + 1)]).any(0)
+    length, most = wanted.shape[1], int(wanted.sum(1).max())
+    if most > _NEARLY_ALL * length:
+        return None
+    places = torch.where(wanted, torch.arange(length, device=wanted.device), length - 1)
+    return places.sort(1).values[:, : max(1, most)]
 
 
 class _Keys:

@@ -94,23 +94,23 @@ class HeadTraining:
         inputs: Mapping[str, Any],
         count: torch.Tensor | int | None,
         logits: torch.Tensor | None = None,
+        kind: str | None = None,
     ) -> torch.Tensor | None:
         """Add one batch's gradients to the head; gives what to add to the adapter's loss where the two are coupled.
 
         Args:
             hidden_BLH: the model's, of these inputs. count: targets of the whole step, over accumulated batches.
             logits: [M, V] of the labelled positions in order, where the model has computed them.
+            kind: of this batch, where it is not that of the others.
         """
         rows = Rows.of(inputs)
-        coupled = self.loss_weight > 0
+        coupled, kind = self.loss_weight > 0, kind or self.kind
         hidden = hidden_BLH.detach().float()
         hidden.requires_grad_(coupled)
         self.head.follow_attention(self.base.config._attn_implementation)
-        teacher = None if logits is None or self.kind != "kl" else _teacher(logits.detach(), rows)
+        teacher = None if logits is None or kind != "kl" else _teacher(logits.detach(), rows)
         with torch.enable_grad(), self._precision(hidden.device.type):
-            loss, figures = head_loss(
-                self.head, self.trunk, hidden, rows, depth=self.depth, kind=self.kind, teacher=teacher
-            )
+            loss, figures = head_loss(self.head, self.trunk, hidden, rows, depth=self.depth, kind=kind, teacher=teacher)
         scaled = loss / torch.as_tensor(count if count is not None else max(1, figures[0].count), device=loss.device)
         if not torch.isfinite(scaled.detach()):
             raise DivergedError(f"mtp: the head's loss is {scaled.item()}; lower mtp.head_learning_rate")
