@@ -2,7 +2,7 @@
 """Multi-token-prediction heads of one run side by side: what each is worth on held-out prompts.
 
     .venv/bin/python scripts/benchmarks/mtp.py RECIPE [section.key=value …] [--prompts 200] [--tokens 32] [--decoded 24]
-        [--seeds 1]
+        [--seeds 1] [--run RUN]
 
 One adapter is trained as the recipe says. Beside it, from the same batches, learn: a head copied from the last layer, a
 head of random numbers, and a head that sees the base model instead of the adapted one. Heads do not touch the adapter
@@ -17,6 +17,8 @@ nor each other, so one run serves all. Then, on held-out prompts at depths 1 and
 
 `tau` is the tokens that a pass of the model gives, found by replaying its greedy text (mtp_replay.py); the last columns
 decode some of the prompts in earnest. Greedy text must be the same with drafts and without.
+
+With `--run` nothing is trained but the heads, and these on own answers alone; `data alone` is left out.
 """
 
 from __future__ import annotations
@@ -92,18 +94,27 @@ def hidden_states(model: PeftModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     return hidden()
 
 
-def train(plan: Any) -> tuple[PeftModel, Any, Any, Several, float]:
-    """The recipe's adapter and the heads beside it: model, tokenizer, batches, heads, and the seconds it took."""
+def train(plan: Any, run: Path | None) -> tuple[PeftModel, Any, Any, Several, float]:
+    """The recipe's adapter and the heads beside it: model, tokenizer, batches, heads, and the seconds it took.
+
+    A finished run's adapter is opened instead, and the heads have learned nothing.
+    """
     recipe = plan.recipe
-    base, tokenizer = flow.load(plan)
+    if run:
+        model, tokenizer = flow.reopen(plan, run / "adapter")
+        base = model.get_base_model()
+    else:
+        base, tokenizer = flow.load(plan)
+        model = flow.attach(base, plan)
     batches = flow.build_batches(tokenizer, plan)
-    model = flow.attach(base, plan)
 
     def head(made: MtpHead) -> HeadTraining:
         return HeadTraining(made, model, depth=max(DEPTHS), learning_rate=recipe.mtp.head_learning_rate)
 
     made = partial(new_head, base, seed=recipe.training.seed)
     heads = Several(model, {"copied": head(made()), "random": head(made(copied=False))}, head(made()))
+    if run:
+        return model, tokenizer, batches, heads, 0.0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_adapter(
@@ -147,7 +158,7 @@ def _of_one_seed(given: argparse.Namespace, seed: int) -> dict[str, Any]:
     changes = [*given.overrides, "mtp.enabled=false", *([f"training.seed={seed}"] if given.seeds > 1 else [])]
     recipe = load_recipe(given.recipe, changes, note=lambda line: print(line))
     plan = make_plan(recipe)
-    model, tokenizer, batches, heads, seconds = train(plan)
+    model, tokenizer, batches, heads, seconds = train(plan, given.run)
     finished, own = _finished(model, tokenizer, batches, plan, heads)
     prompts = [list(question.prompt_ids) for question in batches.held_out[: given.prompts]]
     write = partial(answer_ids, model, tokenizer, prompts, max_new_tokens=given.tokens, batch_size=50)
@@ -182,7 +193,9 @@ def _finished(
         asked, said = flow.own_answers(model, tokenizer, batches, plan)
         learn_own_answers(heads.apart, asked, said, tokens=tokens, seed=seed)
     trained = {**heads.beside, "re-aligned": realigned(heads, plan)}
-    finished = {"stale": heads.apart.head, "data alone": copy.deepcopy(heads.beside["copied"].head)}
+    finished = {"stale": heads.apart.head}
+    if heads.seen:
+        finished["data alone"] = copy.deepcopy(heads.beside["copied"].head)
     asked, own = flow.own_answers(model, tokenizer, batches, plan)
     shared = OwnHidden(next(iter(trained.values())))
     for training in trained.values():
@@ -210,6 +223,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--decoded", type=int, default=24)
+    parser.add_argument("--run", type=Path, help="A finished run of the recipe, whose adapter is taken.")
     parser.add_argument("--seeds", type=int, default=1, help="Runs with training.seed 0, 1, … and their mean.")
     parser.add_argument("--json", type=Path)
     return parser.parse_intermixed_args()
