@@ -78,12 +78,12 @@ def _teach(folder: Path, steps: int) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def compare(run: Path, prompts: int, tokens: int, drafts: list[int]) -> bool:
+def compare(run: Path, prompts: slice, tokens: int, drafts: list[int]) -> bool:
     """Whether all texts of a run are the same, with each number of drafts."""
     plan = make_plan(load_recipe(run / "recipe.yaml", [f"training.output_dir={run}"], note=lambda line: None))
     model, tokenizer = flow.reopen(plan, run / "adapter")
     model.eval()
-    asked = [list(question.prompt_ids) for question in flow.build_batches(tokenizer, plan).held_out[:prompts]]
+    asked = [list(question.prompt_ids) for question in flow.build_batches(tokenizer, plan).held_out[prompts]]
     head = flow.reopen_head(model, plan, run / "adapter")
     started = time.perf_counter()
     expected = [_plain(model, prompt, tokens) for prompt in asked]
@@ -122,12 +122,14 @@ def main() -> int:
     parser.add_argument("--native", nargs=2, metavar=("FAMILY", "OUT"))
     parser.add_argument("--taught", type=int, default=0, metavar="STEPS")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--skip", type=int, default=0, help="Prompts that another process takes.")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3])
     given = parser.parse_intermixed_args()
     if given.native:
         write_native(given.native[0], Path(given.native[1]), given.taught)
-    results = [compare(run, given.prompts, given.tokens, given.drafts) for run in given.runs]
+    prompts = slice(given.skip, given.skip + given.prompts)
+    results = [compare(run, prompts, given.tokens, given.drafts) for run in given.runs]
     return 0 if all(results) else 1
 
 
