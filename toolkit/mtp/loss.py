@@ -118,7 +118,7 @@ def head_loss(
 
     Args:
         hidden_BLH: of the model after its final norm; gradients flow into it where it wants them.
-        kind: kl or ce.
+        kind: kl; ce; or both, the KL to what lies halfway between the model's distribution and its likeliest token.
         teacher: logits at hand, instead of computing them from `teacher_hidden_BLH`.
     """
     known = (hidden_BLH if teacher_hidden_BLH is None else teacher_hidden_BLH).detach()
@@ -267,10 +267,13 @@ class _GuidedLoss(torch.autograd.Function):
             student = trunk.logits(hidden_NH[chunk]).float().log_softmax(-1)
             choice = student.argmax(-1)
             target = trunk.columns(guide.targets_N[chunk])
-            if guide.kind == "kl":
+            if guide.kind != "ce":
                 known = guide.log_probabilities(chunk)
                 target = known.argmax(-1)
                 shares = known.exp()
+                if guide.kind == "both":
+                    shares.mul_(0.5)[torch.arange(len(target), device=target.device), target] += 0.5
+                    known = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
                 total += (shares * (known - student)).sum()
                 difference = student.exp_().sub_(shares)
             else:

@@ -66,7 +66,7 @@ def learn_own_answers(
     with training.among(_words(rows, batches[: len(batches) // _PASSES], source, training.trunk, random)):
         for done, batch in enumerate(batches):
             inputs = _padded([rows[index] for index in batch], training.base.device)
-            training.learn(source.of(batch, inputs), inputs, None, kind="ce")
+            training.learn(source.of(batch, inputs), inputs, None, kind="both" if training.kind == "kl" else "ce")
             training.step(min(1.0, (done + 1) / _WARM_UP) * (1.0 - done / len(batches)))
     return len(batches)
 
