@@ -6,6 +6,7 @@ seen nothing else knows little of where the model goes. No library distils such 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -61,9 +62,10 @@ def learn_own_answers(
         return 0
     training.model.eval()
     random = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(_PASSES) for batch in _batches(rows, tokens, random)]
+    passes = [list(_batches(rows, tokens, random)) for _ in range(_PASSES)]
+    batches = list(itertools.chain.from_iterable(passes))
     source = source or OwnHidden(training)
-    with training.among(_words(rows, batches[: len(batches) // _PASSES], source, training.trunk, random)):
+    with training.among(_words(rows, passes[0], source, training.trunk, random)):
         for done, batch in enumerate(batches):
             inputs = _padded([rows[index] for index in batch], training.base.device)
             training.learn(source.of(batch, inputs), inputs, None, kind="both" if training.kind == "kl" else "ce")
