@@ -265,22 +265,21 @@ class _GuidedLoss(torch.autograd.Function):
         for start in range(0, len(hidden_NH), step):
             chunk = slice(start, start + step)
             student = trunk.logits(hidden_NH[chunk]).float().log_softmax(-1)
-            choice = student.argmax(-1)
-            target = trunk.columns(guide.targets_N[chunk])
-            if guide.kind != "ce":
-                known = guide.log_probabilities(chunk)
-                target = known.argmax(-1)
+            known = None if guide.kind == "ce" else guide.log_probabilities(chunk)
+            target = trunk.columns(guide.targets_N[chunk]) if known is None else known.argmax(-1)
+            met = student.gather(1, target[:, None])[:, 0]
+            hits += (met >= student.amax(-1)).sum()
+            if known is None:
+                total -= met.sum()
+                difference = student.exp_()
+                difference[torch.arange(len(target), device=target.device), target] -= 1.0
+            else:
                 shares = known.exp()
                 if guide.kind == "both":
                     shares.mul_(0.5)[torch.arange(len(target), device=target.device), target] += 0.5
                     known = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
                 total += (shares * (known - student)).sum()
                 difference = student.exp_().sub_(shares)
-            else:
-                total -= student.gather(1, target[:, None]).sum()
-                difference = student.exp_()
-                difference[torch.arange(len(target), device=target.device), target] -= 1.0
-            hits += (choice == target).sum()
             grad = difference.to(trunk.weight.dtype) @ trunk.weight
             grad_NH[chunk] = grad if trunk.scale == 1.0 else grad * trunk.scale
         ctx.save_for_backward(grad_NH)

@@ -66,9 +66,8 @@ class HeadTraining:
         self.base: PreTrainedModel = model.get_base_model()
         self.trunk = Trunk.of(self.base)
         self.parameters: dict[str, nn.Parameter] = dict(head.parts())
-        fused = next(iter(self.parameters.values())).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused or None
+            list(self.parameters.values()), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.steps = 0
         self._figures: list[tuple[float, list[tuple[int, int]]]] = []
