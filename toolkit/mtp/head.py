@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpLayer
 
 from toolkit.errors import ModelError
 
-__all__ = ["MtpHead", "Trunk", "capture_hidden", "causal_mask"]
+__all__ = ["MtpHead", "SwiGlu", "Trunk", "capture_hidden", "causal_mask"]
 
 _PROBE = 4
 """Tokens that a model is run on to see how it makes logits of its output head."""
@@ -99,6 +100,30 @@ class Trunk:
         return self.rotary(x, position_ids=position_ids, **kind)
 
 
+class SwiGlu(nn.Module):
+    """`down(silu(gate x) * up x)`; gives a pair where the block that it stands in unpacks one.
+
+    `wanted` [B, L] are the rows whose result anybody looks at; the others get zeros. None for all.
+    """
+
+    def __init__(self, hidden: int, width: int, *, gives_pair: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gives_pair = gives_pair
+        self.wanted: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """x [..., H] to [..., H]."""
+        few = self.wanted is not None and self.wanted.shape == x.shape[:-1]
+        rows = x[self.wanted] if few else x
+        y = self.down_proj(functional.silu(self.gate_proj(rows)) * self.up_proj(rows))
+        if few:
+            y = y.new_zeros(x.shape).index_put((self.wanted,), y)
+        return (y, None) if self.gives_pair else y
+
+
 class MtpHead(nn.Module):
     """`layers` in order of depth; the last one is applied again for depths beyond their number.
 
@@ -132,6 +157,7 @@ class MtpHead(nn.Module):
         position_ids: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None = None,
+        wanted: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The head's own hidden states [B, L, H] at `depth`, counted from 1, after its final norm.
@@ -141,7 +167,11 @@ class MtpHead(nn.Module):
             tokens: [B, L], `depth` further on than the hidden states. position_ids: [B, L], of those tokens.
             mask: what `causal_mask` gives.
             cache: keys and values of earlier calls; layer i of the head is layer i of the cache.
+            wanted: [B, L], the rows that will be looked at; a new head gives the others what is of no use.
         """
+        for module in self.modules():
+            if isinstance(module, SwiGlu):
+                module.wanted = wanted
         index = min(depth, len(self.layers)) - 1
         embedded = trunk.embed(tokens).to(hidden.dtype)
         output: Any = self.layers[index](

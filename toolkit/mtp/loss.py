@@ -139,7 +139,7 @@ def head_loss(
 class Chain:
     """The head's blocks over a whole batch, depth after depth.
 
-    Where one layer is applied again, only rows with a target further on are: nobody looks at the others' chains.
+    A head of one layer computes no more of a row without a target than its keys: nobody looks at the rest.
     """
 
     def __init__(self, head: MtpHead, trunk: Trunk, rows: Rows, depth: int) -> None:
@@ -153,7 +153,9 @@ class Chain:
         self.additive = torch.float32 if head.config._attn_implementation == "eager" else None
         self.mask = None if self.kwargs else self._mask()
         self.cache: Any = None
-        self.further = _further(rows, depth) if depth > 1 == len(head.layers) else None
+        one = len(head.layers) == 1
+        self.further = _further(rows, depth) if one and depth > 1 else None
+        self.wanted = _wanted(rows, range(1, depth + 1)) if one else None
 
     def _mask(self) -> torch.Tensor:
         rows = self.rows
@@ -168,7 +170,10 @@ class Chain:
             self.cache = _Keys() if self.cache is None else self.cache
         mask = self._chained(again) if again > 0 else self.mask
         if again <= 0 or self.further is None:
-            return self.head.step(self.trunk, depth, hidden, tokens, positions, mask, self.cache, **self.kwargs)
+            wanted = self.wanted if depth == 1 else None
+            return self.head.step(
+                self.trunk, depth, hidden, tokens, positions, mask, self.cache, wanted=wanted, **self.kwargs
+            )
         places = self.further
         wide = places[..., None].expand(-1, -1, hidden.shape[-1])
         found = self.head.step(
@@ -194,15 +199,18 @@ class Chain:
         return torch.cat([mask, *[own.expand(*mask.shape[:3], -1)] * again], dim=-1)
 
 
-def _further(rows: Rows, depth: int) -> torch.Tensor | None:
-    """The rows [B, N] that have a target at the second depth or later, filled up with the last one, which has none.
+def _wanted(rows: Rows, depths: range) -> torch.Tensor | None:
+    """Rows [B, L] that have a target at one of these depths; None where that is nearly all of them."""
+    found = torch.stack([rows.targets(depth) for depth in depths]).any(0)
+    return None if int(found.sum(1).max()) > _NEARLY_ALL * found.shape[1] else found
 
-    None where that is nearly all of them.
-    """
-    wanted = torch.stack([rows.targets(step) for step in range(2, depth + 1)]).any(0)
-    length, most = wanted.shape[1], int(wanted.sum(1).max())
-    if most > _NEARLY_ALL * length:
+
+def _further(rows: Rows, depth: int) -> torch.Tensor | None:
+    """The rows [B, N] that have a target at the second depth or later, filled up with the last one, which has none."""
+    wanted = _wanted(rows, range(2, depth + 1))
+    if wanted is None:
         return None
+    length, most = wanted.shape[1], int(wanted.sum(1).max())
     places = torch.where(wanted, torch.arange(length, device=wanted.device), length - 1)
     return places.sort(1).values[:, : max(1, most)]
 
