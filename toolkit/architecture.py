@@ -7,6 +7,7 @@ row of data at the end of this file, with its reason.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = [
     "Architecture",
     "ExpertLayer",
     "Linear",
+    "asks_for_sdpa",
     "auto_class",
     "bare_modules",
     "describe",
@@ -107,6 +109,16 @@ def auto_class(config: PretrainedConfig) -> Any:
     """
     classes = (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText)
     return next((cls for cls in classes if type(config) in cls._model_mapping), AutoModelForCausalLM)
+
+
+def asks_for_sdpa(model: nn.Module) -> bool:
+    """Whether a forward of the family compares its attention's name with "sdpa", as sparse attention does.
+
+    Under another name, whatever function is registered for it, such a layer leaves its own mask out.
+    """
+    forwards = (inspect.unwrap(kind.forward) for kind in {type(module) for module in model.modules()})
+    constants = (constant for forward in forwards for constant in forward.__code__.co_consts)
+    return any(constant == "sdpa" or (isinstance(constant, tuple) and "sdpa" in constant) for constant in constants)
 
 
 def strip_index(name: str) -> str:

@@ -120,7 +120,7 @@ def step(folder: Path, rank: int, tokens: int) -> dict[str, Any]:
         adapted, AutoTokenizer.from_pretrained(TOKENIZER), Dataset.from_dict({"input_ids": ids, "labels": ids}), None,
         folder=work / "checkpoints", metrics=work / "metrics.jsonl",
         arguments={**arguments, "report_to": [], "save_strategy": "no"}, device="cpu", dtype="float32",
-        train_router=True, console=Console(),
+        train_router=True, console=Console(), probes=False,
     )  # fmt: skip
     logged = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     return {

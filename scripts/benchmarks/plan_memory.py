@@ -107,6 +107,10 @@ CASES = [
     Case("qwen3_moe", drafts=3, length=512, checkpointing=False),
     Case("mixtral", drafts=1, packing=False, batch=2, length=512),
     Case("qwen3_moe", drafts=1, config={"vocab_size": 32768}),
+    *(Case("qwen3_moe", length=512, share=1.0, accumulation=count) for count in (2, 8)),
+    Case("qwen3_moe", share=1.0, accumulation=4),
+    Case("mixtral", share=1.0, accumulation=3),
+    Case("gpt_oss", length=256, share=0.5, accumulation=4),
 ]
 
 

@@ -95,7 +95,12 @@ RECIPES: dict[str, tuple[str, str]] = {
     ),
     "depth": ("model: " + "[" * 5000, "nested more than 32 deep"),
     "size": ("# " + "x" * (1 << 20), "larger than 1 MiB"),
-    "an alias bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases"),
+    "an alias bomb": ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "recipe.yaml:2: YAML aliases"),
+    "a key that is a mapping": (
+        "model: {model_name_or_path: a/b}\n? data: {train: x}\nlora: {r: 4}",
+        "recipe.yaml:2: a key is a name",
+    ),
+    "a key that is a list": ("model: {a: b}\ndata: {x: [{[1, 2]: 3}]}", "recipe.yaml:2: a key is a name"),
     "code": ("model: !!python/object/apply:os.mkdir ['trace']\ndata: {train: x}", "model"),
     "NUL": ("model: {model_name_or_path: a\x00b}\ndata: {train: x}", "not valid YAML"),
 }

@@ -54,12 +54,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with random weights large enough that every part matters."""
-    config = CONFIG_MAPPING[request.param](**{**COMMON, **FAMILIES[request.param]})
+    return random_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def random_checkpoint(model_type: str, folder: Path) -> Path:
+    """Writes one of `FAMILIES` into a folder."""
+    config = CONFIG_MAPPING[model_type](**{**COMMON, **FAMILIES[model_type]})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return folder
 

@@ -13,7 +13,9 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from tests.parity.conftest import EMBEDDED
+from tests.parity.families import tiny_config
 from toolkit.adapters import attach_lora
+from toolkit.architecture import auto_class
 from toolkit.errors import ModelError
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
@@ -104,6 +106,23 @@ def test_attending_document_by_document_changes_no_number(adapted: PeftModel, tm
     assert adapted.config._attn_implementation == implementation
     for ours, wanted in zip(apart, whole, strict=True):
         assert (ours - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3)
+
+
+def test_sparse_attention_that_asks_for_sdpa_by_name_stays_sparse() -> None:
+    """Under our name it would see every token, not only those that its indexer picks."""
+    config = tiny_config("deepseek_v32")
+    config.index_topk = 4
+    model = auto_class(config).from_config(
+        config, attn_implementation="sdpa", experts_implementation="onecard_per_expert"
+    )
+    adapted = attach_lora(model, r=2)
+    ids = torch.tensor([documents(3)[1]])
+    sparse = adapted(input_ids=ids, use_cache=False).logits
+    with documents_apart(adapted) as can:
+        assert not can
+        assert torch.equal(adapted(input_ids=ids, use_cache=False).logits, sparse)
+    model.set_attn_implementation("onecard_documents")
+    assert not torch.allclose(adapted(input_ids=ids, use_cache=False).logits, sparse), "nothing would have been lost"
 
 
 def test_each_document_is_really_attended_to_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["Header", "cached_snapshot", "check_shards", "stored_headers"]
+__all__ = ["Header", "check_shards", "stored_headers", "whole_snapshot"]
 
 _MOST_HEADER_BYTES = 100 << 20
 
@@ -42,9 +42,13 @@ def stored_headers(name_or_path: str, revision: str = "main") -> list[Header]:
     return list(hub_headers(name_or_path, revision))
 
 
-def cached_snapshot(name: str, revision: str = "main") -> Path | None:
-    """The folder of a whole checkpoint in the Hub's cache, None where it is not there; asks nobody."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+def whole_snapshot(name: str, revision: str = "main") -> Path | None:
+    """The folder of a whole checkpoint in the Hub's cache, None where it is not there; asks nobody.
+
+    The cache's place is spelt out as huggingface_hub finds it: a plan does not wait for that import.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = Path(os.environ.get("HF_HOME") or Path(caches) / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
     named = cache / "refs" / revision
     commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision

@@ -26,9 +26,9 @@ in anonymous memory. The second is measured in each run and set apart from the r
 _WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": 16 << 20}
 """Experts multiplied out at a time (`toolkit.ops.triton.launch`), and cuBLAS's own. On a CPU what trainer and BLAS set
 up when training begins, measured; an expert's buffers are rehearsed."""
-_A_THREAD = 5 << 20
-"""What BLAS keeps for a thread, measured: on a CPU every micro-batch that waits has one, and a buffer for an expert
-multiplied out."""
+_A_THREAD = 13 << 20
+"""What a thread keeps on a CPU, where micro-batches that go together have one each: MKL's own allocator about 10 MiB
+(measured: with MKL_DISABLE_FAST_MM=1 they are gone), the expert engine a buffer of 2 MiB."""
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
@@ -123,8 +123,7 @@ def count_bytes(
         mtp=_head(shapes, recipe),
         activations=activations,
         evaluation=evaluation,
-        workspace=_WORKSPACE[device]
-        + (together - 1) * (_A_THREAD + _largest(shapes) * itemsize if device == "cpu" else 0),
+        workspace=_WORKSPACE[device] + (together * _A_THREAD if device == "cpu" and together > 1 else 0),
         slack=int(_SLACK[device] * (gradients + activations + evaluation)),
         libraries=_LIBRARIES[device],
     )
@@ -137,11 +136,6 @@ def _held(step: Held, gradients: int, micro: int, together: int, layers: int) ->
     """
     before = 0 if micro == 1 else gradients // layers if together == micro else gradients
     return max(step.peak, before + (step.bare or step.peak)) + (together - 1) * step.saved
-
-
-def _largest(shapes: Shapes) -> int:
-    """Parameters of the largest matrix of an expert."""
-    return max(math.prod(shapes.parameters[name][1:]) for layer in shapes.architecture.layers for name in layer.stacks)
 
 
 def _head(shapes: Shapes, recipe: Recipe) -> int:

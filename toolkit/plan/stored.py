@@ -11,7 +11,7 @@ from pathlib import Path
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
 from toolkit.plan.formats import declared_format
-from toolkit.plan.headers import Header, cached_snapshot, check_shards
+from toolkit.plan.headers import Header, check_shards, whole_snapshot
 from toolkit.plan.shapes import Shapes, is_published, stored_method
 from toolkit.registration import METHOD
 
@@ -42,7 +42,7 @@ def what_is_stored(budget: Budget) -> Stored:
         ModelError: wrong shapes, a format that cannot be read, damaged or missing shards, or no safetensors.
     """
     name, revision = budget.name, budget.revision
-    folder = Path(name) if Path(name).is_dir() else cached_snapshot(name, revision)
+    folder = Path(name) if Path(name).is_dir() else whole_snapshot(name, revision)
     if folder is None and is_published(name, revision):
         return Stored(_reckoned(budget.shapes, stored_method(name)))
     declared = None if is_published(name, revision) else declared_format(name, budget.model.config)

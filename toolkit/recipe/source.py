@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent
 
 from toolkit.errors import RecipeError, did_you_mean
 from toolkit.recipe.schema import Recipe
@@ -180,14 +181,22 @@ def _read(text: str, where: str) -> tuple[dict[str, Any], _Lines]:
 
 
 def _refuse_bombs(text: str, where: str) -> None:
-    """On the event stream, before anything is built: aliases can outgrow all memory, deep nesting takes for ever."""
-    depth = 0
+    """On the event stream, before anything is built: aliases can outgrow all memory, deep nesting takes for ever, and a
+    key that is a collection cannot be looked up."""
+    places: list[Iterator[bool]] = []  # of each open collection: whether the next node in it is a key
     for event in YAML().parse(text):
+        line = event.start_mark.line + 1
         if isinstance(event, AliasEvent):
-            raise RecipeError(f"{where}: YAML aliases (*name) are not used in recipes: write the value out")
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > _DEEPEST:
-            line = event.start_mark.line + 1
+            raise RecipeError(f"{where}:{line}: YAML aliases (*name) are not used in recipes: write the value out")
+        if isinstance(event, CollectionEndEvent):
+            places.pop()
+        is_key = isinstance(event, NodeEvent) and bool(places) and next(places[-1])
+        if not isinstance(event, CollectionStartEvent):
+            continue
+        if is_key:
+            raise RecipeError(f"{where}:{line}: a key is a name, not a mapping or a list ('? ' makes one)")
+        places.append(cycle((True, False)) if isinstance(event, MappingStartEvent) else repeat(False))
+        if len(places) > _DEEPEST:
             raise RecipeError(f"{where}:{line}: nested more than {_DEEPEST} deep; this is not a recipe")
 
 

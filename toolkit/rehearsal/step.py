@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import describe
+from toolkit.architecture import asks_for_sdpa, describe
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -197,14 +197,16 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
 
 def _apart(model: PeftModel, step: Step) -> bool:
     """Whether documents are attended to one by one, as `toolkit.training.documents` does."""
-    config = model.get_base_model().config
-    return step.packed and not step.on_card and config._attn_implementation == "sdpa" and not config.sub_configs
+    base = model.get_base_model()
+    is_plain = base.config._attn_implementation == "sdpa" and not base.config.sub_configs and not asks_for_sdpa(base)
+    return step.packed and not step.on_card and is_plain
 
 
 def _mask_unless_causal(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """transformers leaves a causal mask away where it may look at one; here there is nothing to look at."""
     window, length = kwargs.get("local_size"), kwargs.get("kv_length", 0)
-    return sdpa_mask(*args, **kwargs) if window is not None and window < length else None
+    is_needed = not kwargs.get("allow_is_causal_skip", True) or (window is not None and window < length)
+    return sdpa_mask(*args, **kwargs) if is_needed else None
 
 
 AttentionInterface.register(_CAUSAL, sdpa_attention_forward)

@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from toolkit.architecture import asks_for_sdpa
+
 __all__ = ["documents_apart"]
 
 _NAME = "onecard_documents"
@@ -27,11 +29,13 @@ _NAME = "onecard_documents"
 def documents_apart(model: PeftModel) -> Iterator[bool]:
     """Within the block, attend document by document where a batch tells their lengths; yields whether it can.
 
-    Models on a CPU that compute with transformers' SDPA can. Elsewhere nothing changes.
+    Models on a CPU that compute with transformers' SDPA can, but for those that ask for it by its name.
+    Elsewhere nothing changes.
     """
     base = model.get_base_model()
     config = base.config
-    can = base.device.type == "cpu" and config._attn_implementation == "sdpa" and not config.sub_configs
+    is_plain = config._attn_implementation == "sdpa" and not config.sub_configs and not asks_for_sdpa(base)
+    can = base.device.type == "cpu" and is_plain
     if can:
         base.set_attn_implementation(_NAME)
     try:
