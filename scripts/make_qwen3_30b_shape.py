@@ -1,9 +1,10 @@
 """Write a checkpoint of the real Qwen3-30B-A3B's shape with random weights, in int8 as `onecard quantize` writes it.
 
-    python scripts/make_qwen3_30b_shape.py FOLDER [--layers 48] [--dtype float32]
+    python scripts/make_qwen3_30b_shape.py FOLDER [--layers 48] [--dtype float32] [--smaller N]
 
-33 GB for all 48 layers, none of them in memory. The model says nothing sensible; it is there to be trained one
-step with (scripts/benchmarks/large_step.py) where memory, bytes read and time are the question.
+33 GB for all 48 layers, none of them in memory; `--smaller` divides widths, experts and vocabulary, to try it out. The
+model says nothing sensible; it is there to be trained one step with (scripts/benchmarks/large_step.py) where memory,
+bytes read and time are the question.
 """
 
 from __future__ import annotations
@@ -38,17 +39,20 @@ SHAPE = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+DIVIDED = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts")
+"""What `--smaller` divides, down to 8."""
 SPREAD = 0.02
 """Standard deviation of the weights."""
 UNIFORM = 73.6
 """Standard deviation of integers that are all equally frequent in [-127, 127]."""
 
 
-def skeleton(layers: int, dtype: torch.dtype) -> PreTrainedModel:
+def skeleton(layers: int, dtype: torch.dtype, smaller: int = 1) -> PreTrainedModel:
     """The model on meta, its int8 parameters declared as the quantizer does."""
     from transformers import AutoModelForCausalLM
 
-    config = Qwen3MoeConfig(**{**SHAPE, "num_hidden_layers": layers})
+    sizes = {name: max(SHAPE[name] // smaller, 8) for name in DIVIDED} if smaller > 1 else {}
+    config = Qwen3MoeConfig(**{**SHAPE, **sizes, "num_hidden_layers": layers})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     Int8Quantizer(Int8Config(), pre_quantized=True).preprocess_model(model)
@@ -106,9 +110,9 @@ def groups(names: list[str]) -> Iterator[list[str]]:
     yield from by_layer.values()
 
 
-def write(folder: Path, layers: int, dtype: torch.dtype) -> int:
+def write(folder: Path, layers: int, dtype: torch.dtype, smaller: int = 1) -> int:
     """All shards, config and index; gives the bytes of the weights."""
-    model, pools, weight_map, total = skeleton(layers, dtype), Pools(), {}, 0
+    model, pools, weight_map, total = skeleton(layers, dtype, smaller), Pools(), {}, 0
     state = model.state_dict()
     parts = list(groups(list(state)))
     with staged_folder(folder) as workplace:
@@ -131,8 +135,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is not int8")
+    parser.add_argument("--smaller", type=int, default=1, metavar="N", help="divide widths, experts, vocabulary by N")
     given = parser.parse_args()
-    print(f"{write(given.folder, given.layers, getattr(torch, given.dtype)) / 1e9:.2f} GB in {given.folder}")
+    size = write(given.folder, given.layers, getattr(torch, given.dtype), given.smaller)
+    print(f"{size / 1e9:.2f} GB in {given.folder}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The recipes of this repository planned for every card that `onecard plan --device` knows, as a markdown table.
 
-    .venv/bin/python scripts/plan_cards.py [--seconds]
+    .venv/bin/python scripts/plan_cards.py [--recipes NAME …] [--cards NAME …] [--seconds]
 
 Offline, from what comes with the package. Seconds are a step's limit and estimate. `--seconds` adds a column:
 it times the whole command, interpreter and imports included, once for each card; the median and the longest.
@@ -9,6 +9,7 @@ it times the whole command, interpreter and imports included, once for each card
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -35,10 +36,10 @@ def cell(name: str, card: str) -> tuple[str, float]:
     return (f"{away} of {len(made.placement)} layers streamed, {need:.1f}" if away else "fits") + seconds, need
 
 
-def wall(name: str) -> str:
-    """Median and longest wall time of the command over all cards."""
+def wall(name: str, cards: list[str]) -> str:
+    """Median and longest wall time of the command over these cards."""
     times = []
-    for card in CARDS:
+    for card in cards:
         began = time.perf_counter()
         command = [sys.executable, "-m", "toolkit", "plan", f"recipes/{name}.yaml", "--device", card, "--json"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
@@ -49,15 +50,20 @@ def wall(name: str) -> str:
 
 def main() -> None:
     """Print the table."""
-    timed = "--seconds" in sys.argv
-    sizes = sorted({card.memory_gib for card in CARDS.values()})
-    groups = {size: [name for name, card in CARDS.items() if card.memory_gib == size] for size in sizes}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME")
+    parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS), metavar="NAME")
+    parser.add_argument("--seconds", action="store_true", help="time the whole command")
+    given = parser.parse_args()
+    timed, cards = given.seconds, given.cards
+    sizes = sorted({CARDS[name].memory_gib for name in cards})
+    groups = {size: [name for name in cards if CARDS[name].memory_gib == size] for size in sizes}
     heads = [f"{size} GiB: {' '.join(name.removeprefix('rtx-') for name in groups[size])}" for size in sizes]
     print("| recipe | need GiB | " + " | ".join(heads) + (" | plan, s |" if timed else " |"))
     print("|---" * (len(sizes) + 2 + timed) + "|")
-    for name in RECIPES:
+    for name in given.recipes:
         cells = [cell(name, groups[size][-1]) for size in sizes]
-        row = [name, f"{cells[-1][1]:.1f}", *(text for text, _ in cells), *([wall(name)] if timed else [])]
+        row = [name, f"{cells[-1][1]:.1f}", *(text for text, _ in cells), *([wall(name, cards)] if timed else [])]
         print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -13,9 +13,10 @@ import sys
 import venv
 from pathlib import Path
 
-__all__ = ["python_with"]
+__all__ = ["STAMP", "fingerprint", "python_with"]
 
 PINS = Path(__file__).resolve().parents[1] / "constraints.txt"
+STAMP = "complete"
 
 
 def python_with(folder: Path, packages: tuple[str, ...]) -> str:
@@ -26,15 +27,19 @@ def python_with(folder: Path, packages: tuple[str, ...]) -> str:
     Raises:
         RuntimeError: pip failed; its last line.
     """
-    python, stamp = folder / "bin" / "python", folder / "complete"
-    fingerprint = hashlib.sha256(PINS.read_bytes() + " ".join(packages).encode()).hexdigest()
-    if not stamp.is_file() or stamp.read_text() != fingerprint:
+    python, stamp = folder / "bin" / "python", folder / STAMP
+    if not stamp.is_file() or stamp.read_text() != fingerprint(packages):
         print(f"making {folder} with {', '.join(packages)}; this takes minutes once", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
         for some in (["torch"], ["torch", *packages]):
             _install(python, folder, some)
-        stamp.write_text(fingerprint)
+        stamp.write_text(fingerprint(packages))
     return str(python)
+
+
+def fingerprint(packages: tuple[str, ...]) -> str:
+    """What the file STAMP of a complete environment says."""
+    return hashlib.sha256(PINS.read_bytes() + " ".join(packages).encode()).hexdigest()
 
 
 def _install(python: Path, folder: Path, packages: list[str]) -> None:

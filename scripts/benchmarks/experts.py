@@ -2,7 +2,8 @@
 """One expert layer, forward and backward, in fp32 on this CPU: ours against what else there is.
 
     .venv/bin/python scripts/benchmarks/experts.py [--shapes E128-H2048-I768-K8-T512 …] [--repeats 5] [--threads 2]
-        [--rank 16] [--backend NAME] [--only ARM …] [--scaling] [--json FILE] [--plot FILE.svg] [--peers .venv-peers]
+        [--rank 16] [--backend NAME] [--only ARM …] [--sgemm 4096] [--scaling] [--json FILE] [--plot FILE.svg]
+        [--peers .venv-peers]
 
 Arms: ours (int8 + LoRA on both stacks), stock PEFT `target_parameters` on transformers' experts in fp32 with each of
 its expert implementations that fits in memory, experts4bit-qlora in int8, and both layers frozen, without an adapter.
@@ -44,7 +45,7 @@ STOCK = ("grouped_mm", "eager")
 """grouped_mm is what transformers chooses by itself. batched_mm copies a matrix for each routed row: see `batched`."""
 ALWAYS = ("ours", "ours, recomputing", f"stock PEFT, {STOCK[0]}", "sgemm")
 WITHIN = 1e-4
-SIDE = "4096"
+SIDE = 4096
 """Of the square product that measures the machine."""
 Figures = dict[str, Any]
 
@@ -57,7 +58,7 @@ class Arm:
     variant: str
 
 
-def arms(backend: str) -> dict[str, Arm]:
+def arms(backend: str, side: int = SIDE) -> dict[str, Arm]:
     """Every line by name."""
     stock = {f"stock PEFT, {name}": Arm("stock", name) for name in STOCK}
     frozen = {f"frozen fp32, {name}": Arm("stock", f"frozen-{name}") for name in STOCK}
@@ -68,7 +69,7 @@ def arms(backend: str) -> dict[str, Arm]:
         "experts4bit-qlora int8": Arm("experts4bit", ""),
         "ours, frozen": Arm("ours", f"frozen-{backend}"),
         **frozen,
-        "sgemm": Arm("sgemm", SIDE),
+        "sgemm": Arm("sgemm", str(side)),
     }
 
 
@@ -161,14 +162,14 @@ def batched(shape: Shape) -> int:
 
 def measure(shape: Shape, options: argparse.Namespace) -> Figures:
     """All figures of one shape."""
-    every = arms(options.backend)
+    every = arms(options.backend, options.sgemm)
     wanted = options.only or list(every)
     lines = {name: arm for name, arm in every.items() if name in wanted or name in ALWAYS}
     with workers({arm.worker for arm in lines.values()}, options, True, shape) as running:
         differences = agreement(lines, running)
         seconds = speed(lines, running, options.repeats)
     steps = {name: summary(figures) for name, figures in seconds.items()}
-    rate = 2 * int(SIDE) ** 3 / steps["sgemm"]["median"]
+    rate = 2 * options.sgemm**3 / steps["sgemm"]["median"]
     best = min(_stock(steps), key=lambda name: steps[name]["median"])
     return {
         "shape": {**asdict(shape), "name": name_of(shape)},
@@ -294,6 +295,7 @@ def _options() -> argparse.Namespace:
                         default=[shape_of(text, 16) for text in SHAPES])  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each arm")
     parser.add_argument("--only", nargs="+", metavar="ARM", help=f"these lines, and {', '.join(ALWAYS)}")
+    parser.add_argument("--sgemm", type=int, default=SIDE, metavar="SIDE", help="of the product that rates the machine")
     parser.add_argument("--scaling", action="store_true", help="time against tokens, experts and rank instead")
     return parse(parser)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The plan's step against one that is run at full depth and width without memory, for the models of the recipes.
 
-    .venv/bin/python scripts/benchmarks/plan_full_size.py [--model WORD] [--table FILE]
+    .venv/bin/python scripts/benchmarks/plan_full_size.py [--model WORD] [--only NUMBER …] [--table FILE]
 
 The counted step is the whole model: every layer, our int8 experts with LoRA on experts, router and attention, the loss,
 backward, under `FakeTensorMode`, each storage counted from the operator that makes it. The plan's own figure comes from
@@ -70,13 +70,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="")
+    parser.add_argument("--only", type=int, nargs="+", default=range(len(CASES)), help="of the cases, from 0")
     parser.add_argument("--table", type=Path)
     given = parser.parse_args()
     rows = [HEAD]
     print(HEAD)
     for name in published():
-        for case in CASES if given.model.lower() in name.lower() else ():
-            rows.append(compare(name, *case))
+        for number in given.only if given.model.lower() in name.lower() else ():
+            rows.append(compare(name, *CASES[number]))
             print(rows[-1], flush=True)
     if given.table:
         given.table.write_text("\n".join(rows) + "\n")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A training step with a growing share of the expert layers streamed from a cold file, against all of them resident.
 
-    .venv/bin/python scripts/benchmarks/streaming.py FOLDER [--layers 8] [--tokens 512] [--out docs/benchmarks]
+    .venv/bin/python scripts/benchmarks/streaming.py FOLDER [--layers 8] [--tokens 512] [--smaller N]
+        [--out docs/benchmarks]
 
 Makes once, in FOLDER, a checkpoint with layers of the Qwen3-30B-A3B's shape (scripts/make_qwen3_30b_shape.py). The
 file's pages are dropped from the page cache before every step, so that what is streamed comes from the disk. Steps run
@@ -46,8 +47,9 @@ def step(model: nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
 def arm(folder: Path, share: float, ids: torch.Tensor, rounds: int) -> tuple[dict[str, Any], torch.Tensor]:
     """One share: the median step, what moved in it, and its numbers."""
     names = [layer.name for layer in describe(skeleton(str(folder))).layers]
-    placement = spread(dict.fromkeys(names, 1), round(share * len(names)), "disk")
-    model = load_streamed(str(folder), placement)[0] if share else load_int8(str(folder))[0]
+    count = round(share * len(names))
+    placement = spread(dict.fromkeys(names, 1), count, "disk")
+    model = load_streamed(str(folder), placement)[0] if count else load_int8(str(folder))[0]
     torch.manual_seed(0)
     adapted = attach_lora(model, r=8)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -60,7 +62,7 @@ def arm(folder: Path, share: float, ids: torch.Tensor, rounds: int) -> tuple[dic
         drop_cache(folder)  # but for what is mapped, the resident stacks
         seconds, numbers = step(adapted, ids)
         times.append(seconds)
-    row: dict[str, Any] = {"share": share, "streamed": round(share * len(names)), "seconds": sorted(times)[rounds // 2]}
+    row: dict[str, Any] = {"share": share, "streamed": count, "seconds": sorted(times)[rounds // 2]}
     if stream is not None and before is not None:
         row["bytes_a_step"] = (stream.traffic.bytes - before.bytes) // rounds
         row["waited_a_step"] = (stream.traffic.waited - before.waited) / rounds
@@ -93,11 +95,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--smaller", type=int, default=1, metavar="N", help="the shape's sizes divided, to try it out")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    folder = given.folder / f"shape-{given.layers}"
+    folder = given.folder / (f"shape-{given.layers}" + (f"-smaller-{given.smaller}" if given.smaller > 1 else ""))
     if not folder.is_dir():
-        write(folder, given.layers, torch.float32)
+        write(folder, given.layers, torch.float32, given.smaller)
     rate = disk_rate(folder)
     ids = torch.randint(0, 1000, (1, given.tokens), generator=torch.Generator().manual_seed(0))
     rows, resident = [], None
@@ -108,7 +111,8 @@ def main() -> None:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     what = (
-        f"{given.layers} layers of Qwen3-30B-A3B's shape, {given.tokens} tokens, {torch.get_num_threads()} threads, CPU"
+        f"{given.layers} layers of Qwen3-30B-A3B's shape{f' / {given.smaller}' if given.smaller > 1 else ''}, "
+        f"{given.tokens} tokens, {torch.get_num_threads()} threads, CPU"
     )
     result = {"what": what, "disk_bytes_per_second": rate, "rows": rows}
     print(json.dumps(result, indent=2))

@@ -1,6 +1,6 @@
 """Seconds of a safe save beside a plain one, over sizes.
 
-    python -m scripts.faults.save_overhead [--repeats N] [--folder FOLDER]
+    python -m scripts.faults.save_overhead [--repeats N] [--sizes MIB …] [--folder FOLDER]
 
 Plain is what the stock trainer does: straight into the folder, never synced, never read again. Synced is that and an
 fsync of each file and of the folders, without which a power cut may take the checkpoint. Safe is ours: written aside,
@@ -81,10 +81,11 @@ def main() -> int:
     """Print a line a size."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 128, 512], metavar="MIB")
     parser.add_argument("--folder", type=Path, help="on the disk that is meant; a temporary folder otherwise")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for megabytes in (1, 16, 128, 512):
+        for megabytes in options.sizes:
             seconds = measure(Path(folder), megabytes, options.repeats)
             arms = (
                 f"{name} {statistics.median(each):.3f} s ({min(each):.3f}–{max(each):.3f})"

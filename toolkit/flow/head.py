@@ -118,7 +118,7 @@ def evaluate_head(
     A native head that was not trained is measured too, and its loss of acceptance is said on the console.
     """
     base, recipe = model.get_base_model(), plan.recipe
-    prompts = [question.prompt_ids for question in batches.held_out[:_DRAFTED]]
+    prompts = [question.prompt_ids for question in batches.held_out[: recipe.eval.max_samples][:_DRAFTED]]
     native = native_keys(plan.model, base.config, revision=recipe.model.revision)
     if not prompts or not recipe.eval.enabled or can_speculate(base) or (head is None and native is None):
         return None

@@ -1,7 +1,8 @@
-"""Every command that the documentation shows, and what a test can do with it: run it, or at least parse it.
+"""Every command that the documentation shows, and where it is run.
 
-Run is what can be, in a folder where `recipes/quickstart.yaml` is cut short. `ELSEWHERE` has rows for the rest:
-a card, an hour or another program, each with its reason; those are still read by the parsers of their programs.
+`onecard` commands are run by the walks of `test_commands.py`, in a folder where `recipes/quickstart.yaml` is cut short;
+scripts by `test_scripts.py`; those of `ELSEWHERE` by the tests that it names. What remains, `FOREIGN`, begins other
+people's programs or asks a registry. Besides, the parser of a command's own program reads each as it stands.
 """
 
 from __future__ import annotations
@@ -9,9 +10,22 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-__all__ = ["ELSEWHERE", "PAGES", "ROOT", "Shown", "reason", "shown", "shown_in"]
+__all__ = [
+    "ELSEWHERE",
+    "FOREIGN",
+    "PAGES",
+    "ROOT",
+    "Shown",
+    "foreign",
+    "is_walked",
+    "named_test",
+    "shown",
+    "shown_in",
+    "source_of",
+]
 
 ROOT = Path(__file__).parents[3]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
@@ -24,26 +38,43 @@ PLACEHOLDERS = {
     "owner/name@revision": "alice/mine@main",
     "A": "runs/quickstart",
     "B": "runs/slower",
+    "FOLDER": "folder",
 }
 """What stands for the reader's own, and what stands for it here."""
 
+_SERVER = "tests/unit/serving/test_server.py::test_serve_answers_what_the_documentation_asks_and_ends_with_ctrl_c"
+_SHELL = "tests/unit/documentation/test_shell.py"
 ELSEWHERE: tuple[tuple[str, str], ...] = (
-    (r"pip install", "needs a registry; the extra's name is checked"),
-    (r"(vllm|llama-server|curl|hf) ", "another program's"),
-    (r"bash scripts/(setup|test)\.sh", "makes an environment, or is what runs this test"),
-    (r"bash scripts/finetune\.sh", "makes an environment; what it hands to onecard is parsed"),
-    (r"accelerate launch", "several machines or cards; two processes are started in test_several_processes.py"),
-    (r"python (-m )?scripts", "minutes to hours, models that scripts make first, or a card"),
-    (r"onecard .*--lm-eval", "lm-eval is no part of the tests' environment; test_metrics.py runs it where it is"),
-    (r"onecard sweep (?!.*--out runs/two)", "six trials; test_sweep.py runs others"),
-    (r"onecard quantize .*--recipe", "a minute and more; test_error_compensation.py and test_prequantized.py do it"),
-    (r"onecard serve", "does not end; test_server.py starts, asks and stops it"),
-    (r"onecard --(install|show)-completion", "changes the reader's shell; test_starting.py asks for completions"),
+    (r"onecard serve", _SERVER),
+    (r"curl localhost", _SERVER),
+    (r"onecard sweep", "tests/unit/sweep/test_sweep.py::test_the_sweeps_of_the_documentation_on_ray"),
+    (
+        r"onecard quantize .*--recipe",
+        "tests/parity/test_compensated_base.py::test_quantize_with_a_recipe_writes_the_compensated_integers",
+    ),
+    (r"onecard --install-completion", f"{_SHELL}::test_completion_is_installed"),
+    (r"bash scripts/setup\.sh", f"{_SHELL}::test_setup_leaves_a_current_environment_alone"),
+    (r"bash scripts/test\.sh", f"{_SHELL}::test_the_checks_run_and_take_arguments"),
+    (r"bash scripts/finetune\.sh --processes", f"{_SHELL}::test_finetune_in_two_processes"),
+    (r"bash scripts/finetune\.sh", f"{_SHELL}::test_finetune_trains"),
+    (r"accelerate launch .*--num_machines", f"{_SHELL}::test_two_machines"),
+    (
+        r"accelerate launch",
+        "tests/parity/test_several_processes.py::test_two_processes_train_what_one_does_and_resume",
+    ),
 )
-"""Pattern of commands that are not run by the test of the documentation, and why."""
+"""Pattern of commands that a test of their own runs, and that test."""
+
+FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"pip install", "asks a registry; that the extra is one of ours is checked"),
+    (r"vllm serve", "vLLM, which wants a card"),
+    (r"llama-server", "llama.cpp's server, and a GGUF file of the base"),
+    (r"hf auth login", "asks for a token of the Hub"),
+)
+"""Pattern of the commands that no test runs, and why."""
 
 _PROGRAMS = r"(\.venv/bin/)?(onecard|python|bash|pip|accelerate|curl|vllm|llama-server|hf|mkdocs|scripts/\S+\.py)\b"
-_SYNOPSIS = re.compile(r"[…\[|]|<")
+_SYNOPSIS = re.compile(r"…|<|^\[")
 
 
 @dataclass(frozen=True)
@@ -66,10 +97,19 @@ class Shown:
         return " ".join(shlex.split(before)[1:])
 
     @property
+    def script(self) -> str | None:
+        """Of this repository, in Python: its path in `scripts`."""
+        found = re.match(r"(?:python )?(?:-m )?scripts[./]([\w./]+)", self.text)
+        if found is None or found[1].endswith(".sh"):
+            return None
+        return found[1] if found[1].endswith(".py") else found[1].replace(".", "/") + ".py"
+
+    @property
     def is_synopsis(self) -> bool:
         """Whether it names a verb or a form and is nothing to be typed as it stands."""
         rest = self.text.partition("onecard ")[2]
-        return bool(_SYNOPSIS.search(self.text.rpartition(" | ")[2])) or (
+        words = shlex.split(self.text.rpartition(" | ")[2], comments=True)
+        return any(map(_SYNOPSIS.search, words)) or (
             self.text.startswith("onecard ") and re.fullmatch(r"[a-z]+", rest) is not None and rest not in _ALONE
         )
 
@@ -79,16 +119,17 @@ _ALONE = {"doctor", "schema"}
 
 
 def shown(text: str, page: str = "") -> list[Shown]:
-    """The commands of a page: lines of its bash blocks, and code spans that begin with a program."""
+    """The commands of a page: lines of its bash blocks, and indented lines and code spans that begin with a program."""
     found: list[tuple[int, str]] = []
     for block in re.finditer(r"```bash\n(.*?)```", text, re.DOTALL):
         joined = re.sub(r"\\\n\s*", "", block[1])
         lines = [line.strip() for line in joined.splitlines()]
         found += [(block.start() + n, line) for n, line in enumerate(lines) if line and not line.startswith("#")]
     outside = re.sub(r"```.*?```", lambda block: " " * len(block[0]), text, flags=re.DOTALL)
-    for span in re.finditer(r"`([^`\n]+)`", outside):
-        if re.match(_PROGRAMS + " ", span[1]):
-            found.append((span.start(), span[1]))
+    for span in re.finditer(r"`([^`\n]+)`|^    (\S.*)$", outside, re.MULTILINE):
+        text = span[1] or span[2]
+        if re.match(_PROGRAMS + " ", text):
+            found.append((span.start(), text))
     return [Shown(page, re.sub(r"(^|\s)\.venv/bin/", r"\1", line)) for _, line in sorted(found)]
 
 
@@ -97,9 +138,31 @@ def shown_in(path: Path) -> list[Shown]:
     return shown(path.read_text(encoding="utf-8"), path.name)
 
 
-def reason(command: Shown) -> str | None:
-    """Why it is not run here, or None where it is."""
-    return next((why for pattern, why in ELSEWHERE if re.match(pattern, command.text)), None)
+def named_test(command: Shown) -> str | None:
+    """The test of its own that runs it."""
+    return next((test for pattern, test in ELSEWHERE if re.match(pattern, command.text)), None)
+
+
+def foreign(command: Shown) -> str | None:
+    """Why no test runs it, or None where one does."""
+    return next((why for pattern, why in FOREIGN if re.match(pattern, command.text)), None)
+
+
+def is_walked(command: Shown) -> bool:
+    """Whether it is one of ours to be typed as it stands, and has no test of its own."""
+    return re.match(r"(echo .* \| )?onecard ", command.text) is not None and not (
+        command.is_synopsis or named_test(command)
+    )
+
+
+@cache
+def source_of(test: str) -> str:
+    """The text of the test file that a node id names; raises where there is no such test in it."""
+    path, _, function = test.partition("::")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not re.search(rf"^def {function}\(", text, re.MULTILINE):
+        raise LookupError(test)
+    return text
 
 
 def _filled(word: str) -> str:

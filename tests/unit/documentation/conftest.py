@@ -22,7 +22,7 @@ CUT = ["training.max_steps=2", "data.max_samples=24", "eval.max_samples=4", "eva
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository's recipes, quickstart cut to two steps and 200 examples, as the folder that commands start in."""
+    """The repository's recipes, the quickstarts cut to two steps, 200 examples, 40 held out, to start commands in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").iterdir():
@@ -34,18 +34,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if path.name != data.name:
             (data.parent / path.name).symlink_to(path)
     for path in (ROOT / "recipes" / "quickstart" / "data").iterdir():
-        rows = path.read_text(encoding="utf-8").splitlines()[:200]
+        rows = path.read_text(encoding="utf-8").splitlines()[: 40 if "validation" in path.name else 200]
         (data / path.name).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    quickstart = tmp_path / "recipes" / "quickstart.yaml"
-    quickstart.unlink()
-    text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
-    for override in CUT:
-        section, key, value = re.split(r"[.=]", override)
-        text = re.sub(rf"\n  {key}: \S+", "", text)
-        text = re.sub(rf"\n{section}:\n", f"\n{section}:\n  {key}: {value}\n", text)
-    quickstart.write_text(text, encoding="utf-8")
-    assert load(quickstart).training.max_steps == 2
+    for name, more in (("quickstart", []), ("quickstart-mtp", ["mtp.own_answers=4"])):
+        path = tmp_path / "recipes" / f"{name}.yaml"
+        path.unlink()
+        text = (ROOT / "recipes" / path.name).read_text(encoding="utf-8")
+        for override in [*CUT, *more]:
+            section, key, value = re.split(r"[.=]", override)
+            text = re.sub(rf"\n  {key}: \S+", "", text)
+            text = re.sub(rf"\n{section}:\n", f"\n{section}:\n  {key}: {value}\n", text)
+        path.write_text(text, encoding="utf-8")
+        assert load(path).training.max_steps == 2
     (tmp_path / "runs").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "my_task.yaml").write_text("task: my_task\n")
     (tmp_path / "metric.py").write_text("def same_category(answer, wanted):\n    return float(answer == wanted)\n")
     return tmp_path
 
@@ -55,6 +58,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
     """A Hub on this machine that this process's client talks to."""
     with serve_this_process(monkeypatch, tmp_path / "hub") as stand_in:
         yield stand_in
+
+
+@pytest.fixture
+def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for lm-evaluation-harness."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "stand_ins" / "lm_eval"))
+    known = [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]
+    kept = {name: sys.modules.pop(name) for name in known}
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        del sys.modules[name]
+    sys.modules.update(kept)
 
 
 class Parsed(Exception):

@@ -1,4 +1,4 @@
-"""Every command in README and docs is run or parsed; every verb has its how-to and says what to type next."""
+"""Every command in README and docs is run and parsed; every verb has its how-to and says what to type next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ import typer
 
 from tests.faults.conftest import Run, onecard
 from tests.hub_stand_in import HubStandIn
-from tests.unit.documentation.commands import ELSEWHERE, PAGES, ROOT, Shown, reason, shown, shown_in
+from tests.unit.documentation.commands import (
+    ELSEWHERE,
+    FOREIGN,
+    PAGES,
+    ROOT,
+    Shown,
+    foreign,
+    is_walked,
+    named_test,
+    shown,
+    shown_in,
+    source_of,
+)
 from tests.unit.documentation.conftest import onecard_takes
 from toolkit.cli import app
 from toolkit.steps import Steps
@@ -24,7 +36,8 @@ __all__ = ["onecard"]
 VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 HOW_TO = ROOT / "docs" / "verbs.md"
 WALKED = ("verbs.md", "tutorial.md")
-ENDLESS = "serve"
+ON_THEIR_OWN = {"serve", "sweep"}
+"""Verbs with a test of their own: one does not end, one begins a cluster."""
 QUESTION = "Which category is it: oak - a tree?"
 
 
@@ -54,9 +67,29 @@ def test_every_verb_that_a_program_may_read_takes_json() -> None:
     assert silent == {"chat", "serve", "schema"}, "a conversation, a server, and what is JSON anyway"
 
 
-def test_every_reason_is_needed() -> None:
-    given = {reason(command) for page in PAGES for command in shown_in(page)}
-    assert {why for _, why in ELSEWHERE} <= given
+def test_every_command_is_run_or_is_another_program() -> None:
+    """Each has one place; every test that is named exists; every pattern is needed."""
+    commands = [each for page in PAGES for each in shown_in(page) if not each.is_synopsis]
+    for command in commands:
+        places = [command.script, named_test(command), foreign(command), is_walked(command) or None]
+        assert sum(place is not None for place in places) == 1, command
+    assert {test for _, test in ELSEWHERE} == {test for each in commands if (test := named_test(each))}
+    assert {why for _, why in FOREIGN} == {why for each in commands if (why := foreign(each))}
+    assert len({each.text for each in commands if foreign(each)}) <= 10 < 130 < len(commands)
+
+
+def test_what_is_shown_is_what_the_named_tests_run() -> None:
+    """Verb or program, and every option: they stand in the test, or it takes the page's own words."""
+    for page in PAGES:
+        for command in shown_in(page):
+            test = None if command.is_synopsis else named_test(command)
+            if test is None:
+                continue
+            source = source_of(test)
+            if "shown_in(" in source and page.name in source:
+                continue
+            wanted = [command.words[1], *(word for word in command.words if word.startswith("--"))]
+            assert all(Path(word).name in source for word in wanted), (command, test)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -125,36 +158,51 @@ def interrupted(server: ThreadingHTTPServer) -> None:
     raise KeyboardInterrupt
 
 
-def test_every_command_of_the_how_tos_runs_and_says_what_comes_next(
-    onecard: Run, folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def walk(onecard: Run, folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> Walk:
+    """In the cut folder, with a Hub, and servers that end at once."""
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
-    walk = Walk(onecard, monkeypatch)
+    return Walk(onecard, monkeypatch)
+
+
+def test_every_command_of_the_how_tos_runs_and_says_what_comes_next(
+    walk: Walk, folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun, counted = parts_seen(monkeypatch)
-    skipped = set()
-    for command in shown_in(HOW_TO):
-        if command.is_synopsis:
-            continue
-        if reason(command):
-            skipped.add(command.words[1])
-        else:
-            walk.run(command)
-    assert walk.hinted == set(VERBS) - {ENDLESS}
-    assert ENDLESS in skipped
+    commands = [each for each in shown_in(HOW_TO) if not each.is_synopsis]
+    for command in filter(is_walked, commands):
+        walk.run(command)
+    assert walk.hinted == set(VERBS) - ON_THEIR_OWN
+    assert {each.words[1] for each in commands if named_test(each)} >= ON_THEIR_OWN
     assert {"download", "load", "quantise", "tokenise", "train", "evaluate", "export", "upload"} <= begun
     assert {"load", "quantise", "tokenise", "evaluate", "export"} <= counted
     assert len(hub.commits) == 1
     assert (folder / "runs" / "quickstart" / "report.html").is_file()
-    for page in (page for page in PAGES if page.name not in WALKED):
-        for command in shown_in(page):
-            if command.text.startswith("onecard") and not command.is_synopsis and reason(command) is None:
-                walk.run(command)
 
 
-def test_the_tutorial_runs(onecard: Run, folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
-    walk = Walk(onecard, monkeypatch)
-    steps = [each for each in shown_in(ROOT / "docs" / "tutorial.md") if not each.is_synopsis and not reason(each)]
+def test_the_commands_of_the_other_pages_run(
+    walk: Walk, folder: Path, hub: HubStandIn, lm_eval: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After what the how-tos begin with: a run, another one, and an adapter on the Hub."""
+    for command in (
+        "train RECIPE",
+        "train RECIPE training.learning_rate=1e-3 training.output_dir=B",
+        "push A OWNER/NAME",
+    ):
+        walk.run(Shown("", f"onecard {command}"))
+    pages = [page for page in PAGES if page.name not in WALKED]
+    commands = [each for page in pages for each in shown_in(page) if is_walked(each)]
+    for command in commands:
+        walk.run(command)
+    assert len(commands) >= 19
+    harness = [each.text.partition("#")[0] for each in commands if "--lm-eval" in each.text]
+    asked = [json.loads(walk.run(Shown("", f"{text} --json")))["lm_eval"] for text in harness]
+    assert [sorted(found["adapted"]) for found in asked] == [["arc_easy", "piqa"], ["my_task"]]
+    assert all(found["base"] != found["adapted"] for found in asked)
+
+
+def test_the_tutorial_runs(walk: Walk, folder: Path) -> None:
+    steps = [each for each in shown_in(ROOT / "docs" / "tutorial.md") if is_walked(each)]
     for command in steps:
         walk.run(command)
     assert len(steps) >= 9

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.faults.conftest import Run, onecard, recipe
+from tests.unit.documentation.commands import ROOT, shown_in
+from tests.unit.documentation.conftest import folder
+from toolkit.recipe import dump, load
 from toolkit.sweep import Outcome, Trial, best_first, draw
+from toolkit.sweep.grid import expand
 from toolkit.sweep.run import Sweep, finished
 
-__all__ = ["onecard", "recipe"]
+__all__ = ["folder", "onecard", "recipe"]
 
 
 def outcome(name: str, values: dict[str, str], **figures: float) -> Outcome:
@@ -53,22 +59,56 @@ def test_without_ray_one_line_says_what_to_install(onecard: Run, recipe: Path, m
     assert 'pip install "onecard[sweep]"' in err
 
 
-def test_trials_on_ray(onecard: Run, recipe: Path, tmp_path: Path) -> None:
-    """One trial is finished already, one is new, and one fails."""
+def test_the_sweeps_of_the_documentation_on_ray(onecard: Run, folder: Path) -> None:
+    """The commands of docs/sweep.md and docs/verbs.md, on a recipe that is cut: of six trials one is trained by Ray.
+
+    One fails; four are finished already, by a run and copies of it.
+    """
     pytest.importorskip("ray")
-    folder = tmp_path / "sweep"
-    same = ["training.max_steps=2", "eval.enabled=false"]
-    assert onecard("train", recipe, *same, "lora.r=2", f"training.output_dir={folder}/r=2")[0] == 0
-    (folder / "r=8").mkdir()
-    (folder / "r=8" / "not-a-run").touch()
-    status, out, err = onecard("sweep", recipe, *same, "lora.r=2,4,8", "--out", folder, "--at-once", 2, "--json")
+    pages = (ROOT / "docs" / "sweep.md", ROOT / "docs" / "verbs.md")
+    shown = [each.words[1:] for page in pages for each in shown_in(page) if each.text.startswith("onecard sweep")]
+    cut = {"training.max_steps=60": "training.max_steps=2", "eval.max_samples=100": "eval.max_samples=4"}
+    plain, full, short = ([cut.get(word, word) for word in words] for words in shown)
+    assert full == [*plain, "eval.max_samples=4", "--metric", "exact_match", "--at-once", "2"]
+    recipe, *varied = plain[1:]
+    *known, fails, new = expand([*varied, "eval.max_samples=4"])
+    sweep = Sweep(Path(recipe).resolve(), (*known, fails, new), Path("runs/quickstart-sweep").resolve())
+    first = sweep.run_of(known[0])
+    assert onecard("train", recipe, *sweep.overrides_of(known[0]))[0] == 0
+    for trial in known[1:]:
+        finish(sweep, trial, first)
+    sweep.run_of(fails).mkdir()
+    (sweep.run_of(fails) / "not-a-run").touch()
+
+    status, out, err = onecard(*full, "--json")
     assert status == 4
-    assert "1 of 3 trials failed, r=8 first" in err
+    assert f"1 of 6 trials failed, {fails.name} first" in err
     trials = {trial["trial"]: trial for trial in json.loads(out)["trials"]}
-    assert trials["r=2"]["seconds"] == 0 < trials["r=4"]["seconds"]
-    assert "not a run" in trials["r=8"]["error"]
-    assert json.loads((folder / "sweep.json").read_text())["trials"] == json.loads(out)["trials"]
-    assert (folder / "sweep.svg").is_file()
-    trial = Trial("r=4", {"lora.r": "4"}, (*same, "lora.r=4"))
-    assert finished(Sweep(recipe, (trial,), folder), trial) is not None
-    assert finished(Sweep(recipe, (trial,), folder), Trial("r=4", {}, (*same, "lora.r=5"))) is None
+    assert len(trials) == 6
+    assert {trials[trial.name]["seconds"] for trial in known} == {0}
+    assert trials[new.name]["seconds"] > 0
+    assert "exact_match" in trials[new.name]["figures"]
+    assert "not a run" in trials[fails.name]["error"]
+    assert json.loads((sweep.folder / "sweep.json").read_text())["trials"] == json.loads(out)["trials"]
+    assert (sweep.folder / "sweep.svg").is_file()
+    assert finished(sweep, new) is not None
+    assert finished(sweep, Trial(new.name, {}, (*new.overrides, "lora.r=5"))) is None
+
+    shutil.rmtree(sweep.run_of(fails))
+    finish(sweep, fails, first)
+    two = Sweep(sweep.recipe, tuple(expand(short[2:-2])), Path(short[-1]).resolve())
+    for trial in two.trials:
+        finish(two, trial, first)
+    for words, count in ((full, 6), (plain, 6), (short, 2)):
+        status, _, err = onecard(*words)
+        assert status == 0, err
+        assert f"{count} trials, runs under " in err
+        assert re.search(
+            r"^  onecard report .*runs/(quickstart-sweep|two)/r=", err.rpartition("next\n")[2], re.MULTILINE
+        )
+
+
+def finish(sweep: Sweep, trial: Trial, like: Path) -> None:
+    """Leave what a finished run of the trial leaves, with another run's figures."""
+    shutil.copytree(like, sweep.run_of(trial))
+    (sweep.run_of(trial) / "recipe.yaml").write_text(dump(load(sweep.recipe, sweep.overrides_of(trial))))

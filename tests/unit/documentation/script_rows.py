@@ -1,0 +1,217 @@
+"""Every script that a page shows, as a test runs it: the same program, cut to one family, one shape, few inputs.
+
+`{place}` is a folder with a tiny model, a few of the quickstart's rows, and a recipe of the two; `{run}` a run of it.
+Others are second environments: see `environments.py`. A row that names a test is run there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ROWS", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A script, its arguments, what its output must match and which files it must leave; or the test that runs it."""
+
+    script: str
+    arguments: str = ""
+    says: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    test: str = ""
+
+
+KILLS = "tests/faults/test_kill_points.py"
+TRAIN, HELD_OUT = "{place}/train.jsonl", "{place}/held-out.jsonl"
+ROWS = (
+    Row("faults/corruptions.py", "--count 20", (r"^20 of 20 corruptions seen, 0 whole checkpoints refused$",)),
+    Row(
+        "faults/fuzz.py",
+        'jsonl "checkpoint manifest" --inputs 5',
+        (r"^jsonl +5 inputs .* 0 failures$", r"^checkpoint manifest +5 inputs .* 0 failures$"),
+    ),
+    Row(
+        "faults/kill_points.py",
+        test=f"{KILLS}::test_kills_and_disk_errors_are_survived_wherever_something_is_written",
+    ),
+    Row("faults/kill_points.py", test=f"{KILLS}::test_a_whole_run_is_survived"),
+    Row("faults/random_kills.py", "--kills 1", (r"^[1-9]\d* kills over 1 runs, 1 of 1 ended as if never killed$",)),
+    Row("faults/resume_matrix.py", '"not packed"', (r"^equal +not packed$", r"^1 of 1 configurations resume bit")),
+    Row(
+        "faults/save_overhead.py",
+        "--repeats 1 --sizes 1 --folder {place}",
+        (r"^ +1 MiB: plain [\d.]+ s \(.*synced [\d.]+ s \(.*safe [\d.]+ s \(",),
+    ),
+    Row(
+        "benchmarks/block_scales.py",
+        f"{{place}}/tiny {HELD_OUT} --held-out 4",
+        (r": 4 examples, \d+ tokens, 18 parts$", r"^one a row +[\d.]+% +1\.000 ", r"^every row .*100\.00%"),
+    ),
+    Row(
+        "benchmarks/coverage.py",
+        "qwen3_moe",
+        (
+            r"^qwen3_moe +\| +6/6 +6/6 +3/3 \| +0/6 ",
+            r"reached: families 1, int8 1, experts 1, routers 1, stock_int8 0,",
+        ),
+    ),
+    Row(
+        "benchmarks/experts.py",
+        "--shapes E8-H64-I32-K2-T16 --repeats 1 --threads 1 --sgemm 256 --no-memory --only ours --peers {peers} "
+        "--json {place}/layers.json --plot {place}/layers.svg",
+        (
+            r"^E8-H64-I32-K2-T16 R=16",
+            r"^ours +[\d.]+ \(",
+            r"^stock PEFT, grouped_mm +[\d.]+ \(",
+            r"^  ours against stock",
+        ),
+        ("layers.json", "layers.svg"),
+    ),
+    Row(
+        "benchmarks/large_step.py",
+        "{shape} --tokens 32 --out {place}/step.json",
+        (r'"expert_stacks_adapted": \[\s+4,\s+4\s+\]', r'"streamed_layers": [1-9]', r'"anonymous_peak_gib": 0\.'),
+        ("step.json",),
+    ),
+    Row(
+        "benchmarks/linears.py",
+        f"{{place}}/tiny {HELD_OUT} --held-out 4 --tokens 64 --repeats 1",
+        (r"a step of 64 tokens, 1 rounds", r"^int8 +[+-][\d.]+%", r"^bnb +[+-][\d.]+%", r"^none +[+-][\d.]+%"),
+    ),
+    Row(
+        "benchmarks/load.py",
+        "{place}/load --gigabytes 0.02 --experts 4",
+        (
+            r"^quantize .* s of CPU\)",
+            r"^bf16_load_bfloat16_cold ",
+            r"^int8_load_float32_warm ",
+            r"^warm load to float32",
+        ),
+        ("load/config.json", "load-int8/config.json"),
+    ),
+    Row(
+        "benchmarks/mtp.py",
+        "{place}/recipe.yaml data.max_samples=16 training.num_train_epochs=1 mtp.own_answers=4 eval.max_new_tokens=4 "
+        "--tokens 4 --prompts 2 --decoded 1",
+        (r"^copied +1 +\d\.\d\d +[\d.]+%", r"^re-aligned +3 ", r"^decoded 1 prompts, 3 drafts: .*same text: True$"),
+    ),
+    Row(
+        "benchmarks/mtp_overhead.py",
+        "{place}/recipe.yaml mtp.own_answers=4 --steps 1 --repeats 1",
+        (
+            r"^round 1: with ",
+            r"^processor: [\d.]+ s without, [\d.]+ s with a head of depth 1",
+            r"^own answers: 4 prompts",
+        ),
+    ),
+    Row(
+        "benchmarks/plan_full_size.py",
+        "--model olmoe --only 3 --table {place}/full.md",
+        (r"^\| allenai/OLMoE\S+ \| 1024 \| 16 \| kept \| 4 of 16 \|.* \| [+-]0\.00% \|$",),
+        ("full.md",),
+    ),
+    Row(
+        "benchmarks/plan_memory.py",
+        "--only 22 --table {place}/memory.md",
+        (r"^ 22 qwen3_moe +256 r 16, adamw_torch, recomputed +planned +\d+\.\d measured +\d+\.\d ",),
+        ("memory.md",),
+    ),
+    Row(
+        "benchmarks/quantization_error.py",
+        f"{{place}}/tiny {TRAIN} {HELD_OUT} --calibration 4 --held-out 4",
+        (r": calibrated on 4 examples", r"^int8\+gptq +[\d.]+ ", r"^compensated / rounded, parts: 0\.", r"layers\.2 "),
+    ),
+    Row(
+        "benchmarks/sizes.py",
+        says=(r"^allenai/OLMoE-1B-7B\S+ +6\.92 +6\.9 ", r"^openai/gpt-oss-20b .* 25\.03% "),
+    ),
+    Row(
+        "benchmarks/streaming.py",
+        "{place}/stream --layers 2 --smaller 64 --tokens 32 --rounds 1 --out {place}",
+        (
+            r'"what": "2 layers of Qwen3-30B-A3B\'s shape / 64, 32 tokens',
+            r'(?s)("same_bits_as_resident": true.*?){5}',
+        ),
+        ("streaming.json", "streaming.svg"),
+    ),
+    Row(
+        "benchmarks/token_groups.py",
+        "{place}/recipe.yaml data.max_samples=16 --positions 256 --seeds 2 --batch 128",
+        (r"^before: held-out loss [\d.]+; 256 positions an arm$", r"^67% of the positions on groups: held-out loss "),
+    ),
+    Row(
+        "benchmarks/train.py",
+        f"--checkpoints {{place}}/tiny --train {TRAIN} --validation {HELD_OUT} --examples 8 --length 128 --repeats 1 "
+        '--threads 1 --no-memory --only ours "stock TRL + PEFT" --peers {peers} --json {place}/train.json',
+        (
+            r": 8 examples, \d+ tokens without padding",
+            r"^ours +[\d.]+ \(",
+            r"^stock TRL \+ PEFT +[\d.]+ \(",
+            r" apart$",
+        ),
+        ("train.json",),
+    ),
+    Row(
+        "benchmarks/triton_kernels.py",
+        test="tests/parity/test_gpu_check.py::test_kernels_compile_for_cards_that_are_not_here",
+    ),
+    Row("gpu_check.py", test="tests/parity/test_gpu_check.py::test_with_torch_and_triton_alone_it_checks_parity"),
+    Row(
+        "make_qwen3_30b_shape.py",
+        "{place}/shape --layers 1 --smaller 64 --dtype bfloat16",
+        (r"^4/4 shards", r" GB in .*/shape$"),
+        ("shape/model.safetensors.index.json", "shape/config.json"),
+    ),
+    Row(
+        "parity/layouts.py",
+        "qwen3_moe",
+        (r"^\{'peft': 1, 'per-expert': 1, 'merged': 1, 'merged-int8': 1, 'gguf': 1\}$",),
+    ),
+    Row(
+        "parity/llama_cpp.py",
+        "qwen3_moe --venv {llama}",
+        (
+            r"^\| qwen3_moe \| \S+e-0\d \| \S+e-0\d \| \S+e-0\d \| ",
+            r"^1 of 1 families run, 1 with a GGUF LoRA; .*: none$",
+        ),
+    ),
+    Row(
+        "parity/mtp_families.py",
+        "exaone_moe",
+        (r"trained, same names; stock drafts the same$", r"^1 families come back"),
+    ),
+    Row(
+        "parity/mtp_greedy.py",
+        "{run} --prompts 2 --tokens 4 --drafts 1",
+        (r"^run +1 drafts: 2 of 2 texts the same; tau ",),
+    ),
+    Row("parity/rehearsals.py", "qwen3_moe", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
+    Row("parity/rehearsals.py", "qwen3_moe --card", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
+    Row(
+        "parity/stock_families.py",
+        "qwen3_moe --venv {stock} --json {place}/families.json",
+        (r"^\| qwen3_moe \| \S+e-0\d \| \S+e-0\d \|", r"^1 of 1 families within 1e-04 in fp32; over it: none$"),
+        ("families.json",),
+    ),
+    Row(
+        "parity/stock_peft.py",
+        f"{{run}}/adapter --base {{place}}/tiny --data {HELD_OUT} --venv {{stock}}",
+        (r"^ok +environment without onecard +clean", r"^ok +logits, our adapter in stock PEFT ", r"^ok +held-out loss"),
+    ),
+    Row("parity/streaming.py", "{place}/tiny --steps 2", (r"^tiny: 2 steps, .*, equal; 42 of 42 tensors equal$",)),
+    Row(
+        "parity/vllm_loader.py",
+        "qwen3_moe --python {vllm}",
+        (r"^qwen3_moe \{'tensors': 174, .*'stacks': 3", r"^planted fault \{'error': .*nothing for \[11\]"),
+    ),
+    Row(
+        "plan_cards.py",
+        "--recipes olmoe-1b-7b --cards rtx-4090 --seconds",
+        (r"^\| recipe \| need GiB \| 24 GiB: 4090 \| plan, s \|$", r"^\| olmoe-1b-7b \| \d+\.\d \| fits, .* \|$"),
+    ),
+    Row("recipe_headers.py", "{place}/for-a-card.yaml", (r"^for-a-card.yaml: Fits a \d+ GB card \(RTX ",)),
+    Row("recipe_reference.py", "{place}/recipe.md", writes=("recipe.md",)),
+    Row("record_plans.py", "--check --model olmoe --sample 9", (r"^allenai/OLMoE\S+: 2 steps in \d+ s, the same$",)),
+    Row("ten_minutes.py", test="tests/unit/documentation/test_ten_minutes.py::test_from_init_to_push"),
+)
