@@ -2,6 +2,7 @@
 """Multi-token-prediction heads of one run side by side: what each is worth on held-out prompts.
 
     .venv/bin/python scripts/benchmarks/mtp.py RECIPE [section.key=value …] [--prompts 200] [--tokens 32] [--decoded 24]
+        [--seeds 1] [--run RUN]
 
 One adapter is trained as the recipe says. Beside it, from the same batches, learn: a head copied from the last layer, a
 head of random numbers, and a head that sees the base model instead of the adapted one. Heads do not touch the adapter
@@ -16,6 +17,8 @@ nor each other, so one run serves all. Then, on held-out prompts at depths 1 and
 
 `tau` is the tokens that a pass of the model gives, found by replaying its greedy text (mtp_replay.py); the last columns
 decode some of the prompts in earnest. Greedy text must be the same with drafts and without.
+
+With `--run` nothing is trained but the heads, and these on own answers alone; `data alone` is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -32,6 +36,7 @@ from typing import Any
 
 import torch
 from mtp_replay import Texts
+from options import recipe_parser
 from peft import PeftModel
 from rich.console import Console
 
@@ -89,18 +94,28 @@ def hidden_states(model: PeftModel, inputs: Mapping[str, Any]) -> torch.Tensor:
     return hidden()
 
 
-def train(plan: Any, depth: int, learning_rate: float) -> tuple[PeftModel, Any, Any, Several, float]:
-    """The recipe's adapter and the heads beside it: model, tokenizer, batches, heads, and the seconds it took."""
-    base, tokenizer = flow.load(plan)
+def train(plan: Any, run: Path | None) -> tuple[PeftModel, Any, Any, Several, float]:
+    """The recipe's adapter and the heads beside it: model, tokenizer, batches, heads, and the seconds it took.
+
+    A finished run's adapter is opened instead, and the heads have learned nothing.
+    """
+    recipe = plan.recipe
+    if run:
+        model, tokenizer = flow.reopen(plan, run / "adapter")
+        base = model.get_base_model()
+    else:
+        base, tokenizer = flow.load(plan)
+        model = flow.attach(base, plan)
     batches = flow.build_batches(tokenizer, plan)
-    model = flow.attach(base, plan)
 
     def head(made: MtpHead) -> HeadTraining:
-        return HeadTraining(made, model, depth=depth, learning_rate=learning_rate)
+        return HeadTraining(made, model, depth=max(DEPTHS), learning_rate=recipe.mtp.head_learning_rate)
 
-    beside = {"copied": head(new_head(base)), "random": head(new_head(base, copied=False))}
-    heads = Several(model, beside, head(new_head(base)))
-    recipe, started = plan.recipe, time.perf_counter()
+    made = partial(new_head, base, seed=recipe.training.seed)
+    heads = Several(model, {"copied": head(made()), "random": head(made(copied=False))}, head(made()))
+    if run:
+        return model, tokenizer, batches, heads, 0.0
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_adapter(
             model, tokenizer, batches.train, None, folder=Path(folder) / "checkpoints",
@@ -112,10 +127,11 @@ def train(plan: Any, depth: int, learning_rate: float) -> tuple[PeftModel, Any, 
     return model, tokenizer, batches, heads, time.perf_counter() - started
 
 
-def realigned(heads: Several, depth: int, learning_rate: float) -> HeadTraining:
+def realigned(heads: Several, plan: Any) -> HeadTraining:
     """The base's head after one more pass over what was trained on, with the adapter as it has become."""
     model = heads.model.eval()
-    again = HeadTraining(copy.deepcopy(heads.apart.head), model, depth=depth, learning_rate=learning_rate)
+    learning_rate = plan.recipe.mtp.head_learning_rate
+    again = HeadTraining(copy.deepcopy(heads.apart.head), model, depth=max(DEPTHS), learning_rate=learning_rate)
     for done, (inputs, count) in enumerate(heads.seen):
         again.learn(hidden_states(model, inputs), inputs, count)
         again.step(1.0 - done / len(heads.seen))
@@ -125,42 +141,66 @@ def realigned(heads: Several, depth: int, learning_rate: float) -> HeadTraining:
 def main() -> None:
     """Train, measure, print."""
     given = _arguments()
-    recipe = load_recipe(given.recipe, [*given.overrides, "mtp.enabled=false"], note=lambda line: print(line))
+    seeds = [_of_one_seed(given, seed) for seed in range(given.seeds)]
+    rows = seeds[0]["rows"]
+    if given.seeds > 1:
+        print(f"mean of {given.seeds} seeds ± standard deviation")
+        for index, row in enumerate(rows):
+            for count in DEPTHS:
+                taus = [each["rows"][index][str(count)]["tau"] for each in seeds]
+                print(f"{row['head']:12}{count:6}{statistics.mean(taus):8.2f} ± {statistics.stdev(taus):.2f}")
+    if given.json:
+        given.json.write_text(json.dumps(seeds if given.seeds > 1 else seeds[0], indent=1) + "\n")
+
+
+def _of_one_seed(given: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """All heads of one run: printed, and as figures."""
+    changes = [*given.overrides, "mtp.enabled=false", *([f"training.seed={seed}"] if given.seeds > 1 else [])]
+    recipe = load_recipe(given.recipe, changes, note=lambda line: print(line))
     plan = make_plan(recipe)
-    depth, learning_rate = max(DEPTHS), recipe.mtp.head_learning_rate
-    model, tokenizer, batches, heads, seconds = train(plan, depth, learning_rate)
-    model.eval()
-    with model.disable_adapter():
-        before, said = flow.own_answers(model, tokenizer, batches, plan)
-        learn_own_answers(heads.apart, before, said, tokens=flow.step_tokens(plan), seed=recipe.training.seed)
-    trained = {**heads.beside, "re-aligned": realigned(heads, depth, learning_rate)}
-    finished = {"stale": heads.apart.head, "data alone": copy.deepcopy(heads.beside["copied"].head)}
-    asked, own = flow.own_answers(model, tokenizer, batches, plan)
-    shared = OwnHidden(next(iter(trained.values())))
-    for training in trained.values():
-        tokens, seed = flow.step_tokens(plan), recipe.training.seed
-        learn_own_answers(training, asked, own, tokens=tokens, seed=seed, source=shared)
-    finished |= {name: training.head for name, training in trained.items()}
+    model, tokenizer, batches, heads, seconds = train(plan, given.run)
+    finished, own = _finished(model, tokenizer, batches, plan, heads)
     prompts = [list(question.prompt_ids) for question in batches.held_out[: given.prompts]]
     write = partial(answer_ids, model, tokenizer, prompts, max_new_tokens=given.tokens, batch_size=50)
     answers = write()
-    adapted = Texts(model, prompts, answers)
+    adapted = Texts(model, prompts, answers, given.tokens)
     with model.disable_adapter():
-        rows = [_row("base", Texts(model, prompts, write()), heads.apart.head.eval())]
+        rows = [_row("base", Texts(model, prompts, write(), given.tokens), heads.apart.head.eval())]
     rows += [_row(name, adapted, head.eval()) for name, head in finished.items()]
     parameters, length = sum(p.numel() for p in heads.apart.head.parameters()), sum(map(len, answers)) / len(answers)
     print(
         f"{recipe.model.model_name_or_path}: {len(heads.seen)} batches in {seconds:.0f} s, head of {parameters:,} "
-        f"parameters, {len(own)} own answers; {len(prompts)} held-out prompts, answers of {length:.1f} tokens"
+        f"parameters, {own} own answers; {len(prompts)} held-out prompts, answers of {length:.1f} tokens"
     )
     print(f"{'head':12}{'depth':>6}{'tau':>8}  accepted by place")
     for row in rows:
         for count in DEPTHS:
             found = row[str(count)]
             print(f"{row['head']:12}{count:6}{found['tau']:8.2f}  {' '.join(f'{r:.1%}' for r in found['accepted'])}")
-    decoded = [_decoded(model, finished["copied"], prompts[: given.decoded], given.tokens, n) for n in DEPTHS]
-    if given.json:
-        given.json.write_text(json.dumps({"rows": rows, "decoded": decoded, "seconds": seconds}, indent=1) + "\n")
+    decoded = [
+        _decoded(model, finished["copied"], prompts[: given.decoded], given.tokens, n) for n in DEPTHS if given.decoded
+    ]
+    return {"rows": rows, "decoded": decoded, "seconds": seconds, "seed": recipe.training.seed}
+
+
+def _finished(
+    model: PeftModel, tokenizer: Any, batches: Any, plan: Any, heads: Several
+) -> tuple[dict[str, MtpHead], int]:
+    """The heads beside the adapter once they have learned from the own answers; and how many of these there were."""
+    seed, tokens = plan.recipe.training.seed, flow.step_tokens(plan)
+    model.eval()
+    with model.disable_adapter():
+        asked, said = flow.own_answers(model, tokenizer, batches, plan)
+        learn_own_answers(heads.apart, asked, said, tokens=tokens, seed=seed)
+    trained = {**heads.beside, "re-aligned": realigned(heads, plan)}
+    finished = {"stale": heads.apart.head}
+    if heads.seen:
+        finished["data alone"] = copy.deepcopy(heads.beside["copied"].head)
+    asked, own = flow.own_answers(model, tokenizer, batches, plan)
+    shared = OwnHidden(next(iter(trained.values())))
+    for training in trained.values():
+        learn_own_answers(training, asked, own, tokens=tokens, seed=seed, source=shared)
+    return finished | {name: training.head for name, training in trained.items()}, len(own)
 
 
 def _row(name: str, texts: Texts, head: MtpHead) -> dict[str, Any]:
@@ -179,12 +219,12 @@ def _decoded(model: PeftModel, head: MtpHead, prompts: Any, tokens: int, count: 
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--decoded", type=int, default=24)
+    parser.add_argument("--run", type=Path, help="A finished run of the recipe, whose adapter is taken.")
+    parser.add_argument("--seeds", type=int, default=1, help="Runs with training.seed 0, 1, … and their mean.")
     parser.add_argument("--json", type=Path)
     return parser.parse_intermixed_args()
 

@@ -6,12 +6,14 @@
 The arms take turns in one process on one loaded model, each from the same adapter, with glibc told to keep freed
 memory. Both the seconds on the clock and those of the processor are given: on a machine that others use, the latter say
 more. What the head learns after the training, from the model's own answers, is timed apart: it does not grow with the
-length of the training.
+length of the training. The last line sets it against the whole training of the recipe, as many steps as its tokens
+fill, each as long as those that were timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import recipe_parser
 from rich.console import Console
 from turns import KEEP_FREED_MEMORY, turn
 
@@ -63,6 +66,13 @@ class Job:
             )  # fmt: skip
         return time.perf_counter() - clock, time.process_time() - processor
 
+    def whole(self) -> int:
+        """Optimizer steps of the recipe's whole training, if its packed rows are full."""
+        training = self.plan.recipe.training
+        tokens = sum(map(len, self.batches.train["input_ids"])) * training.num_train_epochs
+        full = math.ceil(tokens / (flow.step_tokens(self.plan) * training.gradient_accumulation_steps))
+        return training.max_steps or full
+
     def afterwards(self) -> tuple[float, float]:
         """The same of the model's own answers."""
         assert self.head is not None
@@ -73,9 +83,7 @@ class Job:
 
 def main() -> None:
     """Alternate, and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--depth", type=int, default=1)
@@ -90,14 +98,20 @@ def main() -> None:
             print(f"round {number + 1}: {name} {seconds[0]:.2f} s, processor {seconds[1]:.2f} s", flush=True)
             if number >= 0:
                 found[name].append(seconds)
-    for index, what in enumerate(("clock", "processor")):
-        without, headed = (statistics.median(each[index] for each in found[name]) for name in ("without", "with"))
-        share = headed / without - 1
-        print(f"{what}: {without:.2f} s without, {headed:.2f} s with a head of depth {given.depth}: {share:+.1%}")
+    medians = {name: [statistics.median(each) for each in zip(*times, strict=True)] for name, times in found.items()}
+    own = (0.0, 0.0)
     if job.plan.recipe.mtp.own_answers:
         job.run(headed=True)
-        clock, processor = job.afterwards()
-        print(f"own answers: {job.plan.recipe.mtp.own_answers} prompts, {clock:.2f} s, processor {processor:.2f} s")
+        own = job.afterwards()
+        print(f"own answers: {job.plan.recipe.mtp.own_answers} prompts, {own[0]:.2f} s, processor {own[1]:.2f} s")
+    steps = job.whole()
+    for index, what in enumerate(("clock", "processor")):
+        without, headed = medians["without"][index], medians["with"][index]
+        share, whole = headed / without - 1, (headed + own[index] * given.steps / steps) / without - 1
+        print(
+            f"{what}: {without:.2f} s without, {headed:.2f} s with a head of depth {given.depth}: {share:+.1%}; of the "
+            f"recipe's {steps} steps, own answers counted: {whole:+.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Decoding with drafts runs one token or a few at a time, which on a CPU is a thousand times slower than reading. A text
 that is known already tells what decoding would have done: at each place the head's guesses, computed for all places at
-once as in training, are compared with the words that follow. `tests/parity/test_mtp.py` holds both ways together.
+once as in training, are compared with the words that follow. `tests/parity/test_mtp_replay.py` holds both together.
 """
 
 from __future__ import annotations
@@ -43,13 +43,19 @@ class Replay:
 class Texts:
     """A model's own greedy answers to prompts, read once; heads are tried on them.
 
-    The model must stay as it is (adapter on or off) only while this is made.
+    The model must stay as it is (adapter on or off) only while this is made. `limit` is how many tokens an answer may
+    have: as in decoding no draft reaches beyond it, and what is left for a pass without drafts is not counted.
     """
 
     def __init__(
-        self, model: PeftModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch: int = 25
+        self,
+        model: PeftModel,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        limit: int,
+        batch: int = 25,
     ) -> None:
-        self.trunk = Trunk.of(model.get_base_model())
+        self.trunk, self.limit = Trunk.of(model.get_base_model()), limit
         self.batches: list[tuple[list[int], list[list[int]], torch.Tensor]] = []
         for start in range(0, len(prompts), batch):
             asked, said = prompts[start : start + batch], answers[start : start + batch]
@@ -76,10 +82,10 @@ class Texts:
         proposed, accepted = [0] * count, [0] * count
         for (starts, rows, _), guessed in zip(self.batches, guesses, strict=True):
             for number, (row, last) in enumerate(zip(rows, starts, strict=True)):
-                end = len(row) - 1
-                while last < end:
+                end, full = len(row) - 1, last + self.limit - 1
+                while last < min(end, full - 1):
                     right = 0
-                    for place in range(min(count, end - last)):
+                    for place in range(min(count, full - last - 1, end - last)):
                         proposed[place] += 1
                         if int(guessed[place][number, last - 1]) != row[last + place + 1]:
                             break

@@ -15,10 +15,10 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from options import recipe_parser
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
@@ -33,9 +33,7 @@ SHARES = (0.0, 1 / 3, 2 / 3)
 
 def main() -> None:
     """Train each arm from the same start, and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--positions", type=int, default=40000)
     parser.add_argument("--batch", type=int, default=1024, help="Positions in a step.")
     parser.add_argument("--seeds", type=int, default=3)

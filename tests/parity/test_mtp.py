@@ -93,7 +93,7 @@ def hidden_of(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor
     return hidden()
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "both"])
 def test_the_chunked_loss_is_the_plain_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against autograd over whole logits, document by document: nothing leaks, no target crosses a border."""
     model = adapted().eval()
@@ -129,6 +129,9 @@ def _plain_loss(
     if kind == "ce":
         return -student.gather(1, ids[2:, None]).squeeze(1)[trained].sum()
     teacher = trunk.logits(hidden[1 : count + 1]).log_softmax(-1)
+    if kind == "both":
+        likeliest = torch.nn.functional.one_hot(teacher.argmax(-1), teacher.shape[-1])
+        teacher = (0.5 * teacher.exp() + 0.5 * likeliest).log()
     return (teacher.exp() * (teacher - student)).sum(-1)[trained].sum()
 
 
@@ -301,3 +304,24 @@ def test_looking_back_drafts_where_there_is_no_head(runs: dict[str, Any]) -> Non
     found = measure_drafts(model, None, prompts, count=3, max_new_tokens=12)
     assert found.identical
     assert found.tau >= 1.0
+
+
+@pytest.mark.parametrize(("depth", "implementation"), [(1, "sdpa"), (3, "sdpa"), (3, "eager")])
+def test_rows_without_a_target_change_nothing(depth: int, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents, few labels: loss, hits and gradients over all rows and over those that count."""
+    model = adapted().eval()
+    base, inputs = model.get_base_model(), batch(adapted())
+    inputs["labels"] = torch.where(torch.arange(30) % 17 > 9, inputs["input_ids"], -100)
+    head, trunk, hidden = new_head(base), Trunk.of(base), hidden_of(model, inputs)
+    head.follow_attention(implementation)
+    found = []
+    for share in (0.75, 0.0):
+        monkeypatch.setattr("toolkit.mtp.loss._NEARLY_ALL", share)
+        head.zero_grad()
+        loss, figures = head_loss(head, trunk, hidden, Rows.of(inputs), depth=depth, kind="kl")
+        loss.backward()
+        found.append((loss, [f.hits for f in figures], [p.grad.clone() for _, p in head.parts()]))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    for few, every in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(few, every, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,8 @@ from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
 from tests.parity.families import build
 from toolkit.adapters import attach_lora
 from toolkit.evaluate import speculator
-from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, new_head
+from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, Trunk, learn_own_answers, new_head
+from toolkit.mtp.own import _words
 from toolkit.quant import load_int8
 
 PROMPTS = [[5 + (3 * n + k * (1 + n % 4)) % 80 for k in range(14 + n % 7)] for n in range(5)]
@@ -106,3 +107,48 @@ def test_answers_of_one_token_teach_nothing() -> None:
     training = HeadTraining(new_head(model.get_base_model()), model)
     assert learn_own_answers(training, [[5, 6, 7]], [[2]], tokens=64) == 0
     assert training.steps == 0
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_among_some_tokens_the_loss_is_that_of_their_logits_alone(kind: str) -> None:
+    """Own answers of large vocabularies: what is never written takes no part, and the gradient is autograd's."""
+    model = adapted(EMBEDDED)
+    base: Any = model.get_base_model()
+    words = torch.arange(3, 2048, 5)
+    ids = words[torch.randint(len(words), (2, 12), generator=torch.Generator().manual_seed(0))]
+    training = HeadTraining(new_head(base), model, kind=kind)
+    with training.listen() as hidden, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    with training.among(words):
+        training.learn(hidden(), {"input_ids": ids, "labels": ids}, 20)
+    got = {name: p.grad.clone() for name, p in training.parameters.items() if p.grad is not None}
+    training.head.zero_grad()
+    trunk, tokens, positions = Trunk.of(base), ids.roll(-1, 1), torch.arange(1, 13).expand(2, -1)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    out = training.head.step(trunk, 1, hidden(), tokens, positions, mask)[:, :10]
+    student = trunk.logits(out)[..., words].log_softmax(-1)
+    if kind == "kl":
+        teacher = trunk.logits(hidden()[:, 1:11])[..., words].log_softmax(-1)
+        loss = (teacher.exp() * (teacher - student)).sum()
+    else:
+        loss = -student.gather(-1, torch.searchsorted(words, ids[:, 2:].contiguous())[..., None]).sum()
+    (loss / 20).backward()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, training.parameters[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_large_vocabulary_is_narrowed_to_what_the_model_has_in_mind() -> None:
+    model = adapted(EMBEDDED)
+    training = HeadTraining(new_head(model.get_base_model()), model)
+    rows = [([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9])]
+    found = _words(rows, [[0]], OwnHidden(training), training.trunk, torch.Generator().manual_seed(0))
+    assert found is None  # 1,024 others are half of what there is
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toolkit.mtp.own._OTHERS", 10)
+        found = _words(rows, [[0]], OwnHidden(training), training.trunk, torch.Generator().manual_seed(0))
+    assert found is not None
+    assert len(found) <= 10 + 3 + 3 * 8
+    with torch.no_grad():
+        likeliest = model(input_ids=torch.tensor([rows[0][0]])).logits[0, 1:4].argmax(-1)
+    assert {7, 8, 9, *likeliest.tolist()} <= set(found.tolist())
+    assert bool((found.diff() > 0).all())

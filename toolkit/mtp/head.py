@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpLayer
 
 from toolkit.errors import ModelError
 
-__all__ = ["MtpHead", "Trunk", "capture_hidden", "causal_mask"]
+__all__ = ["MtpHead", "SwiGlu", "Trunk", "capture_hidden", "causal_mask"]
 
 _PROBE = 4
 """Tokens that a model is run on to see how it makes logits of its output head."""
@@ -33,7 +34,8 @@ class Trunk:
     """What a head shares with its model, none of it trained here.
 
     `scale` is what the family multiplies its output head's result with; `layer_type` picks the rotary angles where they
-    differ by layer; `window` is how far back the block's attention sees, None for all the way.
+    differ by layer; `window` is how far back the block's attention sees, None for all the way; `words` are the tokens
+    that `output` tells apart, in order, None for all.
     """
 
     embed: nn.Module
@@ -42,6 +44,7 @@ class Trunk:
     scale: float
     layer_type: str | None
     window: int | None
+    words: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, layer_type: str | None = None) -> Trunk:
@@ -77,12 +80,48 @@ class Trunk:
         weight: torch.Tensor = self.output.weight  # type: ignore[assignment]
         return weight
 
+    def narrowed(self, words: torch.Tensor) -> Trunk:
+        """The same with an output head of these tokens only, which must rise: logits [..., len(words)]."""
+        bias = getattr(self.output, "bias", None)
+        output = nn.Linear(self.weight.shape[1], len(words), bias=bias is not None, device="meta")
+        kept = {"weight": self.weight[words], **({} if bias is None else {"bias": bias[words]})}
+        output.load_state_dict(kept, assign=True)
+        return replace(self, output=output.requires_grad_(False), words=words)
+
+    def columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where in the logits these tokens stand; they must be among `words`."""
+        return tokens if self.words is None else torch.searchsorted(self.words, tokens)
+
     def angles(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Rotary angles as the family's attention takes them; None for families without."""
         if self.rotary is None:
             return None
         kind = {} if self.layer_type is None else {"layer_type": self.layer_type}
         return self.rotary(x, position_ids=position_ids, **kind)
+
+
+class SwiGlu(nn.Module):
+    """`down(silu(gate x) * up x)`; gives a pair where the block that it stands in unpacks one.
+
+    `wanted` [B, L] are the rows whose result anybody looks at; the others get zeros. None for all.
+    """
+
+    def __init__(self, hidden: int, width: int, *, gives_pair: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gives_pair = gives_pair
+        self.wanted: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """x [..., H] to [..., H]."""
+        few = self.wanted is not None and self.wanted.shape == x.shape[:-1]
+        rows = x[self.wanted] if few else x
+        y = self.down_proj(functional.silu(self.gate_proj(rows)) * self.up_proj(rows))
+        if few:
+            y = y.new_zeros(x.shape).index_put((self.wanted,), y)
+        return (y, None) if self.gives_pair else y
 
 
 class MtpHead(nn.Module):
@@ -118,6 +157,7 @@ class MtpHead(nn.Module):
         position_ids: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None = None,
+        wanted: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The head's own hidden states [B, L, H] at `depth`, counted from 1, after its final norm.
@@ -127,7 +167,11 @@ class MtpHead(nn.Module):
             tokens: [B, L], `depth` further on than the hidden states. position_ids: [B, L], of those tokens.
             mask: what `causal_mask` gives.
             cache: keys and values of earlier calls; layer i of the head is layer i of the cache.
+            wanted: [B, L], the rows that will be looked at; a new head gives the others what is of no use.
         """
+        for module in self.modules():
+            if isinstance(module, SwiGlu):
+                module.wanted = wanted
         index = min(depth, len(self.layers)) - 1
         embedded = trunk.embed(tokens).to(hidden.dtype)
         output: Any = self.layers[index](

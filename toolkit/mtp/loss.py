@@ -16,11 +16,14 @@ import torch
 
 from toolkit.mtp.head import MtpHead, Trunk, causal_mask
 
-__all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "weights_of_depths"]
+__all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "rows_at_once", "weights_of_depths"]
 
 _CHUNK_BYTES = {"cpu": 1 << 24}
 """Bytes of logits in a chunk, of which half a dozen tensors exist at once; a card takes more, to be kept busy."""
 _CHUNK_OF_CARDS = 1 << 26
+
+_NEARLY_ALL = 0.75
+"""Of a sequence's rows; with more of them wanted, to pick them out costs more than it saves."""
 
 _DECAY = 0.8
 """Each depth counts this much of the one before: a draft is of use only if those before it were right."""
@@ -85,6 +88,12 @@ class DepthLoss:
     count: int
 
 
+def rows_at_once(trunk: Trunk) -> int:
+    """Rows whose logits exist at the same time."""
+    chunk_bytes = _CHUNK_BYTES.get(trunk.weight.device.type, _CHUNK_OF_CARDS)
+    return max(1, chunk_bytes // (4 * trunk.weight.shape[0]))
+
+
 def weights_of_depths(depth: int) -> list[float]:
     """Falling weights that sum to one."""
     raw = [_DECAY**k for k in range(depth)]
@@ -109,7 +118,7 @@ def head_loss(
 
     Args:
         hidden_BLH: of the model after its final norm; gradients flow into it where it wants them.
-        kind: kl or ce.
+        kind: kl; ce; or both, the KL to what lies halfway between the model's distribution and its likeliest token.
         teacher: logits at hand, instead of computing them from `teacher_hidden_BLH`.
     """
     known = (hidden_BLH if teacher_hidden_BLH is None else teacher_hidden_BLH).detach()
@@ -128,7 +137,10 @@ def head_loss(
 
 
 class Chain:
-    """The head's blocks over a whole batch, depth after depth."""
+    """The head's blocks over a whole batch, depth after depth.
+
+    A head of one layer computes no more of a row without a target than its keys: nobody looks at the rest.
+    """
 
     def __init__(self, head: MtpHead, trunk: Trunk, rows: Rows, depth: int) -> None:
         self.head, self.trunk, self.rows = head, trunk, rows
@@ -141,6 +153,9 @@ class Chain:
         self.additive = torch.float32 if head.config._attn_implementation == "eager" else None
         self.mask = None if self.kwargs else self._mask()
         self.cache: Any = None
+        one = len(head.layers) == 1
+        self.further = _further(rows, depth) if one and depth > 1 else None
+        self.wanted = _wanted(rows, range(1, depth + 1)) if one else None
 
     def _mask(self) -> torch.Tensor:
         rows = self.rows
@@ -153,24 +168,51 @@ class Chain:
         again = depth - len(self.head.layers)
         if self.recurs and again >= 0:
             self.cache = _Keys() if self.cache is None else self.cache
-        return self.head.step(
+        mask = self._chained(again) if again > 0 else self.mask
+        if again <= 0 or self.further is None:
+            wanted = self.wanted if depth == 1 else None
+            return self.head.step(
+                self.trunk, depth, hidden, tokens, positions, mask, self.cache, wanted=wanted, **self.kwargs
+            )
+        places = self.further
+        wide = places[..., None].expand(-1, -1, hidden.shape[-1])
+        found = self.head.step(
             self.trunk,
             depth,
-            hidden,
-            tokens,
-            positions,
-            self._chained(again) if again > 0 else self.mask,
+            hidden.gather(1, wide),
+            tokens.gather(1, places),
+            positions.gather(1, places),
+            mask,
             self.cache,
-            **self.kwargs,
         )
+        return hidden.new_zeros(hidden.shape).to(found.dtype).scatter(1, wide, found)
 
     def _chained(self, again: int) -> torch.Tensor:
         """Every true key before the row, and of each repetition the row's own."""
         assert self.mask is not None
-        own = torch.eye(self.mask.shape[-1], dtype=torch.bool, device=self.mask.device)
+        mask = self.mask
+        if self.further is not None:
+            mask = mask.gather(2, self.further[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+        own = torch.eye(mask.shape[2], dtype=torch.bool, device=mask.device)
         if self.additive is not None:
             own = torch.zeros(own.shape, device=own.device).masked_fill(~own, torch.finfo(self.additive).min)
-        return torch.cat([self.mask, *[own.expand(self.mask.shape)] * again], dim=-1)
+        return torch.cat([mask, *[own.expand(*mask.shape[:3], -1)] * again], dim=-1)
+
+
+def _wanted(rows: Rows, depths: range) -> torch.Tensor | None:
+    """Rows [B, L] that have a target at one of these depths; None where that is nearly all of them."""
+    found = torch.stack([rows.targets(depth) for depth in depths]).any(0)
+    return None if int(found.sum(1).max()) > _NEARLY_ALL * found.shape[1] else found
+
+
+def _further(rows: Rows, depth: int) -> torch.Tensor | None:
+    """The rows [B, N] that have a target at the second depth or later, filled up with the last one, which has none."""
+    wanted = _wanted(rows, range(2, depth + 1))
+    if wanted is None:
+        return None
+    length, most = wanted.shape[1], int(wanted.sum(1).max())
+    places = torch.where(wanted, torch.arange(length, device=wanted.device), length - 1)
+    return places.sort(1).values[:, : max(1, most)]
 
 
 class _Keys:
@@ -222,8 +264,7 @@ class _GuidedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_NH, trunk, guide = args
-        chunk_bytes = _CHUNK_BYTES.get(hidden_NH.device.type, _CHUNK_OF_CARDS)
-        step = max(1, chunk_bytes // (4 * trunk.weight.shape[0]))
+        step = rows_at_once(trunk)
         grad_NH = torch.empty_like(hidden_NH)
         total, hits = (
             torch.zeros((), device=hidden_NH.device),
@@ -232,19 +273,21 @@ class _GuidedLoss(torch.autograd.Function):
         for start in range(0, len(hidden_NH), step):
             chunk = slice(start, start + step)
             student = trunk.logits(hidden_NH[chunk]).float().log_softmax(-1)
-            choice = student.argmax(-1)
-            target = guide.targets_N[chunk]
-            if guide.kind == "kl":
-                known = guide.log_probabilities(chunk)
-                target = known.argmax(-1)
-                shares = known.exp()
-                total += (shares * (known - student)).sum()
-                difference = student.exp_().sub_(shares)
-            else:
-                total -= student.gather(1, target[:, None]).sum()
+            known = None if guide.kind == "ce" else guide.log_probabilities(chunk)
+            target = trunk.columns(guide.targets_N[chunk]) if known is None else known.argmax(-1)
+            met = student.gather(1, target[:, None])[:, 0]
+            hits += (met >= student.amax(-1)).sum()
+            if known is None:
+                total -= met.sum()
                 difference = student.exp_()
                 difference[torch.arange(len(target), device=target.device), target] -= 1.0
-            hits += (choice == target).sum()
+            else:
+                shares = known.exp()
+                if guide.kind == "both":
+                    shares.mul_(0.5)[torch.arange(len(target), device=target.device), target] += 0.5
+                    known = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+                total += (shares * (known - student)).sum()
+                difference = student.exp_().sub_(shares)
             grad = difference.to(trunk.weight.dtype) @ trunk.weight
             grad_NH[chunk] = grad if trunk.scale == 1.0 else grad * trunk.scale
         ctx.save_for_backward(grad_NH)

@@ -6,10 +6,13 @@ seen nothing else knows little of where the model goes. No library distils such 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from toolkit.mtp.head import Trunk
+from toolkit.mtp.loss import rows_at_once
 from toolkit.mtp.training import HeadTraining
 
 __all__ = ["OwnHidden", "learn_own_answers"]
@@ -25,6 +28,12 @@ _KEPT = 1 << 28
 
 _ALIKE = 64
 """Answers among which those of like length are put together."""
+
+_CANDIDATES = 8
+"""Likeliest tokens of each place that the head learns to tell apart; of a large vocabulary the rest never comes up."""
+
+_OTHERS = 1024
+"""Tokens drawn at random among them, so that the head goes on keeping those low that nobody would write."""
 
 Row = tuple[list[int], list[int]]
 
@@ -53,14 +62,36 @@ def learn_own_answers(
         return 0
     training.model.eval()
     random = torch.Generator().manual_seed(seed)
-    batches = [batch for _ in range(_PASSES) for batch in _batches(rows, tokens, random)]
+    passes = [list(_batches(rows, tokens, random)) for _ in range(_PASSES)]
+    batches = list(itertools.chain.from_iterable(passes))
     source = source or OwnHidden(training)
-    for done, batch in enumerate(batches):
-        chosen = [rows[index] for index in batch]
-        inputs = _padded(chosen, training.base.device)
-        training.learn(source.of(batch, inputs), inputs, None)
-        training.step(min(1.0, (done + 1) / _WARM_UP) * (1.0 - done / len(batches)))
+    with training.among(_words(rows, passes[0], source, training.trunk, random)):
+        for done, batch in enumerate(batches):
+            inputs = _padded([rows[index] for index in batch], training.base.device)
+            training.learn(source.of(batch, inputs), inputs, None, kind="both" if training.kind == "kl" else "ce")
+            training.step(min(1.0, (done + 1) / _WARM_UP) * (1.0 - done / len(batches)))
     return len(batches)
+
+
+@torch.no_grad()
+def _words(
+    rows: Sequence[Row], batches: Sequence[Sequence[int]], source: OwnHidden, trunk: Trunk, random: torch.Generator
+) -> torch.Tensor | None:
+    """Tokens that the model has in mind somewhere in the answers, and some others; None where that is most of them.
+
+    A pass over 49,152 logits, thrice a place and depth, is what a small model's head mostly does.
+    """
+    size = trunk.weight.shape[0]
+    wanted = torch.zeros(size, dtype=torch.bool)
+    wanted[torch.randperm(size, generator=random)[:_OTHERS]] = True
+    for batch in batches:
+        inputs = _padded([rows[index] for index in batch], trunk.weight.device)
+        places = inputs["labels"][:, 1:] != -100
+        wanted[inputs["labels"][:, 1:][places].cpu()] = True
+        for hidden in source.of(batch, inputs)[:, :-1][places].split(rows_at_once(trunk)):
+            wanted[trunk.logits(hidden).topk(min(_CANDIDATES, size)).indices.flatten().cpu()] = True
+    words = wanted.nonzero()[:, 0].to(trunk.weight.device)
+    return words if 2 * len(words) < size else None
 
 
 class OwnHidden:

@@ -20,8 +20,7 @@ from transformers.modeling_layers import MtpLayer
 
 from toolkit.architecture import DRAFT_CARRIER, auto_class, bare_modules, is_experts
 from toolkit.errors import ModelError, first_line
-from toolkit.mtp.build import SwiGlu
-from toolkit.mtp.head import causal_mask
+from toolkit.mtp.head import SwiGlu, causal_mask
 
 __all__ = ["draft_config", "draft_tensors"]
 

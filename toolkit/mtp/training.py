@@ -66,9 +66,8 @@ class HeadTraining:
         self.base: PreTrainedModel = model.get_base_model()
         self.trunk = Trunk.of(self.base)
         self.parameters: dict[str, nn.Parameter] = dict(head.parts())
-        fused = next(iter(self.parameters.values())).device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused or None
+            list(self.parameters.values()), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.steps = 0
         self._figures: list[tuple[float, list[tuple[int, int]]]] = []
@@ -78,29 +77,39 @@ class HeadTraining:
         """A context in which the model's hidden states are seen; gives the function that returns the last ones."""
         return capture_hidden(self.base)
 
+    @contextmanager
+    def among(self, words: torch.Tensor | None) -> Iterator[None]:
+        """Within the block the head learns to tell these tokens apart and no others; None leaves all of them."""
+        whole = self.trunk
+        self.trunk = whole if words is None else whole.narrowed(words)
+        try:
+            yield
+        finally:
+            self.trunk = whole
+
     def learn(
         self,
         hidden_BLH: torch.Tensor,
         inputs: Mapping[str, Any],
         count: torch.Tensor | int | None,
         logits: torch.Tensor | None = None,
+        kind: str | None = None,
     ) -> torch.Tensor | None:
         """Add one batch's gradients to the head; gives what to add to the adapter's loss where the two are coupled.
 
         Args:
             hidden_BLH: the model's, of these inputs. count: targets of the whole step, over accumulated batches.
             logits: [M, V] of the labelled positions in order, where the model has computed them.
+            kind: of this batch, where it is not that of the others.
         """
         rows = Rows.of(inputs)
-        coupled = self.loss_weight > 0
+        coupled, kind = self.loss_weight > 0, kind or self.kind
         hidden = hidden_BLH.detach().float()
         hidden.requires_grad_(coupled)
         self.head.follow_attention(self.base.config._attn_implementation)
-        teacher = None if logits is None or self.kind != "kl" else _teacher(logits.detach(), rows)
+        teacher = None if logits is None or kind != "kl" else _teacher(logits.detach(), rows)
         with torch.enable_grad(), self._precision(hidden.device.type):
-            loss, figures = head_loss(
-                self.head, self.trunk, hidden, rows, depth=self.depth, kind=self.kind, teacher=teacher
-            )
+            loss, figures = head_loss(self.head, self.trunk, hidden, rows, depth=self.depth, kind=kind, teacher=teacher)
         scaled = loss / torch.as_tensor(count if count is not None else max(1, figures[0].count), device=loss.device)
         if not torch.isfinite(scaled.detach()):
             raise DivergedError(f"mtp: the head's loss is {scaled.item()}; lower mtp.head_learning_rate")

@@ -53,12 +53,14 @@ def step_duration(
     placement: Mapping[str, str],
     adapter: int,
     length: int,
+    labelled: int,
     together: int = 1,
 ) -> Duration:
     """Of all micro-batches of one optimizer step.
 
     Args:
-        stacks: MoE layer to bytes. adapter: trained parameters. together: micro-batches that share a streamed layer.
+        stacks: MoE layer to bytes. adapter: trained parameters. labelled: positions of a sequence with a target.
+        together: micro-batches that share a streamed layer.
     """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
@@ -67,7 +69,7 @@ def step_duration(
     frozen = _active(shapes) * tokens * 2 * (passes - 1)
     attention = _attention(shapes, length) * tokens * (passes - 0.5)
     low_rank = adapter * _share(shapes) * tokens * 2 * passes
-    head = 6 * sizes.mtp / HEAD_BYTES * tokens * recipe.mtp.depth / recipe.mtp.num_mtp_layers  # its logits left out
+    head = _head(shapes, recipe, sizes, tokens, micro * training.per_device_train_batch_size * labelled)
     arithmetic = (frozen + attention + low_rank + head) / (card.bf16_tflops * 1e12)
     weights = sizes.linears + sizes.other + sum(stacks.values())
     moved = micro * (passes - 1) * weights + 2 * (sizes.adapter + sizes.gradients + sizes.optimizer)
@@ -79,6 +81,16 @@ def step_duration(
     }
     likely = {name: seconds / _REACHED[name] for name, seconds in limits.items()}
     return Duration(**limits, estimate=max(likely["arithmetic"] + likely["memory"], likely["bus"]))
+
+
+def _head(shapes: Shapes, recipe: Recipe, sizes: Bytes, tokens: int, labelled: int) -> float:
+    """Operations of a multi-token-prediction head: its linears over all tokens, and where there is a target its logits,
+    their gradient and, for KL, the model's logits."""
+    if not sizes.mtp:
+        return 0.0
+    linears = 6 * sizes.mtp / HEAD_BYTES * tokens / recipe.mtp.num_mtp_layers
+    vocabulary = shapes.numbers["vocab_size"] * shapes.numbers["hidden_size"]
+    return recipe.mtp.depth * (linears + 2 * vocabulary * labelled * (3 if recipe.mtp.loss == "kl" else 2))
 
 
 def _active(shapes: Shapes) -> float:

@@ -163,7 +163,7 @@ def make_plan(
         device.name,
         chosen.length,
         chosen.labelled,
-        _duration(budget, recipe, sizes, placement, chosen.length),
+        _duration(budget, recipe, sizes, placement, chosen),
         _disk(budget, recipe, sizes, placement, stored),
         stored,
     )
@@ -182,14 +182,15 @@ def _check_settings(recipe: Recipe) -> None:
 
 
 def _duration(
-    budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], length: int
+    budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], shape: StepShape
 ) -> Duration | None:
     if budget.device.card is None:
         return None
     stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
     adapter = sizes.adapter // 4
     together = budget.together(recipe, placement)
-    return step_duration(budget.shapes, recipe, budget.device.card, sizes, stacks, placement, adapter, length, together)
+    card, length, labelled = budget.device.card, shape.length, shape.labelled
+    return step_duration(budget.shapes, recipe, card, sizes, stacks, placement, adapter, length, labelled, together)
 
 
 def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:

@@ -147,7 +147,8 @@ class MtpSection(_Section):
     """Train the head in the same steps as the adapter, or in a pass of as many steps once the adapter is finished."""
     own_answers: NonNegative = 256
     """Training prompts that the finished model answers itself, in at most `eval.max_new_tokens`, for the head to learn
-    from: drafts are judged by the model's text, not by the data's. 0 leaves this out."""
+    from: drafts are judged by the model's text, not by the data's. With `loss: kl` it learns there what lies halfway
+    between the model's distribution and its choice. 0 leaves this out."""
 
 
 class DataSection(_Section):

@@ -91,10 +91,21 @@ ROWS = (
         ("load/config.json", "load-int8/config.json"),
     ),
     Row(
+        "benchmarks/extraction_data.py",
+        "{place}/extraction",
+        (r"extraction\.train\.jsonl: \d{4} examples$", r"extraction\.validation\.jsonl: \d{3} examples$"),
+        ("extraction/extraction.train.jsonl", "extraction/extraction.validation.jsonl"),
+    ),
+    Row(
         "benchmarks/mtp.py",
         "{place}/recipe.yaml data.max_samples=16 training.num_train_epochs=1 mtp.own_answers=4 eval.max_new_tokens=4 "
         "--tokens 4 --prompts 2 --decoded 1",
         (r"^copied +1 +\d\.\d\d +[\d.]+%", r"^re-aligned +3 ", r"^decoded 1 prompts, 3 drafts: .*same text: True$"),
+    ),
+    Row(
+        "benchmarks/mtp.py",
+        "{run}/recipe.yaml --run {run} mtp.own_answers=2 --tokens 4 --prompts 2 --decoded 0 --seeds 2",
+        (r"^mean of 2 seeds", r"^stale +1 +\d\.\d\d ± \d\.\d\d$", r"^copied +3 +\d\.\d\d ± \d\.\d\d$"),
     ),
     Row(
         "benchmarks/mtp_overhead.py",
@@ -186,6 +197,7 @@ ROWS = (
         "{run} --prompts 2 --tokens 4 --drafts 1",
         (r"^run +1 drafts: 2 of 2 texts the same; tau ",),
     ),
+    Row("parity/mtp_greedy.py", "--native glm4_moe {place}/native --taught 2", (r"^step 2 of 2: loss \d",)),
     Row("parity/rehearsals.py", "qwen3_moe", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
     Row("parity/rehearsals.py", "qwen3_moe --card", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
     Row(

@@ -274,6 +274,27 @@ def test_time_has_a_limit_that_a_slower_bus_and_more_streaming_raise() -> None:
         assert made.duration.estimate > made.duration.limit
 
 
+def test_a_heads_time_is_in_the_plan() -> None:
+    """Its linears over all tokens and its logits where there is a target, once for every depth."""
+    card = CARDS["rtx-4090"]
+    device = Device("cuda", card.name, 1 << 40, card)
+
+    def arithmetic(labelled: int, **mtp: object) -> float:
+        made = make_plan(recipe(mtp=mtp), device=device, shape=StepShape(512, labelled))
+        assert made.duration is not None
+        return made.duration.arithmetic
+
+    none = arithmetic(512)
+    one, few, hard = (
+        arithmetic(512, enabled=True),
+        arithmetic(128, enabled=True),
+        arithmetic(512, enabled=True, loss="ce"),
+    )
+    assert none < few < hard < one
+    assert arithmetic(512, enabled=True, depth=3) - none == pytest.approx(3 * (one - none))
+    assert one - few == pytest.approx(3 * 384 / 512 * (one - hard))
+
+
 @pytest.mark.parametrize("name", published())
 def test_published_shapes_need_no_connection_and_no_path_is_told(name: str) -> None:
     made = make_plan(
