@@ -102,6 +102,8 @@ def main() -> None:
     if not folder.is_dir():
         write(folder, given.layers, torch.float32, given.smaller)
     rate = disk_rate(folder)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
     ids = torch.randint(0, 1000, (1, given.tokens), generator=torch.Generator().manual_seed(0))
     rows, resident = [], None
     for share in SHARES:
