@@ -26,11 +26,11 @@ __all__ = ["kill_at_random"]
 
 def kill_at_random(place: Path, longest: float, chance: random.Random) -> int:
     """Start the run until it ends; gives how often it was killed. Raises where it ends with an error."""
-    kills = 0
+    kills, said = 0, place.parent / "said.txt"
     while True:
         child = os.fork()
         if child == 0:
-            _quiet_run(place)
+            _quiet_run(place, said)
         time.sleep(chance.uniform(0, longest))
         ended, status = os.waitpid(child, os.WNOHANG)
         if not ended:
@@ -40,14 +40,14 @@ def kill_at_random(place: Path, longest: float, chance: random.Random) -> int:
         if code == 0:
             return kills
         if code != -signal.SIGKILL:
-            raise RuntimeError(f"ended with exit code {code} after {kills} kills")
+            raise RuntimeError(f"ended with exit code {code} after {kills} kills: {said.read_text()[-1000:]}")
         kills += 1
 
 
-def _quiet_run(place: Path) -> None:
+def _quiet_run(place: Path, said: Path) -> None:
     code = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         train_run(place)
         code = 0
     except SystemExit as end:
