@@ -61,7 +61,7 @@ def test_the_longest_rows_come_first() -> None:
 def test_the_peak_is_seen_though_it_is_gone_at_the_end() -> None:
     before, size = anonymous_memory(), 64 << 20
     with peak_of("cpu") as peak:
-        held = mmap.mmap(-1, size)  # not from the heap, which may have so much left over
+        held = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # the heap may have so much left over
         for page in range(0, size, mmap.PAGESIZE):
             held[page] = 1
         until = time.monotonic() + 10
