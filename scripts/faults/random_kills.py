@@ -24,6 +24,10 @@ from scripts.faults.kill_points import run_results, spare_pictures, train_run
 __all__ = ["kill_at_random"]
 
 
+_FORKED = "Invalid thread pool!"
+"""torch's word for a fork of a process with threads, now and then: it is no fault of the run, which is begun again."""
+
+
 def kill_at_random(place: Path, longest: float, chance: random.Random) -> int:
     """Start the run until it ends; gives how often it was killed. Raises where it ends with an error."""
     kills, said = 0, place.parent / "said.txt"
@@ -39,6 +43,8 @@ def kill_at_random(place: Path, longest: float, chance: random.Random) -> int:
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return kills
+        if code and _FORKED in said.read_text():
+            continue
         if code != -signal.SIGKILL:
             raise RuntimeError(f"ended with exit code {code} after {kills} kills: {said.read_text()[-1000:]}")
         kills += 1
