@@ -36,9 +36,9 @@ __all__ = [
     "Architecture",
     "ExpertLayer",
     "Linear",
-    "asks_for_sdpa",
     "auto_class",
     "bare_modules",
+    "can_attend_apart",
     "describe",
     "expert_parameters",
     "is_experts",
@@ -111,11 +111,17 @@ def auto_class(config: PretrainedConfig) -> Any:
     return next((cls for cls in classes if type(config) in cls._model_mapping), AutoModelForCausalLM)
 
 
-def asks_for_sdpa(model: nn.Module) -> bool:
-    """Whether a forward of the family compares its attention's name with "sdpa", as sparse attention does.
+def can_attend_apart(model: PreTrainedModel) -> bool:
+    """Whether packed documents may be attended to one by one, under another attention's name than "sdpa".
 
-    Under another name, whatever function is registered for it, such a layer leaves its own mask out.
+    So it is where transformers' SDPA computes, in a model of one part, and no forward compares that name: sparse
+    attention does, and leaves its own mask out under any other.
     """
+    config = model.config
+    return config._attn_implementation == "sdpa" and not config.sub_configs and not _asks_for_sdpa(model)
+
+
+def _asks_for_sdpa(model: nn.Module) -> bool:
     forwards = (inspect.unwrap(kind.forward) for kind in {type(module) for module in model.modules()})
     constants = (constant for forward in forwards for constant in forward.__code__.co_consts)
     return any(constant == "sdpa" or (isinstance(constant, tuple) and "sdpa" in constant) for constant in constants)

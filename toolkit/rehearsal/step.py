@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import asks_for_sdpa, describe
+from toolkit.architecture import can_attend_apart, describe
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -197,9 +197,7 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
 
 def _apart(model: PeftModel, step: Step) -> bool:
     """Whether documents are attended to one by one, as `toolkit.training.documents` does."""
-    base = model.get_base_model()
-    is_plain = base.config._attn_implementation == "sdpa" and not base.config.sub_configs and not asks_for_sdpa(base)
-    return step.packed and not step.on_card and is_plain
+    return step.packed and not step.on_card and can_attend_apart(model.get_base_model())
 
 
 def _mask_unless_causal(*args: Any, **kwargs: Any) -> torch.Tensor | None:

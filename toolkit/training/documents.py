@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import asks_for_sdpa
+from toolkit.architecture import can_attend_apart
 
 __all__ = ["documents_apart"]
 
@@ -33,9 +33,7 @@ def documents_apart(model: PeftModel) -> Iterator[bool]:
     Elsewhere nothing changes.
     """
     base = model.get_base_model()
-    config = base.config
-    is_plain = config._attn_implementation == "sdpa" and not config.sub_configs and not asks_for_sdpa(base)
-    can = base.device.type == "cpu" and is_plain
+    can = base.device.type == "cpu" and can_attend_apart(base)
     if can:
         base.set_attn_implementation(_NAME)
     try:
