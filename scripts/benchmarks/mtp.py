@@ -4,21 +4,25 @@
     .venv/bin/python scripts/benchmarks/mtp.py RECIPE [section.key=value …] [--prompts 200] [--tokens 32] [--decoded 24]
         [--seeds 1] [--run RUN]
 
-One adapter is trained as the recipe says. Beside it, from the same batches, learn: a head copied from the last layer, a
-head of random numbers, and a head that sees the base model instead of the adapted one. Heads do not touch the adapter
-nor each other, so one run serves all. Then, on held-out prompts at depths 1 and 3:
+One adapter is trained as the recipe says. Three heads learn what the recipe's head would: one copied from the last
+layer, one of random numbers, and one that sees the base model instead of the adapted one. Heads touch neither the
+adapter nor each other, so one run serves all. Then, on held-out prompts at depths 1 and 3:
 
-  base        the base model with the head that was trained on it, on the data and on the base's own answers
+  base        the base model with the head that was trained on it, on the base's own answers
   stale       the adapted model with that same head: what fine-tuning does to a head that is left alone
-  data alone  a head trained beside the adapter, from the data's text and no other
-  copied      that head after the adapted model's own answers to training prompts, as `mtp.own_answers` does it
+  copied      a head trained on the adapted model's own answers to training prompts
   random      the same from random numbers
-  re-aligned  the base's head after one more pass over the data, on the adapted model, and its own answers
+  re-aligned  the base's head trained on the adapted model's own answers
+
+With mtp.stage=with the heads learn from the data's batches first, the re-aligned one once more on the adapted model,
+and there is one more:
+
+  data alone  a copied head trained beside the adapter, from the data's text and no other
 
 `tau` is the tokens that a pass of the model gives, found by replaying its greedy text (mtp_replay.py); the last columns
 decode some of the prompts in earnest. Greedy text must be the same with drafts and without.
 
-With `--run` nothing is trained but the heads, and these on own answers alone; `data alone` is left out.
+With `--run` nothing is trained but the heads, on own answers alone.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from rich.console import Console
 
 from toolkit import flow
 from toolkit.evaluate import answer_ids, measure_drafts
-from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, learn_own_answers, new_head
+from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, new_head
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 from toolkit.training import train_adapter
@@ -109,7 +113,7 @@ def train(plan: Any, run: Path | None) -> tuple[PeftModel, Any, Any, Several, fl
     batches = flow.build_batches(tokenizer, plan)
 
     def head(made: MtpHead) -> HeadTraining:
-        return HeadTraining(made, model, depth=max(DEPTHS), learning_rate=recipe.mtp.head_learning_rate)
+        return head_training(made, model, recipe.mtp)
 
     made = partial(new_head, base, seed=recipe.training.seed)
     heads = Several(model, {"copied": head(made()), "random": head(made(copied=False))}, head(made()))
@@ -122,16 +126,20 @@ def train(plan: Any, run: Path | None) -> tuple[PeftModel, Any, Any, Several, fl
             metrics=Path(folder) / "metrics.jsonl",
             arguments={**recipe.training.model_dump(exclude={"output_dir"}), "report_to": [], "save_steps": 10**6},
             device=plan.device, dtype=plan.dtype, train_router=recipe.lora.router, console=Console(quiet=True),
-            head=heads,  # type: ignore[arg-type]
+            head=heads if recipe.mtp.reads_data else None,  # type: ignore[arg-type]
         )  # fmt: skip
     return model, tokenizer, batches, heads, time.perf_counter() - started
+
+
+def head_training(head: MtpHead, model: PeftModel, mtp: Any) -> HeadTraining:
+    """A head's, as the recipe says but for its depth."""
+    return HeadTraining(head, model, depth=max(DEPTHS), kind=mtp.loss, learning_rate=mtp.head_learning_rate)
 
 
 def realigned(heads: Several, plan: Any) -> HeadTraining:
     """The base's head after one more pass over what was trained on, with the adapter as it has become."""
     model = heads.model.eval()
-    learning_rate = plan.recipe.mtp.head_learning_rate
-    again = HeadTraining(copy.deepcopy(heads.apart.head), model, depth=max(DEPTHS), learning_rate=learning_rate)
+    again = head_training(copy.deepcopy(heads.apart.head), model, plan.recipe.mtp)
     for done, (inputs, count) in enumerate(heads.seen):
         again.learn(hidden_states(model, inputs), inputs, count)
         again.step(1.0 - done / len(heads.seen))
@@ -155,7 +163,7 @@ def main() -> None:
 
 def _of_one_seed(given: argparse.Namespace, seed: int) -> dict[str, Any]:
     """All heads of one run: printed, and as figures."""
-    changes = [*given.overrides, "mtp.enabled=false", *([f"training.seed={seed}"] if given.seeds > 1 else [])]
+    changes = [*given.overrides, "mtp.enabled=true", *([f"training.seed={seed}"] if given.seeds > 1 else [])]
     recipe = load_recipe(given.recipe, changes, note=lambda line: print(line))
     plan = make_plan(recipe)
     model, tokenizer, batches, heads, seconds = train(plan, given.run)
@@ -190,16 +198,15 @@ def _finished(
     seed, tokens = plan.recipe.training.seed, flow.step_tokens(plan)
     model.eval()
     with model.disable_adapter():
-        asked, said = flow.own_answers(model, tokenizer, batches, plan)
-        learn_own_answers(heads.apart, asked, said, tokens=tokens, seed=seed)
+        asked, said, hidden = flow.own_answers(model, tokenizer, batches, plan)
+        learn_own_answers(heads.apart, asked, said, tokens=tokens, seed=seed, source=hidden)
     trained = {**heads.beside, "re-aligned": realigned(heads, plan)}
     finished = {"stale": heads.apart.head}
     if heads.seen:
         finished["data alone"] = copy.deepcopy(heads.beside["copied"].head)
-    asked, own = flow.own_answers(model, tokenizer, batches, plan)
-    shared = OwnHidden(next(iter(trained.values())))
+    asked, own, hidden = flow.own_answers(model, tokenizer, batches, plan)
     for training in trained.values():
-        learn_own_answers(training, asked, own, tokens=tokens, seed=seed, source=shared)
+        learn_own_answers(training, asked, own, tokens=tokens, seed=seed, source=hidden)
     return finished | {name: training.head for name, training in trained.items()}, len(own)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
 from tests.parity.families import build
 from toolkit.adapters import attach_lora
-from toolkit.evaluate import speculator
+from toolkit.evaluate import answer_ids, speculator
 from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, Trunk, learn_own_answers, new_head
-from toolkit.mtp.own import _words
+from toolkit.mtp.own import _padded, _words
 from toolkit.quant import load_int8
 
 PROMPTS = [[5 + (3 * n + k * (1 + n % 4)) % 80 for k in range(14 + n % 7)] for n in range(5)]
@@ -102,6 +102,37 @@ def test_own_answers_teach_the_head_and_nothing_else() -> None:
     assert found[0][1] > found[0][0] + 0.5
 
 
+def test_what_the_model_thought_while_it_wrote_is_what_reading_gives(tmp_path: Path) -> None:
+    """Prompts of several lengths in one batch, one answer that ended early; what has no room is read instead."""
+    model = made("mixtral", tmp_path, sliding_window=6)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    end = plain(model, PROMPTS[0])[3]
+    model.generation_config.eos_token_id = end
+    kept, read = OwnHidden(model), OwnHidden(model)
+    with kept.writing(PROMPTS) as written:
+        answers = answer_ids(model, tokenizer, PROMPTS, max_new_tokens=7, batch_size=2, written=written)
+    assert len({*map(len, answers)}) > 1
+    texts = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    rows = [(text, [0] * len(text)) for text in texts]
+    inputs, batch = _padded(rows, torch.device("cpu")), list(range(len(rows)))
+    got, expected = kept.of(batch, inputs), read.of(batch, inputs)
+    assert not set(batch) - set(kept.kept)
+    for number, text in enumerate(texts):
+        places = slice(len(text) - 1)
+        torch.testing.assert_close(got[number, places], expected[number, places], rtol=1e-4, atol=1e-5)
+    heads = []
+    for source in (kept, None):
+        training = HeadTraining(new_head(model.get_base_model()), model, depth=2, learning_rate=3e-3)
+        assert learn_own_answers(training, PROMPTS, answers, tokens=64, source=source) > 0
+        heads.append(training.head.state_dict())
+    for name, tensor in heads[0].items():
+        torch.testing.assert_close(tensor, heads[1][name], rtol=1e-2, atol=1e-3, msg=name)
+    full = OwnHidden(model)
+    full.room = 0
+    torch.testing.assert_close(full.of(batch, inputs), expected, rtol=0, atol=0)
+    assert not full.kept
+
+
 def test_answers_of_one_token_teach_nothing() -> None:
     model = attach_lora(load_int8(str(EMBEDDED))[0], r=2)
     training = HeadTraining(new_head(model.get_base_model()), model)
@@ -140,12 +171,12 @@ def test_among_some_tokens_the_loss_is_that_of_their_logits_alone(kind: str) -> 
 def test_a_large_vocabulary_is_narrowed_to_what_the_model_has_in_mind() -> None:
     model = adapted(EMBEDDED)
     training = HeadTraining(new_head(model.get_base_model()), model)
-    rows = [([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9])]
-    found = _words(rows, [[0]], OwnHidden(training), training.trunk, torch.Generator().manual_seed(0))
+    rows = {0: ([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9])}
+    found = _words(rows, [[0]], OwnHidden(model), training.trunk, torch.Generator().manual_seed(0))
     assert found is None  # 1,024 others are half of what there is
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toolkit.mtp.own._OTHERS", 10)
-        found = _words(rows, [[0]], OwnHidden(training), training.trunk, torch.Generator().manual_seed(0))
+        found = _words(rows, [[0]], OwnHidden(model), training.trunk, torch.Generator().manual_seed(0))
     assert found is not None
     assert len(found) <= 10 + 3 + 3 * 8
     with torch.no_grad():

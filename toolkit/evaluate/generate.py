@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,13 @@ def answer_ids(
     max_new_tokens: int,
     batch_size: int = 32,
     temperature: float = 0.0,
+    written: Callable[[list[int], list[list[int]], int], None] | None = None,
 ) -> list[list[int]]:
-    """Tokens that follow each prompt, up to and with the end token where one came."""
+    """Tokens that follow each prompt, up to and with the end token where one came.
+
+    Args:
+        written: told after each batch which prompts it held, their answers, and the width that prompts were padded to.
+    """
     answers: list[list[int]] = [[] for _ in prompts]
     ends, done = _ends(model), 0
     for batch in _similar_lengths(prompts, batch_size):
@@ -60,9 +65,11 @@ def answer_ids(
             pad_token_id=_pad(tokenizer),
             **sampling(temperature),
         )
-        for index, written in zip(batch, output[:, width:].tolist(), strict=True):
-            stop = next((place for place, token in enumerate(written) if token in ends), len(written))
-            answers[index] = written[: stop + 1]
+        for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+            stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+            answers[index] = tokens[: stop + 1]
+        if written:
+            written(batch, [answers[index] for index in batch], width)
         done += len(batch)
         advance(done, len(prompts), "answers")
     return answers

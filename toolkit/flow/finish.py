@@ -153,7 +153,7 @@ def train(
         resume=resumed,
         stop=stop,
         places=batches.places,
-        head=head,
+        head=head if recipe.mtp.reads_data else None,
         head_stage=recipe.mtp.stage,
     )
     counts = coverage(model, plan)
@@ -169,7 +169,7 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
             f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
         )
-    if head is not None and recipe.mtp.own_answers:
+    if head is not None and recipe.mtp.own_answers != 0:
         teach_own_answers(head, tokenizer, batches, plan, console)
     finished = None if head is None else head.head.to(model.dtype).eval()
     compared, drafting = None, None

@@ -17,6 +17,7 @@ from toolkit.evaluate import answer_ids, measure_drafts
 from toolkit.mtp import (
     HeadTraining,
     MtpHead,
+    OwnHidden,
     can_speculate,
     learn_own_answers,
     load_native,
@@ -24,7 +25,7 @@ from toolkit.mtp import (
     new_head,
     read_head,
 )
-from toolkit.plan import Plan
+from toolkit.plan import MOST_ANSWERS, Plan
 from toolkit.ranks import processes
 from toolkit.steps import part
 
@@ -35,6 +36,9 @@ _DRAFTED, _DRAFTED_TOKENS = 24, 32
 """Held-out prompts that drafting is measured on, and the shortest text written after each."""
 _OPENING = 16
 """Tokens of a text without a prompt that are given."""
+_EXAMPLES_AN_ANSWER = 4
+"""Examples that the steps have read for each of the model's own answers, where the recipe does not say how many: these
+are to cost little beside the steps."""
 
 
 def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
@@ -69,21 +73,48 @@ def teach_own_answers(
     head: HeadTraining, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan, console: Console
 ) -> None:
     """The finished model answers some of the training prompts, and the head learns from that."""
-    prompts, answers = own_answers(head.model, tokenizer, batches, plan)
-    steps = learn_own_answers(head, prompts, answers, tokens=step_tokens(plan), seed=plan.recipe.training.seed)
+    prompts, answers, hidden = own_answers(head.model, tokenizer, batches, plan)
+    seed = plan.recipe.training.seed
+    steps = learn_own_answers(head, prompts, answers, tokens=step_tokens(plan), seed=seed, source=hidden)
     console.print(f"multi-token-prediction head: {steps} steps on the model's own answers to {len(prompts)} prompts")
+    if head.steps == 0:
+        console.print(
+            "warning: the multi-token-prediction head has learned nothing: none of these answers has two tokens; with "
+            "mtp.stage=with it learns from the data too"
+        )
 
 
 def own_answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The first training prompts, as many as the recipe wants, and what the model as it stands answers greedily."""
-    wanted, limits = plan.recipe.mtp.own_answers, plan.recipe.eval
+) -> tuple[list[list[int]], list[list[int]], OwnHidden]:
+    """The first training prompts, as many as are wanted, what the model as it stands answers, and what it thought."""
+    limits, hidden = plan.recipe.eval, OwnHidden(model)
+    wanted = _wanted_answers(batches, plan)
     prompts = [_prompt(row) for row in batches.train.select(range(min(wanted, len(batches.train))))]
     model.eval()
-    return prompts, answer_ids(
-        model, tokenizer, prompts, max_new_tokens=limits.max_new_tokens, batch_size=limits.batch_size
-    )
+    with hidden.writing(prompts) as written:
+        answers = answer_ids(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=limits.max_new_tokens,
+            batch_size=limits.batch_size,
+            written=written,
+        )
+    return prompts, answers, hidden
+
+
+def _wanted_answers(batches: Batches, plan: Plan) -> int:
+    """As the recipe says; else one for each `_EXAMPLES_AN_ANSWER` examples that the steps have read, within bounds."""
+    if (wanted := plan.recipe.mtp.own_answers) is not None:
+        return wanted
+    training, lengths = plan.recipe.training, [len(ids) for ids in batches.train["input_ids"]]
+    read = len(lengths) * training.num_train_epochs
+    if training.max_steps:
+        packed = step_tokens(plan) * len(lengths) / sum(lengths)
+        batch = packed if training.packing else training.per_device_train_batch_size
+        read = training.max_steps * training.gradient_accumulation_steps * batch
+    return max(1, min(MOST_ANSWERS, int(read / _EXAMPLES_AN_ANSWER)))
 
 
 def step_tokens(plan: Plan) -> int:

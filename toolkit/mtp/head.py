@@ -23,7 +23,7 @@ from transformers.modeling_layers import MtpLayer
 
 from toolkit.errors import ModelError
 
-__all__ = ["MtpHead", "SwiGlu", "Trunk", "capture_hidden", "causal_mask"]
+__all__ = ["MtpHead", "SwiGlu", "Trunk", "capture_hidden", "causal_mask", "every_hidden"]
 
 _PROBE = 4
 """Tokens that a model is run on to see how it makes logits of its output head."""
@@ -221,13 +221,20 @@ def capture_hidden(model: PreTrainedModel) -> Iterator[Callable[[], torch.Tensor
     `output_hidden_states` would keep every layer's, and TRL's own loss leaves no way to ask for it.
     """
     kept: dict[str, torch.Tensor] = {}
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        kept["hidden"] = output[0] if isinstance(output, tuple) else output.last_hidden_state
-
-    hook = model.get_decoder().register_forward_hook(keep)
-    try:
+    with every_hidden(model, lambda hidden: kept.update(hidden=hidden)):
         yield lambda: kept["hidden"]
+
+
+@contextmanager
+def every_hidden(model: PreTrainedModel, told: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Within the block, `told` is given each forward's hidden states [B, L, H], after the final norm."""
+
+    def tell(_module: nn.Module, _args: Any, output: Any) -> None:
+        told(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    hook = model.get_decoder().register_forward_hook(tell)
+    try:
+        yield
     finally:
         hook.remove()
 

@@ -7,11 +7,13 @@ seen nothing else knows little of where the model goes. No library distils such 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 
-from toolkit.mtp.head import Trunk
+from toolkit.mtp.head import Trunk, capture_hidden, every_hidden
 from toolkit.mtp.loss import rows_at_once
 from toolkit.mtp.training import HeadTraining
 
@@ -24,7 +26,8 @@ _WARM_UP = 10
 """Steps over which the learning rate rises: the text is of another kind than that of the steps before."""
 
 _KEPT = 1 << 28
-"""Bytes of hidden states that are kept from one pass to the next; beyond that they are computed anew."""
+"""Bytes of hidden states that are kept from the writing and from one pass to the next; beyond that they are computed
+anew."""
 
 _ALIKE = 64
 """Answers among which those of like length are put together."""
@@ -51,20 +54,20 @@ def learn_own_answers(
 
     Args:
         tokens: in a step, padding included. seed: of the order, which is the same on every machine.
-        source: the model's hidden states of these very answers, where another head has learned from them before.
+        source: the model's hidden states of these very answers, kept as they were written or read by another head.
     """
-    rows = [
-        ([*prompt, *answer], [-100] * len(prompt) + list(answer))
-        for prompt, answer in zip(prompts, answers, strict=True)
+    rows = {
+        number: ([*prompt, *answer], [-100] * len(prompt) + list(answer))
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         if len(answer) > 1
-    ]
+    }
     if not rows:
         return 0
     training.model.eval()
     random = torch.Generator().manual_seed(seed)
     passes = [list(_batches(rows, tokens, random)) for _ in range(_PASSES)]
     batches = list(itertools.chain.from_iterable(passes))
-    source = source or OwnHidden(training)
+    source = source or OwnHidden(training.model)
     with training.among(_words(rows, passes[0], source, training.trunk, random)):
         for done, batch in enumerate(batches):
             inputs = _padded([rows[index] for index in batch], training.base.device)
@@ -75,7 +78,7 @@ def learn_own_answers(
 
 @torch.no_grad()
 def _words(
-    rows: Sequence[Row], batches: Sequence[Sequence[int]], source: OwnHidden, trunk: Trunk, random: torch.Generator
+    rows: Mapping[int, Row], batches: Sequence[Sequence[int]], source: OwnHidden, trunk: Trunk, random: torch.Generator
 ) -> torch.Tensor | None:
     """Tokens that the model has in mind somewhere in the answers, and some others; None where that is most of them.
 
@@ -95,30 +98,52 @@ def _words(
 
 
 class OwnHidden:
-    """The model's hidden states of the rows, read once and kept in the computer's memory where they are few enough."""
+    """The model's hidden states of the rows, kept in the computer's memory where they are few enough.
 
-    def __init__(self, training: HeadTraining) -> None:
-        self.training = training
+    What is kept comes from the writing itself, or from reading a row once. A row is a prompt and its answer, known by
+    its number among them.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
         self.kept: dict[int, torch.Tensor] = {}
         self.room = _KEPT
 
+    @contextmanager
+    def writing(self, prompts: Sequence[Sequence[int]]) -> Iterator[Callable[[list[int], list[list[int]], int], None]]:
+        """Within the block the model answers them; what it gives is told of each batch, as `answer_ids` tells."""
+        parts: list[torch.Tensor] = []
+
+        def written(batch: list[int], answers: list[list[int]], width: int) -> None:
+            hidden = torch.cat(parts, dim=1)
+            parts.clear()
+            for row, number, answer in zip(hidden, batch, answers, strict=True):
+                states = row[width - len(prompts[number]) : width + len(answer) - 1]
+                # The last token was not read. Nothing follows it that its state could guess.
+                self._keep(number, torch.nn.functional.pad(states, (0, 0, 0, 1)))
+
+        with every_hidden(self.model.get_base_model(), lambda hidden: parts.append(hidden.to("cpu", copy=True))):
+            yield written
+
     def of(self, batch: Sequence[int], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[B, L, H] of a batch's padded inputs; zeros where padding was not read."""
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        if any(index not in self.kept for index in batch):
-            read = self._read(inputs)
-            if (size := read.nbytes) > self.room:
-                return read
-            self.room -= size
-            for row, (index, length) in enumerate(zip(batch, lengths, strict=True)):
-                self.kept[index] = read[row, :length].to("cpu", copy=True)
-        hidden = torch.nn.utils.rnn.pad_sequence([self.kept[index] for index in batch], batch_first=True)
-        return hidden.to(inputs["input_ids"].device)
+        if any(number not in self.kept for number in batch):
+            read, lengths = self._read(inputs), inputs["attention_mask"].sum(1).tolist()
+            for row, number, length in zip(read, batch, lengths, strict=True):
+                self._keep(number, row[:length])
+            return read
+        rows = [self.kept[number] for number in batch]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(inputs["input_ids"].device)
+
+    def _keep(self, number: int, hidden: torch.Tensor) -> None:
+        if number not in self.kept and hidden.nbytes <= self.room:
+            self.room -= hidden.nbytes
+            self.kept[number] = hidden.to("cpu", copy=True)
 
     @torch.no_grad()
     def _read(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        with self.training.listen() as hidden:
-            self.training.model(
+        with capture_hidden(self.model.get_base_model()) as hidden:
+            self.model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 use_cache=False,
@@ -128,9 +153,10 @@ class OwnHidden:
         return result
 
 
-def _batches(rows: Sequence[Row], tokens: int, random: torch.Generator) -> Iterator[list[int]]:
+def _batches(rows: Mapping[int, Row], tokens: int, random: torch.Generator) -> Iterator[list[int]]:
     """Numbers of rows of like length together, as many as have room, in a new order each time."""
-    order = torch.randperm(len(rows), generator=random).tolist()
+    numbers = list(rows)
+    order = [numbers[place] for place in torch.randperm(len(numbers), generator=random).tolist()]
     found: list[list[int]] = []
     for start in range(0, len(order), _ALIKE):
         batch: list[int] = []

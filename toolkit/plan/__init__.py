@@ -3,6 +3,7 @@
 from toolkit.plan.audit import Audit, Part, audit
 from toolkit.plan.devices import Device, choose_device, device_memory, free_memory, parse_bytes
 from toolkit.plan.fit import Change, nearest_change
+from toolkit.plan.head import MOST_ANSWERS
 from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
 from toolkit.plan.memory import Bytes
 from toolkit.plan.starting import first_that_fits
@@ -10,6 +11,7 @@ from toolkit.plan.steps import StepShape
 
 __all__ = [
     "BACKENDS",
+    "MOST_ANSWERS",
     "ROUNDED_ROWS",
     "Audit",
     "Bytes",

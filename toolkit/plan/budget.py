@@ -125,6 +125,7 @@ class Budget:
             depth=max(recipe.mtp.depth, recipe.mtp.num_mtp_layers),
             layers=recipe.mtp.num_mtp_layers,
             device=self.device.kind,
+            reads_data=recipe.mtp.reads_data,
         )
 
     def _resident(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.plan.cards import Card
-from toolkit.plan.head import HEAD_BYTES
+from toolkit.plan.head import HEAD_BYTES, MOST_ANSWERS
 from toolkit.plan.memory import Bytes
 from toolkit.plan.place import streamed
 from toolkit.plan.shapes import Shapes
@@ -33,6 +33,8 @@ class Duration:
     memory: float
     bus: float
     estimate: float
+    afterwards: float = 0.0
+    """Once, when all steps are over: a head's own answers at their longest."""
 
     @property
     def limit(self) -> float:
@@ -79,14 +81,34 @@ def step_duration(
         "memory": moved / (card.memory_rate * 1e9),
         "bus": 2 * math.ceil(micro / together) * away / (card.pcie_rate * 1e9),
     }
+    afterwards = _own_answers(shapes, recipe, card, weights, away, length)
+    return Duration(**limits, estimate=_likely(limits), afterwards=afterwards)
+
+
+def _likely(limits: Mapping[str, float]) -> float:
     likely = {name: seconds / _REACHED[name] for name, seconds in limits.items()}
-    return Duration(**limits, estimate=max(likely["arithmetic"] + likely["memory"], likely["bus"]))
+    return max(likely["arithmetic"] + likely["memory"], likely["bus"])
+
+
+def _own_answers(shapes: Shapes, recipe: Recipe, card: Card, weights: int, away: int, length: int) -> float:
+    """Seconds that the model takes to answer as many prompts as it may, each prompt a whole sequence."""
+    if not recipe.mtp.enabled or recipe.mtp.own_answers == 0:
+        return 0.0
+    answers = MOST_ANSWERS if recipe.mtp.own_answers is None else recipe.mtp.own_answers
+    tokens = answers * (length + recipe.eval.max_new_tokens)
+    passes = math.ceil(answers / recipe.eval.batch_size) * recipe.eval.max_new_tokens
+    limits = {
+        "arithmetic": 2 * _active(shapes) * tokens / (card.bf16_tflops * 1e12),
+        "memory": passes * weights / (card.memory_rate * 1e9),
+        "bus": passes * away / (card.pcie_rate * 1e9),
+    }
+    return _likely(limits)
 
 
 def _head(shapes: Shapes, recipe: Recipe, sizes: Bytes, tokens: int, labelled: int) -> float:
     """Operations of a multi-token-prediction head: its linears over all tokens, and where there is a target its logits,
     their gradient and, for KL, the model's logits."""
-    if not sizes.mtp:
+    if not recipe.mtp.reads_data:
         return 0.0
     linears = 6 * sizes.mtp / HEAD_BYTES * tokens / recipe.mtp.num_mtp_layers
     vocabulary = shapes.numbers["vocab_size"] * shapes.numbers["hidden_size"]

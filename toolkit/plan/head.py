@@ -1,4 +1,4 @@
-"""Bytes of a multi-token-prediction head in training, from shapes alone; no library knows of one."""
+"""What a multi-token-prediction head takes in training, from shapes alone; no library knows of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEAD_BYTES",
+    "MOST_ANSWERS",
     "config_number",
     "experts_per_token",
     "head_bytes",
@@ -25,6 +26,8 @@ _PER_TOKEN = (
     "top_k_experts",
     "num_selected_experts",
 )
+MOST_ANSWERS = 256
+"""The model's own answers that a head learns from, where the recipe does not say how many."""
 HEAD_BYTES = 16
 """Of a parameter that trains in fp32: weight, gradient and AdamW's two moments."""
 
@@ -72,11 +75,12 @@ def head_step_bytes(
     depth: int,
     layers: int,
     device: str,
+    reads_data: bool = True,
 ) -> int:
-    """Bytes that a head holds while it learns from one batch, before the model's own backward pass begins.
+    """Bytes that a head holds while it learns from one batch.
 
-    On a CPU the logits of the labelled positions are among them: the model's loss keeps them for its backward pass, and
-    the head learns from them.
+    Of the data's, on a CPU, the logits of the labelled positions are among them: the model's loss keeps them for its
+    backward pass, and the head learns from them.
 
     Args:
         parameters: of one layer. length: tokens of a sequence. labelled: positions in the batch. depth: tokens ahead.
@@ -85,7 +89,7 @@ def head_step_bytes(
     logits = 4 * labelled * vocab
     own = int(4 * batch * length * depth * _SAVED * parameters / hidden)
     own += _MASK * batch * length**2 * sum(range(2, depth - layers + 2))
-    return own + _CHUNKS * min(logits, _CHUNK[device]) + (2 * logits if device == "cpu" else 0)
+    return own + _CHUNKS * min(logits, _CHUNK[device]) + (2 * logits if device == "cpu" and reads_data else 0)
 
 
 def _inner(experts: Any) -> int:

@@ -176,6 +176,8 @@ def _check_settings(recipe: Recipe) -> None:
         raise RecipeError(
             "mtp.depth: must be at least mtp.num_mtp_layers, since each layer is trained at its own depth"
         )
+    if recipe.mtp.loss_weight and recipe.mtp.stage != "with":
+        raise RecipeError("mtp.loss_weight: a head pulls on the adapter only while both learn; set mtp.stage=with")
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")

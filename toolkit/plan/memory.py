@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.errors import ModelError
-from toolkit.plan.head import head_bytes
+from toolkit.plan.head import HEAD_BYTES, head_bytes
 from toolkit.plan.place import resident_bytes
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import Held
@@ -26,6 +26,8 @@ in anonymous memory. The second is measured in each run and set apart from the r
 _WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": 16 << 20}
 """Experts multiplied out at a time (`toolkit.ops.triton.launch`), and cuBLAS's own. On a CPU what trainer and BLAS set
 up when training begins, measured; an expert's buffers are rehearsed."""
+_HEAD_WEIGHT = 4
+"""Bytes of a head's parameter before it learns; gradient and moments come with its first step."""
 _A_THREAD = 13 << 20
 """What a thread keeps on a CPU, where micro-batches that go together have one each: MKL's own allocator about 10 MiB
 (measured: with MKL_DISABLE_FAST_MM=1 they are gone), the expert engine a buffer of 2 MiB."""
@@ -96,7 +98,7 @@ def count_bytes(
     """All groups.
 
     Args:
-        learning: what a head holds while it learns, beside what the micro-batch has saved.
+        learning: what a head holds while it learns: beside what the micro-batch has saved, or once the steps are over.
         step: what a micro-batch holds. together: how many of them go through a streamed layer before the next.
         evaluating: most bytes of a pass over held-out examples.
     """
@@ -109,8 +111,12 @@ def count_bytes(
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
     held = _held(step, gradients, recipe.training.gradient_accumulation_steps, together, len(architecture.layers))
-    held = max(held, learning + together * step.saved if learning else 0)
-    activations = max(0, max(held, gradients + _optimizer_scratch(recipe, device, adapter)) - gradients)
+    held = max(held, learning + together * step.saved if learning and recipe.mtp.reads_data else 0)
+    held = max(held, gradients + _optimizer_scratch(recipe, device, adapter))
+    head = _head(shapes, recipe)
+    if head and not recipe.mtp.reads_data:
+        held = max(held - head * (HEAD_BYTES - _HEAD_WEIGHT) // HEAD_BYTES, learning)
+    activations = max(0, held - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
         experts=experts,
@@ -120,7 +126,7 @@ def count_bytes(
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
         gradients=gradients,
-        mtp=_head(shapes, recipe),
+        mtp=head,
         activations=activations,
         evaluation=evaluation,
         workspace=_WORKSPACE[device] + (together * _A_THREAD if device == "cpu" and together > 1 else 0),

@@ -49,5 +49,5 @@ def most_together(recipe: Recipe) -> int:
 
     Dropout draws random numbers in order, offloaded activations and a head know one micro-batch at a time.
     """
-    alone = recipe.training.activation_offloading or recipe.lora.lora_dropout > 0 or recipe.mtp.enabled
+    alone = recipe.training.activation_offloading or recipe.lora.lora_dropout > 0 or recipe.mtp.reads_data
     return 1 if alone else recipe.training.gradient_accumulation_steps

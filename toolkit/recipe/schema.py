@@ -143,12 +143,19 @@ class MtpSection(_Section):
     loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the head's loss in the adapter's. At 0 the head is detached: the adapter is the same, bit for bit, as
     without a head."""
-    stage: Literal["with", "after"] = "with"
-    """Train the head in the same steps as the adapter, or in a pass of as many steps once the adapter is finished."""
-    own_answers: NonNegative = 256
+    stage: Literal["with", "after"] = "after"
+    """When the head learns: `after` the adapter is finished, from the model's own answers, or `with` it in the same
+    steps, from the data, and then from own answers as well. `after` with no own answers is a pass over the data."""
+    own_answers: NonNegative | None = None
     """Training prompts that the finished model answers itself, in at most `eval.max_new_tokens`, for the head to learn
     from: drafts are judged by the model's text, not by the data's. With `loss: kl` it learns there what lies halfway
-    between the model's distribution and its choice. 0 leaves this out."""
+    between the model's distribution and its choice. Unset: one for each four examples that the steps read, 256 at most.
+    """
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether a head learns from the training data."""
+        return self.enabled and (self.stage == "with" or self.own_answers == 0)
 
 
 class DataSection(_Section):

@@ -60,6 +60,8 @@ def _lines(made: Plan) -> list[str]:
             f"step: not under {time.limit:.2f} s ({which}), likely {time.estimate:.1f} s; rates from the card's "
             "tables, shares reached assumed"
         )
+        if time.afterwards:
+            lines.append(f"after the steps: at most {time.afterwards:.0f} s of the model's own answers for the head")
     if made.stored and made.stored.dtypes:
         kinds = (f"{size / 1e9:.2f} in {dtype}" for dtype, size in sorted(made.stored.dtypes.items()))
         lines.append(f"checkpoint, GB: {', '.join(kinds)}{'' if made.stored.is_here else ', to be downloaded'}")

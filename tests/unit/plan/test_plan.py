@@ -24,6 +24,7 @@ from toolkit.plan import (
 )
 from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
+from toolkit.plan.duration import Duration
 from toolkit.plan.place import resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import published
 from toolkit.plan.steps import Held, question
@@ -275,14 +276,17 @@ def test_time_has_a_limit_that_a_slower_bus_and_more_streaming_raise() -> None:
 
 
 def test_a_heads_time_is_in_the_plan() -> None:
-    """Its linears over all tokens and its logits where there is a target, once for every depth."""
+    """Its linears over all tokens and its logits where there is a target, once for every depth; or its own answers."""
     card = CARDS["rtx-4090"]
     device = Device("cuda", card.name, 1 << 40, card)
 
-    def arithmetic(labelled: int, **mtp: object) -> float:
-        made = make_plan(recipe(mtp=mtp), device=device, shape=StepShape(512, labelled))
+    def duration(labelled: int, **mtp: object) -> Duration:
+        made = make_plan(recipe(mtp={"stage": "with", **mtp}), device=device, shape=StepShape(512, labelled))
         assert made.duration is not None
-        return made.duration.arithmetic
+        return made.duration
+
+    def arithmetic(labelled: int, **mtp: object) -> float:
+        return duration(labelled, **mtp).arithmetic
 
     none = arithmetic(512)
     one, few, hard = (
@@ -293,6 +297,10 @@ def test_a_heads_time_is_in_the_plan() -> None:
     assert none < few < hard < one
     assert arithmetic(512, enabled=True, depth=3) - none == pytest.approx(3 * (one - none))
     assert one - few == pytest.approx(3 * 384 / 512 * (one - hard))
+    assert arithmetic(512, enabled=True, stage="after") == none < arithmetic(512, enabled=True, own_answers=0)
+    answers = [duration(512, enabled=True, own_answers=count).afterwards for count in (0, 64, 128, 256)]
+    assert answers[0] == duration(512).afterwards == 0
+    assert 0 < answers[1] < answers[2] < answers[3] == duration(512, enabled=True).afterwards
 
 
 @pytest.mark.parametrize("name", published())
