@@ -8,6 +8,8 @@ memory. Both the seconds on the clock and those of the processor are given: on a
 more. What the head learns after the training, from the model's own answers, is timed apart, as many times as the steps.
 The last line sets it against the whole training of the recipe, as many steps as its tokens fill, each as long as those
 that were timed. A head that learns from own answers alone costs the steps nothing: it is not in them.
+
+With lora.adapter_name_or_path=RUN/adapter it is a finished run's adapter, whose answers have their final length.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Job:
                 self.model, self.tokenizer, self.batches.train, None, folder=Path(folder) / "checkpoints",
                 metrics=Path(folder) / "metrics.jsonl", arguments={**arguments, **changes}, device=self.plan.device,
                 dtype=self.plan.dtype, train_router=recipe.lora.router, console=Console(quiet=True), head=head,
+                probes=False,
             )  # fmt: skip
 
     def answer(self) -> None:

@@ -48,6 +48,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
                  "moe_intermediate_size": 512, "intermediate_size": 1024, "first_k_dense_replace": 1},
 }  # fmt: skip
 
+PROMPT = 32
+"""Tokens of the prompts that a model answers for its head; an answer has as many."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -67,6 +70,8 @@ class Case:
     """Of the MoE layers, streamed from the disk."""
     drafts: int = 0
     """Depth of a multi-token-prediction head that is trained beside, 0 for none."""
+    answers: int = 0
+    """Of the model's own, that the head learns from when the steps are over, instead of beside them."""
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,6 +83,7 @@ class Case:
         parts += ["" if self.target_modules == "attention" else self.target_modules]
         parts += [f"{self.share:.0%} streamed" if self.share else ""]
         parts += [f"head, {self.drafts} drafts" if self.drafts else ""]
+        parts += [f"{self.answers} own answers" if self.answers else ""]
         return ", ".join(part for part in [*parts, *(f"{k} {v}" for k, v in self.config.items())] if part)
 
 
@@ -111,6 +117,9 @@ CASES = [
     Case("qwen3_moe", share=1.0, accumulation=4),
     Case("mixtral", share=1.0, accumulation=3),
     Case("gpt_oss", length=256, share=0.5, accumulation=4),
+    *(Case(family, drafts=1, answers=64) for family in ("qwen3_moe", "mixtral")),
+    *(Case("qwen3_moe", drafts=drafts, answers=64, checkpointing=False) for drafts in (1, 3)),
+    Case("olmoe", drafts=3, answers=64, length=256),
 ]
 
 
@@ -140,14 +149,18 @@ def _plan(case: Case, name: str) -> tuple[Any, Any, Any, str]:
         f"gradient_checkpointing: {str(case.checkpointing).lower()}, max_steps: 2, "
         f"per_device_train_batch_size: {case.batch}, gradient_accumulation_steps: {case.accumulation}}}\n"
         + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
-        + (f"mtp: {{enabled: true, depth: {case.drafts}}}\n" if case.drafts else "")
+        + (f"mtp: {{enabled: true, depth: {case.drafts}, {_learns(case)}}}\n" if case.drafts else "")
     )
     budget = Budget(
         name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
-        StepShape(case.length, case.length - 1),
+        StepShape(case.length, case.length - 1, prompt=PROMPT if case.answers else 0),
     )  # fmt: skip
     placement = budget.place(recipe) if case.share else None
     return recipe, budget.bytes(recipe, placement), placement, budget.note
+
+
+def _learns(case: Case) -> str:
+    return f"stage: after, own_answers: {case.answers}" if case.answers else "stage: with, own_answers: 0"
 
 
 def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int, int]:
@@ -160,7 +173,7 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
     from toolkit.adapters import attach_lora
     from toolkit.mtp import HeadTraining, new_head
     from toolkit.training import train_adapter
-    from toolkit.training.memory import anonymous_memory
+    from toolkit.training.memory import anonymous_memory, peak_of
 
     generator = torch.Generator().manual_seed(1)
     count = 2 * case.batch * case.accumulation
@@ -175,13 +188,32 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
     model = _streamed(folder, placement) if placement else _resident(_config(case))
     adapted = attach_lora(model, **recipe.lora.model_dump(exclude={"adapter_name_or_path"}))
     arguments = recipe.training.model_dump(exclude={"output_dir"})
+    head = HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None
     result = train_adapter(
         adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
         arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
         dtype="float32", train_router=case.router, console=Console(quiet=True), probes=False,
-        head=HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None,
+        head=None if case.answers else head,
     )  # fmt: skip
-    return result.peak_memory - before, before
+    with peak_of("cpu") as peak:
+        if head is not None and case.answers:
+            _own_answers(case, head, tokenizer)
+    return max(result.peak_memory, peak.bytes) - before, before
+
+
+def _own_answers(case: Case, head: Any, tokenizer: Any) -> None:
+    """To prompts of random tokens."""
+    import torch
+
+    from toolkit.evaluate import answer_ids
+    from toolkit.mtp import OwnHidden, learn_own_answers
+
+    generator, hidden = torch.Generator().manual_seed(2), OwnHidden(head.model)
+    prompts = torch.randint(3, 2000, (case.answers, PROMPT), generator=generator).tolist()
+    head.model.eval()
+    with hidden.writing(prompts) as written:
+        answers = answer_ids(head.model, tokenizer, prompts, max_new_tokens=PROMPT, batch_size=32, written=written)
+    learn_own_answers(head, prompts, answers, tokens=case.length * case.batch, source=hidden)
 
 
 def _config(case: Case) -> Any:

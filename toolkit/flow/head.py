@@ -29,14 +29,22 @@ from toolkit.plan import MOST_ANSWERS, Plan
 from toolkit.ranks import processes
 from toolkit.steps import part
 
-__all__ = ["evaluate_head", "make_head", "own_answers", "reopen_head", "step_tokens", "teach_own_answers"]
+__all__ = [
+    "evaluate_head",
+    "make_head",
+    "own_answers",
+    "own_prompts",
+    "reopen_head",
+    "step_tokens",
+    "teach_own_answers",
+]
 
 
 _DRAFTED, _DRAFTED_TOKENS = 24, 32
 """Held-out prompts that drafting is measured on, and the shortest text written after each."""
 _OPENING = 16
 """Tokens of a text without a prompt that are given."""
-_EXAMPLES_AN_ANSWER = 4
+_EXAMPLES_AN_ANSWER = 6
 """Examples that the steps have read for each of the model's own answers, where the recipe does not say how many: these
 are to cost little beside the steps."""
 
@@ -87,10 +95,8 @@ def teach_own_answers(
 def own_answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
 ) -> tuple[list[list[int]], list[list[int]], OwnHidden]:
-    """The first training prompts, as many as are wanted, what the model as it stands answers, and what it thought."""
-    limits, hidden = plan.recipe.eval, OwnHidden(model)
-    wanted = _wanted_answers(batches, plan)
-    prompts = [_prompt(row) for row in batches.train.select(range(min(wanted, len(batches.train))))]
+    """Prompts, what the model as it stands answers, and its hidden states meanwhile."""
+    limits, hidden, prompts = plan.recipe.eval, OwnHidden(model), own_prompts(batches, plan)
     model.eval()
     with hidden.writing(prompts) as written:
         answers = answer_ids(
@@ -102,6 +108,12 @@ def own_answers(
             written=written,
         )
     return prompts, answers, hidden
+
+
+def own_prompts(batches: Batches, plan: Plan) -> list[list[int]]:
+    """The first training prompts, as many as the model answers for its head."""
+    wanted = _wanted_answers(batches, plan) if plan.recipe.mtp.enabled else 0
+    return [_prompt(row) for row in batches.train.select(range(min(wanted, len(batches.train))))]
 
 
 def _wanted_answers(batches: Batches, plan: Plan) -> int:

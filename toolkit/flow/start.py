@@ -15,6 +15,7 @@ from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, RecipeError, first_line
 from toolkit.evaluate import LOSS, find_metric
+from toolkit.flow.head import own_prompts
 from toolkit.flow.judge import general_text, held_out
 from toolkit.offload import load_streamed
 from toolkit.ops import BACKENDS
@@ -161,7 +162,8 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
 def step_shape(batches: Batches, plan: Plan) -> StepShape:
     """The longest training sequence and its labels, packed or not; of packed ones a bound, since TRL packs later.
 
-    Of what is held out, the longest sequence that is looked at, the most labels of one, and the longest prompt.
+    Of what is held out, the longest sequence that is looked at, the most labels of one, and the longest prompt, or that
+    of the prompts which the model answers for its head.
     """
     training = plan.recipe.training
     assert isinstance(training.max_length, int)
@@ -169,7 +171,7 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     looked_at = held_out(batches, plan)
     others, their_labels = _lengths(looked_at) if looked_at is not None else ([], [])
     questions = batches.held_out[: plan.recipe.eval.max_samples] if plan.recipe.eval.enabled and others else ()
-    prompts = [len(question.prompt_ids) for question in questions]
+    prompts = [len(question.prompt_ids) for question in questions] + list(map(len, own_prompts(batches, plan)))
     beside = (max(others, default=0), max(their_labels, default=0), max(prompts, default=0))
     if not training.packing:
         one = training.per_device_train_batch_size == 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.plan.devices import Device
-from toolkit.plan.head import head_step_bytes
+from toolkit.plan.head import head_step_bytes, own_step_bytes
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.place import most_together, resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
@@ -111,21 +111,22 @@ class Budget:
         )
 
     def _learning(self, recipe: Recipe) -> int:
-        """What a multi-token-prediction head holds while it learns from a micro-batch."""
+        """What a multi-token-prediction head holds while it learns from a batch, the data's or its own answers'."""
         numbers, shape, batch = self.shapes.numbers, self.shape_for(recipe), recipe.training.per_device_train_batch_size
         if not recipe.mtp.enabled or "head_parameters" not in numbers:
             return 0
+        head = numbers["head_parameters"], numbers["hidden_size"], numbers["vocab_size"]
+        layers, device, most = recipe.mtp.num_mtp_layers, self.device.kind, recipe.training.max_length
+        assert isinstance(most, int)
+        depth, answer = max(recipe.mtp.depth, layers), recipe.eval.max_new_tokens
+        if not recipe.mtp.reads_data:
+            longest = (shape.prompt or most) + answer
+            return own_step_bytes(
+                *head, tokens=batch * most, length=longest, answer=answer, depth=depth, layers=layers, device=device
+            )
+        labelled = batch * shape.labelled
         return head_step_bytes(
-            numbers["head_parameters"],
-            numbers["hidden_size"],
-            numbers["vocab_size"],
-            batch=batch,
-            length=shape.length,
-            labelled=batch * shape.labelled,
-            depth=max(recipe.mtp.depth, recipe.mtp.num_mtp_layers),
-            layers=recipe.mtp.num_mtp_layers,
-            device=self.device.kind,
-            reads_data=recipe.mtp.reads_data,
+            *head, batch=batch, length=shape.length, labelled=labelled, depth=depth, layers=layers, device=device
         )
 
     def _resident(self) -> dict[str, str]:
@@ -172,11 +173,11 @@ class Budget:
         return self._answer(recipe, "train")
 
     def evaluating(self, recipe: Recipe) -> int:
-        """Most bytes of a pass over held-out examples, 0 where there are none or the data were not looked at."""
-        if not self.counts_steps or self.shape is None or not self.shape.held_out:
+        """Most bytes of a pass over held-out examples and of answers, 0 where there are none or nobody has looked."""
+        if not self.counts_steps or self.shape is None:
             return 0
-        kinds = ("loss", "generate") if self.shape.prompt else ("loss",)
-        return max(self._answer(recipe, kind).peak for kind in kinds)
+        kinds = {"loss": self.shape.held_out, "generate": self.shape.prompt}
+        return max((self._answer(recipe, kind).peak for kind, longest in kinds.items() if longest), default=0)
 
     def shape_for(self, recipe: Recipe) -> StepShape:
         """What the data need, and no more than the recipe's length."""

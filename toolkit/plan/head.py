@@ -16,6 +16,7 @@ __all__ = [
     "head_bytes",
     "head_parameters",
     "head_step_bytes",
+    "own_step_bytes",
 ]
 
 _PER_TOKEN = (
@@ -75,12 +76,11 @@ def head_step_bytes(
     depth: int,
     layers: int,
     device: str,
-    reads_data: bool = True,
 ) -> int:
-    """Bytes that a head holds while it learns from one batch.
+    """Bytes that a head holds while it learns from one batch, before the model's own backward pass begins.
 
-    Of the data's, on a CPU, the logits of the labelled positions are among them: the model's loss keeps them for its
-    backward pass, and the head learns from them.
+    On a CPU the logits of the labelled positions are among them: the model's loss keeps them for its backward pass, and
+    the head learns from them.
 
     Args:
         parameters: of one layer. length: tokens of a sequence. labelled: positions in the batch. depth: tokens ahead.
@@ -89,7 +89,31 @@ def head_step_bytes(
     logits = 4 * labelled * vocab
     own = int(4 * batch * length * depth * _SAVED * parameters / hidden)
     own += _MASK * batch * length**2 * sum(range(2, depth - layers + 2))
-    return own + _CHUNKS * min(logits, _CHUNK[device]) + (2 * logits if device == "cpu" and reads_data else 0)
+    return own + _CHUNKS * min(logits, _CHUNK[device]) + (2 * logits if device == "cpu" else 0)
+
+
+def own_step_bytes(
+    parameters: int,
+    hidden: int,
+    vocab: int,
+    *,
+    tokens: int,
+    length: int,
+    answer: int,
+    depth: int,
+    layers: int,
+    device: str,
+) -> int:
+    """The same while it learns from the model's own answers: the model has no step then, and of a prompt a layer
+    computes but the keys.
+
+    Args:
+        tokens: of a batch. length: of the longest prompt with its answer. answer: tokens of the longest answer.
+    """
+    rows = max(1, tokens // length)
+    own = int(4 * rows * answer * depth * _SAVED * parameters / hidden)
+    own += _MASK * rows * length * answer * sum(range(2, depth - layers + 2))
+    return own + _CHUNKS * min(4 * rows * answer * vocab, _CHUNK[device])
 
 
 def _inner(experts: Any) -> int:

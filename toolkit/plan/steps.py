@@ -39,7 +39,7 @@ class StepShape:
     """What of a step the data decide: tokens in the longest sequence, and how many of them carry a label.
 
     Where they were looked at, also what evaluation meets: tokens in the longest held-out sequence, its labels, and
-    tokens in the longest prompt.
+    tokens in the longest prompt that is answered.
     """
 
     length: int

@@ -149,7 +149,7 @@ class MtpSection(_Section):
     own_answers: NonNegative | None = None
     """Training prompts that the finished model answers itself, in at most `eval.max_new_tokens`, for the head to learn
     from: drafts are judged by the model's text, not by the data's. With `loss: kl` it learns there what lies halfway
-    between the model's distribution and its choice. Unset: one for each four examples that the steps read, 256 at most.
+    between the model's distribution and its choice. Unset: one for each six examples that the steps read, 256 at most.
     """
 
     @property
