@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from tests.parity.conftest import EMBEDDED
 from tests.parity.native_heads import native_checkpoint
 from toolkit import flow
+from toolkit.errors import RecipeError
 from toolkit.flow import Trained
+from toolkit.flow.head import own_prompts
 from toolkit.mtp import HEAD_FILE
 from toolkit.plan import make_plan
 from toolkit.recipe import Recipe
@@ -21,9 +24,16 @@ from toolkit.recipe import Recipe
 DATA = EMBEDDED.parent / "data"
 
 
-def trained(model: Path, folder: Path, **mtp: Any) -> tuple[Trained, Any, str]:
-    """What two steps on definitions give, the plan, and what was said."""
-    recipe = Recipe.model_validate(
+@pytest.fixture(autouse=True)
+def few_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What drafting is worth is measured on two short texts."""
+    monkeypatch.setattr("toolkit.flow.head._DRAFTED", 2)
+    monkeypatch.setattr("toolkit.flow.head._DRAFTED_TOKENS", 6)
+
+
+def recipe(model: Path, folder: Path, training: dict[str, Any], mtp: dict[str, Any]) -> Recipe:
+    """Definitions, few and short."""
+    return Recipe.model_validate(
         {
             "model": {"model_name_or_path": str(model)},
             "lora": {"r": 2},
@@ -33,20 +43,22 @@ def trained(model: Path, folder: Path, **mtp: Any) -> tuple[Trained, Any, str]:
                 "validation": str(DATA / "define.validation.jsonl"),
                 "max_samples": 12,
             },
-            "training": {"output_dir": str(folder), "max_steps": 2, "max_length": 64, "use_cpu": True},
+            "training": {"output_dir": str(folder), "max_length": 64, "use_cpu": True, **training},
             "eval": {"max_samples": 3, "max_new_tokens": 6},
         }
     )
-    plan, told = make_plan(recipe), Console(file=io.StringIO(), width=400)
+
+
+def trained(model: Path, folder: Path, **mtp: Any) -> tuple[Trained, Any, str]:
+    """What two steps on definitions give, the plan, and what was said."""
+    plan, told = make_plan(recipe(model, folder, {"max_steps": 2}, mtp)), Console(file=io.StringIO(), width=400)
     base, tokenizer = flow.load(plan)
     batches = flow.build_batches(tokenizer, plan)
     result = flow.train(flow.attach(base, plan), tokenizer, batches, plan, told)
     return result, plan, told.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_run_with_a_head_teaches_measures_and_packages_it(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("toolkit.flow.head._DRAFTED", 2)
-    monkeypatch.setattr("toolkit.flow.head._DRAFTED_TOKENS", 6)
+def test_a_run_with_a_head_teaches_measures_and_packages_it(tmp_path: Path) -> None:
     result, plan, told = trained(EMBEDDED, tmp_path / "run", enabled=True, depth=2, own_answers=4)
     assert "steps on the model's own answers to 4 prompts" in told
     assert result.drafting is not None
@@ -62,9 +74,48 @@ def test_a_run_with_a_head_teaches_measures_and_packages_it(tmp_path: Path, monk
     assert {name for name, _ in head.named_parameters()} == {name for name, _ in result.head.named_parameters()}  # type: ignore[union-attr]
 
 
-def test_a_native_head_left_behind_is_measured_and_said(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("toolkit.flow.head._DRAFTED", 2)
-    monkeypatch.setattr("toolkit.flow.head._DRAFTED_TOKENS", 6)
+@pytest.mark.parametrize(
+    ("training", "mtp", "prompts"),
+    [
+        ({"num_train_epochs": 1.0}, {}, 2),
+        ({"num_train_epochs": 3.0}, {}, 6),
+        ({"num_train_epochs": 99.0}, {}, 12),
+        ({"num_train_epochs": 99.0}, {"own_answers": 5}, 5),
+        ({"max_steps": 6, "packing": False}, {}, 1),
+        ({"max_steps": 6, "packing": False, "gradient_accumulation_steps": 4}, {}, 4),
+        ({"max_steps": 900}, {}, 12),
+        ({}, {"own_answers": 0}, 0),
+        ({}, {"enabled": False}, 0),
+    ],
+)
+def test_one_answer_for_six_examples_read_unless_the_recipe_says(
+    training: dict[str, Any], mtp: dict[str, Any], prompts: int, tmp_path: Path
+) -> None:
+    plan = make_plan(recipe(EMBEDDED, tmp_path, training, {"enabled": True, **mtp}))
+    _, tokenizer = flow.load(plan)
+    found = own_prompts(flow.build_batches(tokenizer, plan), plan)
+    assert len(found) == prompts
+    assert flow.step_shape(flow.build_batches(tokenizer, plan), plan).prompt >= max(map(len, found), default=0)
+
+
+def test_a_head_learns_from_the_data_too_where_it_is_told_to(tmp_path: Path) -> None:
+    both, alone = (
+        trained(EMBEDDED, tmp_path / stage, enabled=True, own_answers=4, stage=stage)[0] for stage in ("with", "after")
+    )
+    assert both.drafting is not None
+    assert alone.drafting is not None
+    assert both.drafting["training"]["steps"] == alone.drafting["training"]["steps"] + 2
+    data = trained(EMBEDDED, tmp_path / "data", enabled=True, own_answers=0)[0]
+    assert data.drafting is not None
+    assert data.drafting["training"]["steps"] == 2
+
+
+def test_only_a_head_in_the_steps_can_pull_on_the_adapter(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"mtp\.loss_weight.*mtp\.stage=with"):
+        make_plan(recipe(EMBEDDED, tmp_path, {}, {"enabled": True, "loss_weight": 0.1}))
+
+
+def test_a_native_head_left_behind_is_measured_and_said(tmp_path: Path) -> None:
     native_checkpoint("glm4_moe", tmp_path / "base", changes={"vocab_size": 2112})
     for path in EMBEDDED.iterdir():
         if path.name.startswith("tokenizer") or path.suffix == ".jinja":

@@ -14,7 +14,7 @@ import torch
 
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.rows import RowBlock, is_imagined
-from toolkit.quant import ExpertStack
+from toolkit.quant import ExpertStack, can_multiply, multiply
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
 
@@ -114,6 +114,8 @@ class Products:
 
     def _product(self, x: torch.Tensor, expert: int, width: int, *, transposed: bool) -> torch.Tensor:
         """x times an expert's stored weight [P, Q], or times its transpose, scale left out: [N, width]."""
+        if can_multiply(x, self.stack.weight):
+            return multiply(x, self.stack.weight[expert], transposed=transposed)
         result = x.new_empty(x.shape[0], width)
         for rows, block in self._blocks(expert, x.dtype):
             if transposed:

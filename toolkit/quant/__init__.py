@@ -1,5 +1,6 @@
 """Int8 storage of expert stacks and linears, loading a checkpoint into it, and writing one."""
 
+from toolkit.quant.digits import can_multiply, multiply
 from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
@@ -13,12 +14,14 @@ __all__ = [
     "Int8Config",
     "Int8Linear",
     "WrittenCheckpoint",
+    "can_multiply",
     "dequantize",
     "dequantize_state",
     "expert_weights",
     "fetch",
     "load_int8",
     "measure",
+    "multiply",
     "quantize",
     "quantize_checkpoint",
     "refuse_existing",

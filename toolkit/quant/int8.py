@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from toolkit.quant.digits import can_multiply, multiply
+
 __all__ = ["Int8Linear", "dequantize", "input_gradient", "product", "quantize", "scratch_for"]
 
 _LEVELS = 127.0
@@ -79,12 +81,19 @@ def dequantize(stored: torch.Tensor, scale: torch.Tensor, input_dim: int = -1) -
 
 def product(x: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x [..., in] times an int8 weight [out, in] with its scales [out]: [..., out], in x's dtype."""
-    return (x @ stored.to(x.dtype).t()).mul_(scale.to(x.dtype))
+    return _times(x, stored, transposed=True).mul_(scale.to(x.dtype))
 
 
 def input_gradient(grad: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The gradient of `product`'s x [..., in] from that of its result [..., out]."""
-    return (grad * scale.to(grad.dtype)) @ stored.to(grad.dtype)
+    return _times(grad * scale.to(grad.dtype), stored, transposed=False)
+
+
+def _times(x: torch.Tensor, stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:
+    if can_multiply(x, stored):
+        return multiply(x.reshape(-1, x.shape[-1]), stored, transposed=transposed).view(*x.shape[:-1], -1)
+    weight = stored.to(x.dtype)
+    return x @ (weight.t() if transposed else weight)
 
 
 class _Int8Matmul(torch.autograd.Function):
