@@ -69,7 +69,7 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
     """The engine's own storages, with numbers and without, for a layer that autograd keeps."""
     from toolkit.ops import stack
     from toolkit.ops.per_expert import expert_layer
-    from toolkit.quant import ExpertStack, ExpertWeights, quantize
+    from toolkit.quant import ExpertStack, ExpertWeights, digits, quantize
 
     def held(imagined: bool) -> int:
         torch.manual_seed(0)
@@ -82,8 +82,8 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
             index = torch.randint(0, 4, (64, 2))
             weight = torch.rand(64, 2)
             expert_layer(x, index, weight, weights, keep_up=True)  # a thread's buffer is made once and kept
-            buffer = getattr(stack._kept, "buffer", x)
-            with Ledger([buffer, x, index, weight, *(t for p in parts for t in p)]) as ledger:
+            rooms = [room for kept in (stack._kept, digits._kept) for room in vars(kept).values()]
+            with Ledger([*rooms, x, index, weight, *(t for p in parts for t in p)]) as ledger:
                 output = expert_layer(x, index, weight, weights, keep_up=True)
                 kept = ledger.live
             del output

@@ -79,11 +79,11 @@ class _ExpertLayer(torch.autograd.Function):
         def compute(block: RowBlock) -> torch.Tensor:
             y_NO = up.forward(block.gather(x_TH), block)
             if kept_SO is not None:
-                kept_SO[block.rows] = y_NO[: block.count]
+                kept_SO[block.rows] = block.strip(y_NO)
             y_NH = down.forward(weights.gate(y_NO), block)
             if weights.post_norm is not None:
                 y_NH = weights.post_norm(y_NH)
-            return y_NH[: block.count] * weight_S1[block.rows]
+            return y_NH.mul_(block.pad(weight_S1[block.rows]))
 
         _run(routing, compute, lambda block, y_NH: block.scatter_add(out_TH, y_NH), x_TH.device)
         return out_TH
@@ -111,7 +111,7 @@ class _ExpertLayer(torch.autograd.Function):
         grad_weight_S = weight_S1.new_zeros(weight_S1.shape[0])
 
         def collect(block: RowBlock, found: _Gradients) -> None:
-            grad_weight_S[block.rows] = found.weight_N[: block.count]
+            grad_weight_S[block.rows] = block.strip(found.weight_N)
             up_grads.add(block, found.up)
             down_grads.add(block, found.down)
             if grad_x_TH is not None and found.x_NH is not None:
@@ -147,8 +147,8 @@ class _Gradients:
 
     x_NH: torch.Tensor | None
     weight_N: torch.Tensor
-    up: FactorGradients | None
-    down: FactorGradients | None
+    up: list[FactorGradients | None]
+    down: list[FactorGradients | None]
 
 
 @dataclass(frozen=True)
@@ -177,19 +177,21 @@ class _Backward:
 
     def _linear_second(
         self, block: RowBlock, hidden_NI: torch.Tensor, grad_NH: torch.Tensor, weight_N1: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, FactorGradients | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[FactorGradients]]:
         """Gradients of the second projection's input [N, I], of the routing weights [N], and of its factors."""
         # y = w·(h Wᵀ + b): with g the gradient of the row's sum, ∂w = ⟨h, g W⟩ + ⟨b, g⟩, so y itself is not needed.
         unweighted_NI, factors = self.down.backward(hidden_NI, grad_NH, block, weight_N1)
         assert unweighted_NI is not None
         grad_weight_N = (hidden_NI * unweighted_NI).sum(-1)
-        if self.down.stack.bias is not None:
-            grad_weight_N = grad_weight_N + grad_NH @ self.down.stack.bias[block.expert].to(grad_NH.dtype)
+        if (bias_EH := self.down.stack.bias) is not None:
+            for segment in block.segments:
+                rows = segment.rows
+                grad_weight_N[rows] += grad_NH[rows] @ bias_EH[segment.expert].to(grad_NH.dtype)
         return unweighted_NI.mul_(weight_N1), grad_weight_N, factors
 
     def _through_norm(
         self, block: RowBlock, hidden_NI: torch.Tensor, grad_NH: torch.Tensor, weight_N1: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, FactorGradients | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[FactorGradients]]:
         """As `_linear_second`, where a norm stands between the projection and the routing weight."""
         assert self.weights.post_norm is not None
         normed_NH, through_norm = _differentiable(self.weights.post_norm, self.down.forward(hidden_NI, block))

@@ -1,18 +1,20 @@
-"""Which rows each expert computes: the routing sorted by expert, in blocks of bounded size.
+"""Which rows are computed together: the routing sorted by expert, in blocks of bounded size.
 
-The rows themselves are never sorted into a copy; a block gathers its own when its turn comes.
+A block is a run of experts with few rows each, or a part of one with many: what is done number by number is done for
+all of a block at once. The rows are never sorted into a copy of all; a block gathers its own when its turn comes.
 
-    T tokens, K experts per token, N rows of a block, H hidden
+    T tokens, K experts per token, N rows of a block, padded, H hidden
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Routing", "RowBlock", "is_imagined"]
+__all__ = ["Routing", "RowBlock", "Segment", "is_imagined"]
 
 _FEWEST_ROWS = 16
 """BLAS picks other kernels for a few rows, and then a row's bits depend on how many neighbours it has. Padding to this
@@ -21,36 +23,50 @@ _BUSY = 2
 """How many times its even share a busy expert is taken to have, where there are no numbers to route by."""
 _MULTIPLE = 4
 """BLAS takes as long for 33 rows as for 36."""
+_TOGETHER = 256
+"""Rows up to which experts are put together: enough for the calls not to count, and no more than a cache holds."""
+_TASKS = 16
+"""Blocks there should be at least, so that all cores have work until the end."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one expert within a block, padding at their end included."""
+
+    expert: int
+    rows: slice
+    is_first: bool
+    is_only: bool
+    """Whether it has the expert's first rows, and all of them."""
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows of one expert: their place among all rows sorted by expert, and each one's token, padded, [N]."""
+    """Real rows' place among all rows sorted by expert, each padded row's token [N], and where the real ones are."""
 
-    expert: int
     rows: slice
     token: torch.Tensor
-    is_first: bool
-    is_only: bool
-    """Whether it is its expert's first block, and the only one."""
-
-    @property
-    def count(self) -> int:
-        """Real rows."""
-        return int(self.rows.stop) - int(self.rows.start)
+    real: torch.Tensor | None
+    """Among the N; None where all are."""
+    segments: tuple[Segment, ...]
 
     def gather(self, source_TH: torch.Tensor) -> torch.Tensor:
-        """[N, H]; padding rows repeat the first one."""
+        """[N, H]; padding rows repeat their expert's first one."""
         return source_TH.index_select(0, self.token)
 
+    def strip(self, rows_NH: torch.Tensor) -> torch.Tensor:
+        """The real rows."""
+        return rows_NH if self.real is None else rows_NH.index_select(0, self.real)
+
     def pad(self, rows_NH: torch.Tensor) -> torch.Tensor:
-        """The block's real rows, zero ones below them up to N."""
-        short = self.token.shape[0] - rows_NH.shape[0]
-        return torch.cat([rows_NH, rows_NH.new_zeros(short, *rows_NH.shape[1:])]) if short else rows_NH
+        """The block's real rows, zero ones between them up to N."""
+        if self.real is None:
+            return rows_NH
+        return rows_NH.new_zeros(self.token.shape[0], *rows_NH.shape[1:]).index_copy_(0, self.real, rows_NH)
 
     def scatter_add(self, target_TH: torch.Tensor, rows_NH: torch.Tensor) -> None:
-        """Add the real rows to their tokens, which are all different."""
-        target_TH.index_add_(0, self.token[: self.count], rows_NH[: self.count].to(target_TH.dtype))
+        """Add the real rows to their tokens; where a token has several, in the order of its experts."""
+        target_TH.index_add_(0, self.strip(self.token), self.strip(rows_NH).to(target_TH.dtype))
 
 
 class Routing:
@@ -70,13 +86,7 @@ class Routing:
         counts = _imagined_counts(index_TK, num_experts) if self.is_imagined else _counts(flat, num_experts)
         self.idle = [expert for expert, count in enumerate(counts) if not count]
         """Experts that nobody chose."""
-        self.blocks: list[RowBlock] = []
-        start = 0
-        for expert, count in enumerate(counts):
-            for first in range(start, start + count, most_rows):
-                rows = slice(first, min(first + most_rows, start + count))
-                self.blocks.append(RowBlock(expert, rows, _padded(token[rows]), first == start, count <= most_rows))
-            start += count
+        self.blocks = list(_blocks(counts, token, most_rows))
 
     def sort(self, values_TK: torch.Tensor) -> torch.Tensor:
         """A value a row, sorted by expert, [S]."""
@@ -98,13 +108,61 @@ def _counts(flat_S: torch.Tensor, num_experts: int) -> list[int]:
 
 
 def _imagined_counts(index_TK: torch.Tensor, num_experts: int) -> list[int]:
-    """Rows of two busy experts: what all of them hold at once, blocks being let go one after the other, is no more."""
+    """Rows of as many busy experts as fill two blocks: what all of them hold at once, blocks being let go one after the
+    other, is no more."""
     tokens, slots = index_TK.shape
     busy = max(1, min(tokens, _BUSY * tokens * slots // num_experts))
-    return [busy, min(busy, tokens * slots - busy)][: min(2, num_experts)]
+    counts: list[int] = []
+    left = tokens * slots
+    while left and len(counts) < num_experts and (len(counts) < 2 or sum(counts) < 2 * _TOGETHER):
+        counts.append(min(busy, left))
+        left -= counts[-1]
+    return counts
 
 
-def _padded(token_N: torch.Tensor) -> torch.Tensor:
-    count = token_N.shape[0]
-    short = max(_FEWEST_ROWS, -(-count // _MULTIPLE) * _MULTIPLE) - count
-    return torch.cat([token_N, token_N[:1].expand(short)]) if short else token_N
+def _padded(count: int) -> int:
+    return max(_FEWEST_ROWS, -(-count // _MULTIPLE) * _MULTIPLE)
+
+
+def _blocks(counts: list[int], token_S: torch.Tensor, most_rows: int) -> Iterator[RowBlock]:
+    """Pieces of at most so many rows, put together where they are small."""
+    pieces = [
+        (expert, first, min(most_rows, count - first), count)
+        for expert, count in enumerate(counts)
+        for first in range(0, count, most_rows)
+    ]
+    if not pieces:
+        return
+    sizes, padded = [piece[2] for piece in pieces], [_padded(piece[2]) for piece in pieces]
+    token, real = _places(token_S, sizes, padded)
+    together = min(_TOGETHER, most_rows, sum(sizes) // _TASKS)
+    start = first_row = first_place = 0
+    while start < len(pieces):
+        stop = start + 1
+        while stop < len(pieces) and sum(padded[start : stop + 1]) <= together:
+            stop += 1
+        rows, places = sum(sizes[start:stop]), sum(padded[start:stop])
+        segments, at = [], 0
+        for (expert, first, _, count), size in zip(pieces[start:stop], padded[start:stop], strict=True):
+            segments.append(Segment(expert, slice(at, at + size), first == 0, count <= most_rows))
+            at += size
+        mine = slice(first_row, first_row + rows)
+        yield RowBlock(
+            mine,
+            token[first_place : first_place + places],
+            None if rows == places else real[mine] - first_place,
+            tuple(segments),
+        )
+        start, first_row, first_place = stop, first_row + rows, first_place + places
+
+
+def _places(token_S: torch.Tensor, sizes: list[int], padded: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of all pieces one after the other with their padding, and where among these the real rows are."""
+    device = token_S.device
+    size, room = (torch.tensor(each, device=device) for each in (sizes, padded))
+    first, first_padded = size.cumsum(0) - size, room.cumsum(0) - room
+    piece = torch.arange(len(sizes), device=device).repeat_interleave(room, output_size=sum(padded))
+    offset = torch.arange(sum(padded), device=device) - first_padded[piece]
+    row = first[piece] + torch.where(offset < size[piece], offset, 0)
+    shift = (first_padded - first).repeat_interleave(size, output_size=sum(sizes))
+    return token_S[row], torch.arange(sum(sizes), device=device) + shift

@@ -1,4 +1,6 @@
-"""Products with one expert of a stack: int8 weights through a cache-sized buffer, the low-rank update beside them.
+"""Products of a block's rows with their experts' weights, the low-rank update beside them.
+
+Int8 weights are multiplied as they are where the machine has units for that, else through a cache-sized buffer.
 
 N rows of a block, S rows of all, E experts, O outputs, I inputs, R rank
 a weight is stored as [O, I], or [I, O] transposed
@@ -13,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from toolkit.ops.factors import LoraFactors
-from toolkit.ops.rows import RowBlock, is_imagined
-from toolkit.quant import ExpertStack, can_multiply, multiply
+from toolkit.ops.rows import RowBlock, Segment, is_imagined
+from toolkit.quant import ExpertStack, can_multiply, multiply_each
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
 
@@ -61,13 +63,16 @@ class Products:
 
     def forward(self, x_NI: torch.Tensor, block: RowBlock) -> torch.Tensor:
         """x Wᵀ + b and the update: [N, O]."""
-        y_NO = self._product(x_NI, block.expert, self.outputs, transposed=not self.stack.is_transposed)
-        if self.stack.scale is not None:
-            y_NO.mul_(self.stack.scale[block.expert].to(y_NO.dtype))
-        if self.stack.bias is not None:
-            y_NO.add_(self.stack.bias[block.expert].to(y_NO.dtype))
-        if self.A is not None and self.B is not None:
-            y_NO.addmm_(self._low(x_NI, self.A[block.expert], block), self.B[block.expert].t(), alpha=self.scaling)
+        y_NO = self._product(x_NI, block, self.outputs, transposed=not self.stack.is_transposed)
+        low_NR = None if self.A is None else self._low(x_NI, self.A, block)
+        for segment in block.segments:
+            rows, expert = segment.rows, segment.expert
+            if self.stack.scale is not None:
+                y_NO[rows].mul_(self.stack.scale[expert].to(y_NO.dtype))
+            if self.stack.bias is not None:
+                y_NO[rows].add_(self.stack.bias[expert].to(y_NO.dtype))
+            if low_NR is not None and self.B is not None:
+                y_NO[rows].addmm_(low_NR[rows], self.B[expert].t(), alpha=self.scaling)
         return y_NO
 
     def backward(
@@ -78,56 +83,71 @@ class Products:
         weight_N1: torch.Tensor | None = None,
         *,
         needs_input: bool = True,
-    ) -> tuple[torch.Tensor | None, FactorGradients | None]:
-        """Gradients of the input, grad W and the update's share [N, I], and of the factors.
+    ) -> tuple[torch.Tensor | None, list[FactorGradients]]:
+        """Gradients of the input, grad W and the update's share [N, I], and of the factors, segment by segment.
 
         Args:
             weight_N1: what each row's gradient still has to be multiplied with. The factors' gradients take it in; the
                 input's leaves it out.
             needs_input: whether the first is wanted.
         """
-        grad_NI = self._input_product(grad_NO, block.expert) if needs_input else None
+        grad_NI = self._input_product(grad_NO, block) if needs_input else None
         if self.A is None or self.B is None:
-            return grad_NI, None
-        A_RI = self.A[block.expert]
-        low_NR = self._low(x_NI, A_RI, block) * self.scaling
-        grad_NR = (grad_NO @ self.B[block.expert]).mul_(self.scaling)
+            return grad_NI, []
+        low_NR = self._low(x_NI, self.A, block) * self.scaling
+        grad_NR = torch.empty_like(low_NR)
+        for segment in block.segments:
+            torch.mm(grad_NO[segment.rows], self.B[segment.expert], out=grad_NR[segment.rows])
+        grad_NR.mul_(self.scaling)
         if grad_NI is not None:
-            grad_NI.addmm_(grad_NR, A_RI)
+            for segment in block.segments:
+                grad_NI[segment.rows].addmm_(grad_NR[segment.rows], self.A[segment.expert])
         if weight_N1 is not None:
             low_NR.mul_(weight_N1)
             grad_NR.mul_(weight_N1)
         # B's as [R, O]: BLAS is twice as fast at few rows as at few columns.
-        return grad_NI, (grad_NR.t() @ x_NI, low_NR.t() @ grad_NO)
+        places = [segment.rows for segment in block.segments]
+        return grad_NI, [(grad_NR[rows].t() @ x_NI[rows], low_NR[rows].t() @ grad_NO[rows]) for rows in places]
 
-    def _low(self, x_NI: torch.Tensor, A_RI: torch.Tensor, block: RowBlock) -> torch.Tensor:
+    def _low(self, x_NI: torch.Tensor, A_ERI: torch.Tensor, block: RowBlock) -> torch.Tensor:
         if self.low is not None and self.is_known:
             return block.pad(self.low[block.rows])
-        low_NR = x_NI @ A_RI.t()
+        low_NR = x_NI.new_empty(x_NI.shape[0], A_ERI.shape[1])
+        for segment in block.segments:
+            torch.mm(x_NI[segment.rows], A_ERI[segment.expert].t(), out=low_NR[segment.rows])
         if self.low is not None:
-            self.low[block.rows] = low_NR[: block.count]
+            self.low[block.rows] = block.strip(low_NR)
         return low_NR
 
-    def _input_product(self, grad_NO: torch.Tensor, expert: int) -> torch.Tensor:
-        scaled = grad_NO if self.stack.scale is None else grad_NO * self.stack.scale[expert].to(grad_NO.dtype)
-        return self._product(scaled, expert, self.inputs, transposed=self.stack.is_transposed)
+    def _input_product(self, grad_NO: torch.Tensor, block: RowBlock) -> torch.Tensor:
+        scaled = grad_NO
+        if self.stack.scale is not None:
+            scaled = torch.empty_like(grad_NO)
+            for segment in block.segments:
+                scale = self.stack.scale[segment.expert].to(grad_NO.dtype)
+                torch.mul(grad_NO[segment.rows], scale, out=scaled[segment.rows])
+        return self._product(scaled, block, self.inputs, transposed=self.stack.is_transposed)
 
-    def _product(self, x: torch.Tensor, expert: int, width: int, *, transposed: bool) -> torch.Tensor:
-        """x times an expert's stored weight [P, Q], or times its transpose, scale left out: [N, width]."""
-        if can_multiply(x, self.stack.weight):
-            return multiply(x, self.stack.weight[expert], transposed=transposed)
+    def _product(self, x: torch.Tensor, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
+        """x times its experts' stored weights [P, Q], or times their transposes, scale left out: [N, width]."""
+        stored = self.stack.weight
+        if can_multiply(x, stored):
+            parts = [(segment.rows, stored[segment.expert]) for segment in block.segments]
+            return multiply_each(x, parts, width, transposed=transposed)
         result = x.new_empty(x.shape[0], width)
-        for rows, block in self._blocks(expert, x.dtype):
-            if transposed:
-                torch.mm(x, block.t(), out=result[:, rows])
-            elif rows.start == 0:
-                torch.mm(x[:, rows], block, out=result)
-            else:
-                result.addmm_(x[:, rows], block)
+        for segment in block.segments:
+            mine, out = x[segment.rows], result[segment.rows]
+            for rows, weight in self._parts(segment.expert, x.dtype):
+                if transposed:
+                    torch.mm(mine, weight.t(), out=out[:, rows])
+                elif rows.start == 0:
+                    torch.mm(mine[:, rows], weight, out=out)
+                else:
+                    out.addmm_(mine[:, rows], weight)
         return result
 
-    def _blocks(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows of an expert's stored weight in the compute dtype, each block in the place of the last."""
+    def _parts(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of an expert's stored weight in the compute dtype, each part in the place of the last."""
         weight = self.stack.weight[expert]
         if weight.dtype == dtype:
             yield slice(0, weight.shape[0]), weight
@@ -171,19 +191,26 @@ class StackGradients:
         A[idle], B[idle] = 0, 0
         return cls(A, B)
 
-    def take(self, block: RowBlock, found: FactorGradients | None) -> FactorGradients | None:
+    def take(self, block: RowBlock, found: list[FactorGradients]) -> list[FactorGradients | None]:
         """Write at once what nothing else is added to; what has to wait for its turn is given back."""
-        if not block.is_only:
-            return found
-        self.add(block, found)
-        return None
+        waiting: list[FactorGradients | None] = []
+        for segment, gradients in zip(block.segments, found, strict=False):
+            waiting.append(None if segment.is_only else gradients)
+            if segment.is_only:
+                self._add(segment, gradients)
+        return waiting
 
-    def add(self, block: RowBlock, found: FactorGradients | None) -> None:
-        """Add what one block of an expert's rows gives; an expert's blocks one after the other."""
-        if found is None or self.A is None or self.B is None:
-            return
-        for target, part in ((self.A[block.expert], found[0]), (self.B[block.expert].t(), found[1])):
-            if block.is_first:
+    def add(self, block: RowBlock, waiting: list[FactorGradients | None]) -> None:
+        """Add what one block of rows gives; an expert's blocks one after the other."""
+        for segment, gradients in zip(block.segments, waiting, strict=False):
+            if gradients is not None:
+                self._add(segment, gradients)
+
+    def _add(self, segment: Segment, gradients: FactorGradients) -> None:
+        assert self.A is not None
+        assert self.B is not None
+        for target, part in zip((self.A[segment.expert], self.B[segment.expert].t()), gradients, strict=True):
+            if segment.is_first:
                 target.copy_(part)
             else:
                 target.add_(part)

@@ -11,13 +11,14 @@ scheme (Ootomo, Ozaki, Yokota: DGEMM on integer matrix multiplication unit, 2024
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from functools import cache
 from math import prod
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["can_multiply", "multiply"]
+__all__ = ["can_multiply", "multiply", "multiply_each"]
 
 _DIGITS = 3
 _LARGEST = 127
@@ -26,8 +27,9 @@ _SMALLEST = 1e-30
 """A row of nothing larger counts as if this were its largest number: the inverse of a smaller one is infinite."""
 _MOST_INPUTS = (2**31 - 1) // (128 * 128)
 """Beyond so many a sum of products might not fit into int32."""
-_ROWS, _COLUMNS = 256, 512
-"""Of a result computed at a time: what is between the digits and the result stays in a core's own cache."""
+_ROWS = 256
+_COLUMNS, _SUMS = 512, 1 << 18
+"""Rows computed at a time, and columns: that many at least, and so many of both that sums stay near the core."""
 _PROBE = 64
 
 
@@ -46,39 +48,68 @@ def can_multiply(x: torch.Tensor, stored: torch.Tensor) -> bool:
 def multiply(x_NI: torch.Tensor, stored_PQ: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     """x times an int8 weight, or times its transpose: [N, O] in fp32. Of each row the error is at most 2⁻²⁴ of its
     largest number times the sum of the weights' magnitudes, and that of three additions."""
-    weight_IO = stored_PQ.t() if transposed else stored_PQ
-    result = x_NI.new_empty(x_NI.shape[0], weight_IO.shape[1])
-    for start in range(0, x_NI.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
+    width = stored_PQ.shape[0 if transposed else 1]
+    return multiply_each(x_NI, [(slice(0, x_NI.shape[0]), stored_PQ)], width, transposed=transposed)
+
+
+def multiply_each(
+    x_NI: torch.Tensor, parts: Sequence[tuple[slice, torch.Tensor]], width: int, *, transposed: bool
+) -> torch.Tensor:
+    """The same of rows that have a weight of their own each: `parts` are runs of them, one after the other."""
+    result = x_NI.new_empty(x_NI.shape[0], width)
+    for rows, pieces in _chunks(parts):
         digits, unit_N1 = _digits(x_NI[rows])
-        for first in range(0, weight_IO.shape[1], _COLUMNS):
-            columns = slice(first, first + _COLUMNS)
-            _put_together(digits, weight_IO[:, columns], unit_N1, result[rows, columns])
+        step = max(_COLUMNS, _SUMS // max(1, digits.shape[0]))
+        for first in range(0, width, step):
+            columns = slice(first, first + step)
+            out = result[rows, columns]
+            sums = _room("sums", (*digits.shape[:2], out.shape[1]), torch.int32)
+            for piece, stored_PQ in pieces:
+                weight_IO = stored_PQ[columns].t() if transposed else stored_PQ[:, columns]
+                torch._int_mm(digits[piece].flatten(0, 1), weight_IO, out=sums[piece].flatten(0, 1))
+            _put_together(sums, unit_N1, out)
     return result
 
 
+Pieces = list[tuple[slice, torch.Tensor]]
+
+
+def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice, Pieces]]:
+    """Rows that are computed at a time, and within them those of each weight."""
+    start = stop = 0
+    pieces: Pieces = []
+    for rows, stored in parts:
+        for first in range(rows.start, rows.stop, _ROWS):
+            last = min(first + _ROWS, rows.stop)
+            if pieces and last - start > _ROWS:
+                yield slice(start, stop), pieces
+                start, pieces = stop, []
+            pieces.append((slice(first - start, last - start), stored))
+            stop = last
+    if pieces:
+        yield slice(start, stop), pieces
+
+
 def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits [3, N, I], the highest first, and what the lowest one is worth, [N, 1]."""
-    shape = x_NI.shape
-    digits = _room("digits", (_DIGITS, *shape), torch.int8)
-    rest, whole = _room("rest", shape, torch.float32), _room("whole", shape, torch.float32)
+    """Digits [N, 3, I], the highest first, and what the lowest one is worth, [N, 1]."""
+    rows, inputs = x_NI.shape
+    digits = _room("digits", (rows, _DIGITS, inputs), torch.int8)
+    rest, whole = (_room(name, (rows, inputs), torch.float32) for name in ("rest", "whole"))
     torch.abs(x_NI, out=rest)
     # Infinity and NaN go through the unit, whatever the digits are.
     largest_N1 = rest.amax(1, keepdim=True).clamp_min_(_SMALLEST)
     torch.mul(x_NI, _LARGEST / largest_N1, out=rest)
     for place in range(_DIGITS):
         torch.round(rest, out=whole)
-        digits[place].copy_(whole)
+        digits[:, place].copy_(whole)
         if place + 1 < _DIGITS:
             rest.sub_(whole).mul_(_BASE)
-    return digits, largest_N1 / (_LARGEST * _BASE ** (_DIGITS - 1))
+    return digits, largest_N1.mul_(1.0 / (_LARGEST * _BASE ** (_DIGITS - 1)))
 
 
-def _put_together(digits: torch.Tensor, weight_IO: torch.Tensor, unit_N1: torch.Tensor, out_NO: torch.Tensor) -> None:
-    rows, outputs = out_NO.shape
-    sums = _room("sums", (_DIGITS * rows, outputs), torch.int32)
-    torch._int_mm(digits.view(_DIGITS * rows, -1), weight_IO, out=sums)
-    first, *others = sums.view(_DIGITS, rows, outputs)
+def _put_together(sums: torch.Tensor, unit_N1: torch.Tensor, out_NO: torch.Tensor) -> None:
+    """From the digits' products [N, 3, O]."""
+    first, *others = sums.unbind(1)
     out_NO.copy_(first)
     for each in others:
         torch.add(each, out_NO, alpha=_BASE, out=out_NO)
