@@ -86,19 +86,31 @@ def name_of(shape: Shape) -> str:
     return f"E{shape.experts}-H{shape.hidden}-I{shape.intermediate}-K{shape.top_k}-T{shape.tokens}"
 
 
-def base_flops(shape: Shape, recomputing: bool = False) -> int:
-    """Operations of the frozen matrices in a step: up and down forward, both dX, and maybe up again in backward."""
+def base_flops(shape: Shape, again: float = 0.0) -> int:
+    """Operations of the frozen matrices in a step: up and down forward, both dX, and `again` in backward up's share."""
     up, down = (shape.stack(name)[0] * shape.stack(name)[1] for name in ("gate_up_proj", "down_proj"))
-    return 2 * shape.tokens * shape.top_k * (2 * (up + down) + (up if recomputing else 0))
+    return int(2 * shape.tokens * shape.top_k * (2 * (up + down) + again * up))
 
 
-def lora_flops(shape: Shape, recomputing: bool = False) -> int:
+def lora_flops(shape: Shape, again: float = 0.0) -> int:
     """Those of the factors: x Aᵀ and (x Aᵀ) Bᵀ forward, the latter maybe again for up, then g B, dA, dB and dX."""
     H, inner = shape.hidden, shape.intermediate
     forward = (H + 2 * inner) + (inner + H)
-    again = 2 * inner if recomputing else 0
     gradients = 2 * ((2 * inner + H) + (H + inner))
-    return 2 * shape.tokens * shape.top_k * shape.rank * (forward + again + gradients)
+    return int(2 * shape.tokens * shape.top_k * shape.rank * (forward + again * 2 * inner + gradients))
+
+
+def computed_again(shape: Shape, recomputing: bool) -> float:
+    """The share of up's rows that our backward computes again: all, or those that were not kept."""
+    from toolkit.ops.per_expert import kept_rows
+    from toolkit.quant import ExpertStack, ExpertWeights
+
+    names = ("gate_up_proj", "down_proj")
+    sizes = [(shape.experts, *shape.stack(name)) for name in names]
+    up, down = (ExpertStack(torch.empty(size, dtype=torch.int8, device="meta"), None, None, False) for size in sizes)
+    rows = shape.tokens * shape.top_k
+    kept = kept_rows(rows, shape.stack(names[0])[0], ExpertWeights(up, down, torch.nn.Identity()), torch.float32)
+    return 1.0 if recomputing else 1.0 - kept / rows
 
 
 @contextmanager
@@ -186,9 +198,10 @@ def measure(shape: Shape, options: argparse.Namespace) -> Figures:
 
 
 def _work(shape: Shape, rate: float, seconds: float, recomputing: bool) -> Figures:
-    base, lora = base_flops(shape, recomputing), lora_flops(shape, recomputing)
+    again = computed_again(shape, recomputing)
+    base, lora = base_flops(shape, again), lora_flops(shape, again)
     shares = {"share_of_sgemm": base / seconds / rate, "share_with_lora": (base + lora) / seconds / rate}
-    return {"base_gflop": base / 1e9, "lora_gflop": lora / 1e9, **shares}
+    return {"computed_again": again, "base_gflop": base / 1e9, "lora_gflop": lora / 1e9, **shares}
 
 
 def show(figures: Figures) -> None:

@@ -23,10 +23,12 @@ from toolkit.ops.presence import present
 from toolkit.ops.rows import Routing, RowBlock
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
-from toolkit.quant import ExpertWeights
+from toolkit.quant import Digits, ExpertWeights
 
-__all__ = ["expert_layer"]
+__all__ = ["expert_layer", "kept_rows"]
 
+_KEPT_OF_WEIGHTS = 3
+"""Of the weights' bytes, one in so many: what is kept grows with the tokens, and is to stay small beside the layer."""
 _MOST_ROWS = 512
 """Rows computed at a time: enough for a full-speed product, and one hot expert is still shared among the cores."""
 
@@ -43,9 +45,9 @@ def expert_layer(
 ) -> torch.Tensor:
     """The weighted sum of every token's experts: [T, H], in x's dtype. As `reference.expert_layer`.
 
-    Backward needs the first projection's output [S, O] again. It computes it again, which adds a fifth to the layer's
-    arithmetic, or reads it where `keep_up` kept it. Under gradient checkpointing keeping is nearly free: one layer's is
-    alive at a time, and computing it again would be the third time.
+    Backward needs the first projection's output [S, O] again. It computes it again, which adds a third to the layer's
+    arithmetic, or reads what `keep_up` kept, see `kept_rows`. Under gradient checkpointing keeping is nearly free: one
+    layer's is alive at a time, and computing it again would be the third time.
     """
     pairs = [(None, None, 1.0) if lora is None else (lora.A, lora.B, lora.scaling) for lora in (up_lora, down_lora)]
     factors = [None if factor is None else factor.to(x_TH.dtype) for A, B, _ in pairs for factor in (A, B)]
@@ -68,17 +70,19 @@ class _ExpertLayer(torch.autograd.Function):
         lows = [x_TH.new_empty(rows, A.shape[1]) if trains and A is not None else None for A in (up_A, down_A)]
         up = Products.of(there.up, _factors(up_A, up_B, scalings[0]), lows[0])
         down = Products.of(there.down, _factors(down_A, down_B, scalings[1]), lows[1])
-        kept_SO = x_TH.new_empty(rows, up.outputs) if trains and keep_up else None
+        kept = kept_rows(rows, up.outputs, weights, x_TH.dtype)
+        kept_SO = x_TH.new_empty(kept, up.outputs) if trains and keep_up else None
         if keep_up:  # then the factors in the order they are computed with, too
             up_B, down_B = up.B, down.B
         ctx.save_for_backward(x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, *lows, kept_SO)
         ctx.weights, ctx.scalings = weights, scalings
         routing, out_TH = _routing(index_TK, weights), torch.zeros_like(x_TH)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
+        digits = up.digits(x_TH)
 
         def compute(block: RowBlock) -> torch.Tensor:
-            y_NO = up.forward(block.gather(x_TH), block)
-            if kept_SO is not None:
+            y_NO = up.forward(block.gather(x_TH), block, digits)
+            if kept_SO is not None and block.is_within(kept_SO):
                 kept_SO[block.rows] = block.strip(y_NO)
             y_NH = down.forward(weights.gate(y_NO), block)
             if weights.post_norm is not None:
@@ -104,8 +108,9 @@ class _ExpertLayer(torch.autograd.Function):
         down = Products.of(there.down, _factors(down_A, down_B, ctx.scalings[1]), down_low, is_known=True)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
         up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
+        digits = up.digits(x_TH) if kept_SO is None or len(kept_SO) < len(weight_S1) else None
         layer = _Backward(
-            ctx.weights, up, down, up_grads, down_grads, x_TH, weight_S1, grad_TH.contiguous(), kept_SO, needs_x
+            ctx.weights, up, down, up_grads, down_grads, x_TH, digits, weight_S1, grad_TH.contiguous(), kept_SO, needs_x
         )
         grad_x_TH = torch.zeros_like(x_TH) if needs_x else None
         grad_weight_S = weight_S1.new_zeros(weight_S1.shape[0])
@@ -120,6 +125,12 @@ class _ExpertLayer(torch.autograd.Function):
         _run(routing, layer.compute, collect, x_TH.device)
         grad_weight_TK = routing.unsort(grad_weight_S.to(weight_TK.dtype), weight_TK)
         return grad_x_TH, grad_weight_TK, up_grads.A, up_grads.B, down_grads.A, down_grads.B, *(None,) * 4
+
+
+def kept_rows(rows: int, outputs: int, weights: ExpertWeights, dtype: torch.dtype) -> int:
+    """How many rows of [S, O] are kept for backward: as many as take a third of what the layer's weights do."""
+    room = (weights.up.weight.nbytes + weights.down.weight.nbytes) // _KEPT_OF_WEIGHTS
+    return min(rows, room // (outputs * dtype.itemsize))
 
 
 def _factors(A: torch.Tensor | None, B: torch.Tensor | None, scaling: float) -> LoraFactors | None:
@@ -159,6 +170,7 @@ class _Backward:
     up_grads: StackGradients
     down_grads: StackGradients
     x_TH: torch.Tensor
+    digits: Digits | None
     weight_S1: torch.Tensor
     grad_TH: torch.Tensor
     kept_SO: torch.Tensor | None
@@ -166,10 +178,11 @@ class _Backward:
 
     def compute(self, block: RowBlock) -> _Gradients:
         x_NH, grad_NH = block.gather(self.x_TH), block.gather(self.grad_TH)
-        kept = None if self.kept_SO is None else block.pad(self.kept_SO[block.rows])
-        hidden_NI, through_gate = _differentiable(
-            self.weights.gate, self.up.forward(x_NH, block) if kept is None else kept
-        )
+        if self.kept_SO is not None and block.is_within(self.kept_SO):
+            y_NO = block.pad(self.kept_SO[block.rows])
+        else:
+            y_NO = self.up.forward(x_NH, block, self.digits)
+        hidden_NI, through_gate = _differentiable(self.weights.gate, y_NO)
         second = self._linear_second if self.weights.post_norm is None else self._through_norm
         grad_hidden_NI, grad_weight_N, down = second(block, hidden_NI, grad_NH, block.pad(self.weight_S1[block.rows]))
         grad_x_NH, up = self.up.backward(x_NH, through_gate(grad_hidden_NI), block, needs_input=self.needs_x)

@@ -50,6 +50,10 @@ class RowBlock:
     """Among the N; None where all are."""
     segments: tuple[Segment, ...]
 
+    def is_within(self, first_rows: torch.Tensor) -> bool:
+        """Whether these, the first of all rows, have all of the block's."""
+        return int(self.rows.stop) <= len(first_rows)
+
     def gather(self, source_TH: torch.Tensor) -> torch.Tensor:
         """[N, H]; padding rows repeat their expert's first one."""
         return source_TH.index_select(0, self.token)

@@ -16,7 +16,7 @@ import torch
 
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.rows import RowBlock, Segment, is_imagined
-from toolkit.quant import ExpertStack, can_multiply, multiply_each
+from toolkit.quant import Digits, ExpertStack, can_multiply, multiply_each
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
 
@@ -61,9 +61,14 @@ class Products:
         """I."""
         return self.stack.weight.shape[1 if self.stack.is_transposed else 2]
 
-    def forward(self, x_NI: torch.Tensor, block: RowBlock) -> torch.Tensor:
-        """x Wᵀ + b and the update: [N, O]."""
-        y_NO = self._product(x_NI, block, self.outputs, transposed=not self.stack.is_transposed)
+    def digits(self, x_TI: torch.Tensor) -> Digits | None:
+        """Of all tokens at once, where products take digits: a token has several experts."""
+        return Digits.of(x_TI) if can_multiply(x_TI, self.stack.weight) else None
+
+    def forward(self, x_NI: torch.Tensor, block: RowBlock, digits: Digits | None = None) -> torch.Tensor:
+        """x Wᵀ + b and the update: [N, O]. `digits`: of all tokens, where they are known."""
+        factor = x_NI if digits is None else digits.gather(block.token)
+        y_NO = self._product(factor, block, self.outputs, transposed=not self.stack.is_transposed)
         low_NR = None if self.A is None else self._low(x_NI, self.A, block)
         for segment in block.segments:
             rows, expert = segment.rows, segment.expert
@@ -128,10 +133,10 @@ class Products:
                 torch.mul(grad_NO[segment.rows], scale, out=scaled[segment.rows])
         return self._product(scaled, block, self.inputs, transposed=self.stack.is_transposed)
 
-    def _product(self, x: torch.Tensor, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
+    def _product(self, x: torch.Tensor | Digits, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
         """x times its experts' stored weights [P, Q], or times their transposes, scale left out: [N, width]."""
         stored = self.stack.weight
-        if can_multiply(x, stored):
+        if isinstance(x, Digits) or can_multiply(x, stored):
             parts = [(segment.rows, stored[segment.expert]) for segment in block.segments]
             return multiply_each(x, parts, width, transposed=transposed)
         result = x.new_empty(x.shape[0], width)

@@ -1,6 +1,6 @@
 """Int8 storage of expert stacks and linears, loading a checkpoint into it, and writing one."""
 
-from toolkit.quant.digits import can_multiply, multiply, multiply_each
+from toolkit.quant.digits import Digits, can_multiply, multiply, multiply_each
 from toolkit.quant.experts import ExpertStack, ExpertWeights, expert_weights
 from toolkit.quant.int8 import Int8Linear, dequantize, quantize
 from toolkit.quant.load import Coverage, dequantize_state, load_int8, measure
@@ -9,6 +9,7 @@ from toolkit.quant.save import WrittenCheckpoint, fetch, quantize_checkpoint, re
 
 __all__ = [
     "Coverage",
+    "Digits",
     "ExpertStack",
     "ExpertWeights",
     "Int8Config",

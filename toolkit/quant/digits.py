@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["can_multiply", "multiply", "multiply_each"]
+__all__ = ["Digits", "can_multiply", "multiply", "multiply_each"]
 
 _DIGITS = 3
 _LARGEST = 127
@@ -52,13 +53,37 @@ def multiply(x_NI: torch.Tensor, stored_PQ: torch.Tensor, *, transposed: bool) -
     return multiply_each(x_NI, [(slice(0, x_NI.shape[0]), stored_PQ)], width, transposed=transposed)
 
 
+@dataclass(frozen=True)
+class Digits:
+    """Rows as digits [N, 3, I], the highest first, and what the lowest one is worth, [N, 1]."""
+
+    digits: torch.Tensor
+    unit_N1: torch.Tensor
+
+    @classmethod
+    def of(cls, x_NI: torch.Tensor) -> Digits:
+        """Of rows that several products take."""
+        rows, inputs = x_NI.shape
+        whole = cls(x_NI.new_empty(rows, _DIGITS, inputs, dtype=torch.int8), x_NI.new_empty(rows, 1))
+        for start in range(0, rows, _ROWS):
+            chunk = slice(start, start + _ROWS)
+            _write_digits(x_NI[chunk], whole.digits[chunk], whole.unit_N1[chunk])
+        return whole
+
+    def gather(self, index_N: torch.Tensor) -> Digits:
+        """Those rows."""
+        return Digits(self.digits.index_select(0, index_N), self.unit_N1.index_select(0, index_N))
+
+
 def multiply_each(
-    x_NI: torch.Tensor, parts: Sequence[tuple[slice, torch.Tensor]], width: int, *, transposed: bool
+    x_NI: torch.Tensor | Digits, parts: Sequence[tuple[slice, torch.Tensor]], width: int, *, transposed: bool
 ) -> torch.Tensor:
     """The same of rows that have a weight of their own each: `parts` are runs of them, one after the other."""
-    result = x_NI.new_empty(x_NI.shape[0], width)
+    known = x_NI if isinstance(x_NI, Digits) else None
+    like = x_NI.unit_N1 if isinstance(x_NI, Digits) else x_NI
+    result = like.new_empty(like.shape[0], width)
     for rows, pieces in _chunks(parts):
-        digits, unit_N1 = _digits(x_NI[rows])
+        digits, unit_N1 = (known.digits[rows], known.unit_N1[rows]) if known else _digits(like[rows])
         step = max(_COLUMNS, _SUMS // max(1, digits.shape[0]))
         for first in range(0, width, step):
             columns = slice(first, first + step)
@@ -91,10 +116,15 @@ def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice
 
 
 def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits [N, 3, I], the highest first, and what the lowest one is worth, [N, 1]."""
+    """As `Digits`, in memory that the thread's next call overwrites."""
     rows, inputs = x_NI.shape
-    digits = _room("digits", (rows, _DIGITS, inputs), torch.int8)
-    rest, whole = (_room(name, (rows, inputs), torch.float32) for name in ("rest", "whole"))
+    digits, unit_N1 = _room("digits", (rows, _DIGITS, inputs), torch.int8), x_NI.new_empty(rows, 1)
+    _write_digits(x_NI, digits, unit_N1)
+    return digits, unit_N1
+
+
+def _write_digits(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
+    rest, whole = (_room(name, x_NI.shape, torch.float32) for name in ("rest", "whole"))
     torch.abs(x_NI, out=rest)
     # Infinity and NaN go through the unit, whatever the digits are.
     largest_N1 = rest.amax(1, keepdim=True).clamp_min_(_SMALLEST)
@@ -104,7 +134,7 @@ def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         digits[:, place].copy_(whole)
         if place + 1 < _DIGITS:
             rest.sub_(whole).mul_(_BASE)
-    return digits, largest_N1.mul_(1.0 / (_LARGEST * _BASE ** (_DIGITS - 1)))
+    torch.mul(largest_N1, 1.0 / (_LARGEST * _BASE ** (_DIGITS - 1)), out=unit_N1)
 
 
 def _put_together(sums: torch.Tensor, unit_N1: torch.Tensor, out_NO: torch.Tensor) -> None:
