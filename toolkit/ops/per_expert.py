@@ -23,11 +23,11 @@ from toolkit.ops.presence import present
 from toolkit.ops.rows import Routing, RowBlock
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
-from toolkit.quant import Digits, ExpertWeights
+from toolkit.quant import ExpertWeights
 
 __all__ = ["expert_layer", "kept_rows"]
 
-_KEPT_OF_WEIGHTS = 3
+_KEPT_OF_WEIGHTS = 4
 """Of the weights' bytes, one in so many: what is kept grows with the tokens, and is to stay small beside the layer."""
 _MOST_ROWS = 512
 """Rows computed at a time: enough for a full-speed product, and one hot expert is still shared among the cores."""
@@ -108,9 +108,8 @@ class _ExpertLayer(torch.autograd.Function):
         down = Products.of(there.down, _factors(down_A, down_B, ctx.scalings[1]), down_low, is_known=True)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
         up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
-        digits = up.digits(x_TH) if kept_SO is None or len(kept_SO) < len(weight_S1) else None
         layer = _Backward(
-            ctx.weights, up, down, up_grads, down_grads, x_TH, digits, weight_S1, grad_TH.contiguous(), kept_SO, needs_x
+            ctx.weights, up, down, up_grads, down_grads, x_TH, weight_S1, grad_TH.contiguous(), kept_SO, needs_x
         )
         grad_x_TH = torch.zeros_like(x_TH) if needs_x else None
         grad_weight_S = weight_S1.new_zeros(weight_S1.shape[0])
@@ -128,7 +127,7 @@ class _ExpertLayer(torch.autograd.Function):
 
 
 def kept_rows(rows: int, outputs: int, weights: ExpertWeights, dtype: torch.dtype) -> int:
-    """How many rows of [S, O] are kept for backward: as many as take a third of what the layer's weights do."""
+    """How many rows of [S, O] are kept for backward: as many as take a quarter of what the weights do."""
     room = (weights.up.weight.nbytes + weights.down.weight.nbytes) // _KEPT_OF_WEIGHTS
     return min(rows, room // (outputs * dtype.itemsize))
 
@@ -170,7 +169,6 @@ class _Backward:
     up_grads: StackGradients
     down_grads: StackGradients
     x_TH: torch.Tensor
-    digits: Digits | None
     weight_S1: torch.Tensor
     grad_TH: torch.Tensor
     kept_SO: torch.Tensor | None
@@ -181,7 +179,7 @@ class _Backward:
         if self.kept_SO is not None and block.is_within(self.kept_SO):
             y_NO = block.pad(self.kept_SO[block.rows])
         else:
-            y_NO = self.up.forward(x_NH, block, self.digits)
+            y_NO = self.up.forward(x_NH, block)
         hidden_NI, through_gate = _differentiable(self.weights.gate, y_NO)
         second = self._linear_second if self.weights.post_norm is None else self._through_norm
         grad_hidden_NI, grad_weight_N, down = second(block, hidden_NI, grad_NH, block.pad(self.weight_S1[block.rows]))

@@ -46,8 +46,8 @@ class RowBlock:
 
     rows: slice
     token: torch.Tensor
-    real: torch.Tensor | None
-    """Among the N; None where all are."""
+    real: torch.Tensor | slice
+    """Among the N; those of a single expert come first."""
     segments: tuple[Segment, ...]
 
     def is_within(self, first_rows: torch.Tensor) -> bool:
@@ -60,13 +60,15 @@ class RowBlock:
 
     def strip(self, rows_NH: torch.Tensor) -> torch.Tensor:
         """The real rows."""
-        return rows_NH if self.real is None else rows_NH.index_select(0, self.real)
+        return rows_NH[self.real] if isinstance(self.real, slice) else rows_NH.index_select(0, self.real)
 
     def pad(self, rows_NH: torch.Tensor) -> torch.Tensor:
         """The block's real rows, zero ones between them up to N."""
-        if self.real is None:
+        if len(rows_NH) == len(self.token):
             return rows_NH
-        return rows_NH.new_zeros(self.token.shape[0], *rows_NH.shape[1:]).index_copy_(0, self.real, rows_NH)
+        padded = rows_NH.new_zeros(len(self.token), *rows_NH.shape[1:])
+        padded[self.real] = rows_NH
+        return padded
 
     def scatter_add(self, target_TH: torch.Tensor, rows_NH: torch.Tensor) -> None:
         """Add the real rows to their tokens; where a token has several, in the order of its experts."""
@@ -154,7 +156,7 @@ def _blocks(counts: list[int], token_S: torch.Tensor, most_rows: int) -> Iterato
         yield RowBlock(
             mine,
             token[first_place : first_place + places],
-            None if rows == places else real[mine] - first_place,
+            slice(0, rows) if rows == places or stop == start + 1 else real[mine] - first_place,
             tuple(segments),
         )
         start, first_row, first_place = stop, first_row + rows, first_place + places

@@ -111,8 +111,8 @@ class Products:
             low_NR.mul_(weight_N1)
             grad_NR.mul_(weight_N1)
         # B's as [R, O]: BLAS is twice as fast at few rows as at few columns.
-        places = [segment.rows for segment in block.segments]
-        return grad_NI, [(grad_NR[rows].t() @ x_NI[rows], low_NR[rows].t() @ grad_NO[rows]) for rows in places]
+        parts = [[each[segment.rows] for each in (grad_NR, x_NI, low_NR, grad_NO)] for segment in block.segments]
+        return grad_NI, [(grad.t() @ x, low.t() @ grads) for grad, x, low, grads in parts]
 
     def _low(self, x_NI: torch.Tensor, A_ERI: torch.Tensor, block: RowBlock) -> torch.Tensor:
         if self.low is not None and self.is_known:

@@ -31,6 +31,8 @@ _MOST_INPUTS = (2**31 - 1) // (128 * 128)
 _ROWS = 256
 _COLUMNS, _SUMS = 512, 1 << 18
 """Rows computed at a time, and columns: that many at least, and so many of both that sums stay near the core."""
+_AT_ONCE = 1 << 17
+"""Numbers split into digits at a time."""
 _PROBE = 64
 
 
@@ -65,9 +67,7 @@ class Digits:
         """Of rows that several products take."""
         rows, inputs = x_NI.shape
         whole = cls(x_NI.new_empty(rows, _DIGITS, inputs, dtype=torch.int8), x_NI.new_empty(rows, 1))
-        for start in range(0, rows, _ROWS):
-            chunk = slice(start, start + _ROWS)
-            _write_digits(x_NI[chunk], whole.digits[chunk], whole.unit_N1[chunk])
+        _write_digits(x_NI, whole.digits, whole.unit_N1)
         return whole
 
     def gather(self, index_N: torch.Tensor) -> Digits:
@@ -124,6 +124,12 @@ def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _write_digits(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
+    step = max(1, _AT_ONCE // x_NI.shape[1])
+    for each in zip(x_NI.split(step), digits.split(step), unit_N1.split(step), strict=True):
+        _write_some(*each)
+
+
+def _write_some(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
     rest, whole = (_room(name, x_NI.shape, torch.float32) for name in ("rest", "whole"))
     torch.abs(x_NI, out=rest)
     # Infinity and NaN go through the unit, whatever the digits are.
