@@ -2,8 +2,8 @@
 """One expert layer, forward and backward, in fp32 on this CPU: ours against what else there is.
 
     .venv/bin/python scripts/benchmarks/experts.py [--shapes E128-H2048-I768-K8-T512 …] [--repeats 5] [--threads 2]
-        [--rank 16] [--backend NAME] [--only ARM …] [--sgemm 4096] [--scaling] [--json FILE] [--plot FILE.svg]
-        [--peers .venv-peers]
+        [--rank 16] [--backend NAME] [--only ARM …] [--sgemm 4096] [--scaling [SHAPE]] [--json FILE]
+        [--plot FILE.svg] [--peers .venv-peers]
 
 Arms: ours (int8 + LoRA on both stacks), stock PEFT `target_parameters` on transformers' experts in fp32 with each of
 its expert implementations that fits in memory, experts4bit-qlora in int8, and both layers frozen, without an adapter.
@@ -39,6 +39,7 @@ SHAPES = (
     "E128-H2048-I768-K8-T512",
     "E128-H2048-I768-K8-T2048",
 )
+MIDDLE = "E64-H1024-I512-K8-T1024"
 PEERS = ("transformers", "peft", "trl", "bitsandbytes", "experts4bit-qlora==0.58.1")
 ARMS = Path(__file__).with_name("expert_arms.py")
 STOCK = ("grouped_mm", "eager")
@@ -240,11 +241,15 @@ def _memory_cells(figures: Figures, name: str) -> str:
 
 
 def scaling(options: argparse.Namespace) -> Figures:
-    """Ours and stock as one of T, E and R grows, the rest held."""
+    """Ours and stock as one of T, E and R grows around a shape, the rest held."""
     lines = arms(options.backend)
     few = {name: lines[name] for name in ("ours", f"stock PEFT, {STOCK[0]}")}
-    middle = Shape(experts=64, hidden=1024, intermediate=512, top_k=8, tokens=1024, rank=16)
-    axes = {"tokens": (256, 512, 1024, 2048, 4096), "experts": (8, 16, 32, 64, 128), "rank": (4, 8, 16, 32, 64)}
+    middle = replace(options.scaling, rank=options.rank)
+    around = {"tokens": (-2, 2, middle.tokens), "experts": (-3, 1, middle.experts), "rank": (-2, 2, middle.rank)}
+    axes = {
+        axis: [max(middle.top_k if axis == "experts" else 1, int(value * 2.0**power)) for power in range(low, high + 1)]
+        for axis, (low, high, value) in around.items()
+    }
     found: Figures = {"middle": name_of(middle)}
     for axis, values in axes.items():
         found[axis] = {}
@@ -309,7 +314,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each arm")
     parser.add_argument("--only", nargs="+", metavar="ARM", help=f"these lines, and {', '.join(ALWAYS)}")
     parser.add_argument("--sgemm", type=int, default=SIDE, metavar="SIDE", help="of the product that rates the machine")
-    parser.add_argument("--scaling", action="store_true", help="time against tokens, experts and rank instead")
+    parser.add_argument("--scaling", nargs="?", type=lambda text: shape_of(text, 16), const=shape_of(MIDDLE, 16),
+                        metavar="SHAPE", help="time against tokens, experts and rank around it instead")  # fmt: skip
     return parse(parser)
 
 

@@ -85,13 +85,13 @@ def test_kernels_compile_for_cards_that_are_not_here(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "triton_kernels.py"), "--json"]
-    command += ["--kernel", "grouped_gemm", "quantize_rows", "--capability", "89", "120"]
+    command += ["--kernel", "grouped_gemm", "split_rows", "--capability", "89", "120"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     compiled = figures["compiled"]
     assert {(entry["kernel"], entry["capability"]) for entry in compiled} == {
-        (kernel, capability) for kernel in ("grouped_gemm", "quantize_rows") for capability in (89, 120)
+        (kernel, capability) for kernel in ("grouped_gemm", "split_rows") for capability in (89, 120)
     }
     for entry in compiled:
         assert entry["fits"]

@@ -56,9 +56,9 @@ def test_grouped_gemm(extra: str, dtype: torch.dtype, is_swapped: bool) -> None:
     elif extra == "gathered, everything":
         x, row = random(M, K).to(dtype), (torch.arange(S) * 7 % M).int()
         low, factor = random(S, R).to(dtype), random(E, R, N).to(dtype)
-        options = {"scale": random(E, N).abs(), "bias": random(E, N), "column": random(N), "addend": random(S, N)}
+        options = {"scale": random(E, N).abs(), "bias": random(E, N), "addend": random(S, N)}
         wanted_SN = torch.einsum("sk,snk->sn", x.double()[row.long()], weight.double()[EXPERT])
-        wanted_SN = wanted_SN * options["scale"][EXPERT] * options["column"] + options["bias"][EXPERT]
+        wanted_SN = wanted_SN * options["scale"][EXPERT] + options["bias"][EXPERT]
         wanted_SN += torch.einsum("sr,srn->sn", low.double(), factor.double()[EXPERT]) + options["addend"]
         options |= {"low": low, "factor": factor, "is_factor_swapped": True}
     stored = weight.transpose(1, 2).contiguous() if is_swapped else weight
@@ -67,12 +67,13 @@ def test_grouped_gemm(extra: str, dtype: torch.dtype, is_swapped: bool) -> None:
     assert_near(got, wanted_SN, torch.finfo(dtype).eps * 4)
 
 
-def test_grouped_gemm_on_int8_rows_sums_in_whole_numbers() -> None:
-    x, weight = int8(M, K), int8(E, N, K)
-    row, x_scale, scale = (torch.arange(S) * 7 % M).int(), random(M).abs(), random(E, N).abs()
-    got = products.grouped_gemm(x, weight, OFFSET, row, torch.float32, scale=scale, x_scale=x_scale)
-    exact = torch.einsum("sk,snk->sn", x[row.long()].long(), weight[EXPERT].long())
-    assert torch.equal(got, exact.float() * x_scale[row.long(), None] * scale[EXPERT])
+def test_grouped_gemm_on_two_digits_sums_each_in_whole_numbers() -> None:
+    x, weight = int8(M, 2, K), int8(E, N, K)
+    row, unit, scale = (torch.arange(S) * 7 % M).int(), random(M).abs(), random(E, N).abs()
+    got = products.grouped_gemm(x, weight, OFFSET, row, torch.float32, scale=scale, x_unit=unit)
+    whole = 254 * x[:, 0].long() + x[:, 1].long()
+    exact = torch.einsum("sk,snk->sn", whole[row.long()], weight[EXPERT].long())
+    torch.testing.assert_close(got, (exact * unit[row.long(), None] * scale[EXPERT]).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -162,15 +163,13 @@ def test_gather_sum(has_weight: bool) -> None:
     assert_near(products.gather_sum(rows, place, weight if has_weight else None), wanted)
 
 
-@pytest.mark.parametrize("is_smoothed", [True, False])
-def test_quantize_rows(is_smoothed: bool) -> None:
-    x, smooth = random(5, 70), random(70).abs() + 0.1 if is_smoothed else None
-    x[3] = 0
-    got, scale = products.quantize_rows(x, smooth)
-    divided = x if smooth is None else x / smooth
-    assert (got.float() * scale[:, None] - divided).abs().max() <= scale.max() * 0.5001
-    assert got.abs().amax(1).tolist() == [127, 127, 127, 0, 127]
-    assert scale[3] == 1
+def test_split_rows() -> None:
+    x = random(5, 70) * torch.tensor([1.0, 1e-6, 1e6, 0.0, 1.0])[:, None]
+    got, unit = products.split_rows(x)
+    whole = 254 * got[:, 0].double() + got[:, 1]
+    assert bool(((whole * unit[:, None] - x).abs() <= 0.51 * unit[:, None]).all())
+    assert got[:, 0].abs().amax(1).tolist() == [127, 127, 127, 0, 127]
+    assert unit[3] == pytest.approx(1 / 254)
 
 
 def test_route_sorts_by_expert_and_leaves_strangers_out() -> None:
@@ -192,7 +191,7 @@ def test_operators_say_of_themselves_what_they_do() -> None:
         (products._gate_forward, (random(3, 8), *form)),
         (products._gate_backward, (random(3, 8), random(3, 4), random(3), *form)),
         (products.gather_sum, (x, torch.zeros(4, 3, dtype=torch.int32), None)),
-        (products.quantize_rows, (x, None)),
+        (products.split_rows, (x,)),
     ]
     for operator, arguments in calls:
         outcome = torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -37,7 +37,6 @@ def product(is_swapped: bool, is_scale_on_input: bool) -> Product:
         random(E, K if is_scale_on_input else N).abs(),
         is_scale_on_input,
         bias=random(E, N),
-        column=random(N),
         low=random(S, R),
         factor=random(E, R, N),
         is_factor_swapped=True,

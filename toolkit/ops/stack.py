@@ -71,13 +71,13 @@ class Products:
         y_NO = self._product(factor, block, self.outputs, transposed=not self.stack.is_transposed)
         low_NR = None if self.A is None else self._low(x_NI, self.A, block)
         for segment in block.segments:
-            rows, expert = segment.rows, segment.expert
+            expert, mine_NO = segment.expert, y_NO[segment.rows]
             if self.stack.scale is not None:
-                y_NO[rows].mul_(self.stack.scale[expert].to(y_NO.dtype))
+                mine_NO.mul_(self.stack.scale[expert].to(y_NO.dtype))
             if self.stack.bias is not None:
-                y_NO[rows].add_(self.stack.bias[expert].to(y_NO.dtype))
+                mine_NO.add_(self.stack.bias[expert].to(y_NO.dtype))
             if low_NR is not None and self.B is not None:
-                y_NO[rows].addmm_(low_NR[rows], self.B[expert].t(), alpha=self.scaling)
+                mine_NO.addmm_(low_NR[segment.rows], self.B[expert].t(), alpha=self.scaling)
         return y_NO
 
     def backward(

@@ -31,7 +31,7 @@ _MOST_INPUTS = (2**31 - 1) // (128 * 128)
 _ROWS = 256
 _COLUMNS, _SUMS = 512, 1 << 18
 """Rows computed at a time, and columns: that many at least, and so many of both that sums stay near the core."""
-_AT_ONCE = 1 << 17
+_AT_ONCE = 1 << 18
 """Numbers split into digits at a time."""
 _PROBE = 64
 
@@ -84,15 +84,16 @@ def multiply_each(
     result = like.new_empty(like.shape[0], width)
     for rows, pieces in _chunks(parts):
         digits, unit_N1 = (known.digits[rows], known.unit_N1[rows]) if known else _digits(like[rows])
+        flat = digits.flatten(0, 1)
         step = max(_COLUMNS, _SUMS // max(1, digits.shape[0]))
         for first in range(0, width, step):
-            columns = slice(first, first + step)
-            out = result[rows, columns]
-            sums = _room("sums", (*digits.shape[:2], out.shape[1]), torch.int32)
+            columns = slice(first, min(first + step, width))
+            sums = _room("sums", (len(flat), columns.stop - first), torch.int32)
             for piece, stored_PQ in pieces:
+                mine = slice(_DIGITS * piece.start, _DIGITS * piece.stop)
                 weight_IO = stored_PQ[columns].t() if transposed else stored_PQ[:, columns]
-                torch._int_mm(digits[piece].flatten(0, 1), weight_IO, out=sums[piece].flatten(0, 1))
-            _put_together(sums, unit_N1, out)
+                torch._int_mm(flat[mine], weight_IO, out=sums[mine])
+            _put_together(sums.view(*digits.shape[:2], -1), unit_N1, result[rows, columns])
     return result
 
 

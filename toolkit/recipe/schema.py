@@ -58,8 +58,8 @@ class QuantizationSection(_Section):
     """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
     activations too; or left alone."""
     activations: Literal["none", "int8"] = "none"
-    """`int8` also rounds the rows that experts compute in forward, for the int8 tensor cores of a card; refused before
-    step 1 where it raises the held-out loss by more than 0.5%."""
+    """`int8` splits the rows that experts compute in forward into two int8 digits, for the int8 tensor cores of a card;
+    refused before step 1 where it raises the held-out loss by more than 0.5%."""
     error_compensation: Literal["none", "gptq"] = "none"
     """`gptq` rounds the int8 parts again, layer by layer, so that their outputs on training examples stay as near as
     they can: same storage, same speed, some minutes more before step 1."""

@@ -58,6 +58,13 @@ ROWS = (
     ),
     Row(
         "benchmarks/experts.py",
+        "--scaling E4-H64-I32-K2-T16 --repeats 1 --threads 1 --peers {peers} --json {place}/scaling.json "
+        "--plot {place}/scaling.svg",
+        (r"^tokens 64: ours [\d.]+ s \([\d.]+–[\d.]+\), stock PEFT, grouped_mm ", r"^experts 2: ", r"^rank 64: "),
+        ("scaling.json", "scaling.svg"),
+    ),
+    Row(
+        "benchmarks/experts.py",
         "--shapes E8-H64-I32-K2-T16 --repeats 1 --threads 1 --sgemm 256 --no-memory --only ours --peers {peers} "
         "--json {place}/layers.json --plot {place}/layers.svg",
         (
@@ -111,9 +118,8 @@ ROWS = (
         "benchmarks/mtp_overhead.py",
         "{place}/recipe.yaml mtp.own_answers=4 --steps 1 --repeats 1",
         (
-            r"^round 1: with ",
-            r"^processor: [\d.]+ s without, [\d.]+ s with a head of depth 1",
-            r"^own answers: 4 prompts",
+            r"^round 1: own answers [\d.]+ s",
+            r"^processor: 1 steps [\d.]+ s without, [\d.]+ s with a head of depth 1, own answers [\d.]+ s; ",
         ),
     ),
     Row(

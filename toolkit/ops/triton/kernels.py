@@ -1,4 +1,4 @@
-"""The kernels: grouped GEMM on int8 experts, gate, gather-sum, grouped gram, row quantiser.
+"""The kernels: grouped GEMM on int8 experts, gate, gather-sum, grouped gram, rows into digits.
 
 torch has no grouped product that reads int8 weights, and on GeForce cards its bf16 one is a loop over experts. Rows are
 sorted by expert through an index only; a program finds its expert from `offset` [E + 1] itself, so the host never
@@ -21,7 +21,7 @@ __all__ = [
     "gather_sum_kernel",
     "grouped_gemm_kernel",
     "grouped_gram_kernel",
-    "quantize_rows_kernel",
+    "split_rows_kernel",
 ]
 
 
@@ -58,8 +58,7 @@ def grouped_gemm_kernel(
     w_ptr,
     scale_ptr,
     bias_ptr,
-    column_ptr,
-    x_scale_ptr,
+    x_unit_ptr,
     low_ptr,
     factor_ptr,
     addend_ptr,
@@ -87,9 +86,9 @@ def grouped_gemm_kernel(
     """out[s, n] = Σ_k x[row_s, k] · W[e_s, n, k], then scale, bias and low-rank update; e_s is the expert of row s.
 
     The strides of W choose forward, input gradient and transposed storage. The scale [E, N] multiplies the sum, or
-    [E, K] the input, as the weight's stored rows lie. Optional, None where absent: rows to gather by, bias [E, N], a
-    multiplier per column [N], the rows' own scales (x int8: the sum is int32), the low-rank update low [S, R] times
-    factor [E, N, R], and an addend [S, N].
+    [E, K] the input, as the weight's stored rows lie. Optional, None where absent: rows to gather by, bias [E, N], what
+    the lower of a row's two digits is worth (x int8, one digit after the other; their sums are int32), the low-rank
+    update low [S, R] times factor [E, N, R], and an addend [S, N].
     """
     blocks_n = tl.cdiv(N, BLOCK_N)
     tiles = tl.num_programs(0) // blocks_n
@@ -111,9 +110,11 @@ def grouped_gemm_kernel(
     column = n % N
     e = expert.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + source[:, None] * K + k[None, :]
+    x_at = x_ptr + source[:, None] * (2 * K if x_unit_ptr is not None else K) + k[None, :]
     w_at = w_ptr + e * stride_we + column[None, :] * stride_wn + k[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if x_scale_ptr is not None else tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if x_unit_ptr is not None else tl.float32)
+    if x_unit_ptr is not None:
+        lower = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             x, w = tl.load(x_at), tl.load(w_at)
@@ -123,16 +124,17 @@ def grouped_gemm_kernel(
         if SCALE_ON_INPUT:
             s = tl.load(scale_ptr + e * K + start + k, mask=k < K - start, other=0)
             x = (x.to(tl.float32) * s[None, :]).to(x.dtype)
-        acc = _dot(x, w, acc, UPCAST and x_scale_ptr is None)
+        acc = _dot(x, w, acc, UPCAST and x_unit_ptr is None)
+        if x_unit_ptr is not None:
+            second = tl.load(x_at + K) if EVEN_K else tl.load(x_at + K, mask=left[None, :], other=0)
+            lower = _dot(second, w, lower, False)
         x_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
     y = acc.to(tl.float32)
-    if x_scale_ptr is not None:
-        y *= tl.load(x_scale_ptr + source)[:, None]
+    if x_unit_ptr is not None:
+        y = (254.0 * y + lower.to(tl.float32)) * tl.load(x_unit_ptr + source)[:, None]
     if scale_ptr is not None and not SCALE_ON_INPUT:
         y *= tl.load(scale_ptr + e * N + column)[None, :]
-    if column_ptr is not None:
-        y *= tl.load(column_ptr + column)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + e * N + column)[None, :].to(tl.float32)
     if low_ptr is not None:
@@ -309,24 +311,22 @@ def gather_sum_kernel(rows_ptr, place_ptr, weight_ptr, out_ptr, H, K: tl.constex
 
 
 @triton.jit
-def quantize_rows_kernel(x_ptr, smooth_ptr, out_ptr, scale_ptr, K, BLOCK: tl.constexpr):
-    """x [M, K], divided by smooth [K] where given, as int8 with one scale a row: x ≈ out · scale."""
+def split_rows_kernel(x_ptr, out_ptr, unit_ptr, K, BLOCK: tl.constexpr):
+    """x [M, K] in two int8 digits to the base 254, out [M, 2, K]: x ≈ (254 · out[:, 0] + out[:, 1]) · unit [M]."""
     m = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + m * K + k, mask=k < K, other=0).to(tl.float32)
-        if smooth_ptr is not None:
-            x /= tl.load(smooth_ptr + k, mask=k < K, other=1)
         largest = tl.maximum(largest, tl.abs(x))
-    # A row of zeros keeps a scale of one, or its quotients would be 0/0.
+    # A row of zeros keeps a unit of one, or its quotients would be 0/0.
     scale = tl.max(largest, 0) / 127.0
-    scale = tl.where(scale > 1e-37, scale, 1.0)
+    scale = tl.where(scale > 1e-34, scale, 1.0)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + m * K + k, mask=k < K, other=0).to(tl.float32)
-        if smooth_ptr is not None:
-            x /= tl.load(smooth_ptr + k, mask=k < K, other=1)
-        q = tl.floor(tl.minimum(tl.maximum(x / scale, -127.0), 127.0) + 0.5)
-        tl.store(out_ptr + m * K + k, q.to(tl.int8), mask=k < K)
-    tl.store(scale_ptr + m, scale)
+        x = tl.load(x_ptr + m * K + k, mask=k < K, other=0).to(tl.float32) / scale
+        first = tl.floor(tl.minimum(tl.maximum(x, -127.0), 127.0) + 0.5)
+        second = tl.floor(tl.minimum(tl.maximum((x - first) * 254.0, -127.0), 127.0) + 0.5)
+        tl.store(out_ptr + 2 * m * K + k, first.to(tl.int8), mask=k < K)
+        tl.store(out_ptr + (2 * m + 1) * K + k, second.to(tl.int8), mask=k < K)
+    tl.store(unit_ptr + m, scale / 254.0)

@@ -36,8 +36,7 @@ class Product:
     scale: torch.Tensor | None = None
     is_scale_on_input: bool = False
     bias: torch.Tensor | None = None
-    column: torch.Tensor | None = None
-    x_scale: torch.Tensor | None = None
+    x_unit: torch.Tensor | None = None
     low: torch.Tensor | None = None
     factor: torch.Tensor | None = None
     is_factor_swapped: bool = False
@@ -73,13 +72,13 @@ def fused(product: Product, tile: Tile | None = None) -> torch.Tensor:
     p, out = product, product.empty()
     if not out.numel():
         return out
-    E, N, K = p.experts, p.outputs, p.x.shape[1]
+    E, N, K = p.experts, p.outputs, p.x.shape[-1]
     tile = default_tile(max(1, p.rows // E), N, p.x.element_size()) if tile is None else tile
     # Every tile but one an expert is full, so this bound needs no look at the routing.
     tiles = min(triton.cdiv(p.rows, tile.m) + E, p.rows)
     factor_strides = (0, 0, 0) if p.factor is None else _strides(p.factor, p.is_factor_swapped)
     kernels.grouped_gemm_kernel[(tiles * triton.cdiv(N, tile.n),)](
-        p.x.contiguous(), p.row, p.offset, p.weight, p.scale, p.bias, p.column, p.x_scale, p.low, p.factor, p.addend,
+        p.x.contiguous(), p.row, p.offset, p.weight, p.scale, p.bias, p.x_unit, p.low, p.factor, p.addend,
         out, N, K, p.rank, *_strides(p.weight, p.is_swapped), *factor_strides,
         E=E, BLOCK_E=power_of_two(E, least=1), SCALE_ON_INPUT=p.is_scale_on_input and p.scale is not None,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=power_of_two(p.rank, most=64), GROUP_N=tile.group,
@@ -105,8 +104,6 @@ def chunked(product: Product) -> torch.Tensor:
             rows = p.x[start:end] if p.row is None else p.x[p.row[start:end].long()]
             ends = p.offset[first + 1 : last + 1] - start
             out[start:end] = functional.grouped_mm(rows, weight_cKN, offs=ends, out_dtype=p.dtype)
-    if p.column is not None:
-        out.mul_(p.column.to(p.dtype))
     if p.bias is not None:
         for expert, (start, end) in enumerate(pairwise(bounds)):
             out[start:end] += p.bias[expert].to(p.dtype)

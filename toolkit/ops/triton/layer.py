@@ -31,7 +31,7 @@ __all__ = ["Stack", "Weights", "expert_layer", "expert_layer_w8a8"]
 
 
 class Stack(Protocol):
-    """What is read of one projection: `toolkit.quant.ExpertStack` has it. An attribute `smooth` [I] is optional."""
+    """What is read of one projection: `toolkit.quant.ExpertStack` has it."""
 
     @property
     def weight(self) -> torch.Tensor:
@@ -100,10 +100,10 @@ def expert_layer_w8a8(
     *,
     keep_up: bool = False,
 ) -> torch.Tensor:
-    """The same with the frozen products of forward on int8 tensor cores: rows are rounded to int8 too.
+    """The same with the frozen products of forward on int8 tensor cores: rows are split into two int8 digits.
 
-    Less exact (see `w8a8.py` for smoothing and for the comparison of losses that should decide); backward passes
-    gradients straight through the rounding. Float stacks stay as they are.
+    Sixteen bits beside a row's largest number, where bf16 has eight beside each; see `w8a8.py` for the comparison of
+    losses that decides all the same. Backward computes as usual. Float stacks stay as they are.
     """
     return _apply(x_TH, index_TK, weight_TK, weights, (up_lora, down_lora), keep_up, is_int8=True)
 
@@ -161,31 +161,24 @@ class _Projection:
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b + low · scaling Bᵀ: [S, O]; x [S, I], or gathered by `row`."""
-        stack, x_scale, dtype = self.stack, None, x.dtype
+        stack, unit, dtype = self.stack, None, x.dtype
         if self.is_int8 and stack.scale is not None:
-            x, x_scale = products.quantize_rows(x, self._smooth)
-        elif self._smooth is not None:
-            x = (x / self._smooth).to(dtype)
+            x, unit = products.split_rows(x)
         return products.grouped_gemm(
             x, stack.weight, self.offset, row, dtype, is_swapped=stack.is_transposed, scale=stack.scale,
-            bias=stack.bias, x_scale=x_scale, low=low, factor=self._scaled_B(dtype),
+            bias=stack.bias, x_unit=unit, low=low, factor=self._scaled_B(dtype),
         )  # fmt: skip
 
     def input_gradient(
         self, grad: torch.Tensor, row: torch.Tensor | None, low_gradient: torch.Tensor | None
     ) -> torch.Tensor:
         """grad W + low_gradient A: [S, I]; grad [S, O], or gathered by `row`."""
-        stack, smooth = self.stack, self._smooth
+        stack = self.stack
         return products.grouped_gemm(
             grad, stack.weight, self.offset, row, grad.dtype, is_swapped=not stack.is_transposed, scale=stack.scale,
-            is_scale_on_input=True, column=None if smooth is None else 1 / smooth, low=low_gradient,
+            is_scale_on_input=True, low=low_gradient,
             factor=None if self.A is None else self.A.to(grad.dtype), is_factor_swapped=True,
         )  # fmt: skip
-
-    @property
-    def _smooth(self) -> torch.Tensor | None:
-        smooth: torch.Tensor | None = getattr(self.stack, "smooth", None)
-        return smooth
 
 
 class _ExpertLayer(torch.autograd.Function):

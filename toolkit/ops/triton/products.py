@@ -24,7 +24,7 @@ __all__ = [
     "gather_sum",
     "grouped_gemm",
     "grouped_gram",
-    "quantize_rows",
+    "split_rows",
 ]
 
 Optional = torch.Tensor | None
@@ -41,8 +41,7 @@ def grouped_gemm(
     scale: torch.Tensor | None = None,
     is_scale_on_input: bool = False,
     bias: torch.Tensor | None = None,
-    column: torch.Tensor | None = None,
-    x_scale: torch.Tensor | None = None,
+    x_unit: torch.Tensor | None = None,
     low: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
     is_factor_swapped: bool = False,
@@ -51,16 +50,16 @@ def grouped_gemm(
     """Sorted rows times their experts' matrices: [S, N] in `dtype`.
 
     Args:
-        x: [S, K], or [M, K] gathered by `row` [S] (int32); float, or int8 with `x_scale` [M].
+        x: [S, K], or [M, K] gathered by `row` [S] (int32); float, or two int8 digits [M, 2, K] with `x_unit` [M].
         weight: [E, N, K], or [E, K, N] with `is_swapped`; int8 or float.
         offset: [E + 1] int32, where each expert's rows begin. Rows past the last are left as they are: undefined.
         scale: fp32 [E, N], or [E, K] with `is_scale_on_input`.
-        bias: [E, N]. column: fp32 [N], multiplies the scaled sum.
+        bias: [E, N].
         low, factor: [S, R] and [E, N, R] ([E, R, N] with `is_factor_swapped`); their product is added.
         addend: [S, N], added last.
     """
     product = Product(
-        x, weight, offset, row, dtype, is_swapped, scale, is_scale_on_input, bias, column, x_scale, low, factor,
+        x, weight, offset, row, dtype, is_swapped, scale, is_scale_on_input, bias, x_unit, low, factor,
         is_factor_swapped, addend,
     )  # fmt: skip
     return run(product)
@@ -189,16 +188,17 @@ def _(rows: torch.Tensor, place: torch.Tensor, weight: Optional) -> torch.Tensor
     return rows.new_empty((place.shape[0], rows.shape[1]))
 
 
-@torch.library.custom_op("onecard::quantize_rows", mutates_args=())
-def quantize_rows(x: torch.Tensor, smooth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K], divided by smooth [K] where given, as int8 [M, K] and one fp32 scale a row [M]."""
+@torch.library.custom_op("onecard::split_rows", mutates_args=())
+def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] in two int8 digits to the base 254, the higher first, [M, 2, K], and what the lower is worth [M]."""
     M, K = x.shape
-    out = torch.empty((M, K), dtype=torch.int8, device=x.device)
-    scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    kernels.quantize_rows_kernel[(M,)](x.contiguous(), smooth, out, scale, K, BLOCK=power_of_two(K, most=1024))
-    return out, scale
+    out = torch.empty((M, 2, K), dtype=torch.int8, device=x.device)
+    unit = torch.empty(M, dtype=torch.float32, device=x.device)
+    kernels.split_rows_kernel[(M,)](x.contiguous(), out, unit, K, BLOCK=power_of_two(K, most=1024))
+    return out, unit
 
 
-@quantize_rows.register_fake
-def _(x: torch.Tensor, smooth: Optional) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+@split_rows.register_fake
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    M, K = x.shape
+    return x.new_empty((M, 2, K), dtype=torch.int8), x.new_empty(M, dtype=torch.float32)

@@ -33,12 +33,16 @@ def power_of_two(value: int, least: int = 16, most: int = 1 << 30) -> int:
 
 
 def default_tile(rows: int, columns: int, itemsize: int) -> Tile:
-    """For `rows` rows an expert on average and elements of `itemsize` bytes; within 99 KB of shared memory."""
+    """For `rows` rows an expert on average and elements of `itemsize` bytes; within 99 KB of shared memory.
+
+    One byte means two digits, and sums for each.
+    """
     if INTERPRETED:  # small, so that small shapes still take several
         return Tile(16, 32, 32)
     m = power_of_two(rows, most=64 if itemsize == 4 else 128)
-    n = power_of_two(columns, most=64 if itemsize == 4 else 128)
-    return Tile(m, n, k=32 if itemsize == 4 else 64, warps=8 if m * n >= 128 * 128 else 4)
+    n = power_of_two(columns, most=128 if itemsize == 2 else 64)
+    sums = m * n * (2 if itemsize == 1 else 1)
+    return Tile(m, n, k=32 if itemsize == 4 else 64, warps=8 if sums >= 128 * 128 else 4)
 
 
 def candidates(rows: int, columns: int, itemsize: int) -> list[Tile]:

@@ -77,7 +77,7 @@ def ways(product: Product) -> dict[str, Callable[[], torch.Tensor]]:
     rows = max(1, product.rows // product.experts)
     tiles = candidates(rows, product.outputs, product.x.element_size())
     options = {str(tile): _by_tile(product, tile) for tile in tiles}
-    if product.x_scale is None and product.weight.dtype == torch.int8:
+    if product.x_unit is None and product.weight.dtype == torch.int8:
         options[CHUNKED] = lambda: chunked(product)
     return options
 
@@ -114,7 +114,7 @@ def kind_of(product: Product, card: str) -> str:
     p = product
     rows = power_of_two(max(1, p.rows // p.experts), least=1)
     parts = (
-        card, p.x.dtype, p.weight.dtype, f"rows {rows}", f"E {p.experts}", f"N {p.outputs}", f"K {p.x.shape[1]}",
+        card, p.x.dtype, p.weight.dtype, f"rows {rows}", f"E {p.experts}", f"N {p.outputs}", f"K {p.x.shape[-1]}",
         f"R {p.rank}", "input scale" if p.is_scale_on_input else "", "swapped" if p.is_swapped else "",
         "gathered" if p.row is not None else "",
     )  # fmt: skip
