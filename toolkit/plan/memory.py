@@ -114,8 +114,9 @@ def count_bytes(
     held = max(held, learning + together * step.saved if learning and recipe.mtp.reads_data else 0)
     held = max(held, gradients + _optimizer_scratch(recipe, device, adapter))
     head = _head(shapes, recipe)
-    if head and not recipe.mtp.reads_data:
-        held = max(held - head * (HEAD_BYTES - _HEAD_WEIGHT) // HEAD_BYTES, learning)
+    if head and not recipe.mtp.reads_data:  # it learns when the steps are over: one is the peak, or the other
+        idle = head * _HEAD_WEIGHT // HEAD_BYTES
+        head, held = max((idle, held), (head, learning), key=sum)
     activations = max(0, held - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(

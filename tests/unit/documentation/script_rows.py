@@ -105,9 +105,14 @@ ROWS = (
     ),
     Row(
         "benchmarks/mtp.py",
-        "{place}/recipe.yaml data.max_samples=16 training.num_train_epochs=1 mtp.own_answers=4 eval.max_new_tokens=4 "
-        "--tokens 4 --prompts 2 --decoded 1",
-        (r"^copied +1 +\d\.\d\d +[\d.]+%", r"^re-aligned +3 ", r"^decoded 1 prompts, 3 drafts: .*same text: True$"),
+        "{place}/recipe.yaml data.max_samples=16 training.num_train_epochs=1 mtp.own_answers=4 mtp.stage=with "
+        "eval.max_new_tokens=4 --tokens 4 --prompts 2 --decoded 1",
+        (
+            r"^data alone +1",
+            r"^copied +1 +\d\.\d\d +[\d.]+%",
+            r"^re-aligned +3 ",
+            r"^decoded 1 prompts, 3 drafts: .*same text: True$",
+        ),
     ),
     Row(
         "benchmarks/mtp.py",
@@ -116,8 +121,9 @@ ROWS = (
     ),
     Row(
         "benchmarks/mtp_overhead.py",
-        "{place}/recipe.yaml mtp.own_answers=4 --steps 1 --repeats 1",
+        "{place}/recipe.yaml mtp.own_answers=4 mtp.stage=with --steps 1 --repeats 1",
         (
+            r"^round 1: steps with a head [\d.]+ s",
             r"^round 1: own answers [\d.]+ s",
             r"^processor: 1 steps [\d.]+ s without, [\d.]+ s with a head of depth 1, own answers [\d.]+ s; ",
         ),
