@@ -57,6 +57,11 @@ ROWS = (
         ),
     ),
     Row(
+        "benchmarks/digits.py",
+        "--rows 2 --inputs 8 --outputs 3 --repeats 1",
+        (r"^ +rows +digits ms", r"^( +2 +[\d.]+ +[\d.]+ +[\d.]+× |digits\.py: this machine)"),
+    ),
+    Row(
         "benchmarks/experts.py",
         "--scaling E4-H64-I32-K2-T16 --repeats 1 --threads 1 --peers {peers} --json {place}/scaling.json "
         "--plot {place}/scaling.svg",
