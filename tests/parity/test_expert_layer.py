@@ -11,7 +11,10 @@ import torch
 from torch.nn import functional
 
 from toolkit.ops import LoraFactors, per_expert, reference
+from toolkit.ops.per_expert import kept_rows
+from toolkit.ops.rows import Routing
 from toolkit.quant import ExpertStack, ExpertWeights, quantize
+from toolkit.quant.digits import _has_integer_units
 
 Layer = Callable[..., torch.Tensor]
 BACKENDS: dict[str, Layer] = {
@@ -42,7 +45,17 @@ CASES = [
     Case(T=9, K=2, E=31, H=6, I=10, R=16),
     Case(T=64, K=4, E=7, H=24, I=40, R=5),
     Case(T=1100, K=1, E=2, H=6, I=4, R=9, routing="one"),
+    Case(T=300, K=4, E=60, H=6, I=4, R=3),
+    Case(T=900, K=2, E=41, H=10, I=6, R=2, routing="skewed"),
 ]
+
+
+@pytest.fixture(params=[True, False], ids=["integer units", "none"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in digits, and through a buffer as on machines that have no units for whole numbers."""
+    if request.param and not _has_integer_units():
+        pytest.skip("no integer units here")
+    monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: request.param)
 
 
 def build(
@@ -88,6 +101,9 @@ def routing(case: Case, generator: torch.Generator) -> torch.Tensor:
     """[T, K] expert numbers, no expert twice for a token."""
     if case.routing == "one":
         return torch.full((case.T, case.K), case.E - 1)
+    if case.routing == "skewed":  # one expert has every token, the others a few
+        others = torch.randint(1, case.E, (case.T, case.K - 1), generator=generator)
+        return torch.cat([torch.zeros(case.T, 1, dtype=torch.long), others], dim=1)
     return torch.stack([torch.randperm(case.E, generator=generator)[: case.K] for _ in range(case.T)])
 
 
@@ -100,6 +116,7 @@ def run(layer: Layer, weights: ExpertWeights, leaves: list[torch.Tensor], index:
     return [output.detach(), *torch.autograd.grad((output * probe).sum(), leaves)]
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("is_int8", [True, False])
@@ -171,6 +188,7 @@ def test_experts_that_no_token_reaches_get_no_gradient_and_are_not_read(layer: L
         assert gradient[case.E - 1].count_nonzero() > 0
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
 def test_a_tokens_output_does_not_depend_on_its_neighbours_bit_for_bit(layer: Layer) -> None:
     case = Case(T=48, K=2, E=4, H=64, I=48, R=8)
@@ -185,9 +203,10 @@ def test_a_tokens_output_does_not_depend_on_its_neighbours_bit_for_bit(layer: La
         assert torch.equal(alone, together[part])
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("keep_up", [False, True])
-def test_bits_do_not_depend_on_the_number_of_threads(keep_up: bool) -> None:
-    case = Case(T=1300, K=2, E=3, H=20, I=12, R=4)
+@pytest.mark.parametrize("case", [Case(T=1300, K=2, E=3, H=20, I=12, R=4), CASES[-1]], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(keep_up: bool, case: Case) -> None:
     built = build(case, is_int8=True, is_transposed=False, has_bias=True, is_gated=True, has_norm=False)
     threads, found = torch.get_num_threads(), []
     try:
@@ -199,6 +218,28 @@ def test_bits_do_not_depend_on_the_number_of_threads(keep_up: bool) -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+
+
+def test_experts_with_few_rows_are_put_together_and_busy_ones_cut() -> None:
+    case = CASES[-1]
+    blocks = Routing(routing(case, torch.Generator().manual_seed(0)), case.E, 512).blocks
+    segments = [segment for block in blocks for segment in block.segments]
+    assert [(len(block.segments), block.segments[0].expert) for block in blocks[:2]] == [(1, 0), (1, 0)]
+    assert max(len(block.segments) for block in blocks) > 2
+    assert [segment.expert for segment in segments] == [0, 0, *range(1, case.E)]
+    assert [block.rows.start for block in blocks[1:]] == [block.rows.stop for block in blocks[:-1]]
+    assert blocks[-1].rows.stop == case.T * case.K
+    for block in blocks:
+        rows = torch.arange(block.rows.start, block.rows.stop)
+        assert torch.equal(block.strip(block.pad(rows)), rows)
+        assert len(block.token) == block.segments[-1].rows.stop
+
+
+def test_what_is_kept_stays_small_beside_the_weights() -> None:
+    weights, *_ = build(CASES[0], is_int8=True, is_transposed=False, has_bias=False, is_gated=True, has_norm=False)
+    stored, outputs = weights.up.weight.nbytes + weights.down.weight.nbytes, 2 * CASES[0].I
+    assert kept_rows(10**6, outputs, weights, torch.float32) == stored // 4 // (4 * outputs) > 0
+    assert kept_rows(1, outputs, weights, torch.float32) == 1
 
 
 def test_a_frozen_input_gets_no_gradient_and_the_factors_get_theirs() -> None:
