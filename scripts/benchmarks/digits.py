@@ -33,7 +33,7 @@ def main() -> None:
     for count in given.rows:
         x = torch.randn(count, given.inputs, generator=generator)
         if not can_multiply(x, stored):
-            print("digits.py: this machine has no integer units that torch uses exactly")
+            print("digits.py: too small a weight, or a machine without integer units that torch uses exactly")
             return
         arms: dict[str, Callable[[], torch.Tensor]] = {
             "digits": lambda x=x: multiply(x, stored, transposed=True),

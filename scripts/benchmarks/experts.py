@@ -246,8 +246,9 @@ def scaling(options: argparse.Namespace) -> Figures:
     few = {name: lines[name] for name in ("ours", f"stock PEFT, {STOCK[0]}")}
     middle = replace(options.scaling, rank=options.rank)
     around = {"tokens": (-2, 2, middle.tokens), "experts": (-3, 1, middle.experts), "rank": (-2, 2, middle.rank)}
+    least = {"tokens": 1, "experts": middle.top_k, "rank": 1}
     axes = {
-        axis: [max(middle.top_k if axis == "experts" else 1, int(value * 2.0**power)) for power in range(low, high + 1)]
+        axis: sorted({max(least[axis], int(value * 2.0**power)) for power in range(low, high + 1)})
         for axis, (low, high, value) in around.items()
     }
     found: Figures = {"middle": name_of(middle)}
@@ -258,7 +259,8 @@ def scaling(options: argparse.Namespace) -> Figures:
             with workers({arm.worker for arm in few.values()}, options, True, shape) as running:
                 figures = speed(few, running, options.repeats)
             found[axis][value] = {name: summary(each) for name, each in figures.items()}
-            print(f"{axis} {value}: " + ", ".join(_said(name, each) for name, each in found[axis][value].items()))
+            said = (_said(name, each) for name, each in found[axis][value].items())
+            print(f"{axis} {value}: " + ", ".join(said), flush=True)
     return found
 
 

@@ -84,7 +84,10 @@ class Worker:
         if not line:
             self._log.seek(0)
             raise RuntimeError("a worker ended: " + "".join(self._log.readlines()[-12:]))
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise RuntimeError(f"a worker said what is no answer: {line.strip()}") from None
         return answer
 
     def most_anonymous(self, **question: Any) -> int:

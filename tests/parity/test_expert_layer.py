@@ -56,6 +56,7 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param and not _has_integer_units():
         pytest.skip("no integer units here")
     monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: request.param)
+    monkeypatch.setattr("toolkit.quant.digits._FEWEST_WEIGHTS", 1)
 
 
 def build(

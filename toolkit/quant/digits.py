@@ -28,6 +28,8 @@ _SMALLEST = 1e-30
 """A row of nothing larger counts as if this were its largest number: the inverse of a smaller one is infinite."""
 _MOST_INPUTS = (2**31 - 1) // (128 * 128)
 """Beyond so many a sum of products might not fit into int32."""
+_FEWEST_WEIGHTS = 1 << 19
+"""With fewer, splitting the rows costs more than whole numbers save."""
 _ROWS = 256
 _COLUMNS, _SUMS = 512, 1 << 18
 """Rows computed at a time, and columns: that many at least, and so many of both that sums stay near the core."""
@@ -37,13 +39,14 @@ _PROBE = 64
 
 
 def can_multiply(x: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether `multiply` takes these, on a machine where that pays."""
+    """Whether `multiply` takes these, where that pays: with this weight (or stack of such), on this machine."""
     return (
         x.dtype == torch.float32
         and stored.dtype == torch.int8
         and stored.device.type == "cpu"
         and not isinstance(x, FakeTensor)
-        and max(stored.shape) <= _MOST_INPUTS
+        and max(stored.shape[-2:]) <= _MOST_INPUTS
+        and prod(stored.shape[-2:]) >= _FEWEST_WEIGHTS
         and _has_integer_units()
     )
 

@@ -89,6 +89,10 @@ def test_what_is_not_a_number_stays_so_and_in_its_row(bad: float) -> None:
 def test_other_numbers_and_machines_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x, stored = numbers(4, 32, 6)
     monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: True)
+    assert not can_multiply(x, stored)
+    assert can_multiply(x, stored.new_empty(1024, 512))
+    assert can_multiply(x, stored.new_empty(3, 512, 1024))
+    monkeypatch.setattr("toolkit.quant.digits._FEWEST_WEIGHTS", 1)
     assert can_multiply(x, stored)
     assert not can_multiply(x.bfloat16(), stored)
     assert not can_multiply(x, stored.float())
