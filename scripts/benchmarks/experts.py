@@ -252,15 +252,16 @@ def scaling(options: argparse.Namespace) -> Figures:
         for axis, (low, high, value) in around.items()
     }
     found: Figures = {"middle": name_of(middle)}
-    for axis, values in axes.items():
-        found[axis] = {}
-        for value in values:
-            shape = replace(middle, **{axis: value})
-            with workers({arm.worker for arm in few.values()}, options, True, shape) as running:
+    with workers({arm.worker for arm in few.values()}, options, True, middle) as running:
+        for axis, values in axes.items():
+            found[axis] = {}
+            for value in values:
+                for worker in running.values():
+                    worker.ask(do="build", shape=asdict(replace(middle, **{axis: value})))
                 figures = speed(few, running, options.repeats)
-            found[axis][value] = {name: summary(each) for name, each in figures.items()}
-            said = (_said(name, each) for name, each in found[axis][value].items())
-            print(f"{axis} {value}: " + ", ".join(said), flush=True)
+                found[axis][value] = {name: summary(each) for name, each in figures.items()}
+                said = (_said(name, each) for name, each in found[axis][value].items())
+                print(f"{axis} {value}: " + ", ".join(said), flush=True)
     return found
 
 
