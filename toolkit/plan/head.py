@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HEAD_BYTES",
     "MOST_ANSWERS",
+    "MOST_STATES",
     "config_number",
     "experts_per_token",
     "head_bytes",
@@ -29,6 +30,8 @@ _PER_TOKEN = (
 )
 MOST_ANSWERS = 256
 """The model's own answers that a head learns from, where the recipe does not say how many."""
+MOST_STATES = 1 << 28
+"""Bytes of the model's hidden states that are kept of them, in the computer's memory (`toolkit.mtp.own`)."""
 HEAD_BYTES = 16
 """Of a parameter that trains in fp32: weight, gradient and AdamW's two moments."""
 
