@@ -178,12 +178,10 @@ def limits(shape: LayerShape) -> list[dict[str, Any]]:
         card = CARDS[name]
 
         def least(works: list[Work], is_int8: bool = False, card: Any = card) -> float:
-            """With int8 rows the frozen products are computed once for each of two digits."""
-            digits = {True: 2, False: 1}
+            # With int8 rows a frozen product is computed twice, once for each digit.
+            again = [w.frozen_flops if is_int8 else 0 for w in works]
             return 1e3 * sum(
-                card.seconds(w.flops + (digits[fast] - 1) * w.frozen_flops, w.moved, is_int8=fast)
-                for w in works
-                for fast in [is_int8 and w.frozen_flops > 0]
+                card.seconds(w.flops + more, w.moved, is_int8=more > 0) for w, more in zip(works, again, strict=True)
             )
 
         there, back = forward(shape), backward(shape)

@@ -23,7 +23,7 @@ from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
 from toolkit.packaging import config_sha256, identify_base, license_of, write_artifact
 from toolkit.packaging.manifest import file_entry
-from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
+from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, most_answers, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
 from toolkit.signals import StopRequest
@@ -169,7 +169,7 @@ def train(
             f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
             f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
         )
-    if head is not None and recipe.mtp.own_answers != 0:
+    if head is not None and most_answers(recipe):
         teach_own_answers(head, tokenizer, batches, plan, console)
     finished = None if head is None else head.head.to(model.dtype).eval()
     compared, drafting = None, None

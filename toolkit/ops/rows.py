@@ -144,10 +144,11 @@ def _blocks(counts: list[int], token_S: torch.Tensor, most_rows: int) -> Iterato
     together = min(_TOGETHER, most_rows, sum(sizes) // _TASKS)
     start = first_row = first_place = 0
     while start < len(pieces):
-        stop = start + 1
-        while stop < len(pieces) and sum(padded[start : stop + 1]) <= together:
+        stop, places = start + 1, padded[start]
+        while stop < len(pieces) and places + padded[stop] <= together:
+            places += padded[stop]
             stop += 1
-        rows, places = sum(sizes[start:stop]), sum(padded[start:stop])
+        rows = sum(sizes[start:stop])
         segments, at = [], 0
         for (expert, first, _, count), size in zip(pieces[start:stop], padded[start:stop], strict=True):
             segments.append(Segment(expert, slice(at, at + size), first == 0, count <= most_rows))

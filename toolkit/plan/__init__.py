@@ -3,7 +3,7 @@
 from toolkit.plan.audit import Audit, Part, audit
 from toolkit.plan.devices import Device, choose_device, device_memory, free_memory, parse_bytes
 from toolkit.plan.fit import Change, nearest_change
-from toolkit.plan.head import MOST_ANSWERS
+from toolkit.plan.head import MOST_ANSWERS, most_answers
 from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
 from toolkit.plan.memory import Bytes
 from toolkit.plan.starting import first_that_fits
@@ -26,6 +26,7 @@ __all__ = [
     "first_that_fits",
     "free_memory",
     "make_plan",
+    "most_answers",
     "nearest_change",
     "parse_bytes",
 ]

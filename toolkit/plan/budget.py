@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.plan.devices import Device
-from toolkit.plan.head import MOST_ANSWERS, MOST_STATES, head_step_bytes, own_step_bytes
+from toolkit.plan.head import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.place import most_together, resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
@@ -124,9 +124,8 @@ class Budget:
             learning = own_step_bytes(
                 *head, tokens=batch * most, length=longest, answer=answer, depth=depth, layers=layers, device=device
             )
-            answers = MOST_ANSWERS if recipe.mtp.own_answers is None else recipe.mtp.own_answers
-            states = 4 * answers * longest * numbers["hidden_size"] if shape.prompt and device == "cpu" else 0
-            return learning + min(states, MOST_STATES)
+            states = 4 * most_answers(recipe) * longest * numbers["hidden_size"]
+            return learning + (min(states, MOST_STATES) if shape.prompt and device == "cpu" else 0)
         labelled = batch * shape.labelled
         return head_step_bytes(
             *head, batch=batch, length=shape.length, labelled=labelled, depth=depth, layers=layers, device=device

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from toolkit.anatomy import LINEAR_ROLES
 from toolkit.plan.cards import Card
-from toolkit.plan.head import HEAD_BYTES, MOST_ANSWERS
+from toolkit.plan.head import HEAD_BYTES, most_answers
 from toolkit.plan.memory import Bytes
 from toolkit.plan.place import streamed
 from toolkit.plan.shapes import Shapes
@@ -92,9 +92,7 @@ def _likely(limits: Mapping[str, float]) -> float:
 
 def _own_answers(shapes: Shapes, recipe: Recipe, card: Card, weights: int, away: int, length: int) -> float:
     """Seconds that the model takes to answer as many prompts as it may, each prompt a whole sequence."""
-    if not recipe.mtp.enabled or recipe.mtp.own_answers == 0:
-        return 0.0
-    answers = MOST_ANSWERS if recipe.mtp.own_answers is None else recipe.mtp.own_answers
+    answers = most_answers(recipe)
     tokens = answers * (length + recipe.eval.max_new_tokens)
     passes = math.ceil(answers / recipe.eval.batch_size) * recipe.eval.max_new_tokens
     limits = {

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from toolkit.recipe import Recipe
+
 __all__ = [
     "HEAD_BYTES",
     "MOST_ANSWERS",
@@ -17,6 +19,7 @@ __all__ = [
     "head_bytes",
     "head_parameters",
     "head_step_bytes",
+    "most_answers",
     "own_step_bytes",
 ]
 
@@ -44,6 +47,12 @@ _SAVED = 1.25
 leaves for the backward pass. Measured, scripts/benchmarks/plan_memory.py."""
 _MASK = 22
 """Bytes for each pair of places where a layer is applied again: who sees whom, in several types. Measured likewise."""
+
+
+def most_answers(recipe: Recipe) -> int:
+    """The most prompts that the model answers for its head, 0 where there is none or it learns from the data alone."""
+    wanted = recipe.mtp.own_answers
+    return 0 if not recipe.mtp.enabled else MOST_ANSWERS if wanted is None else wanted
 
 
 def head_parameters(model: nn.Module, config: Any, num_mtp_layers: int) -> int:
