@@ -175,16 +175,28 @@ class _Backward:
     needs_x: bool
 
     def compute(self, block: RowBlock) -> _Gradients:
-        x_NH, grad_NH = block.gather(self.x_TH), block.gather(self.grad_TH)
+        x_NH = block.gather(self.x_TH)
+        grad_NO, grad_weight_N, down = self._after_first(block, x_NH)
+        grad_x_NH, up = self.up.backward(x_NH, grad_NO, block, needs_input=self.needs_x)
+        return _Gradients(grad_x_NH, grad_weight_N, self.up_grads.take(block, up), self.down_grads.take(block, down))
+
+    def _after_first(
+        self, block: RowBlock, x_NH: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[FactorGradients]]:
+        """Gradients of the first projection's output [N, O], of the routing weights [N], and of the second's factors.
+
+        What it computes them from is let go here, before the first projection's own.
+        """
         if self.kept_SO is not None and block.is_within(self.kept_SO):
             y_NO = block.pad(self.kept_SO[block.rows])
         else:
             y_NO = self.up.forward(x_NH, block)
         hidden_NI, through_gate = _differentiable(self.weights.gate, y_NO)
         second = self._linear_second if self.weights.post_norm is None else self._through_norm
-        grad_hidden_NI, grad_weight_N, down = second(block, hidden_NI, grad_NH, block.pad(self.weight_S1[block.rows]))
-        grad_x_NH, up = self.up.backward(x_NH, through_gate(grad_hidden_NI), block, needs_input=self.needs_x)
-        return _Gradients(grad_x_NH, grad_weight_N, self.up_grads.take(block, up), self.down_grads.take(block, down))
+        grad_hidden_NI, grad_weight_N, factors = second(
+            block, hidden_NI, block.gather(self.grad_TH), block.pad(self.weight_S1[block.rows])
+        )
+        return through_gate(grad_hidden_NI), grad_weight_N, factors
 
     def _linear_second(
         self, block: RowBlock, hidden_NI: torch.Tensor, grad_NH: torch.Tensor, weight_N1: torch.Tensor

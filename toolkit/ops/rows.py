@@ -141,7 +141,7 @@ def _blocks(counts: list[int], token_S: torch.Tensor, most_rows: int) -> Iterato
         return
     sizes, padded = [piece[2] for piece in pieces], [_padded(piece[2]) for piece in pieces]
     token, real = _places(token_S, sizes, padded)
-    together = min(_TOGETHER, most_rows, sum(sizes) // _TASKS)
+    together = min(_TOGETHER, most_rows, len(token_S) // _TASKS)
     start = first_row = first_place = 0
     while start < len(pieces):
         stop, places = start + 1, padded[start]

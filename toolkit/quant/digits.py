@@ -1,6 +1,6 @@
 """Products of fp32 rows with int8 weights on a CPU's integer units: as accurate as in fp32, and faster.
 
-A row is written in three digits to the base 254 beside its largest number, 24 bits in all. What a digit's product with
+A row is written in three digits to the base 256 beside its largest number, 24 bits in all. What a digit's product with
 the weights gives is a whole number, exact in int32, and units for such products are four times as fast as those for
 fp32; the weights are read as they are stored. The three are put together in fp32. Splitting so is known as the Ozaki
 scheme (Ootomo, Ozaki, Yokota: DGEMM on integer matrix multiplication unit, 2024); no library has it for int8 weights.
@@ -22,8 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 __all__ = ["Digits", "can_multiply", "multiply", "multiply_each"]
 
 _DIGITS = 3
-_LARGEST = 127
-_BASE = 2.0 * _LARGEST
+_BITS = 8
+_BASE = 1 << _BITS
+_LARGEST = 127 * _BASE ** (_DIGITS - 1)
+"""What a row's largest number becomes: 127 in the highest digit, so that rounding it up cannot be too much."""
 _SMALLEST = 1e-30
 """A row of nothing larger counts as if this were its largest number: the inverse of a smaller one is infinite."""
 _MOST_INPUTS = (2**31 - 1) // (128 * 128)
@@ -31,10 +33,11 @@ _MOST_INPUTS = (2**31 - 1) // (128 * 128)
 _FEWEST_WEIGHTS = 1 << 19
 """With fewer, splitting the rows costs more than whole numbers save."""
 _ROWS = 256
-_COLUMNS, _SUMS = 512, 1 << 18
-"""Rows computed at a time, and columns: that many at least, and so many of both that sums stay near the core."""
+_COLUMNS, _SUMS = 512, 1 << 19
+"""About so many rows are computed at a time, and columns: that many at least, and so many of both that sums stay near
+the core."""
 _AT_ONCE = 1 << 18
-"""Numbers split into digits at a time."""
+"""About so many numbers are split into digits at a time."""
 _PROBE = 64
 
 
@@ -52,8 +55,8 @@ def can_multiply(x: torch.Tensor, stored: torch.Tensor) -> bool:
 
 
 def multiply(x_NI: torch.Tensor, stored_PQ: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """x times an int8 weight, or times its transpose: [N, O] in fp32. Of each row the error is at most 2⁻²⁴ of its
-    largest number times the sum of the weights' magnitudes, and that of three additions."""
+    """x times an int8 weight, or times its transpose: [N, O] in fp32. Of each row the error is at most 2⁻²³ of its
+    largest number times the sum of the weights' magnitudes, and that of adding the digits' products in fp32."""
     width = stored_PQ.shape[0 if transposed else 1]
     return multiply_each(x_NI, [(slice(0, x_NI.shape[0]), stored_PQ)], width, transposed=transposed)
 
@@ -88,7 +91,7 @@ def multiply_each(
     for rows, pieces in _chunks(parts):
         digits, unit_N1 = (known.digits[rows], known.unit_N1[rows]) if known else _digits(like[rows])
         flat = digits.flatten(0, 1)
-        step = max(_COLUMNS, _SUMS // max(1, digits.shape[0]))
+        step = _even(width, max(_COLUMNS, _SUMS // len(digits)))
         for first in range(0, width, step):
             columns = slice(first, min(first + step, width))
             sums = _room("sums", (len(flat), columns.stop - first), torch.int32)
@@ -108,8 +111,9 @@ def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice
     start = stop = 0
     pieces: Pieces = []
     for rows, stored in parts:
-        for first in range(rows.start, rows.stop, _ROWS):
-            last = min(first + _ROWS, rows.stop)
+        step = _even(rows.stop - rows.start, _ROWS)
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
             if pieces and last - start > _ROWS:
                 yield slice(start, stop), pieces
                 start, pieces = stop, []
@@ -117,6 +121,11 @@ def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice
             stop = last
     if pieces:
         yield slice(start, stop), pieces
+
+
+def _even(count: int, about: int) -> int:
+    """The length of equal parts, each about so long: the few that a full part leaves over would cost much more each."""
+    return max(1, -(-count // max(1, round(count / about))))
 
 
 def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,31 +137,29 @@ def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _write_digits(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
-    step = max(1, _AT_ONCE // x_NI.shape[1])
+    step = _even(x_NI.shape[0], max(1, _AT_ONCE // x_NI.shape[1]))
     for each in zip(x_NI.split(step), digits.split(step), unit_N1.split(step), strict=True):
         _write_some(*each)
 
 
 def _write_some(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
-    rest, whole = (_room(name, x_NI.shape, torch.float32) for name in ("rest", "whole"))
-    torch.abs(x_NI, out=rest)
+    scaled = torch.abs(x_NI, out=_room("scaled", x_NI.shape, torch.float32))
     # Infinity and NaN go through the unit, whatever the digits are.
-    largest_N1 = rest.amax(1, keepdim=True).clamp_min_(_SMALLEST)
-    torch.mul(x_NI, _LARGEST / largest_N1, out=rest)
-    for place in range(_DIGITS):
-        torch.round(rest, out=whole)
-        digits[:, place].copy_(whole)
-        if place + 1 < _DIGITS:
-            rest.sub_(whole).mul_(_BASE)
-    torch.mul(largest_N1, 1.0 / (_LARGEST * _BASE ** (_DIGITS - 1)), out=unit_N1)
+    largest_N1 = scaled.amax(1, keepdim=True).clamp_min_(_SMALLEST)
+    torch.mul(x_NI, _LARGEST / largest_N1, out=scaled)
+    whole = _room("whole", x_NI.shape, torch.int32).copy_(scaled.round_())
+    for place in reversed(range(_DIGITS)):
+        digits[:, place].copy_(whole)  # the lowest byte, with its sign
+        if place:
+            whole.add_(_BASE // 2).bitwise_right_shift_(_BITS)
+    torch.mul(largest_N1, 1.0 / _LARGEST, out=unit_N1)
 
 
 def _put_together(sums: torch.Tensor, unit_N1: torch.Tensor, out_NO: torch.Tensor) -> None:
-    """From the digits' products [N, 3, O]."""
-    first, *others = sums.unbind(1)
-    out_NO.copy_(first)
+    """From the digits' products [N, 3, O], which are overwritten."""
+    first, *others = sums.view(torch.float32).copy_(sums).unbind(1)
     for each in others:
-        torch.add(each, out_NO, alpha=_BASE, out=out_NO)
+        first = torch.add(each, first, alpha=_BASE, out=out_NO)
     out_NO.mul_(unit_N1)
 
 

@@ -9,6 +9,7 @@ from toolkit.quant import can_multiply, multiply
 from toolkit.quant.digits import _MOST_INPUTS
 
 SHAPES = [
+    (0, 5, 3),
     (1, 1, 1),
     (1, 7, 3),
     (3, 64, 5),
@@ -17,6 +18,7 @@ SHAPES = [
     (257, 96, 513),
     (600, 17, 1030),
     (5, 4096, 2),
+    (2000, 3, 4),
 ]
 
 
@@ -29,7 +31,7 @@ def numbers(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.T
 def bound(x: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     """What the docstring allows, [N, O]: of the digits, and of fp32's rounding of what the three give."""
     magnitudes = stored.double().abs().sum(1)
-    return x.double().abs().amax(1, keepdim=True) * magnitudes * (2.0**-24 + 4 * 2.0**-24)
+    return x.double().abs().amax(1, keepdim=True) * magnitudes * (2.0**-23 + 3 * 2.0**-24)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
