@@ -2,7 +2,8 @@
 """The whole fine-tuning job on this CPU, in fp32 with real chat data: onecard against what else there is.
 
     .venv/bin/python scripts/benchmarks/train.py [--checkpoints random smollm2] [--train FILE.jsonl …]
-        [--validation FILE.jsonl …] [--examples 64] [--repeats 3] [--only ARM …] [--json FILE] [--plot FILE.svg]
+        [--validation FILE.jsonl …] [--examples 64] [--repeats 3] [--only ARM …] [--profile]
+        [--json FILE] [--plot FILE.svg]
 
 Arms: onecard packed with activations recomputed (a recipe's defaults), with activations kept, and on padded batches of
 eight; stock TRL + PEFT `target_parameters` at its defaults and with activations kept; experts4bit-qlora in int8. All
@@ -44,6 +45,9 @@ ARMS = {
     "experts4bit-qlora int8": Arm("experts4bit", ""),
 }
 LOSS_WITHIN, PACKED_WITHIN = 0.01, 1e-5
+PRODUCTS = ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")
+"""Operators that are matrix products, by the beginnings of their names."""
+MOST_OPERATORS = 12
 Figures = dict[str, Any]
 
 
@@ -136,6 +140,7 @@ def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figu
     with workers({arm.worker for arm in arms.values()}, job, options) as running:
         packing = running["ours"].ask(do="packing")
         seconds = alternate({name: turn(name, running[arm.worker]) for name, arm in arms.items()}, options.repeats)
+        profile = running["ours"].ask(do="profile", variant=ARMS["ours"].variant) if options.profile else {}
     rows = job.rows("train")
     tokens = sum(len(row["input_ids"]) for row in rows)
     return {
@@ -148,6 +153,7 @@ def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figu
         "loss": {name: each["loss"] for name, each in last.items()},
         "held_out_loss": {name: each["held_out"] for name, each in last.items()},
         "packing": {**packing, "difference": abs(packing["packed"] / packing["padded"] - 1)},
+        "profile": profile,
         "peak": peak_memory(arms, job, options) if options.memory else {},
     }
 
@@ -168,6 +174,17 @@ def show(name: str, figures: Figures) -> None:
               f"{figures['held_out_loss'][arm]:>14.4f}{peak}")  # fmt: skip
     print(f"  summed loss, packed {packing['packed']:.4f} and padded {packing['padded']:.4f}: "
           f"{packing['difference']:.1e} apart")  # fmt: skip
+    if figures["profile"]:
+        show_profile(figures["profile"])
+
+
+def show_profile(seconds: Mapping[str, float]) -> None:
+    """Where `ours` spends its processor time, operator by operator."""
+    whole = sum(seconds.values())
+    products = sum(value for name, value in seconds.items() if name.removeprefix("aten::").startswith(PRODUCTS))
+    print(f"  ours, processor time by operator: {products / whole:.0%} in matrix products")
+    for name in sorted(seconds, key=lambda name: -seconds[name])[:MOST_OPERATORS]:
+        print(f"    {seconds[name] / whole:6.1%} {name}")
 
 
 def complaints(name: str, figures: Figures) -> Iterator[str]:
@@ -220,6 +237,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each arm")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help="these arms; `ours` among them")
+    parser.add_argument("--profile", action="store_true", help="and where the processor time of `ours` goes")
     return parse(parser)
 
 

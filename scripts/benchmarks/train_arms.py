@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -168,6 +169,24 @@ class Ours(Arm):
                 found[name] = float(torch.stack(losses).sum())
         return found
 
+    def profile(self, variant: str) -> dict[str, float]:
+        """Processor seconds in each operator during a run's steps, its own alone."""
+        from torch.profiler import ProfilerActivity, profile
+
+        from toolkit.training.trainer import AdapterTrainer
+
+        train, found = AdapterTrainer.train, {}
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                done = train(*args, **kwargs)
+            found.update({event.key: event.self_cpu_time_total / 1e6 for event in seen.key_averages()})
+            return done
+
+        with patch.object(AdapterTrainer, "train", watched):
+            self.run(variant)
+        return found
+
 
 class Stock(Arm):
     """TRL's SFTTrainer and PEFT's `target_parameters` at their defaults, in fp32. Variants: `default`, `kept`."""
@@ -280,7 +299,7 @@ ARMS: dict[str, Callable[[Job], Arm]] = {"ours": Ours, "stock": Stock, "experts4
 
 
 def answer(arm: str) -> Callable[..., dict[str, Any]]:
-    """What a worker of this arm does: `build`, `run` or `packing`."""
+    """What a worker of this arm does: `build`, `run`, `packing` or `profile`."""
     built: list[Arm] = []
 
     def respond(do: str, **given: Any) -> dict[str, Any]:
@@ -293,6 +312,8 @@ def answer(arm: str) -> Callable[..., dict[str, Any]]:
         (model,) = built
         if do == "packing":
             return model.packing()  # type: ignore[attr-defined]
+        if do == "profile":
+            return model.profile(given["variant"])  # type: ignore[attr-defined]
         done = model.run(given["variant"])
         if given.get("held_out"):
             done["held_out"] = held_out_loss(model.model, model.job.rows("validation"))

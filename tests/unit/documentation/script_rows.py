@@ -171,14 +171,16 @@ ROWS = (
     Row(
         "benchmarks/train.py",
         f"--checkpoints {{place}}/tiny --train {TRAIN} --validation {HELD_OUT} --examples 8 --length 128 --repeats 1 "
-        '--threads 1 --no-memory --only ours "stock TRL + PEFT" --peers {peers} --json {place}/train.json',
+        '--threads 1 --no-memory --only ours "stock TRL + PEFT" --profile --peers {peers} --json {place}/train.json '
+        "--plot {place}/train.svg",
         (
             r": 8 examples, \d+ tokens without padding",
             r"^ours +[\d.]+ \(",
             r"^stock TRL \+ PEFT +[\d.]+ \(",
             r" apart$",
+            r"processor time by operator: \d+% in matrix products$",
         ),
-        ("train.json",),
+        ("train.json", "train.svg"),
     ),
     Row(
         "benchmarks/triton_kernels.py",
