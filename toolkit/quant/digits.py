@@ -34,8 +34,8 @@ _FEWEST_WEIGHTS = 1 << 19
 """With fewer, splitting the rows costs more than whole numbers save."""
 _ROWS = 256
 _COLUMNS, _SUMS = 512, 1 << 19
-"""About so many rows are computed at a time, and columns: that many at least, and so many of both that sums stay near
-the core."""
+"""About so many rows are computed at a time, and columns: that many at least, and so many of both that a thread's sums,
+at most some megabytes, stay in the cache that cores share."""
 _AT_ONCE = 1 << 18
 """About so many numbers are split into digits at a time."""
 _PROBE = 64
