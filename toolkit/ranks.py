@@ -10,7 +10,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from toolkit.errors import OnecardError, ResourceError
 
 __all__ = ["all_say", "first_one_first", "first_tells", "is_first", "join", "processes"]
 
@@ -31,33 +33,63 @@ def is_first() -> bool:
 
 
 def join(device: str) -> None:
-    """Take this process's card and meet the others; nothing where it is alone. `device` is cpu or cuda."""
+    """Take this process's card and meet the others; nothing where it is alone. `device` is cpu or cuda.
+
+    Raises:
+        ResourceError: Accelerate met fewer than the launcher started, so each would train for itself.
+    """
     if processes() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        met = PartialState(cpu=device == "cpu", timeout=_PATIENCE).num_processes
+        if met != processes():
+            raise ResourceError(f"processes: {processes()} were started, {met} met; use accelerate launch")
 
 
 @contextmanager
 def first_one_first() -> Iterator[None]:
-    """Run the block in the first process, and only then in the others, which must all come here after `join`."""
-    if processes() == 1:
+    """Run the block in the first process, and only then in the others, which must all come here after `join`.
+
+    They go on where it raises, too: most likely to the same error.
+    """
+    if not is_first():
+        _meet()
+    try:
         yield
-    else:
+    finally:
+        if is_first():
+            _meet()
+
+
+def _meet() -> None:
+    """Wait until every process is here."""
+    if processes() > 1:
         from accelerate import PartialState
 
-        with PartialState().main_process_first():
-            yield
+        PartialState().wait_for_everyone()
 
 
 def first_tells(find: Callable[[], _Told]) -> _Told:
-    """What `find` gives in the first process, in all of them; it is called nowhere else."""
+    """What `find` gives in the first process, in all of them; it is called nowhere else.
+
+    Raises:
+        OnecardError: what `find` raised there, in all of them.
+    """
     if processes() == 1:
         return find()
     from accelerate.utils import broadcast_object_list
 
-    told: list[_Told] = broadcast_object_list([find() if is_first() else None])
-    return told[0]
+    told: list[Any] = [None, None]
+    if is_first():
+        try:
+            told[0] = find()
+        except OnecardError as error:
+            told[1] = error
+    found, wrong = broadcast_object_list(told)
+    if wrong is not None:
+        raise wrong
+    result: _Told = found
+    return result
 
 
 def all_say(here: _Told) -> list[_Told]:

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from tests.faults.conftest import Run, onecard, recipe
-from toolkit.ranks import first_one_first, is_first, processes
+from toolkit.errors import ResourceError
+from toolkit.ranks import first_one_first, is_first, join, processes
 
 __all__ = ["onecard", "recipe"]
 
@@ -43,6 +45,8 @@ def test_two_processes_train_what_one_does_and_resume(onecard: Run, recipe: Path
     assert done.returncode == 0, done.stderr
     assert "processes: 2, 2 sequences in a step" in done.stderr
     assert done.stderr.count("resuming from checkpoint-2") == 1, "both processes speak, or none resumed"
+    assert done.stderr.count("already finished") == 1
+    assert done.stdout.splitlines()[-2:] == [f"{rank}: only the first one saw it" for rank in range(2)]
     whole, resumed = (
         (folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "whole", two / "adapter")
     )
@@ -72,3 +76,12 @@ def test_alone_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setenv("RANK", "1")
     assert not is_first()
+
+
+def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps what it found out first: each would train for itself without a word."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    PartialState(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ResourceError, match="2 were started, 1 met"):
+        join("cpu")

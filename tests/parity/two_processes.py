@@ -1,7 +1,11 @@
-"""What each of two processes does in `test_several_processes`: a run, cut off after two steps, and again."""
+"""What each of two processes does in `test_several_processes`: a run, cut off after two steps, again, and once more.
+
+At last the first one alone makes a mistake, of which both must hear.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +13,8 @@ from pathlib import Path
 import torch
 
 from toolkit.cli import main
-from toolkit.ranks import is_first
+from toolkit.errors import DataError
+from toolkit.ranks import first_one_first, first_tells, is_first
 
 
 def train() -> None:
@@ -30,9 +35,21 @@ def cut_off(run: Path) -> None:
     (run / "summary.json").unlink()
 
 
+def mistake() -> None:
+    """An error of the first process; only that one may come here."""
+    assert is_first()
+    raise DataError("only the first one saw it")
+
+
 if __name__ == "__main__":
     train()
     if is_first():
         cut_off(Path(sys.argv[-1].removeprefix("training.output_dir=")))
     torch.distributed.barrier()
     train()
+    train()
+    try:
+        first_tells(mistake)
+    except DataError as error:
+        with first_one_first():
+            print(f"{os.environ['RANK']}: {error}", flush=True)

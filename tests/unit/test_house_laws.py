@@ -32,7 +32,7 @@ _MODEL = {"quant", "ops", "offload", "adapters", "rehearsal", "mtp", "data"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "registration": set(),
-    "ranks": set(),
+    "ranks": {"errors"},
     "durable": {"errors"},
     "steps": {"errors"},
     "downloads": {"steps"},

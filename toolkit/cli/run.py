@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,16 +49,8 @@ def _main_job(
     from toolkit import flow
     from toolkit.packaging import check_token
     from toolkit.plan import make_plan
-    from toolkit.ranks import is_first
-    from toolkit.training import (
-        RunFolder,
-        check_folder_is_ours,
-        check_writable,
-        copy_start,
-        fork_recipe,
-        open_run,
-        owned,
-    )
+    from toolkit.ranks import first_tells, join
+    from toolkit.training import RunFolder, check_folder_is_ours, check_writable, fork_recipe
 
     console = quiet_console()
     note = _once(console)
@@ -72,11 +65,10 @@ def _main_job(
     batches = flow.build_batches(tokenizer, made)
     made = make_plan(parsed, shape=flow.step_shape(batches, made))
     check_folder_is_ours(made.folder)
-    with owned(made.folder) if is_first() else nullcontext():
-        run = open_run(made.folder, made.recipe, note) if is_first() else RunFolder(made.folder)
-        if fork and is_first():
-            copy_start(run, source)
-        finished = run.read_summary()
+    join(made.device)
+    run = RunFolder(made.folder)
+    with ExitStack() as held:
+        finished = first_tells(partial(_open, made, source if fork else None, held, note))
         if finished is None:
             finished = _train(console, made, batches, tokenizer, run, stop, note)
         else:
@@ -84,9 +76,22 @@ def _main_job(
     return parsed, run, console, finished
 
 
+def _open(made: Plan, fork_of: RunFolder | None, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """Take the run folder, which is `held` from now on; the summary, where the run in it is finished."""
+    from toolkit.training import copy_start, open_run, owned
+
+    held.enter_context(owned(made.folder))
+    run = open_run(made.folder, made.recipe, note)
+    if fork_of:
+        copy_start(run, fork_of)
+    return run.read_summary()
+
+
 def _hand_over(parsed: Recipe, run: RunFolder, console: Console, finished: dict[str, Any] | None, json_: bool) -> None:
     """Show the summary, and push where the recipe says so; the first process alone."""
-    if finished is None:
+    from toolkit.ranks import is_first
+
+    if finished is None or not is_first():
         return
     from toolkit.packaging import push_artifact
     from toolkit.report import terminal as show
@@ -110,14 +115,15 @@ def _train(
     """Everything from the loaded model to the summary; gives the summary in the first process."""
     from toolkit import flow
     from toolkit.durable import write_text
-    from toolkit.ranks import is_first
+    from toolkit.ranks import first_one_first, is_first
     from toolkit.report import terminal as show
     from toolkit.report.page import write_page
     from toolkit.report.pictures import run_pictures
     from toolkit.report.plans import show_plan
     from toolkit.training.memory import anonymous_memory
 
-    resumed = flow.resume(made, tokenizer, batches, note)
+    with first_one_first():
+        resumed = flow.resume(made, tokenizer, batches, note)
     if is_first():
         write_text(run.plan, json.dumps(made.to_dict(), indent=2))
     show_plan(console, made)

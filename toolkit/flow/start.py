@@ -73,7 +73,8 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
             "quantize` with compensation, and give its folder as model.model_name_or_path"
         )
-    return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
+    with first_one_first():
+        return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
 
 
 @part("calibrate")

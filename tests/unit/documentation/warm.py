@@ -102,6 +102,8 @@ def _forget(environment: Mapping[str, str] | None) -> None:
         if str(getattr(module, "__file__", None)).startswith(OURS):
             del sys.modules[name]
     sys.path[:] = fresh_path(os.environ.get("PYTHONPATH", ""))
+    for state in ("AcceleratorState", "GradientState", "PartialState"):  # what trained in the test's process left there
+        getattr(sys.modules["accelerate.state"], state)._shared_state.clear()
     sys.modules["torch"].set_num_threads(1)  # OpenMP's threads did not come along
     warnings.resetwarnings()
     os.execve = lambda path, command, environment: become(command, environment)
