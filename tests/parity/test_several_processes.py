@@ -13,6 +13,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from tests.faults.conftest import Run, onecard, recipe
+from tests.unit.documentation.warm import warm_python
 from toolkit.errors import ResourceError
 from toolkit.ranks import first_one_first, is_first, join, processes
 
@@ -34,14 +35,15 @@ def test_two_processes_train_what_one_does_and_resume(onecard: Run, recipe: Path
     same = ["training.max_steps=4", "training.save_steps=2", "data.max_samples=60", "eval.enabled=false"]
     script = Path(__file__).with_name("two_processes.py")
     arguments = ["train", recipe, *same, f"training.output_dir={two}"]
-    done = subprocess.run(
-        [*LAUNCH, script, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with warm_python():
+        done = subprocess.run(
+            [*LAUNCH, str(script), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     assert "processes: 2, 2 sequences in a step" in done.stderr
     assert done.stderr.count("resuming from checkpoint-2") == 1, "both processes speak, or none resumed"
