@@ -156,3 +156,9 @@ def test_decoding_reads_only_the_experts_that_are_hit(tmp_path: Path) -> None:
 def test_streaming_wants_int8_throughout(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"set quantization\.linears=int8, not none"):
         load_streamed(str(EMBEDDED), {}, linears="none", cache=tmp_path)
+
+
+def test_nothing_to_stream_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no layer is streamed"):
+        load_streamed(str(EMBEDDED), {"model.layers.0.mlp": "resident"}, cache=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from peft import PeftModel
 from toolkit.mtp.head import Trunk, capture_hidden, every_hidden
 from toolkit.mtp.loss import rows_at_once
 from toolkit.mtp.training import HeadTraining
+from toolkit.plan.head import MOST_STATES
 
 __all__ = ["OwnHidden", "learn_own_answers"]
 
@@ -24,10 +25,6 @@ _PASSES = 5
 
 _WARM_UP = 10
 """Steps over which the learning rate rises: the text is of another kind than that of the steps before."""
-
-_KEPT = 1 << 28
-"""Bytes of hidden states that are kept from the writing and from one pass to the next; beyond that they are computed
-anew."""
 
 _ALIKE = 64
 """Answers among which those of like length are put together."""
@@ -107,7 +104,7 @@ class OwnHidden:
     def __init__(self, model: PeftModel) -> None:
         self.model = model
         self.kept: dict[int, torch.Tensor] = {}
-        self.room = _KEPT
+        self.room = MOST_STATES
 
     @contextmanager
     def writing(self, prompts: Sequence[Sequence[int]]) -> Iterator[Callable[[list[int], list[list[int]], int], None]]:

@@ -69,11 +69,14 @@ def load_streamed(
         placement: MoE layer to resident, host or disk. cache: folder of int8 files. options: to `load_int8`.
 
     Raises:
-        RecipeError: it is to be stored otherwise than in int8. ResourceError, ModelError, HubError: as the parts say.
+        RecipeError: it is to be stored otherwise than in int8, or no layer is streamed. ResourceError, ModelError,
+            HubError: as the parts say.
     """
     if unfit := {part: kind for part in ("experts", "linears") if (kind := options.get(part, "int8")) != "int8"}:
         part, kind = next(iter(unfit.items()))
         raise RecipeError(f"placement.experts: streaming reads an int8 file; set quantization.{part}=int8, not {kind}")
+    if not streamed(placement):
+        raise RecipeError("placement.experts: no layer is streamed; load it with quant.load_int8")
     folder = int8_folder(name_or_path, revision=revision, dtype=dtype, root=cache)
     model, coverage = load_int8(str(folder), dtype=dtype, device="cpu", **options)
     stream_experts(model, placement, folder, torch.device(device))

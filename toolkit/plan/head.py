@@ -34,7 +34,8 @@ _PER_TOKEN = (
 MOST_ANSWERS = 256
 """The model's own answers that a head learns from, where the recipe does not say how many."""
 MOST_STATES = 1 << 28
-"""Bytes of the model's hidden states that are kept of them, in the computer's memory (`toolkit.mtp.own`)."""
+"""Bytes of the model's hidden states that are kept of them from the writing on, in the computer's memory; beyond that
+they are computed anew."""
 HEAD_BYTES = 16
 """Of a parameter that trains in fp32: weight, gradient and AdamW's two moments."""
 
