@@ -10,11 +10,12 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -23,6 +24,7 @@ from typing import Any
 __all__ = [
     "Summary",
     "Worker",
+    "WorkerEndedError",
     "alternate",
     "anonymous",
     "most_anonymous",
@@ -41,10 +43,15 @@ KEEP_FREED_MEMORY = {
 Summary = dict[str, float]
 
 
+class WorkerEndedError(RuntimeError):
+    """A worker ended instead of answering."""
+
+
 class Worker:
     """A process that runs `program` under `python` and answers questions one at a time.
 
-    `own` workers may import what this process finds by PYTHONPATH; the others only what is installed there.
+    `own` workers may import what this process finds by PYTHONPATH; the others only what is installed there. One that is
+    given a `share` fails at more than so much of the memory that is free as it begins, instead of taking it all.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Worker:
         tuned: bool,
         own: bool = False,
         arguments: Sequence[str] = (),
+        share: float | None = None,
     ) -> None:
         kept = {
             key: value
@@ -73,6 +81,9 @@ class Worker:
             cwd=tempfile.gettempdir(),
             env={**kept, **offline, **(KEEP_FREED_MEMORY if tuned else {})},
         )
+        if share is not None:
+            most = int(share * _field("MemAvailable", Path("/proc/meminfo")))
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (most, most))
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer; an exception in the worker is raised here with its last lines."""
@@ -83,7 +94,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            raise RuntimeError("a worker ended: " + "".join(self._log.readlines()[-12:]))
+            raise WorkerEndedError("a worker ended: " + "".join(self._log.readlines()[-12:]))
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
@@ -119,12 +130,24 @@ def turn(names: Sequence[str], number: int) -> list[str]:
     return order if number % 2 == 0 else order[::-1]
 
 
-def alternate(arms: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each arm's figures, after one round that is not counted. Progress goes to stderr."""
+def alternate(
+    arms: Mapping[str, Callable[[], float]], repeats: int, may_end: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """Each arm's figures, after one round that is not counted. Progress goes to stderr.
+
+    An arm that `may_end` and whose worker does is left out from there on.
+    """
     figures: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(-1, repeats):
-        for name in turn(list(arms), number):
-            figure = arms[name]()
+        for name in turn(list(figures), number):
+            try:
+                figure = arms[name]()
+            except WorkerEndedError as ended:
+                if name not in may_end:
+                    raise
+                print(f"{name}: left out, {str(ended).splitlines()[-1]}", file=sys.stderr, flush=True)
+                del figures[name]
+                continue
             print(f"round {number + 1} of {repeats}: {name} {figure:.3f} s", file=sys.stderr, flush=True)
             if number >= 0:
                 figures[name].append(figure)
@@ -182,5 +205,9 @@ def anonymous(pid: int | str) -> int:
 
 
 def _status(field: str, pid: int | str = "self") -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return _field(field, Path(f"/proc/{pid}/status"))
+
+
+def _field(name: str, file: Path) -> int:
+    lines = file.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -107,6 +107,28 @@ def test_step_memory_sees_what_a_step_holds_at_its_highest(script: Any, tmp_path
         assert 0.9 * size < worker.ask(size=size)["bytes"] < 2 * size
 
 
+def test_a_worker_that_wants_more_than_its_share_is_left_out(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "worker.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfrom turns import serve\n"
+        "serve(lambda size: {'seconds': len(bytearray(size)) * 0.0})\n"
+    )
+    turns = script("turns")
+    free = turns._field("MemAvailable", Path("/proc/meminfo"))
+    with turns.Worker(sys.executable, program, threads=1, tuned=False, share=0.1) as worker:
+        arms = {"greedy": lambda: worker.ask(size=free // 5)["seconds"], "modest": lambda: 1.0}
+        assert worker.ask(size=1 << 20)["seconds"] == 0
+        assert turns.alternate(arms, 2, may_end=["greedy"]) == {"modest": [1.0, 1.0]}
+    assert "greedy: left out, MemoryError" in capsys.readouterr().err
+    with (
+        turns.Worker(sys.executable, program, threads=1, tuned=False, share=0.1) as worker,
+        pytest.raises(turns.WorkerEndedError),
+    ):
+        turns.alternate(arms | {"greedy": lambda: worker.ask(size=free // 5)["seconds"]}, 1)
+
+
 class _Bigrams(nn.Module):
     """Scores of the next token that depend on the last alone."""
 

@@ -27,8 +27,8 @@ from toolkit.quant import ExpertWeights
 
 __all__ = ["expert_layer", "kept_rows"]
 
-_KEPT_OF_WEIGHTS = 4
-"""Of the weights' bytes, one in so many: what is kept grows with the tokens, and is to stay small beside the layer."""
+_KEPT_OF_WEIGHTS = 0.3
+"""Share of the weights' bytes: what is kept grows with the tokens, and is to stay small beside the layer."""
 _MOST_ROWS = 512
 """Rows computed at a time: enough for a full-speed product, and one hot expert is still shared among the cores."""
 
@@ -127,8 +127,8 @@ class _ExpertLayer(torch.autograd.Function):
 
 
 def kept_rows(rows: int, outputs: int, weights: ExpertWeights, dtype: torch.dtype) -> int:
-    """How many rows of [S, O] are kept for backward: as many as take a quarter of what the weights do."""
-    room = (weights.up.weight.nbytes + weights.down.weight.nbytes) // _KEPT_OF_WEIGHTS
+    """How many rows of [S, O] are kept for backward: as many as take three tenths of the weights' bytes."""
+    room = int(_KEPT_OF_WEIGHTS * (weights.up.weight.nbytes + weights.down.weight.nbytes))
     return min(rows, room // (outputs * dtype.itemsize))
 
 

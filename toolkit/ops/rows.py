@@ -39,6 +39,11 @@ class Segment:
     is_only: bool
     """Whether it has the expert's first rows, and all of them."""
 
+    def of(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """Its part of the block's rows; no view is made where that is all of them, since each one counts."""
+        first, size = self.rows.start, self.rows.stop - self.rows.start
+        return rows_N if size == rows_N.shape[0] else rows_N.narrow(0, first, size)
+
 
 @dataclass(frozen=True)
 class RowBlock:
@@ -52,7 +57,7 @@ class RowBlock:
 
     def is_within(self, first_rows: torch.Tensor) -> bool:
         """Whether these, the first of all rows, have all of the block's."""
-        return int(self.rows.stop) <= len(first_rows)
+        return int(self.rows.stop) <= first_rows.shape[0]
 
     def gather(self, source_TH: torch.Tensor) -> torch.Tensor:
         """[N, H]; padding rows repeat their expert's first one."""
@@ -60,14 +65,22 @@ class RowBlock:
 
     def strip(self, rows_NH: torch.Tensor) -> torch.Tensor:
         """The real rows."""
+        if self.rows.stop - self.rows.start == rows_NH.shape[0]:
+            return rows_NH
         return rows_NH[self.real] if isinstance(self.real, slice) else rows_NH.index_select(0, self.real)
 
     def pad(self, rows_NH: torch.Tensor) -> torch.Tensor:
         """The block's real rows, zero ones between them up to N."""
-        if len(rows_NH) == len(self.token):
+        if rows_NH.shape[0] == self.token.shape[0]:
             return rows_NH
-        padded = rows_NH.new_zeros(len(self.token), *rows_NH.shape[1:])
-        padded[self.real] = rows_NH
+        places, count = self.token.shape[0], rows_NH.shape[0]
+        if isinstance(self.real, slice):  # then they come first
+            padded = rows_NH.new_empty(places, *rows_NH.shape[1:])
+            padded.narrow(0, 0, count).copy_(rows_NH)
+            padded.narrow(0, count, places - count).zero_()
+        else:
+            padded = rows_NH.new_zeros(places, *rows_NH.shape[1:])
+            padded[self.real] = rows_NH
         return padded
 
     def scatter_add(self, target_TH: torch.Tensor, rows_NH: torch.Tensor) -> None:

@@ -71,13 +71,13 @@ class Products:
         y_NO = self._product(factor, block, self.outputs, transposed=not self.stack.is_transposed)
         low_NR = None if self.A is None else self._low(x_NI, self.A, block)
         for segment in block.segments:
-            expert, mine_NO = segment.expert, y_NO[segment.rows]
+            expert, mine_NO = segment.expert, segment.of(y_NO)
             if self.stack.scale is not None:
                 mine_NO.mul_(self.stack.scale[expert].to(y_NO.dtype))
             if self.stack.bias is not None:
                 mine_NO.add_(self.stack.bias[expert].to(y_NO.dtype))
             if low_NR is not None and self.B is not None:
-                mine_NO.addmm_(low_NR[segment.rows], self.B[expert].t(), alpha=self.scaling)
+                mine_NO.addmm_(segment.of(low_NR), self.B[expert].t(), alpha=self.scaling)
         return y_NO
 
     def backward(
@@ -102,16 +102,16 @@ class Products:
         low_NR = self._low(x_NI, self.A, block) * self.scaling
         grad_NR = torch.empty_like(low_NR)
         for segment in block.segments:
-            torch.mm(grad_NO[segment.rows], self.B[segment.expert], out=grad_NR[segment.rows])
+            torch.mm(segment.of(grad_NO), self.B[segment.expert], out=segment.of(grad_NR))
         grad_NR.mul_(self.scaling)
         if grad_NI is not None:
             for segment in block.segments:
-                grad_NI[segment.rows].addmm_(grad_NR[segment.rows], self.A[segment.expert])
+                segment.of(grad_NI).addmm_(segment.of(grad_NR), self.A[segment.expert])
         if weight_N1 is not None:
             low_NR.mul_(weight_N1)
             grad_NR.mul_(weight_N1)
         # B's as [R, O]: BLAS is twice as fast at few rows as at few columns.
-        parts = [[each[segment.rows] for each in (grad_NR, x_NI, low_NR, grad_NO)] for segment in block.segments]
+        parts = [[segment.of(each) for each in (grad_NR, x_NI, low_NR, grad_NO)] for segment in block.segments]
         return grad_NI, [(grad.t() @ x, low.t() @ grads) for grad, x, low, grads in parts]
 
     def _low(self, x_NI: torch.Tensor, A_ERI: torch.Tensor, block: RowBlock) -> torch.Tensor:
@@ -119,7 +119,7 @@ class Products:
             return block.pad(self.low[block.rows])
         low_NR = x_NI.new_empty(x_NI.shape[0], A_ERI.shape[1])
         for segment in block.segments:
-            torch.mm(x_NI[segment.rows], A_ERI[segment.expert].t(), out=low_NR[segment.rows])
+            torch.mm(segment.of(x_NI), A_ERI[segment.expert].t(), out=segment.of(low_NR))
         if self.low is not None:
             self.low[block.rows] = block.strip(low_NR)
         return low_NR
@@ -130,7 +130,7 @@ class Products:
             scaled = torch.empty_like(grad_NO)
             for segment in block.segments:
                 scale = self.stack.scale[segment.expert].to(grad_NO.dtype)
-                torch.mul(grad_NO[segment.rows], scale, out=scaled[segment.rows])
+                torch.mul(segment.of(grad_NO), scale, out=segment.of(scaled))
         return self._product(scaled, block, self.inputs, transposed=self.stack.is_transposed)
 
     def _product(self, x: torch.Tensor | Digits, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
@@ -141,7 +141,7 @@ class Products:
             return multiply_each(x, parts, width, transposed=transposed)
         result = x.new_empty(x.shape[0], width)
         for segment in block.segments:
-            mine, out = x[segment.rows], result[segment.rows]
+            mine, out = segment.of(x), segment.of(result)
             for rows, weight in self._parts(segment.expert, x.dtype):
                 if transposed:
                     torch.mm(mine, weight.t(), out=out[:, rows])

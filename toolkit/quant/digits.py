@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 
 import torch
@@ -46,7 +46,7 @@ def can_multiply(x: torch.Tensor, stored: torch.Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and stored.dtype == torch.int8
-        and stored.device.type == "cpu"
+        and stored.is_cpu
         and not isinstance(x, FakeTensor)
         and max(stored.shape[-2:]) <= _MOST_INPUTS
         and prod(stored.shape[-2:]) >= _FEWEST_WEIGHTS
@@ -88,26 +88,38 @@ def multiply_each(
     known = x_NI if isinstance(x_NI, Digits) else None
     like = x_NI.unit_N1 if isinstance(x_NI, Digits) else x_NI
     result = like.new_empty(like.shape[0], width)
-    for rows, pieces in _chunks(parts):
-        digits, unit_N1 = (known.digits[rows], known.unit_N1[rows]) if known else _digits(like[rows])
-        flat = digits.flatten(0, 1)
-        step = _even(width, max(_COLUMNS, _SUMS // len(digits)))
+    for (start, stop), pieces in _chunks(parts):
+        if known:
+            digits, unit_N1 = _between(known.digits, 0, start, stop), _between(known.unit_N1, 0, start, stop)
+        else:
+            digits, unit_N1 = _digits(_between(like, 0, start, stop))
+        rows, _, inputs = digits.shape
+        flat, out = digits.view(_DIGITS * rows, inputs), _between(result, 0, start, stop)
+        step = _even(width, max(_COLUMNS, _SUMS // rows))
         for first in range(0, width, step):
-            columns = slice(first, min(first + step, width))
-            sums = _room("sums", (len(flat), columns.stop - first), torch.int32)
-            for piece, stored_PQ in pieces:
-                mine = slice(_DIGITS * piece.start, _DIGITS * piece.stop)
-                weight_IO = stored_PQ[columns].t() if transposed else stored_PQ[:, columns]
-                torch._int_mm(flat[mine], weight_IO, out=sums[mine])
-            _put_together(sums.view(*digits.shape[:2], -1), unit_N1, result[rows, columns])
+            last = min(first + step, width)
+            sums = _room("sums", (_DIGITS * rows, last - first), torch.int32)
+            for begin, end, stored_PQ in pieces:
+                weight_PQ = _between(stored_PQ, 0 if transposed else 1, first, last)
+                torch._int_mm(
+                    _between(flat, 0, _DIGITS * begin, _DIGITS * end),
+                    weight_PQ.t() if transposed else weight_PQ,
+                    out=_between(sums, 0, _DIGITS * begin, _DIGITS * end),
+                )
+            _put_together(sums.view(rows, _DIGITS, last - first), unit_N1, _between(out, 1, first, last))
     return result
 
 
-Pieces = list[tuple[slice, torch.Tensor]]
+def _between(tensor: torch.Tensor, side: int, first: int, last: int) -> torch.Tensor:
+    """A part along one side: at the sizes of a block of rows each view counts, so none is made of the whole."""
+    return tensor if last - first == tensor.shape[side] else tensor.narrow(side, first, last - first)
 
 
-def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice, Pieces]]:
-    """Rows that are computed at a time, and within them those of each weight."""
+Pieces = list[tuple[int, int, torch.Tensor]]
+
+
+def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[tuple[int, int], Pieces]]:
+    """Rows that are computed at a time, first and last, and within them those of each weight."""
     start = stop = 0
     pieces: Pieces = []
     for rows, stored in parts:
@@ -115,12 +127,12 @@ def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice
         for first in range(rows.start, rows.stop, step):
             last = min(first + step, rows.stop)
             if pieces and last - start > _ROWS:
-                yield slice(start, stop), pieces
+                yield (start, stop), pieces
                 start, pieces = stop, []
-            pieces.append((slice(first - start, last - start), stored))
+            pieces.append((first - start, last - start, stored))
             stop = last
     if pieces:
-        yield slice(start, stop), pieces
+        yield (start, stop), pieces
 
 
 def _even(count: int, about: int) -> int:
@@ -137,9 +149,11 @@ def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _write_digits(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
-    step = _even(x_NI.shape[0], max(1, _AT_ONCE // x_NI.shape[1]))
-    for each in zip(x_NI.split(step), digits.split(step), unit_N1.split(step), strict=True):
-        _write_some(*each)
+    rows, inputs = x_NI.shape
+    step = _even(rows, max(1, _AT_ONCE // inputs))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        _write_some(*(_between(each, 0, first, last) for each in (x_NI, digits, unit_N1)))
 
 
 def _write_some(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
@@ -168,13 +182,19 @@ _kept = threading.local()
 
 def _room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory that the thread's next call overwrites: the same, warm, every time."""
-    elements = prod(shape)
+    elements, strides = _layout(shape)
     room: torch.Tensor | None = getattr(_kept, name, None)
-    if room is None or room.numel() < elements:
+    if room is None or room.shape[0] < elements:
         with torch.inference_mode(False):
             room = torch.empty(elements, dtype=dtype)
         setattr(_kept, name, room)
-    return room[:elements].view(shape)
+    return room.as_strided(shape, strides)
+
+
+@lru_cache(1 << 12)
+def _layout(shape: tuple[int, ...]) -> tuple[int, list[int]]:
+    """How many numbers a tensor in one piece has, and its strides."""
+    return prod(shape), [prod(shape[side + 1 :]) for side in range(len(shape))]
 
 
 @cache
