@@ -44,9 +44,9 @@ PEERS = ("transformers", "peft", "trl", "bitsandbytes", "experts4bit-qlora==0.58
 ARMS = Path(__file__).with_name("expert_arms.py")
 STOCK = ("grouped_mm", "eager")
 """grouped_mm is what transformers chooses by itself. batched_mm copies a matrix for each routed row: see `batched`."""
-GREEDY, ITS_SHARE = "stock eager", 0.7
-"""Holes that stock's eager experts leave in a heap that keeps freed memory grow to 15 GB at the largest shape: they have a
-process of their own, which may take so much of what is free, and are left out where that is too little."""
+GREEDY = "stock eager"
+"""Holes that stock's eager experts leave in a heap that keeps freed memory grow to 15 GB at the largest shape: they have
+a process of their own, and are left out where memory runs out."""
 ALWAYS = ("ours", "ours, recomputing", f"stock PEFT, {STOCK[0]}", "sgemm")
 WITHIN = 1e-4
 SIDE = 4096
@@ -124,7 +124,6 @@ def workers(names: set[str], options: argparse.Namespace, tuned: bool, shape: Sh
         running = {}
         for name in sorted(names):
             python = sys.executable if name in ("ours", "sgemm") else options.python
-            share = ITS_SHARE if tuned and name == GREEDY else None
             worker = Worker(
                 python,
                 ARMS,
@@ -132,7 +131,7 @@ def workers(names: set[str], options: argparse.Namespace, tuned: bool, shape: Sh
                 tuned=tuned,
                 arguments=name.split()[:1],
                 own=name == "ours",
-                share=share,
+                greedy=name == GREEDY,
             )
             running[name] = stack.enter_context(worker)
             running[name].ask(do="build", shape=asdict(shape))

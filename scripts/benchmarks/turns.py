@@ -10,7 +10,7 @@ import ctypes
 import gc
 import json
 import os
-import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,8 +50,8 @@ class WorkerEndedError(RuntimeError):
 class Worker:
     """A process that runs `program` under `python` and answers questions one at a time.
 
-    `own` workers may import what this process finds by PYTHONPATH; the others only what is installed there. One that is
-    given a `share` fails at more than so much of the memory that is free as it begins, instead of taking it all.
+    `own` workers may import what this process finds by PYTHONPATH; the others only what is installed there. Where
+    memory runs out the kernel is asked to end a `greedy` one and no other.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Worker:
         tuned: bool,
         own: bool = False,
         arguments: Sequence[str] = (),
-        share: float | None = None,
+        greedy: bool = False,
     ) -> None:
         kept = {
             key: value
@@ -81,9 +81,8 @@ class Worker:
             cwd=tempfile.gettempdir(),
             env={**kept, **offline, **(KEEP_FREED_MEMORY if tuned else {})},
         )
-        if share is not None:
-            most = int(share * _field("MemAvailable", Path("/proc/meminfo")))
-            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (most, most))
+        if greedy:
+            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000")
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer; an exception in the worker is raised here with its last lines."""
@@ -94,7 +93,10 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
-            raise WorkerEndedError("a worker ended: " + "".join(self._log.readlines()[-12:]))
+            ended = "".join(["a worker ended\n", *self._log.readlines()[-12:]])
+            if self._process.wait() == -signal.SIGKILL:
+                ended += "it was killed, most likely since memory ran out"
+            raise WorkerEndedError(ended)
         try:
             answer: dict[str, Any] = json.loads(line)
         except ValueError:
@@ -205,9 +207,5 @@ def anonymous(pid: int | str) -> int:
 
 
 def _status(field: str, pid: int | str = "self") -> int:
-    return _field(field, Path(f"/proc/{pid}/status"))
-
-
-def _field(name: str, file: Path) -> int:
-    lines = file.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

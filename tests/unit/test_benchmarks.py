@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -107,26 +108,30 @@ def test_step_memory_sees_what_a_step_holds_at_its_highest(script: Any, tmp_path
         assert 0.9 * size < worker.ask(size=size)["bytes"] < 2 * size
 
 
-def test_a_worker_that_wants_more_than_its_share_is_left_out(
+def test_a_greedy_worker_that_is_killed_is_left_out(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "worker.py"
     program.write_text(
-        f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfrom turns import serve\n"
-        "serve(lambda size: {'seconds': len(bytearray(size)) * 0.0})\n"
+        f"import os, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nfrom turns import serve\nfrom pathlib import Path\n"
+        "def answer(step):\n    step < 2 or os.kill(os.getpid(), 9)\n"
+        "    return {'first': int(Path('/proc/self/oom_score_adj').read_text())}\n"
+        "serve(answer)\n"
     )
     turns = script("turns")
-    free = turns._field("MemAvailable", Path("/proc/meminfo"))
-    with turns.Worker(sys.executable, program, threads=1, tuned=False, share=0.1) as worker:
-        arms = {"greedy": lambda: worker.ask(size=free // 5)["seconds"], "modest": lambda: 1.0}
-        assert worker.ask(size=1 << 20)["seconds"] == 0
-        assert turns.alternate(arms, 2, may_end=["greedy"]) == {"modest": [1.0, 1.0]}
-    assert "greedy: left out, MemoryError" in capsys.readouterr().err
-    with (
-        turns.Worker(sys.executable, program, threads=1, tuned=False, share=0.1) as worker,
-        pytest.raises(turns.WorkerEndedError),
-    ):
-        turns.alternate(arms | {"greedy": lambda: worker.ask(size=free // 5)["seconds"]}, 1)
+
+    def figures(*may_end: str) -> dict[str, list[float]]:
+        count = itertools.count()
+        with turns.Worker(sys.executable, program, threads=1, tuned=False, greedy=True) as worker:
+            assert worker.ask(step=0)["first"] == 1000
+            arms = {"greedy": lambda: worker.ask(step=next(count))["first"], "modest": lambda: 1.0}
+            found: dict[str, list[float]] = turns.alternate(arms, 4, may_end)
+            return found
+
+    assert figures("greedy") == {"modest": [1.0] * 4}
+    assert "greedy: left out, it was killed, most likely since memory ran out" in capsys.readouterr().err
+    with pytest.raises(turns.WorkerEndedError):
+        figures()
 
 
 class _Bigrams(nn.Module):
