@@ -45,8 +45,8 @@ ARMS = Path(__file__).with_name("expert_arms.py")
 STOCK = ("grouped_mm", "eager")
 """grouped_mm is what transformers chooses by itself. batched_mm copies a matrix for each routed row: see `batched`."""
 GREEDY = "stock eager"
-"""Holes that stock's eager experts leave in a heap that keeps freed memory grow to 15 GB at the largest shape: they have
-a process of their own, and are left out where memory runs out."""
+"""Holes that stock's eager experts leave in a heap that keeps freed memory grow to 15 GB at the largest shape, so they
+have a process of their own and are left out where memory runs out."""
 ALWAYS = ("ours", "ours, recomputing", f"stock PEFT, {STOCK[0]}", "sgemm")
 WITHIN = 1e-4
 SIDE = 4096
