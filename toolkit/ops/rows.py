@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from toolkit.quant.digits import between
-
 __all__ = ["Routing", "RowBlock", "Segment", "is_imagined"]
 
 _FEWEST_ROWS = 16
@@ -42,8 +40,9 @@ class Segment:
     """Whether it has the expert's first rows, and all of them."""
 
     def of(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """Its part of the block's rows."""
-        return between(rows_N, 0, self.rows.start, self.rows.stop)
+        """Its part of the block's rows; no view is made where that is all of them, since each one counts."""
+        first, size = self.rows.start, self.rows.stop - self.rows.start
+        return rows_N if size == rows_N.shape[0] else rows_N.narrow(0, first, size)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Digits", "between", "can_multiply", "multiply", "multiply_each"]
+__all__ = ["Digits", "can_multiply", "multiply", "multiply_each"]
 
 _DIGITS = 3
 _BITS = 8
@@ -90,28 +90,28 @@ def multiply_each(
     result = like.new_empty(like.shape[0], width)
     for (start, stop), pieces in _chunks(parts):
         if known:
-            digits, unit_N1 = between(known.digits, 0, start, stop), between(known.unit_N1, 0, start, stop)
+            digits, unit_N1 = _between(known.digits, 0, start, stop), _between(known.unit_N1, 0, start, stop)
         else:
-            digits, unit_N1 = _digits(between(like, 0, start, stop))
+            digits, unit_N1 = _digits(_between(like, 0, start, stop))
         rows, _, inputs = digits.shape
-        flat, out = digits.view(_DIGITS * rows, inputs), between(result, 0, start, stop)
+        flat, out = digits.view(_DIGITS * rows, inputs), _between(result, 0, start, stop)
         step = _even(width, max(_COLUMNS, _SUMS // rows))
         for first in range(0, width, step):
             last = min(first + step, width)
             sums = _room("sums", (_DIGITS * rows, last - first), torch.int32)
             for begin, end, stored_PQ in pieces:
-                weight_PQ = between(stored_PQ, 0 if transposed else 1, first, last)
+                weight_PQ = _between(stored_PQ, 0 if transposed else 1, first, last)
                 torch._int_mm(
-                    between(flat, 0, _DIGITS * begin, _DIGITS * end),
+                    _between(flat, 0, _DIGITS * begin, _DIGITS * end),
                     weight_PQ.t() if transposed else weight_PQ,
-                    out=between(sums, 0, _DIGITS * begin, _DIGITS * end),
+                    out=_between(sums, 0, _DIGITS * begin, _DIGITS * end),
                 )
-            _put_together(sums.view(rows, _DIGITS, last - first), unit_N1, between(out, 1, first, last))
+            _put_together(sums.view(rows, _DIGITS, last - first), unit_N1, _between(out, 1, first, last))
     return result
 
 
-def between(tensor: torch.Tensor, side: int, first: int, last: int) -> torch.Tensor:
-    """A part along one side, from `first` up to `last`: each view costs time, so none is made of the whole."""
+def _between(tensor: torch.Tensor, side: int, first: int, last: int) -> torch.Tensor:
+    """A part along one side: at the sizes of a block of rows each view counts, so none is made of the whole."""
     return tensor if last - first == tensor.shape[side] else tensor.narrow(side, first, last - first)
 
 
@@ -153,7 +153,7 @@ def _write_digits(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tenso
     step = _even(rows, max(1, _AT_ONCE // inputs))
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        _write_some(*(between(each, 0, first, last) for each in (x_NI, digits, unit_N1)))
+        _write_some(*(_between(each, 0, first, last) for each in (x_NI, digits, unit_N1)))
 
 
 def _write_some(x_NI: torch.Tensor, digits: torch.Tensor, unit_N1: torch.Tensor) -> None:
