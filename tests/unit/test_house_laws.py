@@ -163,6 +163,16 @@ def test_light_modules_load_no_torch(module: str) -> None:
     assert not _loaded_after(f"import {module}", "torch", "transformers", "datasets", "peft")
 
 
+def test_the_check_of_a_card_loads_torch_alone() -> None:
+    """`gpu_check.py` runs where torch and triton are all there is: what it imports of ours must not need more."""
+    pytest.importorskip("triton")
+    program = ast.parse((ROOT / "scripts" / "gpu_check.py").read_text())
+    nodes = (node for node in ast.walk(program) if isinstance(node, ast.ImportFrom))
+    ours = [ast.unparse(node) for node in nodes if (node.module or "").startswith("toolkit.")]
+    assert ours
+    assert not _loaded_after("\n".join(ours), "transformers", "peft", "pydantic", "datasets", "accelerate")
+
+
 def test_help_loads_nothing_heavy() -> None:
     program = """
 import sys
