@@ -11,10 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tests.parity.conftest import COMMON, FAMILIES
+from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.rehearsal import Step, imagined_model, rehearse, run_step
 from toolkit.rehearsal.ledger import Ledger
-from toolkit.rehearsal.model import depths_of
+from toolkit.rehearsal.model import decoder_layers, depths_of
+from toolkit.training.documents import documents_apart
 
 
 def test_the_ledger_counts_what_is_held_and_forgets_what_is_not() -> None:
@@ -90,3 +92,30 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
         return kept
 
     assert held(True) == held(False)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_imagined_attention_holds_what_documents_one_by_one_do(family: str) -> None:
+    """No mask is kept for backward and no head repeated, since the run finds that each document's mask is causal."""
+    lengths, sizes = (200, 184), {"num_key_value_heads": 2, "max_position_embeddings": 512}
+    step = Step(1, sum(lengths), 20, torch.float32, False, False, False, experts="none", linears="none")
+    nothing = imagined_model(skeleton(family, **sizes), step)
+    imagined = run_step(nothing, step, FakeTensorMode(allow_non_fake_inputs=True))
+
+    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **sizes})
+    model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
+    model.requires_grad_(False)
+    adapted = attach_lora(model).train()
+    inputs = {
+        "input_ids": torch.zeros(1, step.length, dtype=torch.long),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, lengths[0], step.length]),
+    }
+    ledger = Ledger([*adapted.parameters(), *adapted.buffers()])
+    decoder_layers(adapted)[2][-1].register_forward_hook(lambda *_: ledger.mark("over"))
+    with documents_apart(adapted) as can, ledger:
+        assert can
+        adapted(**inputs, use_cache=False)
+    held = ledger.opened["over"]
+    assert abs(imagined.saved - held) <= 0.01 * held
