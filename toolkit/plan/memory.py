@@ -23,9 +23,10 @@ __all__ = ["Bytes", "count_bytes", "stack_bytes"]
 _LIBRARIES = {"cuda": 600 << 20, "cpu": 650 << 20}
 """CUDA's context with its libraries, which torch's allocator does not count; on a CPU Python with torch and the rest,
 in anonymous memory. The second is measured in each run and set apart from the run's own bytes."""
-_WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": 16 << 20}
+_WORKSPACE = {"cuda": (64 << 20) + (32 << 20), "cpu": (16 << 20) + (7 << 20)}
 """Experts multiplied out at a time (`toolkit.ops.triton.launch`), and cuBLAS's own. On a CPU what trainer and BLAS set
-up when training begins, measured; an expert's buffers are rehearsed."""
+up when training begins, and what a second thread of the expert engine keeps, both measured (docs/planning.md); one
+thread's buffers are rehearsed."""
 _HEAD_WEIGHT = 4
 """Bytes of a head's parameter before it learns; gradient and moments come with its first step."""
 _A_THREAD = 13 << 20
