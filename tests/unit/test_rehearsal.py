@@ -39,11 +39,15 @@ def test_what_is_known_before_is_not_counted() -> None:
     del made
 
 
-def skeleton(family: str, **sizes: Any) -> PreTrainedModel:
+def tiny(family: str, device: str, **sizes: Any) -> PreTrainedModel:
     config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **sizes})
-    with torch.device("meta"):
+    with torch.device(device):
         model: PreTrainedModel = auto_class(config).from_config(config)
     return model
+
+
+def skeleton(family: str, **sizes: Any) -> PreTrainedModel:
+    return tiny(family, "meta", **sizes)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -103,9 +107,8 @@ def test_imagined_attention_holds_what_documents_one_by_one_do(family: str) -> N
     nothing = imagined_model(skeleton(family, **sizes), step)
     imagined = run_step(nothing, step, FakeTensorMode(allow_non_fake_inputs=True))
 
-    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **sizes})
-    model = auto_class(config).from_config(config, experts_implementation="onecard_per_expert")
-    model.requires_grad_(False)
+    model = tiny(family, "cpu", **sizes).requires_grad_(False)
+    model.set_experts_implementation("onecard_per_expert")
     adapted = attach_lora(model).train()
     inputs = {
         "input_ids": torch.zeros(1, step.length, dtype=torch.long),

@@ -28,7 +28,7 @@ from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, 
 __all__ = ["Step", "imagined_model", "rehearse", "run_step"]
 
 _CAUSAL = "onecard_rehearsal"
-"""The name under which attention of documents on their own is known to transformers."""
+"""The name under which attention of documents on their own is known to transformers, and the mark of a causal mask."""
 
 
 @dataclass(frozen=True)
