@@ -14,9 +14,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.adapters import unmoved_adapters
-from toolkit.data import Batches
+from toolkit.data import Batches, Dialogue
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
+from toolkit.flow.asking import stop_as_trained
 from toolkit.flow.head import evaluate_head, make_head, teach_own_answers
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
@@ -125,6 +126,7 @@ def train(
     """
     console = console or Console(quiet=True)
     note = partial(console.print, highlight=False, markup=False)
+    stop_as_trained(model.get_base_model(), batches.form)
     resumed = resumed or resume(plan, tokenizer, batches, note)
     resumed.bind(note, **_base_facts(plan))
     if plan.backend == ROUNDED_ROWS:
@@ -216,6 +218,7 @@ def _wanted_best(
         metric=wanted.metric,
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
+        read=Dialogue(tokenizer, batches.form).judged,
     )
     return BestAdapter(
         plan.folder,
