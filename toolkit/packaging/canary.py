@@ -47,7 +47,7 @@ def refuse_canaries(
     if found := list(dict.fromkeys(canaries(folder, rows, known))):
         more = f"; … ({len(found)} finds in all)" if len(found) > _SHOWN else ""
         raise ModelError(
-            f"{called or folder}: {'; '.join(found[:_SHOWN])}{more}: nothing leaves this machine; checkpoints are kept: "
+            f"{called or folder}: {'; '.join(found[:_SHOWN])}{more}: nothing was sent; checkpoints are kept: "
             "take it out and run the same command again"
         )
 

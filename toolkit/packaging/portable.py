@@ -74,7 +74,7 @@ def _without_secrets(text: str) -> str:
     """Prose, which may begin with a slash without being a path."""
     text = _URL_LOGIN.sub("", SECRET.sub("[removed]", text))
     # That there is a temporary folder says nothing of this machine; what lies in it does.
-    whole, below = r"(?![\w.-])", r"(?=/\w)"
+    whole, below = r"(?![\w-]|\.\w)", r"(?=/\w)"
     ends = ((Path.cwd(), ".", whole), (Path.home(), "~", whole), (Path(tempfile.gettempdir()), "~", below))
     for folder, stand_in, end in ends:
         if len(folder.parts) > 1:
