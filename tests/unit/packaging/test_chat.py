@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.unit.packaging.conftest import BASE
+from tests.unit.packaging.conftest import BASE, RECIPE
 from toolkit.errors import ModelError
-from toolkit.packaging import combine_adapters, identify_base, read_manifest, verify_artifact
+from toolkit.packaging import combine_adapters, identify_base, read_manifest, reopen_recipe, verify_artifact
 from toolkit.packaging.manifest import write_json
 
 Write = Callable[..., Path]
@@ -214,3 +214,18 @@ def test_a_combination_ends_where_any_part_does(of_base: Write, base: Path, tmp_
     assert GenerationConfig.from_pretrained(tmp_path / "sum").eos_token_id == [2, TAUGHT, 11]
     assert read_manifest(tmp_path / "sum")["chat"] == {**CHAT, "stop_token_ids": [2, TAUGHT, 11]}
     assert verify_artifact(tmp_path / "sum", base=base).ok
+
+
+def test_a_template_of_ones_own_is_read_from_the_artifact(write: Write, tmp_path: Path) -> None:
+    own = AutoTokenizer.from_pretrained(BASE)
+    own.chat_template = "{# mine #}" + own.chat_template
+    text = RECIPE.partition("hub:")[0].replace("data: {", "data: {chat_template_path: /home/alice/mine.jinja, ")
+    folder = write(tmp_path / "run" / "adapter", tokenizer=own, recipe_yaml=text)
+    for place in (folder, folder.parent):
+        recipe = reopen_recipe(place, base=str(BASE), note=lambda line: None)
+        assert recipe.data.chat_template_path == str(folder / "chat_template.jinja")
+        (folder.parent / "recipe.yaml").write_text(text)
+    override = ["data.chat_template_path=other.jinja"]
+    assert reopen_recipe(folder, override, str(BASE), lambda line: None).data.chat_template_path == "other.jinja"
+    plain = write(tmp_path / "plain")
+    assert reopen_recipe(plain, base=str(BASE), note=lambda line: None).data.chat_template_path is None
