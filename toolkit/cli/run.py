@@ -62,6 +62,7 @@ def _main_job(
     undecided = "auto" in (parsed.lora.r, parsed.training.max_length)
     made = make_plan(parsed, for_training=undecided)
     tokenizer = flow.load_tokenizer(made)
+    flow.require_packageable(tokenizer, made)
     batches = flow.build_batches(tokenizer, made)
     made = make_plan(parsed, shape=flow.step_shape(batches, made))
     check_folder_is_ours(made.folder)

@@ -39,8 +39,9 @@ class ChatForm:
     system_prompt: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        """JSON-able; what is empty is left out."""
+        told = {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        return {name: value for name, value in told.items() if value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChatForm:
