@@ -36,6 +36,8 @@ class Split:
     rows: int = 0
     examples: list[Example] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
+    rows_of: Counter[int] = field(default_factory=Counter)
+    """Rows read by the number of their data set, where there are several."""
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Reading:
     group_by: str | None = None
     found: str = ""
     notices: Counter[str] = field(default_factory=Counter)
+    seen: set[str] = field(default_factory=set)
+    """The columns of the first rows."""
     removed: set[str] = field(default_factory=set)
     """Those of `remove_columns` that some row had."""
 
@@ -67,6 +71,7 @@ class Reading:
         peeked = list(itertools.islice(rows, _PEEK))
         split, problems = Split(name, where), Problems()
         columns = {str(key) for row in peeked if isinstance(row.values, dict) for key in row.values}
+        self.seen |= columns
         shape = self._shape(columns, where) if columns else None
         extra = ExtraColumns(self._read_columns(shape))
         for row in itertools.chain(peeked, rows):

@@ -94,12 +94,9 @@ def test_system_functions_and_template_arguments_are_followed(shape: str) -> Non
 
 def test_template_arguments_as_text_and_what_is_not_the_rows_to_give() -> None:
     assert parsed("messages", chat_template_kwargs='{"a": 1}').chat_template_kwargs == {"a": 1}
-    for given, said_ in (
-        ("x", "an object is expected"),
-        ([1], "an object"),
-        ({"tools": [1]}, "tools is not the row's"),
-    ):
-        with pytest.raises(Exception, match=said_):
+    refused = {"an object is": "x", "an object": [1], "tools is not the row's": {"tools": [1]}}
+    for words, given in refused.items():
+        with pytest.raises(InvalidRow, match=words):
             parsed("messages", chat_template_kwargs=given)
 
 
@@ -168,8 +165,9 @@ def test_rows_marked_as_trained_are(mark: dict[str, Any], write: Any) -> None:
 
 
 def test_other_columns_are_told_once_with_a_count(build: Any) -> None:
-    rows = [{**CHAT, "solution": "4", "id": i} for i in range(3)] + [{**CHAT, "parallel_tool_calls": False}]
-    assert build(rows).report.notices == {
+    chats = [{"messages": [{**ASKED, "content": str(i)}, ANSWER]} for i in range(4)]
+    rows = [{**chat, "solution": "4", "id": i} for i, chat in enumerate(chats[:3])]
+    assert build([*rows, {**chats[3], "parallel_tool_calls": False}]).report.notices == {
         "column 'solution' is not used": 3,
         "column 'id' is not used": 3,
         "column 'parallel_tool_calls' is not used": 1,
