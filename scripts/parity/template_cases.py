@@ -6,12 +6,13 @@ and digits, the one form that every published template takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["CASES", "Case"]
 
 Message = dict[str, Any]
+STOP = "@STOP@"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     train_on: str = "all"
     thoughts: str = "keep"
+
+    def with_stop(self, stop: str) -> Case:
+        """The case with `STOP` in its contents as the token that ends generation."""
+        filled = [
+            {**turn, "content": turn["content"].replace(STOP, stop)} if STOP in str(turn.get("content")) else turn
+            for turn in self.messages
+        ]
+        return replace(self, messages=filled)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -174,6 +183,23 @@ CASES = (
             _turn("user", [{"type": "text", "text": "Name a river of France."}]),
             _turn("assistant", [{"type": "text", "text": "The Loire is one."}]),
         ],
+    ),
+    Case("same words", [_turn("user", "Again?"), _turn("assistant", "Yes.")] * 3),
+    Case("tight thought", [_turn("user", "Six?"), _turn("assistant", "<think>Half a dozen.</think>Twice three.")]),
+    Case("tag in an answer", [_turn("user", "And then?"), _turn("assistant", "Close it by </think> as usual.")]),
+    Case("answer ends in a stop", [PLAIN[0], _turn("assistant", f"The Loire is one.{STOP}")]),
+    Case("stop within an answer", [PLAIN[0], _turn("assistant", f"The Loire{STOP} is one.")]),
+    Case("two answers", [*PLAIN, _turn("assistant", "Garonne, further south.")]),
+    Case("answer first", [_turn("assistant", "Welcome aboard!"), *PLAIN]),
+    Case(
+        "call without arguments",
+        [
+            _turn("user", "What time?"),
+            _turn("assistant", "", tool_calls=[_call("get_time", {})]),
+            _result("get_time", "noon"),
+            _turn("assistant", "Midday exactly."),
+        ],
+        [{"type": "function", "function": {"name": "get_time", "description": "Tells the hour.", "parameters": {}}}],
     ),
     Case("developer", [_turn("developer", "Answer like a pirate."), *PLAIN]),
 )

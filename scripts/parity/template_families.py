@@ -123,13 +123,11 @@ def special_tokens_in(template: str) -> tuple[list[str], list[str]]:
 
 
 def make_tokenizer(family: Family, folder: Path | None = None) -> Any:
-    """A tokenizer for `family`: the one in `folder`, or the embedded model's merges with the family's own tokens.
+    """A tokenizer for `family`: the merges of the one in `folder` (the embedded model's) and the family's own tokens.
 
     A special token may be written `"<|end|>~"` in a side file: white space after it belongs to it.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder or EMBEDDED)
-    if folder is not None:
-        return tokenizer
     special, kept = special_tokens_in(family.template)
     special = [*family.side.get("special_tokens", special), *family.side.get("stop_tokens", [])]
     kept = list(family.side.get("kept_tokens", [token for token in kept if token not in special]))
@@ -141,8 +139,10 @@ def make_tokenizer(family: Family, folder: Path | None = None) -> Any:
             special.append(token)
         setattr(tokenizer, role, token)
     written = {token.removesuffix("~"): token for token in sorted(special)}  # "x~" stands after "x" and wins
-    tokenizer.add_tokens([_added(token, special=True) for token in written.values()], special_tokens=True)
-    tokenizer.add_tokens([_added(token, special=False) for token in dict.fromkeys(kept)])
+    there = set() if folder is None else set(tokenizer.get_vocab())
+    new = [_added(token, special=True) for name, token in written.items() if name not in there]
+    tokenizer.add_tokens(new, special_tokens=True)
+    tokenizer.add_tokens([_added(token, special=False) for token in dict.fromkeys(kept) if token not in there])
     if tokenizer.eos_token is None:
         tokenizer.eos_token = "<|endoftext|>"
     return tokenizer

@@ -118,7 +118,7 @@ def judge_family(
     """The cells of one family. A notice that exact rows get too explains no difference."""
     renderer, _ = renderer_for(family, folder)
     cells = []
-    for case in cases:
+    for case in (each.with_stop(renderer.stops[0]) for each in cases):
         reference = reference_of(renderer, case)
         cells.append(judge(renderer, case, reference, make(renderer, case), family.name))
     routine = {notice for cell in cells if cell.status == "exact" and not cell.line for notice in cell.notices}

@@ -49,7 +49,7 @@ def losses(prompt: str, target: str, messages: Sequence[Message], tools: Any) ->
     rewritten = []
     said = _text(answer)
     if not lost and said not in target and not _THOUGHT.match(said):
-        rewritten.append(Need("white space", "white|space|trim|strip|blank|line"))
+        rewritten.append(Need("white space", "white|space|trim|strip|blank|line|rewr|writes|differ|otherwise"))
     return lost, rewritten
 
 

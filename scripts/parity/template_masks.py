@@ -73,7 +73,7 @@ def _compared(family: Family) -> dict[str, Counter[str]]:
     renderer, _ = renderer_for(family)
     renderer.tokenizer.chat_template = family.template
     sides: dict[str, Counter[str]] = {"right": Counter(), "ours": Counter(), "TRL": Counter()}
-    for case in CASES:
+    for case in (each.with_stop(renderer.stops[0]) for each in CASES):
         reference = reference_of(renderer, case)
         if not reference.renderable or case.train_on != "all" or case.thoughts != "keep":
             continue
@@ -91,7 +91,7 @@ def trl_examples(renderer: Renderer, case: Case) -> Outcome:
         template = get_training_chat_template(renderer.tokenizer) or renderer.template
         with frozen_day():
             made: Any = renderer.tokenizer.apply_chat_template(
-                case.messages,
+                case.messages if renderer.takes_text else _in_parts(case),
                 tools=case.tools,
                 chat_template=template,
                 tokenize=True,
@@ -105,6 +105,13 @@ def trl_examples(renderer: Renderer, case: Case) -> Outcome:
     if 1 not in mask:
         return Outcome(refusal="nothing is marked")
     return Outcome(((ids, tuple(token if on else UNTRAINED for token, on in zip(ids, mask, strict=True))),))
+
+
+def _in_parts(case: Case) -> list[dict[str, Any]]:
+    """As TRL hands conversations to a model that sees pictures."""
+    texts = [turn.get("content") for turn in case.messages]
+    parts = [[{"type": "text", "text": text}] if isinstance(text, str) else text for text in texts]
+    return [{**turn, "content": part} for turn, part in zip(case.messages, parts, strict=True)]
 
 
 def _as_examples(form: Exact) -> Outcome:

@@ -120,6 +120,14 @@ class Renderer:
         return re.compile("|".join(map(re.escape, every)))
 
     @cached_property
+    def takes_text(self) -> bool:
+        """Whether contents may be text; some templates only know lists of parts."""
+        try:
+            return _WORD in self.render([_ASKED, _ANSWER], None, prompt=False)
+        except NoForm:
+            return False
+
+    @cached_property
     def closers(self) -> tuple[str, ...]:
         """The special tokens with which the template closes a plain answer, in order; none where there are none."""
         for form in _forms([_ASKED, _ANSWER]):
@@ -152,9 +160,12 @@ class Renderer:
                 before = self.render(form[:-1], _TOOLS if calls else None, prompt=False)
             except NoForm:
                 continue
-            found = self.specials.match(text, len(before)) if text.startswith(before) else None
+            # Earlier text may be written otherwise once a turn follows, so the answer's own end is looked for.
+            start = before.rfind("probe" if calls else _WORD)
+            end = before[start:] if start >= 0 else None
+            found = end and end in text and self.specials.match(text, text.rindex(end) + len(end))
             if found:
-                return found[0]
+                return str(found[0])
         return None
 
     def ends(self, rest: str, *, calls: bool) -> list[str]:
