@@ -14,7 +14,8 @@ from pathlib import Path
 
 from scripts.parity.template_cases import Case
 from scripts.parity.template_families import Family, make_tokenizer
-from scripts.parity.template_reference import TODAY, Exact, Reference, Renderer, Turn, reference_for
+from scripts.parity.template_reference import Exact, Reference, Turn, reference_for
+from scripts.parity.template_renderer import TODAY, Renderer
 from toolkit.data import build_batches
 from toolkit.errors import DataError
 

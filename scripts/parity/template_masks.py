@@ -27,7 +27,8 @@ from trl.chat_template_utils import get_training_chat_template
 from scripts.parity.template_cases import CASES, Case
 from scripts.parity.template_families import Family, find_families
 from scripts.parity.template_judge import UNTRAINED, Outcome, examples_of, reference_of, renderer_for
-from scripts.parity.template_reference import Exact, Renderer, frozen_day
+from scripts.parity.template_reference import Exact
+from scripts.parity.template_renderer import Renderer, frozen_day
 
 __all__ = ["main", "measured", "trl_examples", "trl_families"]
 

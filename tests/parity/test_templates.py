@@ -22,7 +22,8 @@ from scripts.parity.template_judge import (
     renderer_for,
 )
 from scripts.parity.template_masks import measured, trl_examples, trl_families
-from scripts.parity.template_reference import Exact, Renderer
+from scripts.parity.template_reference import Exact
+from scripts.parity.template_renderer import Renderer
 from scripts.parity.templates import LEAST, passes
 
 OWN = Path(__file__).parent / "templates"
