@@ -144,10 +144,13 @@ class Renderer:
             return [rest[: listed[0]], *(rest[:end] for end in early)]
         if closing:
             return [rest[:end] for end in dict.fromkeys((closing[0], closing[-1]))]
+        last = [m.end() for m in self.specials.finditer(rest)][-1:]
+        if calls and last and self.closers and not rest[last[0] :].strip():
+            return [rest[: last[0]]]  # answers have an end of their own, and calls another one
         if header := self.header(calls=calls):
             return [rest + header]
-        if calls and (last := list(self.specials.finditer(rest))):
-            return [rest[: last[-1].end()]]
+        if calls and last:
+            return [rest[: last[0]]]
         raise NoForm("nothing ends an answer")
 
 

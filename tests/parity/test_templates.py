@@ -189,6 +189,19 @@ def test_targets_end_as_the_families_do() -> None:
         assert [_renderer(name).tokenizer.convert_ids_to_tokens(turn.targets[0][-1]) for turn in turns] == wanted, name
 
 
+def test_ends_that_are_in_no_list_are_learnt() -> None:
+    wanted = {
+        "channels": (["<|return|>"], ["<|call|>", "<|return|>"]),
+        "no_closer": (["<|endoftext|>"], ["<|observation|>", "<|user|>"]),
+        "model_role": (["<eos>"], ["<start_function_response>", "<end_of_turn>"]),
+    }
+    for name, (stops, ends) in wanted.items():
+        family = replace(FAMILIES[name], side={**FAMILIES[name].side, "stop_tokens": stops})
+        renderer, _ = renderer_for(family)
+        turns = reference_of(renderer, BY_NAME["call"]).forms[0].turns
+        assert [renderer.tokenizer.convert_ids_to_tokens(turn.targets[0][-1]) for turn in turns] == ends, name
+
+
 def test_special_tokens_are_found_by_their_look() -> None:
     special, kept = special_tokens_in("<|im_start|>{{ '<think>' }}[INST]</s><｜User｜> <b> [x] a < b<|'+role")
     assert {"<|im_start|>", "[INST]", "</s>", "<｜User｜>"} <= set(special)
