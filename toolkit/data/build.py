@@ -6,18 +6,20 @@ Packing is TRL's: it is given rows of `input_ids` and `labels` and no text.
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, Encoder
+from toolkit.data.dialogue import ChatForm, Dialogue
+from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
 from toolkit.data.formats import Example
 from toolkit.data.problems import Problems
 from toolkit.data.reading import Reading, Split, counted
@@ -46,17 +48,24 @@ class Batches:
     validation: datasets.Dataset | None
     held_out: tuple[HeldOut, ...]
     report: DataReport
+    form: ChatForm = field(default_factory=ChatForm)
+    """How inference asks for what was trained, and where it stops."""
     places: tuple[str, ...] = ()
     """Where each row of `train` came from, `file:line`."""
 
 
 @dataclass(frozen=True)
 class _Done:
-    """One split, encoded: `encoded[i]` are the tokens of `examples[i]`."""
+    """One split, encoded: `rows[i]` are the tokens of `examples[i]`."""
 
     examples: list[Example]
-    encoded: list[Encoded]
+    rows: list[EncodedRow]
     summary: SplitReport
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        """All examples, in the order of their rows."""
+        return [each for row in self.rows for each in row.examples]
 
 
 def build_batches(
@@ -72,6 +81,9 @@ def build_batches(
     columns: Mapping[str, str] = {},
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] = {},
+    thoughts: Literal["keep", "drop"] = "keep",
+    train_on: Literal["all", "last"] = "all",
     assistant_only_loss: bool = True,
     completion_only_loss: bool = True,
     truncation: Literal["drop", "keep_start"] = "drop",
@@ -81,16 +93,18 @@ def build_batches(
     max_length: int = 1024,
     seed: int = 42,
     base_folder: Path = Path("."),
+    stop_token_ids: Sequence[int] = (),
+    date: datetime.date | None = None,
 ) -> Batches:
     """Read, check and mask the data of a run; the same arguments and files always give the same batches.
 
     The arguments are the fields of the recipe's data section, but `chat_template` is Jinja text (see
-    `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. The tokenizer must
-    have character offsets; it is not changed. Turns after a conversation's last answer are left out, with a notice.
+    `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. `stop_token_ids` are
+    those at which the checkpoint's own generation stops, and `date` is what the chat template prints as today's. The
+    tokenizer must be a fast one; it is not changed. Turns after a conversation's last answer are left out and counted.
 
     Raises:
-        DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), nothing is left,
-            or no end-of-turn token would ever be trained.
+        DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), or nothing is left.
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
@@ -104,9 +118,19 @@ def build_batches(
         held = reading.read("validation", f"{train}[{validation_split}]", open_(train, split=validation_split))
     elif validation_size is not None:
         held = set_apart(training, validation_size, seed)
+    chat = any(example.messages for example in training.examples)
+    form = ChatForm(
+        form="chat" if chat else "text",
+        stop_token_ids=tuple(stop_token_ids),
+        chat_template_kwargs=dict(chat_template_kwargs),
+        date=(date or datetime.date.today()).isoformat() if chat else "",
+        system_prompt=system_prompt,
+    )
+    dialogue = Dialogue(tokenizer, form, chat_template=chat_template, thoughts=thoughts)
     encoder = Encoder(
         tokenizer,
-        chat_template=chat_template,
+        dialogue,
+        train_on=train_on,
         assistant_only_loss=assistant_only_loss,
         completion_only_loss=completion_only_loss,
         truncation=truncation,
@@ -114,11 +138,11 @@ def build_batches(
     )
     order = _order(len(training.examples), drawn=shuffle or max_samples is not None, seed=seed)
     done = _encode(training, encoder, on_invalid, order, most=max_samples, keep_order=not shuffle)
-    _refuse_endless(done, training.where, encoder, str(tokenizer.eos_token), cut=truncation == "keep_start")
+    _refuse_endless(done, training.where, dialogue)
     held_done = None
     if held is not None:
         held_done = _encode(held, encoder, on_invalid, range(len(held.examples)), hold_out=True)
-    return _batches(done, held_done, reading.found, reading.notices + encoder.notices)
+    return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form)
 
 
 def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int]:
@@ -138,7 +162,7 @@ def _encode(
 ) -> _Done:
     """Encode the examples of `split` in `order`, until `most` are kept."""
     problems, drops = Problems(), Counter(split.drops)
-    kept: list[tuple[int, Encoded]] = []
+    kept: list[tuple[int, EncodedRow]] = []
     seen = 0
     while seen < len(order) and (most is None or len(kept) < most):
         chunk = order[seen : seen + min(_CHUNK, most - len(kept) if most else _CHUNK)]
@@ -146,7 +170,7 @@ def _encode(
         advance(seen, len(order), "examples")
         results = encoder.encode([split.examples[i] for i in chunk], hold_out=hold_out)
         for index, result in zip(chunk, results, strict=True):
-            if isinstance(result, Encoded):
+            if isinstance(result, EncodedRow):
                 kept.append((index, result))
             elif result.reason in (TOO_LONG, CUT_OFF):
                 drops[result.reason] += 1
@@ -160,30 +184,37 @@ def _encode(
         raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
     if keep_order:
         kept.sort(key=lambda each: each[0])
-    encoded = [each for _, each in kept]
-    return _Done([split.examples[i] for i, _ in kept], encoded, _summary(split.rows, encoded, drops))
+    rows = [row for _, row in kept]
+    return _Done([split.examples[i] for i, _ in kept], rows, _summary(split.rows, rows, drops))
 
 
-def _summary(rows: int, encoded: list[Encoded], drops: Mapping[str, int]) -> SplitReport:
+def _summary(count: int, rows: list[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
+    encoded = [each for row in rows for each in row.examples]
     lengths = [len(each.ids) for each in encoded]
-    trained = sum(int(each.trained.sum()) for each in encoded)
-    return SplitReport(rows, len(encoded), dict(sorted(drops.items())), sum(lengths), trained, length_bins(lengths))
-
-
-def _refuse_endless(done: _Done, where: str, encoder: Encoder, eos: str, *, cut: bool) -> None:
-    """Refuse a data set in which nothing teaches the model to stop."""
-    enders = encoder.enders()
-    if any(np.isin(each.ids[each.trained], enders).any() for each in done.encoded):
-        return
-    if cut:
-        raise DataError(f"{where}: every answer is cut before its end-of-turn token; raise training.max_length")
-    raise DataError(
-        f"{where}: no end-of-turn token is ever trained, so the model would never stop: the chat template closes "
-        f"answers with no special token; give one that ends them with {eos!r} as data.chat_template_path"
+    return SplitReport(
+        rows=count,
+        kept=len(rows),
+        drops=dict(sorted(drops.items())),
+        tokens=sum(lengths),
+        trained_tokens=sum(int(each.trained.sum()) for each in encoded),
+        lengths=length_bins(lengths),
+        examples=len(encoded),
+        turns=sum(row.turns for row in rows),
+        split=sum(len(row.examples) > 1 for row in rows),
+        thoughts=sum(row.thoughts for row in rows),
+        dropped_thoughts=sum(row.dropped_thoughts for row in rows),
+        enders=dict(sorted(Counter(ender for row in rows for ender in row.enders).items())),
     )
 
 
-def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, int]) -> Batches:
+def _refuse_endless(done: _Done, where: str, dialogue: Dialogue) -> None:
+    """Refuse a data set in which every answer is cut before the token that would teach the model to stop."""
+    enders = dialogue.form.stop_token_ids
+    if not any(np.isin(each.ids[each.trained], enders).any() for each in done.encoded):
+        raise DataError(f"{where}: every answer is cut before its end-of-turn token; raise training.max_length")
+
+
+def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, int], form: ChatForm) -> Batches:
     splits = {"train": done.summary} | ({"validation": held.summary} if held else {})
     report = DataReport(
         format=found,
@@ -197,6 +228,7 @@ def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, 
         validation=_dataset(held.encoded) if held else None,
         held_out=tuple(each.held_out for each in held.encoded if each.held_out) if held else (),
         report=report,
+        form=form,
         places=tuple(each.place for each in done.encoded),
     )
 

@@ -10,10 +10,10 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolkit.data.conversation import Message, check_messages, check_tools, trim
+from toolkit.data.conversation import Message, check_messages, check_tools, text_of, trim
 from toolkit.data.problems import InvalidRow, listed, printable
 from toolkit.errors import DataError, did_you_mean
 
@@ -44,6 +44,8 @@ class Example:
     text: str = ""
     trimmed: bool = False
     """Turns after the last answer were left out."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The row's own options for the chat template."""
 
     @property
     def key(self) -> bytes:
@@ -57,7 +59,7 @@ class Example:
     @property
     def question(self) -> str:
         """The last user turn before the answer, or the prompt."""
-        asked = [str(turn["content"]) for turn in self.messages[:-1] if turn["role"] == "user"]
+        asked = [text_of(turn.get("content")) for turn in self.messages[:-1] if turn["role"] == "user"]
         return asked[-1] if asked else (self.prompt or "")
 
 
