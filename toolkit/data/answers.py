@@ -1,8 +1,8 @@
 """What a model wrote, read: its thought, its text and its calls, as the chat template would be given them again.
 
 Where the tokenizer says how its answers are read (transformers' `response_template`, and TRL's for published
-templates), that is done. Elsewhere the template's own rendering of unique words says what stands around each part;
-calls count as read only if rendering them again gives what was written.
+templates), that is done. Elsewhere, and where that finds less, the template's own rendering of unique words
+says what stands around each part.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message
+from toolkit.data.calls import CallForm, call_turn, learn_calls
+from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, thought_of, without_thought
 from toolkit.data.problems import InvalidRow
 from toolkit.data.turns import TurnReader
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "AnswerReader"]
 
 _THOUGHT, _CONTENT = "onecardprobethought", "onecardprobecontent"
-_NAME, _KEYS, _VALUES = "onecardprobename", ("onecardkeyone", "onecardkeytwo"), ("onecardvalueone", "onecardvaluetwo")
 _ASKED: Message = {"role": "user", "content": "onecardprobeasked"}
 
 
@@ -54,13 +54,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Around:
-    """What a template writes around the parts of an answer; empty where it does not write such a part."""
+    """What a template writes around the parts of an answer; empty where it does not write such a part.
 
-    before_thought: str = ""
-    after_thought: str = ""
-    before_text: str = ""
-    call: tuple[str, ...] = field(default=())
-    """Before the name, before the first key, before a value, between two arguments, after the last value."""
+    `header` asks for an answer; `after_thought` are the ends that a thought may have, before text and before calls.
+    """
+
+    header: str
+    before_thought: str
+    after_thought: tuple[str, ...]
+    before_text: str
+    calls: CallForm | None
 
 
 class AnswerReader:
@@ -75,12 +78,9 @@ class AnswerReader:
     def read(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Answer:
         """The parts of what was written after a prompt."""
         prompt, text = self._decode(prompt_ids), self._decode(ids)
-        if self._schema is not None and (found := self._by_schema(text, prompt)):
-            return found
-        bare = self._without_end(text)
-        thought, rest = self._thought(bare, prompt)
-        plain, calls = self._calls(rest)
-        return Answer(self._plain(plain), self._plain(thought), calls)
+        ours = self._by_rendering(text, prompt)
+        theirs = self._by_schema(text, prompt) if self._schema is not None else None
+        return ours if theirs is None or (ours.calls and not theirs.calls) else theirs
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -88,10 +88,6 @@ class AnswerReader:
     def _plain(self, text: str) -> str:
         """Without special tokens."""
         return self._reader.stops.special.sub("", text).strip()
-
-    def _without_end(self, text: str) -> str:
-        stop = self._reader.stops.first(text)
-        return text.partition(stop)[0] if stop else text
 
     def _by_schema(self, text: str, prompt: str) -> Answer | None:
         try:
@@ -104,92 +100,60 @@ class AnswerReader:
         thought = next((found[key] for key in THOUGHT_FIELDS if isinstance(found.get(key), str)), "")
         kept = tuple({"name": call.get("name"), "arguments": call.get("arguments") or {}} for call in calls)
         content = found.get("content") or ""
-        return Answer(self._plain(content), thought.strip(), kept) if content or thought or kept else None
+        # Some descriptions run into the prompt.
+        if content.strip() not in text or not (content or thought or kept):
+            return None
+        return Answer(self._plain(content), thought.strip(), kept)
+
+    def _by_rendering(self, text: str, prompt: str) -> Answer:
+        stop = self._reader.stops.first(text)
+        thought, rest = self._thought(_after(text.partition(stop)[0] if stop else text, self._around.header), prompt)
+        calls: tuple[Mapping[str, Any], ...] = ()
+        if self._around.calls:
+            rest, calls = self._around.calls.read(rest)
+        return Answer(self._plain(_after(rest, self._around.before_text)), self._plain(thought), calls)
 
     def _thought(self, text: str, prompt: str) -> tuple[str, str]:
         """The thought and what follows it."""
         around = self._around
-        closing = around.after_thought.strip()
-        if closing:
+        opening = around.before_thought.strip()
+        opened = bool(opening) and prompt.rstrip().endswith(opening)
+        if not opened and opening and text.lstrip().startswith(opening):
+            text, opened = text.lstrip().removeprefix(opening), True
+        for closing in filter(None, map(str.strip, around.after_thought)):
             thought, found, rest = text.partition(closing)
-            opening = around.before_thought.strip()
-            opened = bool(opening) and prompt.rstrip().endswith(opening)
-            begun = opened or (bool(opening) and thought.lstrip().startswith(opening))
-            if found and (begun or not opening or not self._plain(thought)):
-                return thought.removeprefix(" ").partition(opening)[2] if begun and not opened else thought, rest
-            if begun:  # it was cut off, or is still being written
-                return text if opened else text.partition(opening)[2], ""
-        return "", _after(text, around.before_text)
-
-    def _calls(self, text: str) -> tuple[str, tuple[Mapping[str, Any], ...]]:
-        """The text before the calls, and the calls; none where they cannot be read."""
-        if not self._around.call or not (before_name := self._around.call[0].strip()):
-            return text, ()
-        first, calls, at = text.find(before_name), [], 0
-        if first < 0:
-            return text, ()
-        at = first
-        while at >= 0:
-            call, at = self._call(text, at + len(before_name))
-            if call is None:
-                return text, ()
-            calls.append(call)
-            at = text.find(before_name, at)
-        return text[:first], tuple(calls)
-
-    def _call(self, text: str, at: int) -> tuple[Mapping[str, Any] | None, int]:
-        """One call whose name begins at `at`, and where it ends."""
-        _, before_key, before_value, between, after = (part.strip() for part in self._around.call)
-        brace = self._around.call[1].rfind("{")
-        lead = self._around.call[1][:brace].strip() if brace >= 0 else before_key
-        name, found, rest = text[at:].partition(lead) if lead else (text[at:], "", "")
-        if not found:
-            return None, at
-        start = at + len(name) + len(found)
-        if brace >= 0:
-            start += len(text[start:]) - len(text[start:].lstrip())
-            try:
-                arguments, end = json.JSONDecoder().raw_decode(text, start)
-            except ValueError:
-                return None, at
-            return ({"name": name.strip(), "arguments": arguments}, end) if isinstance(arguments, dict) else (None, at)
-        body, closed, _ = rest.partition(after)
-        if not closed:
-            return None, at
-        pairs = (part.partition(before_value) for part in body.split(between))
-        arguments = {key.strip(): _value(value) for key, _, value in pairs}
-        return {"name": name.strip(), "arguments": arguments}, start + len(body) + len(closed)
+            if found and (opened or not opening or not self._plain(thought)):
+                return thought, rest
+        if opened:  # it was cut off, or is still being written
+            return text, ""
+        inline = {"role": "assistant", "content": text}
+        return thought_of(inline), str(without_thought(inline)["content"])
 
     def _look(self) -> _Around:
-        prompt = self._render([_ASKED], generation_prompt=True)
-        thinking = self._after(prompt, {"content": _CONTENT, **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
-        plain = self._after(prompt, {"content": _CONTENT})
+        prompt, asked = self._render([_ASKED], generation_prompt=True), self._render([_ASKED])
+        thinking = self._written({"content": _CONTENT, **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
         before, _, rest = thinking.partition(_THOUGHT)
-        between = rest.partition(_CONTENT)[0] if _CONTENT in rest else ""
-        if not before.strip() and between:
-            before = _opening(prompt)
-        return _Around(before, between, plain.partition(_CONTENT)[0], self._look_at_calls(prompt))
+        ends = [rest.partition(_CONTENT)[0]] if _CONTENT in rest else []
+        opening = re.search(r"<([^<>\s/]+)>\s*$", prompt)
+        if opening and not before.strip():
+            before = opening.group().strip()
+            closing = f"</{opening.group(1)}>"
+            ends += [closing] if not ends and closing in self._reader.template.text() else []
+        calls = learn_calls(lambda turn: self._written(turn))
+        if calls and ends:
+            thinking = self._written({**call_turn(), **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
+            end, found, _ = thinking.partition(_THOUGHT)[2].partition(calls.opening.strip())
+            ends += [end] if found and end.strip() else []
+        header = prompt[len(asked) :] if prompt.startswith(asked) else ""
+        before_text = self._written({"content": _CONTENT}).partition(_CONTENT)[0]
+        return _Around(header, before, tuple(ends), before_text, calls)
 
-    def _look_at_calls(self, prompt: str) -> tuple[str, ...]:
-        arguments = dict(zip(_KEYS, _VALUES, strict=True))
-        call = {"id": "000000000", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-        turn: Message = {"role": "assistant", "content": "", CALLS: [call]}
-        form = self._reader.forms.of((_ASKED, turn), None, {})
-        text = self._after(prompt, form.messages([turn])[0])
-        pattern = "(.*?)".join(map(re.escape, (_NAME, _KEYS[0], _VALUES[0], _KEYS[1], _VALUES[1])))
-        found = re.search(rf"^(.*?){pattern}(.*)$", text, re.DOTALL)
-        if not found or found[3] != found[5]:
-            return ()
-        before = _after(found[1], self._around_text(prompt))
-        return before, found[2], found[3], found[4], self._without_end(found[6])
-
-    def _around_text(self, prompt: str) -> str:
-        return self._after(prompt, {"content": _CONTENT}).partition(_CONTENT)[0]
-
-    def _after(self, prompt: str, keys: Mapping[str, Any]) -> str:
+    def _written(self, keys: Mapping[str, Any]) -> str:
         """What the template writes for an answer, beyond the prompt."""
-        text = self._render([_ASKED, {"role": "assistant", **keys}])
-        asked = self._render([_ASKED])
+        turn = {"role": "assistant", **keys}
+        form = self._reader.forms.of((_ASKED, turn), None, {})
+        prompt, asked = self._render([_ASKED], generation_prompt=True), self._render([_ASKED])
+        text = self._render(form.messages([_ASKED, turn]))
         return text[len(prompt) :] if text.startswith(prompt) else text[len(asked) :] if text.startswith(asked) else ""
 
     def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
@@ -217,16 +181,3 @@ def _after(text: str, header: str) -> str:
     """`text` without the header that it may begin with."""
     bare, wanted = text.lstrip(), header.strip()
     return bare.removeprefix(wanted) if wanted and bare.startswith(wanted) else text
-
-
-def _opening(prompt: str) -> str:
-    """The tag with which a prompt opens a thought."""
-    found = re.search(r"<[^<>\s]+>\s*$", prompt)
-    return found.group() if found else ""
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.strip("\n")

@@ -1,20 +1,22 @@
 """The data set as a person checks it: the first examples as tokens with their mask, the lengths, the drops.
 
-rich draws it. Trained tokens are green, and stand in «…» where the console has no colour, so that a log shows the
-mask too. Control characters of the data are written out: they must not reach the terminal.
+rich draws it. What is fed is dim, what is trained has a colour for thought, calls, answer and end; where the console
+has none, marks show the same, so that a log shows the mask too. Control characters of the data are written out: they
+must not reach the terminal.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from toolkit.data.build import IGNORED, Batches
+from toolkit.data.dialogue import Dialogue
 from toolkit.data.report import DataReport, SplitReport
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ __all__ = ["render_preview"]
 
 _MOST_TOKENS = 400
 _BAR = 40
+_PARTS = {
+    "thought": ("yellow", "‹{}›"),
+    "answer": ("green", "{}"),
+    "calls": ("magenta", "⟦{}⟧"),
+    "end": ("bold cyan", "{}"),
+}
+"""What is trained: its colour, and its mark where there is none."""
 
 
 def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedTokenizerBase, count: int = 3) -> None:
@@ -36,28 +45,64 @@ def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedToke
         count: how many examples are shown, at most `_MOST_TOKENS` tokens of each.
     """
     marked = console.color_system is None or console.no_color
+    dialogue = Dialogue(tokenizer, batches.form)
     for index in range(min(count, len(batches.train))):
         row = batches.train[index]
         place = f" ({batches.report.examples[index]})" if index < len(batches.report.examples) else ""
         trained = sum(label != IGNORED for label in row["labels"])
         title = f"example {index + 1}{place}: {len(row['input_ids'])} tokens, {trained} trained"
         console.print(Text(_visible(title), style="bold"))
-        console.print(_tokens(row["input_ids"], row["labels"], tokenizer, marked))
+        console.print(_tokens(row["input_ids"], row["labels"], dialogue, marked))
         console.print()
-    _print_report(console, batches.report, "trained tokens stand in «…»" if marked else "trained tokens are green")
+    _print_report(console, batches.report, _legend(marked))
 
 
-def _tokens(ids: list[int], labels: list[int], tokenizer: Any, marked: bool) -> Text:
+def _legend(marked: bool) -> Text:
+    legend = Text("trained: ")
+    for part, (style, mark) in _PARTS.items():
+        legend.append(f"{part} {mark.format('…')}  " if marked else f"{part}  ", "" if marked else style)
+    legend.append("all of it in «…»" if marked else "", "")
+    legend.append("" if marked else "fed", "dim")
+    return legend
+
+
+def _tokens(ids: list[int], labels: list[int], dialogue: Dialogue, marked: bool) -> Text:
     shown = Text()
     pairs = list(zip(ids, labels, strict=True))[:_MOST_TOKENS]
+    before: list[int] = []
     # Whole runs are decoded: one character may be spread over several tokens.
     for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        shown.append(f"«{_visible(text)}»" if trained and marked else _visible(text), "green" if trained else "dim")
+        tokens = [token for token, _ in run]
+        if trained:
+            shown.append("«" if marked else "")
+            for text, part in _parts(tokens, before, dialogue):
+                style, mark = _PARTS[part]
+                text = _visible(text)
+                shown.append(mark.format(text) if marked else text, "" if marked else style)
+            shown.append("»" if marked else "")
+        else:
+            shown.append(_visible(dialogue.tokens.decode(tokens)), "dim")
+        before += tokens
     if len(ids) > _MOST_TOKENS:
         shown.append(f" … {len(ids) - _MOST_TOKENS} more tokens", "italic")
     shown.rstrip()
     return shown
+
+
+def _parts(ids: list[int], before: list[int], dialogue: Dialogue) -> Iterator[tuple[str, str]]:
+    """An answer's text in pieces, each with what it is."""
+    ends = ids[-1] in dialogue.form.stop_token_ids
+    text, end = dialogue.tokens.decode(ids[:-1] if ends else ids), dialogue.tokens.decode(ids[-1:]) if ends else ""
+    answer = dialogue.read(ids, before)
+    if answer.thought and (at := text.find(answer.thought)) >= 0:
+        yield text[: at + len(answer.thought)], "thought"
+        text = text[at + len(answer.thought) :]
+    at = text.find(answer.text) + len(answer.text) if answer.text in text else 0
+    yield from ((piece, part) for piece, part in ((text[:at], "answer"),) if piece)
+    if text[at:]:
+        yield text[at:], "calls" if answer.calls else "answer"
+    if end:
+        yield end, "end"
 
 
 def _visible(text: str) -> str:
@@ -68,8 +113,8 @@ def _visible(text: str) -> str:
     )
 
 
-def _print_report(console: Console, report: DataReport, legend: str) -> None:
-    console.print(f"format: {report.format}; {legend}")
+def _print_report(console: Console, report: DataReport, legend: Text) -> None:
+    console.print(Text(f"format: {report.format}; ").append(legend))
     table = Table("split", "rows", "kept", "tokens", "trained", "dropped")
     for name, split in report.splits.items():
         table.add_row(
@@ -80,10 +125,22 @@ def _print_report(console: Console, report: DataReport, legend: str) -> None:
         console.print(Text(f"tokens an example, {name}"))
         for line in _histogram(split):
             console.print(Text(line))
+    for name, split in report.splits.items():
+        console.print(Text(f"{name}: {_turns(split)}"))
     for notice, examples in report.notices.items():
         console.print(Text(f"notice: {notice} ({examples})"))
     if report.overlap:
         console.print(Text(f"notice: {report.overlap} validation prompts are training prompts too", style="yellow"))
+
+
+def _turns(split: SplitReport) -> str:
+    """What was trained of a split, and what became of rows that could not stay one example."""
+    more = split.examples - split.kept
+    parts = [f"{split.turns} answers trained in {split.examples} examples"]
+    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split else []
+    parts += [f"thoughts: {split.thoughts} trained, {split.dropped_thoughts} left out"]
+    parts += ["ends: " + (", ".join(f"{_visible(end)} {count}" for end, count in split.enders.items()) or "none")]
+    return "; ".join(parts)
 
 
 def _drops(split: SplitReport) -> str:

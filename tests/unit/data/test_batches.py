@@ -184,7 +184,7 @@ def test_the_preview_shows_masks_without_colour(build: Any, tokenizer: Any) -> N
 
 def test_the_preview_colours_trained_tokens(build: Any, tokenizer: Any) -> None:
     shown = show(build(ROWS), tokenizer, force_terminal=True, color_system="standard", no_color=False)
-    assert "\x1b[32m answer 0<|im_end|>" in shown
+    assert "\x1b[32m answer 0\x1b[0m\x1b[1;36m<|im_end|>\x1b[0m" in shown
     assert "«" not in shown
 
 

@@ -1,0 +1,120 @@
+"""What a model wrote is read into thought, text and calls, under published templates and without being told their form."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+
+from toolkit.data import Answer, ChatForm, Dialogue, InvalidRow
+from toolkit.data.conversation import text_of, thought_of
+from toolkit.data.formats import SHAPES
+
+PUBLISHED = Path(trl.__file__).parent / "chat_templates"
+TEMPLATES = sorted(p for p in PUBLISHED.glob("*.jinja") if not p.stem.endswith("_training"))
+STOPS = {
+    "glm4moe": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+    "gptoss": ("<|return|>", "<|call|>"),
+    "gemma4": ("<eos>", "<turn|>", "<|tool_response>"),
+}
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<｜end▁of▁sentence｜>",
+    "<turn|>",
+    "</s>",
+)
+SCHEMA = {"type": "function", "function": {"name": "weather", "description": "W", "parameters": {"type": "object"}}}
+
+
+def called(*cities: str) -> list[dict[str, Any]]:
+    """Calls with ids of nine letters, which some templates insist on."""
+    functions = [{"name": "weather", "arguments": {"city": city}} for city in cities]
+    return [{"id": f"12345678{i}", "type": "function", "function": each} for i, each in enumerate(functions)]
+
+
+def result(number: int) -> dict[str, Any]:
+    return {"role": "tool", "content": "sunny", "tool_call_id": f"12345678{number}", "name": "weather"}
+
+
+USER = {"role": "user", "content": "q"}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "plain": [USER, {"role": "assistant", "content": "an answer"}],
+    "thought": [USER, {"role": "assistant", "content": "an answer", "reasoning_content": "for a reason"}],
+    "call": [USER, {"role": "assistant", "content": "", "tool_calls": called("Rome")}, result(0),
+             {"role": "assistant", "content": "It is sunny"}],
+    "two calls": [USER, {"role": "assistant", "content": "", "tool_calls": called("Rome", "Oslo")}],
+    "thought and call": [USER, {"role": "assistant", "content": "", "reasoning_content": "need it",
+                                "tool_calls": called("Rome")}],
+}  # fmt: skip
+
+
+def dialogue_under(template: Path, tokenizer_with: Any, *, known: bool) -> Dialogue:
+    """A dialogue under a published template; unless `known`, nobody recognises it."""
+    text = template.read_text() + ("" if known else "{# #}")
+    special = set(re.findall(r"<[|｜][^\s<>]+?[|｜]>|<\|[a-z_\"]+>|<[a-z_]+\|>|</s>|<eos>|<turn\|>", text))
+    stops = next((tokens for name, tokens in STOPS.items() if template.stem.startswith(name)), ())
+    end = stops[0] if stops else next(token for token in ENDS if token in text or token == "</s>")
+    tok = tokenizer_with(*sorted(special | {*stops, end, "<end_of_turn>", "<start_of_turn>"}), eos=end)
+    return Dialogue(tok, ChatForm(stop_token_ids=tuple(tok.convert_tokens_to_ids(stops))), chat_template=text)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_every_part_of_an_answer_is_read_back(template: Path, tokenizer_with: Any) -> None:
+    dialogue, read = dialogue_under(template, tokenizer_with, known=False), 0
+    for messages in ROWS.values():
+        example = SHAPES["messages"].parse({"messages": json.loads(json.dumps(messages)), "tools": [SCHEMA]})
+        wanted = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+        try:
+            turns = dialogue.reader.read(example, wanted)
+        except InvalidRow:  # a template without calls, or without thoughts
+            continue
+        for turn in turns:
+            said = example.messages[turn.index]
+            prompt, ids = (dialogue.tokens.of([text])[0] for text in (turn.prompt, turn.target))
+            found = dialogue.read(ids, prompt)
+            assert found.text == text_of(said.get("content")).strip()
+            assert found.thought == thought_of(said).strip()
+            assert [dict(call) for call in found.calls] == [call["function"] for call in said.get("tool_calls", [])]
+            read += 1
+    assert read, "nothing was read"
+
+
+def test_what_a_template_is_known_for_is_used(tokenizer_with: Any) -> None:
+    template = PUBLISHED / "gptoss.jinja"
+    dialogue = dialogue_under(template, tokenizer_with, known=True)
+    assert dialogue._answers._schema is not None
+    text = "<|channel|>analysis<|message|>for a reason<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+    prompt = dialogue.prompt_ids([USER])
+    assert dialogue.read(dialogue.tokens.of([text])[0], prompt) == Answer("4", "for a reason")
+
+
+def test_a_thought_that_was_cut_off_is_no_answer(tokenizer_with: Any) -> None:
+    dialogue = dialogue_under(PUBLISHED / "qwen3_5_think.jinja", tokenizer_with, known=False)
+    prompt = dialogue.prompt_ids([USER])
+    assert dialogue.read(dialogue.tokens.of(["let me see"])[0], prompt) == Answer("", "let me see")
+    whole = dialogue.read(dialogue.tokens.of(["let me see\n</think>\n\n4<|im_end|>"])[0], prompt)
+    assert whole == Answer("4", "let me see")
+    assert whole.judged == "4"
+
+
+def test_text_that_only_looks_like_a_call_stays_text(tokenizer_with: Any) -> None:
+    dialogue = dialogue_under(PUBLISHED / "qwen3.jinja", tokenizer_with, known=False)
+    broken = '<tool_call>\n{"name": "weather", "arguments": {"city": '
+    read = dialogue.read(dialogue.tokens.of([f"{broken}<|im_end|>"])[0], dialogue.prompt_ids([USER]))
+    assert read == Answer(broken.strip())
+
+
+def test_an_answer_becomes_a_turn_that_the_template_takes(tokenizer_with: Any) -> None:
+    dialogue = dialogue_under(PUBLISHED / "gptoss.jinja", tokenizer_with, known=True)
+    first = Answer("It is four.", "two and two")
+    again = [USER, first.message(), {"role": "user", "content": "Sure?"}]
+    prompt = dialogue.tokens.decode(dialogue.prompt_ids(again))
+    assert "<|channel|>final<|message|>It is four.<|end|>" in prompt
+    assert "two and two" not in prompt, "earlier thoughts are not fed"
