@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "judge_family",
     "reference_of",
     "renderer_for",
+    "suited",
 ]
 
 UNTRAINED = -100
@@ -116,19 +118,27 @@ def judge_family(
     make: Callable[[Renderer, Case], Outcome] = examples_of,
     folder: Path | None = None,
 ) -> list[Cell]:
-    """The cells of one family. A notice that exact rows get too explains no difference."""
+    """The cells of one family. A notice that most exact rows get too explains no difference."""
     renderer, _ = renderer_for(family, folder)
     cells = []
-    for case in (each.with_stop(renderer.stops[0]) for each in cases):
+    for case in (suited(each, renderer) for each in cases):
         reference = reference_of(renderer, case)
         cells.append(judge(renderer, case, reference, make(renderer, case), family.name))
-    routine = {notice for cell in cells if cell.status == "exact" and not cell.line for notice in cell.notices}
+    exact = [cell for cell in cells if cell.status == "exact"]
+    times = Counter(notice for cell in exact for notice in cell.notices)
+    routine = {notice for notice, count in times.items() if count > len(exact) / 2}
     return [_without_routine(cell, routine) for cell in cells]
+
+
+def suited(case: Case, renderer: Renderer) -> Case:
+    """`case` with the family's stop token in its words, and with those of its options that the template reads."""
+    options = {key: value for key, value in case.kwargs.items() if re.search(rf"\b{key}\b", renderer.template)}
+    return replace(case.with_stop(renderer.stops[0]), kwargs=options)
 
 
 def _without_routine(cell: Cell, routine: set[str]) -> Cell:
     if cell.status == "noticed" and cell.renderable and set(cell.notices) <= routine:
-        return replace(cell, status="silent", line=f"{cell.line} (every exact row has these notices)")
+        return replace(cell, status="silent", line=f"{cell.line} (most exact rows have these notices)")
     return cell
 
 

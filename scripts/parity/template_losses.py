@@ -24,6 +24,8 @@ class Need:
 
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_SPACE = Need("white space", "white|space|trim|strip|blank|line|rewr|writes|differ|otherwise")
+_TAKEN = Need("words taken for a thought", "think|thought|reason|rewr|writes|differ|otherwise")
 _ROLE_WORDS = {
     "system": "system",
     "developer": "developer",
@@ -49,7 +51,7 @@ def losses(prompt: str, target: str, messages: Sequence[Message], tools: Any) ->
     rewritten = []
     said = _text(answer)
     if not lost and said not in target and not _THOUGHT.match(said):
-        rewritten.append(Need("white space", "white|space|trim|strip|blank|line|rewr|writes|differ|otherwise"))
+        rewritten.append(_SPACE if "</think>" not in said else _TAKEN)
     return lost, rewritten
 
 

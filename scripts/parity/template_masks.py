@@ -26,7 +26,14 @@ from trl.chat_template_utils import get_training_chat_template
 
 from scripts.parity.template_cases import CASES, Case
 from scripts.parity.template_families import Family, find_families
-from scripts.parity.template_judge import UNTRAINED, Outcome, examples_of, reference_of, renderer_for
+from scripts.parity.template_judge import (
+    UNTRAINED,
+    Outcome,
+    examples_of,
+    reference_of,
+    renderer_for,
+    suited,
+)
 from scripts.parity.template_reference import Exact
 from scripts.parity.template_renderer import Renderer, frozen_day
 
@@ -74,7 +81,7 @@ def _compared(family: Family) -> dict[str, Counter[str]]:
     renderer, _ = renderer_for(family)
     renderer.tokenizer.chat_template = family.template
     sides: dict[str, Counter[str]] = {"right": Counter(), "ours": Counter(), "TRL": Counter()}
-    for case in (each.with_stop(renderer.stops[0]) for each in CASES):
+    for case in (suited(each, renderer) for each in CASES):
         reference = reference_of(renderer, case)
         if not reference.renderable or case.train_on != "all" or case.thoughts != "keep":
             continue

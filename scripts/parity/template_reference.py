@@ -153,6 +153,8 @@ def _exact(
         calls = bool(messages[index].get("tool_calls"))
         targets = [end for rest in rests for end in renderer.ends(rest, calls=calls)]
         lost, rewritten = losses(prompt, targets[0], messages[: index + 1], tools)
+        if any(stop in str(messages[index].get("content")) for stop in renderer.stops):
+            lost.append(_STOPPED)
         needs += [*closed, *lost, *rewritten]
         lossy |= bool(lost) or _WRITTEN in closed
         turns.append(Turn(index, renderer.ids(prompt), tuple(dict.fromkeys(map(renderer.ids, targets)))))
@@ -160,6 +162,7 @@ def _exact(
 
 
 _WRITTEN = Need("the prompt's empty thought, which the history lacks", r"think|thought|reason")
+_STOPPED = Need("a stop token in the answer", "stop|end|token")
 _CLOSED = Need("an empty thought is closed", r"think|thought|reason")
 
 

@@ -59,14 +59,15 @@ class Renderer:
         """
         try:
             with frozen_day():
-                return self.tokenizer.apply_chat_template(
-                    copy.deepcopy(list(messages)),
+                # What apply_chat_template renders with, but it also takes a conversation that begins with an answer.
+                texts, _ = chat_template_utils.render_jinja_template(
+                    conversations=[copy.deepcopy(list(messages))],
                     tools=copy.deepcopy(tools),
                     chat_template=self.template,
-                    tokenize=False,
                     add_generation_prompt=prompt,
-                    **{**self.kwargs, **kwargs},
+                    **{**self.tokenizer.special_tokens_map, **self.kwargs, **kwargs},
                 )
+                return str(texts[0])
         except Exception as error:  # whatever a template does wrong is its refusal
             raise NoForm(f"the template refuses: {' '.join(str(error).split())[:120]}") from None
 
