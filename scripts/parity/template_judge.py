@@ -132,7 +132,8 @@ def judge_family(
 
 def suited(case: Case, renderer: Renderer) -> Case:
     """`case` with the family's stop token in its words, and with those of its options that the template reads."""
-    options = {key: value for key, value in case.kwargs.items() if re.search(rf"\b{key}\b", renderer.template)}
+    read = renderer.options
+    options = {key: value for key, value in case.kwargs.items() if key in read}
     return replace(case.with_stop(renderer.stops[0]), kwargs=options)
 
 

@@ -17,6 +17,9 @@ from functools import cached_property
 from typing import Any
 from unittest import mock
 
+from jinja2 import Environment, meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from transformers.utils import chat_template_utils
 
 __all__ = ["TODAY", "WORD", "Message", "NoForm", "Renderer", "forms", "frozen_day"]
@@ -25,6 +28,17 @@ Message = dict[str, Any]
 WORD = "ZEPHYR"
 """An answer's, or a thought's, single word in a probe."""
 TODAY = datetime.date(2025, 3, 14)
+
+
+class _Generation(Extension):
+    """The mark around what an assistant writes, which transformers adds to Jinja."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The body alone."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Frozen(datetime.datetime):
@@ -81,6 +95,16 @@ class Renderer:
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         every = sorted({*added, *self.stops}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, every)))
+
+    @cached_property
+    def options(self) -> frozenset[str]:
+        """The variables that the template reads from outside: those that it never sets, or gives a default first."""
+        tree = Environment(extensions=[_Generation, loopcontrols]).parse(self.template)
+        return frozenset(filter(self._from_outside, meta.find_undeclared_variables(tree)))
+
+    def _from_outside(self, name: str) -> bool:
+        first = re.search(rf"\bset\s+{name}\s*=\s*(\w*)", self.template)
+        return first is None or first[1] == name
 
     @cached_property
     def takes_text(self) -> bool:
