@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, TrainSource
 
 
 def reference() -> str:
@@ -21,11 +21,17 @@ def reference() -> str:
     lines += ["transformers, PEFT and TRL. `onecard schema` prints the same as JSON Schema.", ""]
     for section, field in Recipe.model_fields.items():
         annotation: Any = field.annotation
-        lines += [f"## {section}", "", " ".join(annotation.__doc__.split()), ""]
-        lines += ["| field | default | values | what it is |", "|---|---|---|---|"]
-        lines += [row(name, info) for name, info in annotation.model_fields.items()]
-        lines.append("")
+        lines += [f"## {section}", "", *table(annotation)]
+        if section == "data":
+            lines += ["### An item of data.train", "", *table(TrainSource)]
     return "\n".join(lines)
+
+
+def table(model: Any) -> list[str]:
+    """What a section or an item is, and its fields."""
+    lines = [" ".join(model.__doc__.split()), ""]
+    lines += ["| field | default | values | what it is |", "|---|---|---|---|"]
+    return [*lines, *(row(name, info) for name, info in model.model_fields.items()), ""]
 
 
 def row(name: str, info: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,16 @@ import numpy as np
 import pyarrow as pa
 
 from toolkit.data.dialogue import ChatForm, Dialogue
+from toolkit.data.duplicates import COPIES, copies, drop_copies, drop_held_out
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
 from toolkit.data.formats import Example
-from toolkit.data.problems import Problems
+from toolkit.data.mixture import BEYOND, DataSource, draw, read_sources, require_removed, source_reports, sources_of
+from toolkit.data.problems import InvalidRow, Problems
 from toolkit.data.reading import Reading, Split, counted
-from toolkit.data.report import DataReport, HeldOut, SplitReport, length_bins
+from toolkit.data.report import DataReport, HeldOut, SourceReport, SplitReport, length_bins
+from toolkit.data.rows import Row
 from toolkit.data.sources import open_source
-from toolkit.data.split import overlap, set_apart
+from toolkit.data.split import group_overlap, overlap, set_apart
 from toolkit.errors import DataError
 from toolkit.steps import advance
 
@@ -37,7 +40,7 @@ __all__ = ["IGNORED", "Batches", "build_batches"]
 IGNORED = -100
 """The label of a token that is not trained; torch's cross entropy skips it."""
 _CHUNK = 512
-_NOT_DRAWN = "beyond max_samples"
+_REPEATED = "examples more than there are rows for, by the weights of data.train"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class _Done:
     examples: list[Example]
     rows: list[EncodedRow]
     summary: SplitReport
+    distinct: list[Encoded]
+    """Each example once, where weights repeat it."""
 
     @property
     def encoded(self) -> list[Encoded]:
@@ -71,7 +76,7 @@ class _Done:
 def build_batches(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    train: str,
+    train: str | Sequence[Mapping[str, Any]],
     validation: str | None = None,
     validation_size: float | int | None = None,
     name: str | None = None,
@@ -90,6 +95,9 @@ def build_batches(
     on_invalid: Literal["error", "drop"] = "error",
     max_samples: int | None = None,
     shuffle: bool = True,
+    remove_columns: Sequence[str] = (),
+    dedupe: bool = False,
+    group_by: str | None = None,
     max_length: int = 1024,
     seed: int = 42,
     base_folder: Path = Path("."),
@@ -108,16 +116,27 @@ def build_batches(
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
-    reading = Reading(format, columns, system_prompt, on_invalid)
-    open_ = partial(open_source, name=name, base_folder=base_folder)
-    training = reading.read("train", train, open_(train, split=None if train_split == "train" else train_split))
+    reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by)
+    open_ = partial(open_source, base_folder=base_folder)
+    sources = sources_of(train)
+
+    def rows_of(source: DataSource, split: str | None) -> Iterator[Row]:
+        return open_(source.path, name=source.name or name, split=None if split == "train" else split)
+
+    training = read_sources(sources, reading, lambda each: rows_of(each, each.split or train_split))
+    require_removed(reading, training.where)
+    if dedupe:
+        drop_copies(training)
     held = None
     if validation is not None:
-        held = reading.read("validation", validation, open_(validation, default="validation"))
+        held = reading.read("validation", validation, open_(validation, name=name, default="validation"))
     elif validation_split is not None:
-        held = reading.read("validation", f"{train}[{validation_split}]", open_(train, split=validation_split))
+        open_held = partial(rows_of, split=validation_split)
+        held = read_sources(sources, reading, open_held, name="validation", split=validation_split)
     elif validation_size is not None:
         held = set_apart(training, validation_size, seed)
+    if dedupe and held is not None:
+        drop_held_out(training, held)
     chat = any(example.messages for example in training.examples)
     form = ChatForm(
         form="chat" if chat else "text",
@@ -136,13 +155,22 @@ def build_batches(
         truncation=truncation,
         max_length=max_length,
     )
-    order = _order(len(training.examples), drawn=shuffle or max_samples is not None, seed=seed)
-    done = _encode(training, encoder, on_invalid, order, most=max_samples, keep_order=not shuffle)
+    drawn, not_drawn = draw(training.examples, sources, seed)
+    training.drops += not_drawn
+    order = _order(len(drawn), drawn=shuffle or max_samples is not None, seed=seed)
+    done = _encode(training, encoder, on_invalid, drawn, order, most=max_samples, keep_order=not shuffle)
     _refuse_endless(done, training.where, dialogue)
     held_done = None
     if held is not None:
-        held_done = _encode(held, encoder, on_invalid, range(len(held.examples)), hold_out=True)
-    return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form)
+        every = range(len(held.examples))
+        held_done = _encode(held, encoder, on_invalid, every, every, hold_out=True)
+        if group_by is not None:
+            on_both = group_overlap(done.examples, held_done.examples)
+            reading.notices[f"held-out examples whose {group_by} is also in the training data"] += on_both
+    reading.notices[COPIES] += 0 if dedupe else copies(done.distinct)
+    reading.notices[_REPEATED] += len(done.encoded) - len(done.distinct)
+    told = source_reports(sources, training, done.examples, done.rows) if not isinstance(train, str) else ()
+    return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
 
 
 def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int]:
@@ -154,38 +182,51 @@ def _encode(
     split: Split,
     encoder: Encoder,
     on_invalid: Literal["error", "drop"],
+    drawn: Sequence[int],
     order: Sequence[int],
     *,
     most: int | None = None,
     keep_order: bool = False,
     hold_out: bool = False,
 ) -> _Done:
-    """Encode the examples of `split` in `order`, until `most` are kept."""
+    """Encode the examples `drawn` of `split`, in the `order` of their places in it, until `most` are kept.
+
+    One that is drawn again is encoded once.
+    """
     problems, drops = Problems(), Counter(split.drops)
-    kept: list[tuple[int, EncodedRow]] = []
+    kept: list[tuple[int, int, EncodedRow]] = []
+    repeated = isinstance(drawn, list)
+    results: dict[int, EncodedRow | InvalidRow] = {}
     seen = 0
     while seen < len(order) and (most is None or len(kept) < most):
         chunk = order[seen : seen + min(_CHUNK, most - len(kept) if most else _CHUNK)]
         seen += len(chunk)
         advance(seen, len(order), "examples")
-        results = encoder.encode([split.examples[i] for i in chunk], hold_out=hold_out)
-        for index, result in zip(chunk, results, strict=True):
+        results = results if repeated else {}
+        fresh = [i for i in dict.fromkeys(drawn[place] for place in chunk) if i not in results]
+        encoded = encoder.encode([split.examples[i] for i in fresh], hold_out=hold_out)
+        results.update(zip(fresh, encoded, strict=True))
+        kept += [
+            (place, drawn[place], each) for place in chunk if isinstance(each := results[drawn[place]], EncodedRow)
+        ]
+        for index, result in zip(fresh, encoded, strict=True):
             if isinstance(result, EncodedRow):
-                kept.append((index, result))
-            elif result.reason in (TOO_LONG, CUT_OFF):
+                continue
+            if result.reason in (TOO_LONG, CUT_OFF):
                 drops[result.reason] += 1
             else:
                 problems.add(index, split.examples[index].place, result)
     problems.settle(on_invalid, split.rows)
     drops += problems.reasons
     if seen < len(order):
-        drops[_NOT_DRAWN] += len(order) - seen
+        drops[BEYOND] += len(set(drawn) - results.keys()) if repeated else len(order) - seen
     if not kept:
         raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
     if keep_order:
         kept.sort(key=lambda each: each[0])
-    rows = [row for _, row in kept]
-    return _Done([split.examples[i] for i, _ in kept], rows, _summary(split.rows, rows, drops))
+    rows = [row for *_, row in kept]
+    distinct = [each for row in {index: row for _, index, row in kept}.values() for each in row.examples]
+    return _Done([split.examples[i] for _, i, _ in kept], rows, _summary(split.rows, rows, drops), distinct)
 
 
 def _summary(count: int, rows: list[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
@@ -214,7 +255,14 @@ def _refuse_endless(done: _Done, where: str, dialogue: Dialogue) -> None:
         raise DataError(f"{where}: every answer is cut before its end-of-turn token; raise training.max_length")
 
 
-def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, int], form: ChatForm) -> Batches:
+def _batches(
+    done: _Done,
+    held: _Done | None,
+    found: str,
+    notices: Mapping[str, int],
+    form: ChatForm,
+    sources: tuple[SourceReport, ...],
+) -> Batches:
     splits = {"train": done.summary} | ({"validation": held.summary} if held else {})
     report = DataReport(
         format=found,
@@ -222,6 +270,7 @@ def _batches(done: _Done, held: _Done | None, found: str, notices: Mapping[str, 
         overlap=overlap(done.examples, held.examples) if held else 0,
         notices={text: n for text, n in sorted(notices.items()) if n},
         examples=tuple(each.place for each in done.encoded[:3]),
+        sources=sources,
     )
     return Batches(
         train=_dataset(done.encoded),

@@ -9,26 +9,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.data.conversation import Message, check_messages, check_tools, text_of, trim
+from toolkit.data.extra_columns import carries
 from toolkit.data.problems import InvalidRow, listed, printable
+from toolkit.data.speakers import as_turns
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
 
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
+_SYSTEM = ("system", "developer")
+_RENDERER = (
+    *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "padding", "truncation"),
+    *("add_generation_prompt", "continue_final_message", "max_length"),
+)
+"""Arguments of a chat template that are not a row's to give."""
+
+TWO_SYSTEMS = "the system column is not used where a system turn stands"
+NULL_ARGUMENTS = "null arguments of tool calls are trained as they stand"
+NULL_PROPERTIES = "properties of tools that are null were taken out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,31 @@ class Example:
     trimmed: bool = False
     """Turns after the last answer were left out."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """The row's own options for the chat template."""
+    """What the row gives the chat template beside messages and tools."""
+    notes: tuple[str, ...] = ()
+    """What deserves a look in this row."""
+    group: bytes | None = None
+    """A hash of the value of `data.group_by`: examples that share it must not be held apart."""
+    source: int = 0
+    """Which of several data sets it is from."""
 
     @property
     def key(self) -> bytes:
         """A hash of everything before the last answer, 16 bytes: examples that share it must not be held apart."""
         if self.messages:
-            asked = json.dumps([self.messages[:-1], self.tools], sort_keys=True, default=str)
-        else:
-            asked = self.text if self.prompt is None else self.prompt
-        return hashlib.blake2b(asked.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            return _hash(self._plain(self.messages[:-1]).strip())
+        return _hash((self.text if self.prompt is None else self.prompt).strip())
+
+    @property
+    def identity(self) -> bytes:
+        """A hash of the whole example, 16 bytes: those that share it teach the same."""
+        if self.messages:
+            return _hash(f"{self.given} {self._plain(self.messages)}")
+        return _hash(f"{-1 if self.prompt is None else len(self.prompt)} {self.text}")
+
+    def _plain(self, messages: Sequence[Message]) -> str:
+        asked = [messages, self.tools, *([self.chat_template_kwargs] if self.chat_template_kwargs else [])]
+        return json.dumps(asked, sort_keys=True, default=str)
 
     @property
     def question(self) -> str:
@@ -110,7 +127,7 @@ def rename(values: Mapping[str, Any], renamed: Mapping[str, str]) -> Mapping[str
 
 def add_system(example: Example, system_prompt: str | None) -> Example:
     """`example` with `system_prompt` as its first turn, unless it has a system turn."""
-    if system_prompt is None or any(turn["role"] == "system" for turn in example.messages):
+    if system_prompt is None or any(turn["role"] in _SYSTEM for turn in example.messages):
         return example
     messages = ({"role": "system", "content": system_prompt}, *example.messages)
     return replace(example, messages=messages, given=example.given + 1 if example.given else 0)
@@ -154,45 +171,109 @@ def _present(values: Mapping[str, Any], column: str) -> Any:
     return values[column]
 
 
-def _conversation(messages: list[Message], tools: Any, given: int = 0) -> Example:
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _conversation(values: Mapping[str, Any], messages: list[Message], given: int = 0) -> Example:
+    notes = []
+    if values.get("system"):
+        if messages[0]["role"] in _SYSTEM:
+            notes += [TWO_SYSTEMS] if messages[0].get("content") != values["system"] else []
+        else:
+            messages = [{"role": "system", "content": _text_of(values, "system")}, *messages]
+            given += 1 if given else 0
     kept = trim(messages)
     if len(kept) <= given:
         raise InvalidRow("no assistant turn", "no assistant turn in the completion; there is nothing to learn from")
-    tools = check_tools(tools)
-    return Example("", messages=tuple(kept), tools=tools, given=given, trimmed=len(kept) < len(messages))
+    tools, filled = _tools(values)
+    notes += [NULL_PROPERTIES] if filled else []
+    notes += [NULL_ARGUMENTS] if any(_has_null_argument(turn) for turn in kept if turn.get("tool_calls")) else []
+    return Example(
+        "",
+        messages=tuple(kept),
+        tools=tools,
+        given=given,
+        trimmed=len(kept) < len(messages),
+        chat_template_kwargs=_template_kwargs(values.get("chat_template_kwargs")),
+        notes=tuple(notes),
+    )
+
+
+def _tools(values: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, bool]:
+    """The tools of a row, from `tools` or the older `functions`, and whether null properties were taken out."""
+    tools = check_tools(values.get("tools"))
+    try:
+        functions = check_tools(values.get("functions"))
+    except InvalidRow as problem:
+        raise InvalidRow(problem.reason, f"functions, read as {problem.detail}") from None
+    if tools and functions:
+        raise InvalidRow("bad tools", "tools and functions both stand in the row; keep one")
+    if functions:
+        tools = [one if "function" in one else {"type": "function", "function": one} for one in functions]
+    if not tools:
+        return None, False
+    taken: list[str] = []
+    return [_schema(tool, taken) for tool in tools], bool(taken)
+
+
+def _schema(value: Any, taken: list[str]) -> Any:
+    """A JSON schema without properties that are null: no such schema exists, so a table's padding left them."""
+    if isinstance(value, list):
+        return [_schema(item, taken) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, item in value.items():
+        if key == "properties" and isinstance(item, dict):
+            taken += [name for name, schema in item.items() if schema is None]
+            found[key] = {name: _schema(schema, taken) for name, schema in item.items() if schema is not None}
+        else:
+            found[key] = item if key in _VALUES else _schema(item, taken)
+    return found
+
+
+_VALUES = ("default", "const", "enum", "example", "examples")
+"""Keywords of a schema that hold values, in which `properties` is a word like any other."""
+
+
+def _has_null_argument(turn: Message) -> bool:
+    calls = [call.get("function", call) for call in turn["tool_calls"]]
+    return any(_has_null(call.get("arguments")) for call in calls)
+
+
+def _has_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(item is None or _has_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_has_null, value))
+
+
+def _template_kwargs(raw: Any) -> dict[str, Any]:
+    if not carries(raw):
+        return {}
+    what = "chat_template_kwargs"
+    given = _json_or_itself(raw)
+    if not isinstance(given, dict):
+        raise InvalidRow("bad chat_template_kwargs", f"{what}: an object is expected, not {type(given).__name__}")
+    if taken := sorted(given.keys() & set(_RENDERER)):
+        raise InvalidRow("bad chat_template_kwargs", f"{what}: {taken[0]} is not the row's to give; take it out")
+    return {str(key): item for key, item in given.items()}
+
+
+def _json_or_itself(raw: Any) -> Any:
+    try:
+        return json.loads(raw) if isinstance(raw, str) else raw
+    except (ValueError, RecursionError):
+        return raw
 
 
 def _parse_messages(values: Mapping[str, Any]) -> Example:
-    return _conversation(check_messages(_present(values, "messages")), values.get("tools"))
+    return _conversation(values, check_messages(as_turns(_present(values, "messages"), "messages")))
 
 
 def _parse_sharegpt(values: Mapping[str, Any]) -> Example:
-    raw = _present(values, "conversations")
-    raw = json.loads(raw) if isinstance(raw, str) and raw.lstrip().startswith("[") and _is_json(raw) else raw
-    turns = [_speaker(turn) for turn in raw] if isinstance(raw, list) else raw
-    messages = check_messages(turns, "conversations")
-    if values.get("system") and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": _text_of(values, "system")}, *messages]
-    return _conversation(messages, values.get("tools"))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _speaker(turn: Any) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    speaker = turn["from"]
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        near = did_you_mean(str(speaker), list(_SPEAKERS)) or f"; known: {', '.join(_SPEAKERS)}"
-        raise InvalidRow("unknown role", f"conversations: unknown speaker {ascii(speaker)[:40]}{near}")
-    return {"role": role, "content": turn.get("value")}
+    turns = as_turns(_present(values, "conversations"), "conversations")
+    return _conversation(values, check_messages(turns, "conversations"))
 
 
 def _parse_pair(values: Mapping[str, Any]) -> Example:
@@ -200,11 +281,14 @@ def _parse_pair(values: Mapping[str, Any]) -> Example:
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InvalidRow("mixed pair", "prompt and completion must both be text or both be lists of messages")
     if isinstance(prompt, list):
-        given = check_messages(prompt, "prompt")
-        return _conversation([*given, *check_messages(completion, "completion")], values.get("tools"), given=len(given))
+        given = check_messages(as_turns(prompt, "prompt"), "prompt")
+        answered = check_messages(as_turns(completion, "completion"), "completion")
+        return _conversation(values, [*given, *answered], given=len(given))
     prompt, completion = _text_of(values, "prompt"), _text_of(values, "completion")
     if not completion.strip():
         raise InvalidRow("empty answer", "completion is empty; there is nothing to learn from")
+    if chat := next((name for name in _CHAT if carries(values.get(name))), None):
+        raise InvalidRow("plain text", f"plain text has no place for {chat}; make prompt and completion messages")
     return Example("", prompt=prompt, text=prompt + completion)
 
 
@@ -212,10 +296,24 @@ def _parse_alpaca(values: Mapping[str, Any]) -> Example:
     asked = _text_of(values, "instruction")
     if values.get("input"):
         asked = f"{asked}\n\n{_text_of(values, 'input')}"
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": _text_of(values, "output")}]
-    if values.get("system"):
-        messages.insert(0, {"role": "system", "content": _text_of(values, "system")})
-    return _conversation(messages, None)
+    turns = [*_history(values.get("history")), ("user", asked), ("assistant", _text_of(values, "output"))]
+    return _conversation(values, [{"role": role, "content": content} for role, content in turns])
+
+
+def _history(raw: Any) -> list[tuple[str, str]]:
+    """Earlier questions and answers, oldest first, as turns."""
+    if not carries(raw):
+        return []
+    pairs = _json_or_itself(raw)
+    expected = "history: a list of [question, answer] is expected"
+    if not isinstance(pairs, list):
+        raise InvalidRow("bad history", f"{expected}, not {type(pairs).__name__}")
+    turns = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) and said for said in pair):
+            raise InvalidRow("bad history", f"{expected}; item {index + 1} is none, or says nothing")
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    return turns
 
 
 def _parse_text(values: Mapping[str, Any]) -> Example:
@@ -225,11 +323,14 @@ def _parse_text(values: Mapping[str, Any]) -> Example:
     return Example("", text=text)
 
 
+_CHAT = ("system", "tools", "functions", "chat_template_kwargs")
+"""Columns that every conversation may have."""
+
 SHAPES: Mapping[str, Shape] = {
-    "messages": Shape(("messages",), ("tools",), _parse_messages),
-    "sharegpt": Shape(("conversations",), ("system", "tools"), _parse_sharegpt),
-    "prompt-completion": Shape(("prompt", "completion"), ("tools",), _parse_pair),
-    "alpaca": Shape(("instruction", "output"), ("input", "system"), _parse_alpaca),
+    "messages": Shape(("messages",), _CHAT, _parse_messages),
+    "sharegpt": Shape(("conversations",), _CHAT, _parse_sharegpt),
+    "prompt-completion": Shape(("prompt", "completion"), _CHAT, _parse_pair),
+    "alpaca": Shape(("instruction", "output"), ("input", "history", *_CHAT), _parse_alpaca),
     "text": Shape(("text",), (), _parse_text),
 }
 """Every format by name, in the order in which `auto` tries them."""

@@ -5,21 +5,26 @@ This is where a file's shape is decided, from its first rows, and every row is t
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+from toolkit.data.extra_columns import LEFT_OUT, ExtraColumns
 from toolkit.data.formats import SHAPES, Example, add_system, choose_shape, rename
-from toolkit.data.problems import InvalidRow, Problems
+from toolkit.data.problems import InvalidRow, Problems, listed
 from toolkit.data.rows import Row
-from toolkit.errors import DataError
+from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["Reading", "Split", "counted"]
 
 _PEEK = 100  # rows from which the columns are read: optional ones may be missing in the first
 _TRIMMED = "turns after the last answer were left out"
+_PADDED = "nulls that Arrow had filled in were taken out of tool calls and schemas"
+_ALONE = "rows without a value of data.group_by stand alone"
 
 
 @dataclass
@@ -31,6 +36,8 @@ class Split:
     rows: int = 0
     examples: list[Example] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
+    rows_of: Counter[int] = field(default_factory=Counter)
+    """Rows read by the number of their data set, where there are several."""
 
 
 @dataclass
@@ -44,23 +51,35 @@ class Reading:
     columns: Mapping[str, str]
     system_prompt: str | None
     on_invalid: Literal["error", "drop"]
+    remove_columns: Sequence[str] = ()
+    group_by: str | None = None
     found: str = ""
     notices: Counter[str] = field(default_factory=Counter)
+    seen: set[str] = field(default_factory=set)
+    """The columns of the first rows."""
+    removed: set[str] = field(default_factory=set)
+    """Those of `remove_columns` that some row had."""
 
-    def read(self, name: str, where: str, rows: Iterator[Row]) -> Split:
-        """All valid examples of `rows`.
+    def read(self, name: str, where: str, rows: Iterator[Row], source: int = 0) -> Split:
+        """All valid examples of `rows`, marked as the data set number `source`.
 
         Raises:
             DataError: the columns fit no format, a row is invalid and invalid rows are not to be dropped, or none
-                is valid.
+                is valid; there is no column `group_by`.
         """
+        rows = map(self._without_columns, rows) if self.remove_columns else rows
         peeked = list(itertools.islice(rows, _PEEK))
         split, problems = Split(name, where), Problems()
         columns = {str(key) for row in peeked if isinstance(row.values, dict) for key in row.values}
+        self.seen |= columns
         shape = self._shape(columns, where) if columns else None
+        extra = ExtraColumns(self._read_columns(shape))
         for row in itertools.chain(peeked, rows):
             try:
-                split.examples.append(self._example(row, shape))
+                if isinstance(row.values, dict) and extra.leaves_out(row.values):
+                    split.drops[LEFT_OUT] += 1
+                else:
+                    split.examples.append(self._example(row, shape, source))
             except InvalidRow as problem:
                 problems.add(split.rows, row.place, problem)
             split.rows += 1
@@ -68,14 +87,30 @@ class Reading:
         split.drops += problems.reasons
         if not split.examples:
             raise DataError(f"{where}: no usable example in {split.rows} rows ({counted(split.drops)})")
+        self.notices.update(dict(extra.notices()))
         return split
+
+    def _without_columns(self, row: Row) -> Row:
+        if isinstance(row.values, InvalidRow):
+            return row
+        self.removed |= row.values.keys() & set(self.remove_columns)
+        return replace(row, values={k: v for k, v in row.values.items() if k not in self.remove_columns})
 
     def _shape(self, columns: Set[str], where: str) -> str:
         shape = choose_shape(self.format, columns, self.columns, where)
         self.found = self.found or shape
+        if self.group_by is not None and self.group_by not in columns:
+            near = did_you_mean(self.group_by, sorted(columns)) or f"; it has {listed(sorted(columns))}"
+            raise DataError(f"{where}: data.group_by: no column {self.group_by!r}{near}")
         return shape
 
-    def _example(self, row: Row, shape: str | None) -> Example:
+    def _read_columns(self, shape: str | None) -> Set[str]:
+        """The file's columns that something here reads."""
+        ours = {*SHAPES[shape].required, *SHAPES[shape].optional} if shape else set()
+        theirs = {theirs for our, theirs in self.columns.items() if our in ours}
+        return (ours - self.columns.keys()) | theirs | ({self.group_by} if self.group_by else set())
+
+    def _example(self, row: Row, shape: str | None, source: int) -> Example:
         if isinstance(row.values, InvalidRow):
             raise row.values
         if shape is None:
@@ -84,7 +119,20 @@ class Reading:
         if self.system_prompt is not None and not example.messages:
             raise DataError(f"{row.place}: plain text has no system turn; remove data.system_prompt or use messages")
         self.notices[_TRIMMED] += example.trimmed
-        return replace(add_system(example, self.system_prompt), place=row.place)
+        self.notices[_PADDED] += row.padded
+        self.notices.update(example.notes)
+        group = _group(row.values[self.group_by]) if self.group_by in row.values else None
+        self.notices[_ALONE] += self.group_by is not None and group is None
+        return replace(add_system(example, self.system_prompt), place=row.place, group=group, source=source)
+
+
+def _group(value: Any) -> bytes | None:
+    """A hash of a group's name; a number and its text are one group, since CSV holds text alone."""
+    if value is None or value == "":
+        return None
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    name = json.dumps(value, sort_keys=True, default=str) if isinstance(value, (dict, list)) else str(value)
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def counted(reasons: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DataReport", "HeldOut", "LengthBin", "SplitReport", "length_bins"]
+__all__ = ["DataReport", "HeldOut", "LengthBin", "SourceReport", "SplitReport", "length_bins"]
 
 _MOST_BINS = 10
 
@@ -63,11 +63,34 @@ class SplitReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One of several data sets: its rows, its usable training examples, and what one epoch sees of it.
+
+    `seen` counts an example as often as the weight repeats it; `tokens` and `trained_tokens` are of those.
+    """
+
+    path: str
+    weight: float
+    rows: int
+    examples: int
+    seen: int
+    tokens: int
+    trained_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}, weight {self.weight:g}: an epoch sees {self.seen} of {self.examples} examples in "
+            f"{self.rows} rows, {self.tokens} tokens, {self.trained_tokens} trained"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """The whole data set.
 
     `overlap` counts validation examples whose prompt is also a training prompt; `notices` what deserves a look, with
-    the number of examples it concerns; `examples` the first few source places kept for training.
+    the number of examples it concerns; `examples` the first few source places kept for training; `sources` the
+    training data sets where there are several.
     """
 
     format: str
@@ -75,6 +98,7 @@ class DataReport:
     overlap: int
     notices: Mapping[str, int]
     examples: tuple[str, ...]
+    sources: tuple[SourceReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -84,6 +108,7 @@ class DataReport:
             "overlap": self.overlap,
             "notices": dict(self.notices),
             "examples": list(self.examples),
+            "sources": [asdict(each) for each in self.sources],
         }
 
 

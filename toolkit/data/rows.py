@@ -10,15 +10,18 @@ import codecs
 import csv
 import itertools
 import json
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.arrow import ArrowValues
+from toolkit.data.padding import find_padding
 from toolkit.data.problems import InvalidRow
 from toolkit.errors import DataError
 
-__all__ = ["READERS", "Row", "parse_json", "read_rows", "without_nulls"]
+__all__ = ["READERS", "Row", "arrow_row", "parse_json", "read_rows"]
 
 # A whole document may stand in one CSV field; the csv module's own limit is 128 KiB, for the whole process.
 _LONGEST_FIELD = 2**31 - 1
@@ -31,6 +34,8 @@ class Row:
 
     place: str
     values: dict[str, Any] | InvalidRow
+    padded: bool = False
+    """Nulls that Arrow had filled in were taken out of it."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -67,13 +72,35 @@ def parse_json(raw: bytes | str) -> dict[str, Any] | InvalidRow:
     return InvalidRow("not an object", f"a row is a JSON object {{…}}, not a {type(value).__name__}")
 
 
-def without_nulls(value: Any) -> Any:
-    """`value` without the keys that are None: Arrow fills every struct up to the union of its rows' keys."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+def arrow_row(place: str, values: Mapping[str, Any], read: ArrowValues) -> Row:
+    """The row of an Arrow table, or what is wrong with it."""
+    try:
+        return Row(place, *read.read(values))
+    except InvalidRow as problem:
+        return Row(place, problem)
+
+
+def _unpadded(read: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Row]]:
+    """`read` without the nulls that Arrow filled in; a file in which the word null stands is read twice."""
+
+    def rows(path: Path) -> Iterator[Row]:
+        padding = None
+        if _holds_null(path):
+            padding = find_padding(row.values for row in read(path) if isinstance(row.values, dict))
+        for row in read(path):
+            if padding is None or isinstance(row.values, InvalidRow):
+                yield row
+            else:
+                yield Row(row.place, *padding.clean(row.values))
+
+    return rows
+
+
+def _holds_null(path: Path) -> bool:
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"null") >= 0
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -163,10 +190,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            read = ArrowValues(file.schema_arrow, decoded=False)
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}:row {number}", without_nulls(values))
+                    yield arrow_row(f"{path}:row {number}", values, read)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         detail = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path}: not readable as Parquet after row {number} ({detail}); write it again") from None
@@ -174,8 +202,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
+    ".json": _unpadded(_read_json),
+    ".jsonl": _unpadded(_read_jsonl),
     ".parquet": _read_parquet,
 }
 """Suffix to reader."""

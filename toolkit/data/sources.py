@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from toolkit.data.arrow import ArrowValues
 from toolkit.data.problems import listed
-from toolkit.data.rows import READERS, Row, read_rows, without_nulls
+from toolkit.data.rows import READERS, Row, arrow_row, read_rows
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["open_source", "read_chat_template"]
@@ -167,5 +168,6 @@ def _read_hub(source: str, split: str, name: str | None, path: Path) -> Iterator
         raise DataError(f"{where}: no such file ({path}), and the Hub gave no such dataset: {detail}") from None
     if not len(rows):
         raise DataError(f"{where}: empty; a data set holds at least one row")
+    read = ArrowValues(rows.features.arrow_schema, decoded=True)
     for index, values in enumerate(rows):
-        yield Row(f"{where}:row {index + 1}", without_nulls(values))
+        yield arrow_row(f"{where}:row {index + 1}", values, read)

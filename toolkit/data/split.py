@@ -1,12 +1,13 @@
-"""Held-out examples, by prompt: an example whose prompt was trained on measures memory, not learning.
+"""Held-out examples, by prompt and by group: an example whose like was trained on measures memory, not learning.
 
-`datasets.train_test_split` and scikit-learn's splitters draw rows, so that duplicates fall on both sides.
+`datasets.train_test_split` draws rows, so that duplicates fall on both sides; scikit-learn's group splitters know one
+kind of group, and rows that share a prompt with one and a group with another hang together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,11 +15,13 @@ from toolkit.data.formats import Example
 from toolkit.data.reading import Split
 from toolkit.errors import DataError
 
-__all__ = ["overlap", "set_apart"]
+__all__ = ["group_overlap", "overlap", "set_apart"]
 
 
 def set_apart(training: Split, size: float | int, seed: int) -> Split:
-    """Take whole groups of equal prompts out of `training`, about `size` of its examples, and return them.
+    """Take whole groups out of `training`, about `size` of its examples, and return them.
+
+    Examples with the same prompt, or the same value of `data.group_by`, are in one group.
 
     Args:
         training: changed in place: its examples and rows shrink by what is held out.
@@ -29,14 +32,16 @@ def set_apart(training: Split, size: float | int, seed: int) -> Split:
     """
     total = len(training.examples)
     target = size if isinstance(size, int) else max(1, round(size * total))
-    keys = [example.key for example in training.examples]
+    keys = _components(training.examples)
     held = _draw(keys, target, seed)
     taken = sum(key in held for key in keys)
     if not taken or taken == total or target >= total:
-        groups = len(set(keys))
+        groups = f"{len(set(keys))} different prompts"
+        if any(example.group for example in training.examples):
+            groups = f"{len(set(keys))} groups that share no prompt and no value of data.group_by"
         raise DataError(
-            f"{training.where}: data.validation_size={size} cannot be held out of {total} examples with {groups} "
-            "different prompts; both sides need some; give data.validation or another size"
+            f"{training.where}: data.validation_size={size} cannot be held out of {total} examples with {groups}; "
+            "both sides need some; give data.validation or another size"
         )
     validation = Split("validation", training.where, rows=taken)
     validation.examples = [each for each, key in zip(training.examples, keys, strict=True) if key in held]
@@ -49,6 +54,31 @@ def overlap(training: Iterable[Example], validation: Iterable[Example]) -> int:
     """How many validation examples have a prompt that is also a training prompt."""
     seen = {example.key for example in training}
     return sum(example.key in seen for example in validation)
+
+
+def group_overlap(training: Iterable[Example], validation: Iterable[Example]) -> int:
+    """How many validation examples have a value of `data.group_by` that is also a training example's."""
+    seen = {example.group for example in training}
+    return sum(example.group is not None and example.group in seen for example in validation)
+
+
+def _components(examples: Sequence[Example]) -> list[bytes]:
+    """Of each example, the name of those that hang together with it by prompts and groups, over any number of steps."""
+    keys = [example.key for example in examples]
+    leader: dict[bytes, bytes] = {}
+
+    def find(name: bytes) -> bytes:
+        path = []
+        while (above := leader.setdefault(name, name)) != name:
+            path.append(name)
+            name = above
+        leader.update(dict.fromkeys(path, name))
+        return name
+
+    for key, example in zip(keys, examples, strict=True):
+        if example.group is not None:
+            leader[find(b"group" + example.group)] = find(key)
+    return [find(key) for key in keys]
 
 
 def _draw(keys: list[bytes], target: int, seed: int) -> set[bytes]:

@@ -6,13 +6,16 @@ scanners know tokens, not which folders and rows are this user's, nor what the b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.problems import InvalidRow
 from toolkit.data.sources import open_source
+from toolkit.data.speakers import as_turns
 from toolkit.errors import DataError, ModelError
 from toolkit.packaging.known import Known, leaves
 from toolkit.packaging.manifest import file_entry
@@ -104,19 +107,24 @@ def training_answers(run: Path) -> list[str]:
     if not (run / "recipe.yaml").is_file():
         return []
     data = load(run / "recipe.yaml", note=lambda line: None).data
-    if not Path(data.train).exists():
-        return []
-    try:
-        rows = (row.values for row in open_source(data.train, base_folder=run))
-        return [text for values in rows if isinstance(values, dict) for text in _answers(values)]
-    except DataError:
-        return []
+    sources = [(data.train, None)] if isinstance(data.train, str) else [(each.path, each.split) for each in data.train]
+    found: list[str] = []
+    for path, split in sources:
+        if Path(path).exists():
+            split = split or data.train_split
+            with contextlib.suppress(DataError):
+                rows = open_source(path, split=None if split == "train" else split, base_folder=run)
+                found += [text for row in rows if isinstance(row.values, dict) for text in _answers(row.values)]
+    return found
 
 
 def _answers(row: Mapping[str, Any]) -> Iterator[str]:
     """What the assistant says in a conversation, or the fields that a plain example keeps its answer in."""
-    turns = [turn for turn in row.get("messages") or row.get("conversations") or () if isinstance(turn, Mapping)]
-    yield from (str(turn.get("content")) for turn in turns if turn.get("role") == "assistant")
+    for column in ("messages", "conversations", "completion"):
+        with contextlib.suppress(InvalidRow):
+            turns = as_turns(row.get(column), column)
+            turns = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+            yield from (str(turn.get("content")) for turn in turns if turn.get("role") == "assistant")
     yield from (row[key] for key in ("completion", "output", "response", "answer") if isinstance(row.get(key), str))
 
 

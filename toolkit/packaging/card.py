@@ -20,6 +20,7 @@ from toolkit.packaging.manifest import PICTURES
 
 __all__ = ["model_card"]
 
+_NOT_PUBLISHED = "a data set that is not published"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _LOCAL_FILE = re.compile(r"\.(jsonl?|csv|parquet|gz|zst)$")
 _TASK = "text-generation"
@@ -68,8 +69,8 @@ def model_card(
 def _metadata(
     name: str, base: BaseIdentity, results: Mapping[str, Any], recipe: Mapping[str, Any], license: str | None
 ) -> str:
-    dataset = _hub_dataset(recipe)
-    evaluated = _eval_results(results, dataset)
+    datasets = [name for name in _hub_datasets(recipe) if name]
+    evaluated = _eval_results(results, datasets[0] if len(datasets) == 1 else None)
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if base.revision else {}
     data = ModelCardData(
         # The Hub refuses a card whose base_model is no repository, so a local folder's name stays out.
@@ -77,7 +78,7 @@ def _metadata(
         library_name="peft",
         pipeline_tag=_TASK,
         license=license,
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         tags=["lora", "moe", "onecard", "peft"],
         model_name=name if evaluated else None,
         eval_results=evaluated or None,
@@ -86,12 +87,16 @@ def _metadata(
     return data.to_yaml()
 
 
-def _hub_dataset(recipe: Mapping[str, Any]) -> str | None:
-    """The training data's name on the Hub, None where it is a file of the user's."""
-    name = (recipe.get("data") or {}).get("train")
-    if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not _LOCAL_FILE.search(name):
-        return name
-    return None
+def _hub_datasets(recipe: Mapping[str, Any]) -> list[str | None]:
+    """Of each data set trained on its name on the Hub, None where it is a file of the user's."""
+    train = (recipe.get("data") or {}).get("train")
+    sets = train if isinstance(train, list) else [train]
+    names = [each.get("path") if isinstance(each, Mapping) else each for each in sets]
+    return list(dict.fromkeys(name if _is_on_hub(name) else None for name in names))
+
+
+def _is_on_hub(name: Any) -> bool:
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not _LOCAL_FILE.search(name)
 
 
 def _eval_results(results: Mapping[str, Any], dataset: str | None) -> list[EvalResult]:
@@ -156,8 +161,9 @@ def _training_section(
 
 
 def _data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    name = _hub_dataset(recipe)
-    what = f"[{name}](https://huggingface.co/datasets/{name})" if name else "a data set that is not published"
+    names = _hub_datasets(recipe)
+    told = [f"[{name}](https://huggingface.co/datasets/{name})" for name in names if name]
+    what = ", ".join(told + ([_NOT_PUBLISHED] if None in names else []))
     count = _mapping(results, "training").get("examples")
     return f"{count} examples of {what}" if count else what
 

@@ -13,6 +13,7 @@ from toolkit.recipe.schema import (
     Recipe,
     TrackingSection,
     TrainingSection,
+    TrainSource,
 )
 from toolkit.recipe.source import ALIASES, dump, field_named, field_words, load, parse
 from toolkit.recipe.starter import starter
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizationSection",
     "Recipe",
     "TrackingSection",
+    "TrainSource",
     "TrainingSection",
     "changes",
     "dump",

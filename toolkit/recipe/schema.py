@@ -21,6 +21,7 @@ __all__ = [
     "QuantizationSection",
     "Recipe",
     "TrackingSection",
+    "TrainSource",
     "TrainingSection",
 ]
 
@@ -158,11 +159,42 @@ class MtpSection(_Section):
         return self.enabled and (self.stage == "with" or self.own_answers == 0)
 
 
+_Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
+
+
+class TrainSource(_Section):
+    """One of several data sets to train on, as an item of `data.train`."""
+
+    path: NonEmpty
+    """A file, a folder or a Hub dataset, as `data.train` is otherwise."""
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    """How often an epoch sees each example: 2 is twice; 0.5 is a half of them, drawn with the seed, the same in each
+    epoch."""
+    format: _Format | None = None
+    """Shape of a row; without it, `data.format`."""
+    max_samples: Positive | None = None
+    """Use only this many of its examples, drawn with the seed; the weight counts from there."""
+    name: NonEmpty | None = None
+    """Configuration name of a Hub dataset; without it, `data.name`."""
+    split: NonEmpty | None = None
+    """Split of a Hub dataset or folder; without it, `data.train_split`."""
+    columns: dict[NonEmpty, NonEmpty] | None = None
+    """Our column name to this set's; without it, `data.columns`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict, TrainSource)):
+            raise ValueError(f"a data set is a name, or an item with a path, not {value!r}"[:100])
+        return {"path": value} if isinstance(value, str) else value
+
+
 class DataSection(_Section):
     """Where the examples come from, what they look like, and which of their tokens are trained."""
 
-    train: NonEmpty
-    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of them, or a Hub dataset `owner/name`."""
+    train: NonEmpty | Annotated[list[TrainSource], Field(min_length=1)]
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of them, or a Hub dataset `owner/name`; or a list of
+    several, each a name or an item with a `path` and the fields below."""
     validation: NonEmpty | None = None
     """Held-out examples, given like `train`."""
     validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] | Positive | None = None
@@ -172,11 +204,17 @@ class DataSection(_Section):
     train_split: NonEmpty = "train"
     """Split of a Hub dataset, or of a folder whose file names carry split names."""
     validation_split: NonEmpty | None = None
-    """Split of the Hub dataset or folder `train` to hold out, where it has one."""
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = "auto"
+    """Split of the Hub dataset or folder `train` to hold out, where it has one; of each, where `train` is a list."""
+    group_by: NonEmpty | None = None
+    """A column of yours: rows with the same value of it are never both trained on and held out."""
+    format: _Format = "auto"
     """Shape of a row; `auto` reads it off the columns."""
     columns: dict[NonEmpty, NonEmpty] = {}
     """Our column name to yours, e.g. `{prompt: question, completion: answer}`."""
+    remove_columns: list[NonEmpty] = []
+    """Columns of yours that are left aside, as if they were not there."""
+    dedupe: bool = False
+    """Leave out training examples that are copies of others, or whose prompt is held out."""
     system_prompt: NonEmpty | None = None
     """Put before every conversation that has no system turn."""
     chat_template_path: NonEmpty | None = None

@@ -17,13 +17,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent
 
 from toolkit.errors import RecipeError, did_you_mean
-from toolkit.recipe.schema import Recipe
+from toolkit.recipe.schema import Recipe, TrainSource
 
 __all__ = ["ALIASES", "dump", "load", "parse"]
 
@@ -39,6 +39,7 @@ ALIASES: Mapping[str, str] = {
     "dropout": "lora.lora_dropout",
     "lora_target_modules": "lora.target_modules",
     "dataset": "data.train",
+    "datasets": "data.train",
     "dataset_path": "data.train",
     "dataset_name": "data.train",
     "train_file": "data.train",
@@ -72,6 +73,7 @@ _NEGATED = {"train_on_inputs"}
 _COMMAND_LINE = "command line"
 _MOST_BYTES = 1 << 20
 _DEEPEST = 32
+_DEPTH = 2  # a section and its key
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -138,9 +140,15 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     changes: dict[str, Any] = {}
     for section, fields in _PATHS.items():
         part = getattr(recipe, section)
-        found = {field: _existing(getattr(part, field), folder) for field in fields}
+        found = {field: _existing_of(getattr(part, field), folder) for field in fields}
         changes[section] = part.model_copy(update={field: path for field, path in found.items() if path})
     return recipe.model_copy(update=changes)
+
+
+def _existing_of(value: str | list[TrainSource] | None, folder: Path) -> str | list[TrainSource] | None:
+    if isinstance(value, list):
+        return [each.model_copy(update={"path": _existing(each.path, folder) or each.path}) for each in value]
+    return _existing(value, folder)
 
 
 def _existing(value: str | None, folder: Path) -> str | None:
@@ -212,7 +220,9 @@ def _plain(value: Any, path: tuple[str, ...], lines: _Lines, where: str) -> Any:
             result[key] = _plain(item, here, lines, where)
         return result
     if isinstance(value, list):
-        return [_plain(item, path, lines, where) for item in value]
+        if isinstance(value, CommentedSeq):
+            lines |= {(*path, str(n)): f"{where}:{value.lc.item(n)[0] + 1}" for n in range(len(value))}
+        return [_plain(item, (*path, str(index)), lines, where) for index, item in enumerate(value)]
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -341,15 +351,18 @@ def _expand_environment(data: dict[str, Any], lines: _Lines, where: str) -> None
 
 
 def _explain(error: ValidationError, lines: _Lines, where: str) -> str:
-    problems = error.errors(include_url=False)
+    problems: list[Any] = [*error.errors(include_url=False)]
+    if any(len(_path(problem)) > _DEPTH for problem in problems):  # an item of a list: what else it could be is no news
+        problems = [problem for problem in problems if len(_path(problem)) > _DEPTH]
     # A union reports each of its branches; the first problem with the shortest path is the one a person made.
     problem = min(problems, key=lambda p: (p["type"] != "extra_forbidden", len(_path(p))))
     path = _path(problem)
     # A problem of a whole section (two fields that disagree) is reported where the section begins.
     place = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), where)
-    name = ".".join(path)
+    name = ".".join(path[:_DEPTH]) + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[_DEPTH:])
     if problem["type"] == "extra_forbidden":
         known = _fields(path[0]) if len(path) > 1 else list(Recipe.model_fields)
+        known = list(TrainSource.model_fields) if len(path) > _DEPTH else known
         hint = did_you_mean(path[-1], known) or f"; known: {', '.join(known)}"
         if path[-1] == "trust_remote_code":
             hint = "; it is always off: no code from a checkpoint is run"
@@ -364,12 +377,17 @@ def _explain(error: ValidationError, lines: _Lines, where: str) -> str:
 
 
 def _path(problem: Any) -> tuple[str, ...]:
-    """The recipe key of a pydantic problem, without the union branches that pydantic appends."""
+    """The recipe key of a pydantic problem, without the union branches that pydantic appends.
+
+    Of a field that is an item's in a list, that is section, key, the item's number, and the field.
+    """
     location = [str(part) for part in problem["loc"]]
     depth = 1
     if len(location) > 1 and location[0] in Recipe.model_fields and location[1] not in ("",):
-        depth = 2
-    return tuple(location[:depth])
+        depth = _DEPTH
+    number = next((n for n, part in enumerate(problem["loc"]) if isinstance(part, int)), None)
+    item = location[number : number + 2] if number is not None and location[:depth] == ["data", "train"] else []
+    return tuple(location[:depth] + item)
 
 
 def _lower(message: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from toolkit.data import Batches, DataReport
 from toolkit.evaluate import draft_table
@@ -41,10 +42,12 @@ def data(console: Console, report: DataReport) -> None:
             f"[bold]data[/bold]  {name}: {split.kept} of {split.rows} examples, {split.tokens} tokens, "
             f"{split.trained_tokens} trained; dropped: {dropped}"
         )
+    for source in report.sources:
+        console.print(f"[bold]data[/bold]  {escape(str(source))}")
     if report.overlap:
         console.print(f"[yellow]note[/yellow]  {report.overlap} held-out prompts are also training prompts")
     for notice, count in report.notices.items():
-        console.print(f"[yellow]note[/yellow]  {notice}: {count}")
+        console.print(f"[yellow]note[/yellow]  {escape(notice)}: {count}")
 
 
 def compensation(console: Console, found: Compensation) -> None:

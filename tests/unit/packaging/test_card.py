@@ -72,6 +72,17 @@ def test_a_file_of_the_users_is_no_dataset_of_the_hub(train: str | None) -> None
     assert "| steps | 3 |" in text
 
 
+def test_several_datasets_are_named_and_files_are_not() -> None:
+    train = [{"path": "owner/one", "weight": 2.0}, {"path": "/home/x/rows.jsonl"}, {"path": "owner/two"}]
+    results = {"training": {"examples": 48}, "adapted": {"exact_match": 0.5}}
+    text = card(recipe={"data": {"train": train}}, results=results)
+    data = ModelCard(text).data
+    assert data.datasets == ["owner/one", "owner/two"]
+    assert data.eval_results[0].dataset_type == "held-out"
+    told = [f"[{name}](https://huggingface.co/datasets/{name})" for name in data.datasets]
+    assert f"48 examples of {told[0]}, {told[1]}, a data set that is not published" in text
+
+
 def yaml_of(text: str) -> dict[str, Any]:
     found: dict[str, Any] = YAML(typ="safe").load(text.split("---\n")[1])
     return found

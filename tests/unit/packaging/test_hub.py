@@ -143,6 +143,17 @@ def test_offline_is_a_hub_error(monkeypatch: pytest.MonkeyPatch, pristine: Path)
         push_artifact(pristine, "alice/new", token="any", endpoint=url)
 
 
+def test_the_answers_of_every_data_set_are_looked_for(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "one"}]
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "two"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"conversations": talk}) + '\n{"conversations": [{"from": "x"}]}')
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": turns[:1], "completion": turns[1:]}))
+    listed = f"[{tmp_path}/a.jsonl, {{path: {tmp_path}/b.jsonl, weight: 2}}, {tmp_path}/c.jsonl, owner/name]"
+    (tmp_path / "recipe.yaml").write_text(f"model: {{model_name_or_path: nano}}\ndata: {{train: {listed}}}\n")
+    assert training_answers(tmp_path) == ["one", "two", "one"]
+
+
 def test_a_push_names_each_thing_that_may_not_leave(pristine: Path, tmp_path: Path) -> None:
     run, token, row = tmp_path / "run", "hf_" + "a1B2" * 8, "a fern is a flowerless plant with feathery leaves"
     artifact = Path(shutil.copytree(pristine, run / "adapter"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from toolkit.errors import RecipeError
-from toolkit.recipe import ALIASES, Recipe, dump, load, parse, starter
+from toolkit.recipe import ALIASES, Effect, Recipe, TrainSource, changes, dump, flat, load, parse, starter
 
 BASE = "model: {model_name_or_path: a/b}\ndata: {train: rows.jsonl}\n"
 
@@ -47,8 +47,8 @@ def test_every_alias_leads_to_a_field_and_says_so(alias: str) -> None:
 
 def test_aliases_work_flat_and_in_sections() -> None:
     notes: list[str] = []
-    text = "base_model: a/b\ndatasets: {}\n"
-    with pytest.raises(RecipeError, match="datasets: unknown key; did you mean data"):
+    text = "base_model: a/b\ndatas: {}\n"
+    with pytest.raises(RecipeError, match="datas: unknown key; did you mean data"):
         parse(text)
     recipe = parse(
         "base_model: a/b\nsequence_len: 512\ndata:\n  train: x\n  val_set_size: 0.1\n  train_on_inputs: true\n"
@@ -156,6 +156,52 @@ def test_local_paths_are_found_from_here_or_from_the_recipes_folder(
     assert found.model.model_name_or_path == str(tmp_path / "recipes" / "base")
     assert found.data.train == str(tmp_path / "rows.jsonl")
     assert found.data.validation == "owner/name"
+
+
+SEVERAL = """\
+model: {model_name_or_path: ./base}
+data:
+  train:
+    - rows.jsonl
+    - path: more.jsonl
+      weight: 2
+      columns: {prompt: question}
+    - {path: owner/name, split: train_sft, max_samples: 10}
+"""
+
+
+def test_several_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rows.jsonl", "more.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "r.yaml").write_text(SEVERAL)
+    recipe = load(tmp_path / "r.yaml")
+    assert isinstance(recipe.data.train, list)
+    assert [each.path for each in recipe.data.train] == [
+        *(str(tmp_path / name) for name in ("rows.jsonl", "more.jsonl")),
+        "owner/name",
+    ]
+    assert [each.weight for each in recipe.data.train] == [1, 2, 1]
+    assert recipe.data.train[1].columns == {"prompt": "question"}
+    assert parse(dump(recipe)) == recipe
+    assert parse("base_model: a\ndatasets: [{path: x}]").data.train == [TrainSource(path="x")]
+    assert parse(SEVERAL, overrides=["data.train=other.jsonl"]).data.train == "other.jsonl"
+    found = changes(flat(parse(SEVERAL)), flat(parse(SEVERAL.replace("weight: 2", "weight: 3"))))
+    assert [(change.field, change.effect) for change in found] == [("data.train", Effect.CONTENT)]
+
+
+@pytest.mark.parametrize(
+    ("written", "replaced", "said"),
+    [
+        ("weight: 2", "wieght: 2", r"r.yaml:6: data\.train\[1\]\.wieght: unknown key; did you mean weight\?"),
+        ("weight: 2", "weight: 0", r"r.yaml:6: data\.train\[1\]\.weight: should be greater than 0 \(got 0\)"),
+        ("path: more.jsonl", "format: text", r"r.yaml:5: data\.train\[1\]\.path: required and missing"),
+        ("max_samples: 10", "max_samples: ten", r"r.yaml:8: data\.train\[2\]\.max_samples: should be a valid integer"),
+        ("- rows.jsonl", "- 3", r"r.yaml:4: data\.train\[0\]: a data set is a name, or an item with a path, not 3"),
+    ],
+)
+def test_an_item_of_data_train_is_held_to_its_fields(written: str, replaced: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse(SEVERAL.replace(written, replaced), "r.yaml")
 
 
 def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:

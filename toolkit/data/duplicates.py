@@ -1,0 +1,45 @@
+"""Examples that stand more than once, in the training data or on both sides: left out on request, or counted.
+
+A row that stands twice is learnt twice, which nobody meant; `datasets` has no way to find one across files and formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from toolkit.data.encode import Encoded
+from toolkit.data.reading import Split
+
+__all__ = ["COPIES", "copies", "drop_copies", "drop_held_out"]
+
+COPIES = "examples are copies of others; data.dedupe: true leaves them out"
+_COPY = "a copy of another example"
+_HELD = "its prompt is held out"
+
+
+def drop_copies(split: Split) -> None:
+    """Leave out of `split` every example that is the same as an earlier one, and count them as drops."""
+    first = {example.identity: example for example in reversed(split.examples)}
+    kept = [example for example in split.examples if first[example.identity] is example]
+    split.drops[_COPY] += len(split.examples) - len(kept)
+    split.examples = kept
+
+
+def drop_held_out(split: Split, held: Split) -> None:
+    """Leave out of `split` every example whose prompt is also one of `held`, and count them as drops."""
+    prompts = {example.key for example in held.examples}
+    kept = [example for example in split.examples if example.key not in prompts]
+    split.drops[_HELD] += len(split.examples) - len(kept)
+    split.examples = kept
+
+
+def copies(encoded: Iterable[Encoded]) -> int:
+    """How many of the examples have the tokens and the mask of an earlier one."""
+    seen: set[bytes] = set()
+    number = 0
+    for number, each in enumerate(encoded, 1):  # noqa: B007 - it is the count
+        digest = hashlib.blake2b(each.ids.tobytes(), digest_size=16)
+        digest.update(each.trained.tobytes())
+        seen.add(digest.digest())
+    return number - len(seen)
