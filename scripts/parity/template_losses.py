@@ -33,8 +33,8 @@ _ROLE_WORDS = {
     "assistant": "assistant|answer|turn|content",
     "tool": "tool|result",
 }
-# A value that Jinja printed by itself: None, a dictionary as Python writes it. In a call also JSON inside JSON.
-_PRINTED = re.compile(r"\bNone\b|\{'")
+# A value printed as it is: None, a dictionary as Python writes it, a content's parts. In a call also JSON inside JSON.
+_PRINTED = re.compile(r"\bNone\b|\{'|\[\{\"type\": \"text\"")
 _TWICE = re.compile(r"\{\\+\"")
 
 
@@ -45,7 +45,7 @@ def losses(prompt: str, target: str, messages: Sequence[Message], tools: Any) ->
     lost += _unless(_words(tools_names(tools)), prompt, Need("the tools", "tool"))
     lost += _answer(target, answer)
     if _PRINTED.search(prompt + target) and not _PRINTED.search(str([_text(turn) for turn in messages])):
-        lost.append(Need("a value printed as Python does", "content|argument|call|null|text|part"))
+        lost.append(Need("a value printed as it is", "content|argument|call|null|text|part"))
     if _called(answer) and _TWICE.search(target):
         lost.append(Need("arguments quoted twice", "argument|call"))
     rewritten = []

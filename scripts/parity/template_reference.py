@@ -7,7 +7,7 @@ first token that ends generation. Where the template has no such form for a row,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,9 @@ def reference_for(
         if not exact.lossy:
             break
     for same in (list(map(_moved, plain)), list(map(_unthought, plain))):
-        found += _also(renderer, same, tools, kwargs, wanted) if same != plain else []
+        found += _also(renderer, forms(same), tools, kwargs, wanted) if same != plain else []
+    if any(isinstance(turn.get("content"), list) for turn in plain):
+        found += _also(renderer, [plain], tools, kwargs, wanted)
     found.sort(key=lambda each: each.lossy)
     return Reference(tuple(found), why[0] if why and not found else "")
 
@@ -114,10 +116,10 @@ def _row_forms(messages: list[Message]) -> Iterator[tuple[list[Message], tuple[N
 
 
 def _also(
-    renderer: Renderer, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], wanted: list[int]
+    renderer: Renderer, same: Iterable[list[Message]], tools: Any, kwargs: Mapping[str, Any], wanted: list[int]
 ) -> list[Exact]:
-    """The whole form of a row that says the same in other fields, if the template has one."""
-    for form in forms(messages):
+    """The whole form of the first of `same`, rows that say the same in other fields, for which the template has one."""
+    for form in same:
         try:
             exact = _exact(renderer, form, tools, kwargs, wanted)
         except NoForm:
