@@ -26,12 +26,14 @@ __all__ = [
     "Cell",
     "Outcome",
     "counts",
+    "difference",
     "examples_of",
     "judge",
     "judge_family",
     "reference_of",
     "renderer_for",
     "suited",
+    "trained_target",
 ]
 
 UNTRAINED = -100
@@ -186,7 +188,7 @@ def difference(renderer: Renderer, form: Exact, outcome: Outcome) -> str:
         return f"turn {missing[0].index + 1} is not trained after what inference feeds"
     if twice := [index for index in seen if seen.count(index) > 1]:
         return f"turn {twice[0] + 1} is trained twice"
-    if len(outcome.examples) > 1 and _fewest(form) == 1:
+    if len(outcome.examples) > 1 and _fewest(form, outcome) == 1:
         return f"{len(outcome.examples)} examples where one holds the same tokens"
     return ""
 
@@ -198,15 +200,20 @@ def _span(turn: Turn, ids: tuple[int, ...]) -> tuple[int, int] | None:
     return next(((start, start + len(each)) for each in turn.targets if ids[start : start + len(each)] == each), None)
 
 
-def _fewest(form: Exact) -> int:
+def _fewest(form: Exact, outcome: Outcome) -> int:
     """How many examples the turns need: one goes on from another where the next prompt begins with both its parts."""
     count = 0
-    ends: list[tuple[int, ...]] = []
+    before: tuple[int, ...] | None = None
     for turn in form.turns:
-        goes_on = any(turn.prompt[: len(end)] == end for end in ends)
-        count += not goes_on
-        ends = [turn.prompt + target for target in turn.targets]
+        count += before is None or turn.prompt[: len(before)] != before
+        before = turn.prompt + trained_target(turn, outcome)
     return count
+
+
+def trained_target(turn: Turn, outcome: Outcome) -> tuple[int, ...]:
+    """The target of `turn` that an example has, or the first."""
+    found = ((ids, span) for ids, _ in outcome.examples if (span := _span(turn, ids)))
+    return next((ids[slice(*span)] for ids, span in found), turn.targets[0])
 
 
 def _nearest(renderer: Renderer, form: Exact, ids: tuple[int, ...]) -> str:

@@ -80,6 +80,8 @@ def reference_for(
     """
     wanted = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("train") is not False]
     wanted = wanted[-1:] if last else wanted
+    begun = wanted[:1] == [0]  # nothing can be fed before it
+    wanted = wanted[begun:]
     plain = [{key: value for key, value in turn.items() if key != "train"} for turn in messages]
     if not thoughts:
         plain = [{**_moved(turn), "reasoning_content": ""} if turn["role"] == "assistant" else turn for turn in plain]
@@ -101,6 +103,8 @@ def reference_for(
         found += _also(renderer, forms(same), tools, kwargs, wanted) if same != plain else []
     if any(isinstance(turn.get("content"), list) for turn in plain):
         found += _also(renderer, [plain], tools, kwargs, wanted)
+    if begun:
+        found = [Exact(form.turns, (*form.needs, _BEGUN), form.lossy) for form in found]
     found.sort(key=lambda each: each.lossy)
     return Reference(tuple(found), why[0] if why and not found else "")
 
@@ -164,6 +168,7 @@ def _exact(
 
 
 _WRITTEN = Need("the prompt's empty thought, which the history lacks", r"think|thought|reason")
+_BEGUN = Need("an answer before any question", "before|first|question|prompt")
 _STOPPED = Need("a stop token in the answer", "stop|end|token")
 _CLOSED = Need("an empty thought is closed", r"think|thought|reason")
 
