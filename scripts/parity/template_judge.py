@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,14 @@ __all__ = [
     "Cell",
     "Outcome",
     "counts",
+    "difference",
     "examples_of",
     "judge",
     "judge_family",
     "reference_of",
     "renderer_for",
+    "suited",
+    "trained_target",
 ]
 
 UNTRAINED = -100
@@ -116,19 +120,28 @@ def judge_family(
     make: Callable[[Renderer, Case], Outcome] = examples_of,
     folder: Path | None = None,
 ) -> list[Cell]:
-    """The cells of one family. A notice that exact rows get too explains no difference."""
+    """The cells of one family. A notice that most exact rows get too explains no difference."""
     renderer, _ = renderer_for(family, folder)
     cells = []
-    for case in (each.with_stop(renderer.stops[0]) for each in cases):
+    for case in (suited(each, renderer) for each in cases):
         reference = reference_of(renderer, case)
         cells.append(judge(renderer, case, reference, make(renderer, case), family.name))
-    routine = {notice for cell in cells if cell.status == "exact" and not cell.line for notice in cell.notices}
+    exact = [cell for cell in cells if cell.status == "exact"]
+    times = Counter(notice for cell in exact for notice in cell.notices)
+    routine = {notice for notice, count in times.items() if count > len(exact) / 2}
     return [_without_routine(cell, routine) for cell in cells]
+
+
+def suited(case: Case, renderer: Renderer) -> Case:
+    """`case` with the family's stop token in its words, and with those of its options that the template reads."""
+    read = renderer.options
+    options = {key: value for key, value in case.kwargs.items() if key in read}
+    return replace(case.with_stop(renderer.stops[0]), kwargs=options)
 
 
 def _without_routine(cell: Cell, routine: set[str]) -> Cell:
     if cell.status == "noticed" and cell.renderable and set(cell.notices) <= routine:
-        return replace(cell, status="silent", line=f"{cell.line} (every exact row has these notices)")
+        return replace(cell, status="silent", line=f"{cell.line} (most exact rows have these notices)")
     return cell
 
 
@@ -175,7 +188,7 @@ def difference(renderer: Renderer, form: Exact, outcome: Outcome) -> str:
         return f"turn {missing[0].index + 1} is not trained after what inference feeds"
     if twice := [index for index in seen if seen.count(index) > 1]:
         return f"turn {twice[0] + 1} is trained twice"
-    if len(outcome.examples) > 1 and _fewest(form) == 1:
+    if len(outcome.examples) > 1 and _fewest(form, outcome) == 1:
         return f"{len(outcome.examples)} examples where one holds the same tokens"
     return ""
 
@@ -187,15 +200,20 @@ def _span(turn: Turn, ids: tuple[int, ...]) -> tuple[int, int] | None:
     return next(((start, start + len(each)) for each in turn.targets if ids[start : start + len(each)] == each), None)
 
 
-def _fewest(form: Exact) -> int:
+def _fewest(form: Exact, outcome: Outcome) -> int:
     """How many examples the turns need: one goes on from another where the next prompt begins with both its parts."""
     count = 0
-    ends: list[tuple[int, ...]] = []
+    before: tuple[int, ...] | None = None
     for turn in form.turns:
-        goes_on = any(turn.prompt[: len(end)] == end for end in ends)
-        count += not goes_on
-        ends = [turn.prompt + target for target in turn.targets]
+        count += before is None or turn.prompt[: len(before)] != before
+        before = turn.prompt + trained_target(turn, outcome)
     return count
+
+
+def trained_target(turn: Turn, outcome: Outcome) -> tuple[int, ...]:
+    """The target of `turn` that an example has, or the first."""
+    found = ((ids, span) for ids, _ in outcome.examples if (span := _span(turn, ids)))
+    return next((ids[slice(*span)] for ids, span in found), turn.targets[0])
 
 
 def _nearest(renderer: Renderer, form: Exact, ids: tuple[int, ...]) -> str:

@@ -24,6 +24,8 @@ class Need:
 
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_SPACE = Need("white space", "white|space|trim|strip|blank|line|rewr|writes|differ|otherwise")
+_TAKEN = Need("words taken for a thought", "think|thought|reason|rewr|writes|differ|otherwise")
 _ROLE_WORDS = {
     "system": "system",
     "developer": "developer",
@@ -31,8 +33,8 @@ _ROLE_WORDS = {
     "assistant": "assistant|answer|turn|content",
     "tool": "tool|result",
 }
-# A value that Jinja printed by itself: None, a dictionary as Python writes it. In a call also JSON inside JSON.
-_PRINTED = re.compile(r"\bNone\b|\{'")
+# A value printed as it is: None, a dictionary as Python writes it, a content's parts. In a call also JSON inside JSON.
+_PRINTED = re.compile(r"\bNone\b|\{'|\[\{\"type\": \"text\"")
 _TWICE = re.compile(r"\{\\+\"")
 
 
@@ -43,13 +45,13 @@ def losses(prompt: str, target: str, messages: Sequence[Message], tools: Any) ->
     lost += _unless(_words(tools_names(tools)), prompt, Need("the tools", "tool"))
     lost += _answer(target, answer)
     if _PRINTED.search(prompt + target) and not _PRINTED.search(str([_text(turn) for turn in messages])):
-        lost.append(Need("a value printed as Python does", "content|argument|call|null|text|part"))
+        lost.append(Need("a value printed as it is", "content|argument|call|null|text|part"))
     if _called(answer) and _TWICE.search(target):
         lost.append(Need("arguments quoted twice", "argument|call"))
     rewritten = []
     said = _text(answer)
     if not lost and said not in target and not _THOUGHT.match(said):
-        rewritten.append(Need("white space", "white|space|trim|strip|blank|line|rewr|writes|differ|otherwise"))
+        rewritten.append(_SPACE if "</think>" not in said else _TAKEN)
     return lost, rewritten
 
 

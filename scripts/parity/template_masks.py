@@ -26,7 +26,16 @@ from trl.chat_template_utils import get_training_chat_template
 
 from scripts.parity.template_cases import CASES, Case
 from scripts.parity.template_families import Family, find_families
-from scripts.parity.template_judge import UNTRAINED, Outcome, examples_of, reference_of, renderer_for
+from scripts.parity.template_judge import (
+    UNTRAINED,
+    Outcome,
+    difference,
+    examples_of,
+    reference_of,
+    renderer_for,
+    suited,
+    trained_target,
+)
 from scripts.parity.template_reference import Exact
 from scripts.parity.template_renderer import Renderer, frozen_day
 
@@ -74,14 +83,15 @@ def _compared(family: Family) -> dict[str, Counter[str]]:
     renderer, _ = renderer_for(family)
     renderer.tokenizer.chat_template = family.template
     sides: dict[str, Counter[str]] = {"right": Counter(), "ours": Counter(), "TRL": Counter()}
-    for case in (each.with_stop(renderer.stops[0]) for each in CASES):
+    for case in (suited(each, renderer) for each in CASES):
         reference = reference_of(renderer, case)
         if not reference.renderable or case.train_on != "all" or case.thoughts != "keep":
             continue
-        form = reference.forms[0]
-        sides["right"] += measured(form, _as_examples(form))
-        sides["ours"] += measured(form, examples_of(renderer, case))
-        sides["TRL"] += measured(form, trl_examples(renderer, case))
+        sides["right"] += measured(reference.forms[0], _as_examples(reference.forms[0]))
+        for who, make in (("ours", examples_of), ("TRL", trl_examples)):
+            outcome = make(renderer, case)
+            same = (form for form in reference.forms if not difference(renderer, form, outcome))
+            sides[who] += measured(next(same, reference.forms[0]), outcome)
     return sides
 
 
@@ -129,14 +139,16 @@ def measured(form: Exact, outcome: Outcome) -> Counter[str]:
         return found
     found["rows"] = 1
     wanted: Counter[int] = Counter()
+    ends: Counter[int] = Counter()
     trained: Counter[int] = Counter()
     for _, labels in outcome.examples:
         trained += Counter(label for label in labels if label != UNTRAINED)
     for turn in form.turns:
-        wanted += Counter(turn.targets[0])
+        target = trained_target(turn, outcome)
+        wanted += Counter(target)
+        ends[target[-1]] += 1
         start = len(turn.prompt)
         found["history"] += any(ids[:start] == turn.prompt for ids, _ in outcome.examples)
-    ends = Counter(turn.targets[0][-1] for turn in form.turns)
     found["ender"] = sum(min(count, trained[end]) for end, count in ends.items())
     found["trained"] = trained.total()
     found["over"] = (trained - wanted).total()

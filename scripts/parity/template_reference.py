@@ -7,7 +7,7 @@ first token that ends generation. Where the template has no such form for a row,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,8 @@ def reference_for(
     """
     wanted = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("train") is not False]
     wanted = wanted[-1:] if last else wanted
+    begun = wanted[:1] == [0]  # nothing can be fed before it
+    wanted = wanted[begun:]
     plain = [{key: value for key, value in turn.items() if key != "train"} for turn in messages]
     if not thoughts:
         plain = [{**_moved(turn), "reasoning_content": ""} if turn["role"] == "assistant" else turn for turn in plain]
@@ -98,7 +100,11 @@ def reference_for(
         if not exact.lossy:
             break
     for same in (list(map(_moved, plain)), list(map(_unthought, plain))):
-        found += _also(renderer, same, tools, kwargs, wanted) if same != plain else []
+        found += _also(renderer, forms(same), tools, kwargs, wanted) if same != plain else []
+    if any(isinstance(turn.get("content"), list) for turn in plain):
+        found += _also(renderer, [plain], tools, kwargs, wanted)
+    if begun:
+        found = [Exact(form.turns, (*form.needs, _BEGUN), form.lossy) for form in found]
     found.sort(key=lambda each: each.lossy)
     return Reference(tuple(found), why[0] if why and not found else "")
 
@@ -114,10 +120,10 @@ def _row_forms(messages: list[Message]) -> Iterator[tuple[list[Message], tuple[N
 
 
 def _also(
-    renderer: Renderer, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], wanted: list[int]
+    renderer: Renderer, same: Iterable[list[Message]], tools: Any, kwargs: Mapping[str, Any], wanted: list[int]
 ) -> list[Exact]:
-    """The whole form of a row that says the same in other fields, if the template has one."""
-    for form in forms(messages):
+    """The whole form of the first of `same`, rows that say the same in other fields, for which the template has one."""
+    for form in same:
         try:
             exact = _exact(renderer, form, tools, kwargs, wanted)
         except NoForm:
@@ -153,6 +159,8 @@ def _exact(
         calls = bool(messages[index].get("tool_calls"))
         targets = [end for rest in rests for end in renderer.ends(rest, calls=calls)]
         lost, rewritten = losses(prompt, targets[0], messages[: index + 1], tools)
+        if any(stop in str(messages[index].get("content")) for stop in renderer.stops):
+            lost.append(_STOPPED)
         needs += [*closed, *lost, *rewritten]
         lossy |= bool(lost) or _WRITTEN in closed
         turns.append(Turn(index, renderer.ids(prompt), tuple(dict.fromkeys(map(renderer.ids, targets)))))
@@ -160,6 +168,8 @@ def _exact(
 
 
 _WRITTEN = Need("the prompt's empty thought, which the history lacks", r"think|thought|reason")
+_BEGUN = Need("an answer before any question", "before|first|question|prompt")
+_STOPPED = Need("a stop token in the answer", "stop|end|token")
 _CLOSED = Need("an empty thought is closed", r"think|thought|reason")
 
 

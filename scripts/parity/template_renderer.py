@@ -17,6 +17,9 @@ from functools import cached_property
 from typing import Any
 from unittest import mock
 
+from jinja2 import Environment, meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from transformers.utils import chat_template_utils
 
 __all__ = ["TODAY", "WORD", "Message", "NoForm", "Renderer", "forms", "frozen_day"]
@@ -25,6 +28,17 @@ Message = dict[str, Any]
 WORD = "ZEPHYR"
 """An answer's, or a thought's, single word in a probe."""
 TODAY = datetime.date(2025, 3, 14)
+
+
+class _Generation(Extension):
+    """The mark around what an assistant writes, which transformers adds to Jinja."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The body alone."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Frozen(datetime.datetime):
@@ -59,14 +73,15 @@ class Renderer:
         """
         try:
             with frozen_day():
-                return self.tokenizer.apply_chat_template(
-                    copy.deepcopy(list(messages)),
+                # What apply_chat_template renders with, but it also takes a conversation that begins with an answer.
+                texts, _ = chat_template_utils.render_jinja_template(
+                    conversations=[copy.deepcopy(list(messages))],
                     tools=copy.deepcopy(tools),
                     chat_template=self.template,
-                    tokenize=False,
                     add_generation_prompt=prompt,
-                    **{**self.kwargs, **kwargs},
+                    **{**self.tokenizer.special_tokens_map, **self.kwargs, **kwargs},
                 )
+                return str(texts[0])
         except Exception as error:  # whatever a template does wrong is its refusal
             raise NoForm(f"the template refuses: {' '.join(str(error).split())[:120]}") from None
 
@@ -80,6 +95,16 @@ class Renderer:
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         every = sorted({*added, *self.stops}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, every)))
+
+    @cached_property
+    def options(self) -> frozenset[str]:
+        """The variables that the template reads from outside: those that it never sets, or gives a default first."""
+        tree = Environment(extensions=[_Generation, loopcontrols]).parse(self.template)
+        return frozenset(filter(self._from_outside, meta.find_undeclared_variables(tree)))
+
+    def _from_outside(self, name: str) -> bool:
+        first = re.search(rf"\bset\s+{name}\s*=\s*(\w*)", self.template)
+        return first is None or first[1] == name
 
     @cached_property
     def takes_text(self) -> bool:

@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     cells: list[Cell] = []
     for source in options.sources:
         for family in find_families(source, options.side):
-            if options.only and family.name not in options.only:
+            if (options.only and family.name not in options.only) or fnmatch(family.name, options.skip):
                 continue
             _, guessed = renderer_for(family, options.tokenizer)
             judged = judge_family(family, cases, folder=options.tokenizer)
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--side", type=Path, help="what is known of the templates: name to tokens and options")
     parser.add_argument("--tokenizer", type=Path, help="a folder with the tokenizer to use for every template")
     parser.add_argument("--only", nargs="+", help="names of templates")
+    parser.add_argument("--skip", default="", help="templates to leave out, as a pattern: '*_training'")
     parser.add_argument("--case", nargs="+", help="names of conversations")
     parser.add_argument("--all", action="store_true", help="print rows that a template cannot render, too")
     parser.add_argument("--json", type=Path, help="write every cell there")
