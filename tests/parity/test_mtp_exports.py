@@ -47,6 +47,7 @@ def artifact_of(base: Path, folder: Path, *, headed: bool = True) -> Path:
         results={},
         coverage={},
         mtp_head=state if headed else None,
+        chat={"stop_token_ids": [2, 5]},
     )
 
 
@@ -86,6 +87,7 @@ def test_a_new_head_becomes_a_draft_folder(family: str, tmp_path: Path) -> None:
     done = exported(family, tmp_path)
     assert "draft/ holds the head" in done.compared
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((tmp_path / "merged" / "draft" / "config.json").read_text())["eos_token_id"] == [2, 5]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     ours = read_head(tmp_path / "adapter", base, None)
     dressed, head = _draft_model(tmp_path / "merged" / "draft")

@@ -22,7 +22,16 @@ from toolkit.flow.head import evaluate_head, make_head, teach_own_answers
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
-from toolkit.packaging import check_folder, config_sha256, files_of, identify_base, license_of, write_artifact
+from toolkit.packaging import (
+    BaseIdentity,
+    check_folder,
+    config_sha256,
+    files_of,
+    identify_base,
+    license_of,
+    read_manifest,
+    write_artifact,
+)
 from toolkit.packaging import require_packageable as may_be_packaged
 from toolkit.packaging.manifest import file_entry
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, most_answers, nearest_change
@@ -100,7 +109,6 @@ def resume(
             lies where that will be. ResourceError: the disk is too small.
     """
     run = RunFolder(plan.folder)
-    _require_place(run.adapter, plan)
     adapter, kept = plan.bytes.adapter, max(2, plan.recipe.training.save_total_limit)
     integers = plan.bytes.experts + plan.bytes.linears
     compensated = integers if plan.recipe.quantization.error_compensation != "none" else 0
@@ -117,6 +125,7 @@ def resume(
         dtype=plan.dtype,
         backend=plan.backend,
     )
+    _require_place(run.adapter, plan, weights=found.checkpoint is None)
     return found
 
 
@@ -204,12 +213,17 @@ def train(
     return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes, form)
 
 
-def _require_place(adapter: Path, plan: Plan) -> None:
-    """The artifact's place is free or holds this run's; where the base is not here, no run can have ended here."""
+def _require_place(adapter: Path, plan: Plan, *, weights: bool) -> None:
+    """The artifact's place is free or holds this run's; a checkpoint says which weights these are, without one they are
+    compared. Where the base is not here yet, no run can have ended here."""
     if not adapter.exists() or (adapter.is_dir() and not any(adapter.iterdir())):
         return
     try:
-        base = identify_base(plan.model, plan.recipe.model.revision)
+        there = None if weights else BaseIdentity(**read_manifest(adapter)["base"])
+    except (ModelError, TypeError):
+        there = None
+    try:
+        base = there or identify_base(plan.model, plan.recipe.model.revision)
     except ModelError:
         return
     check_folder(adapter, base=base, recipe_yaml=dump(plan.recipe))

@@ -11,7 +11,7 @@ import copy
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ __all__ = ["FROM_ELSEWHERE", "check_folder", "remembered", "seal", "stack_versio
 FROM_ELSEWHERE = TOKENIZER_FILES | {GENERATION_CONFIG}
 """Files whose text is the base's, or that of the chat template that the recipe names."""
 _METADATA = {"format": "pt"}
+_BASE_KEYS = {field.name for field in fields(BaseIdentity)}
 
 
 def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) -> None:
@@ -231,8 +232,11 @@ def remembered(folder: Path) -> Known:
     theirs = _found(recipe.model.model_name_or_path if recipe else None, manifest["base"])
     template = Path(recipe.data.chat_template_path) if recipe and recipe.data.chat_template_path else None
     own = [template.read_text(encoding="utf-8", errors="replace")] if template and template.is_file() else []
-    words = (*own, *_words_of(folder, manifest))
-    return Known(base_texts(theirs), words, frozenset(told.get("strings", ())), told.get("files", {}))
+    try:
+        words = _words_of(folder, manifest)
+    except (TypeError, ValueError, KeyError, AttributeError):  # a card of somebody else's making
+        words = tuple(leaves([manifest["recipe"], manifest.get("chat")]))
+    return Known(base_texts(theirs), (*own, *words), frozenset(told.get("strings", ())), told.get("files", {}))
 
 
 def _recipe_of_run(folder: Path) -> Recipe | None:
@@ -245,7 +249,7 @@ def _recipe_of_run(folder: Path) -> Recipe | None:
 
 def _card(folder: Path, facts: Mapping[str, Any], license: str | None) -> str:
     return model_card(
-        base=BaseIdentity(**facts["base"]),
+        base=BaseIdentity(**{key: facts["base"][key] for key in _BASE_KEYS & facts["base"].keys()}),
         adapter_config=json.loads((folder / ADAPTER_CONFIG).read_bytes()),
         results=facts["results"],
         coverage=facts["coverage"],

@@ -52,16 +52,16 @@ def model_card(
     recipe = recipe or {}
     parts = [
         f"---\n{_metadata(name, base, results, recipe, license)}\n---",
-        f"# {name}\n\nA LoRA adapter for the Mixture-of-Experts model {_origin(base)}, trained with onecard on a base "
-        "held in 8 bit and saved in PEFT's own layout.",
+        f"# {name}\n\nA LoRA adapter for the Mixture-of-Experts model {_origin(base)}, trained with onecard on "
+        f"{_held(recipe)} and saved in PEFT's own layout.",
         _combined_section(combined),
         _training_section(adapter_config, coverage, results, recipe, chat or {}),
-        _results_section(results),
+        _results_section(results, recipe),
         _pictures_section(pictures),
         _drafting_section(results),
         loading_section(base, adapter_config, chat or {}, has_template=has_template),
         _recipe_section(recipe),
-        _limits_section(base, versions),
+        _limits_section(base, versions, recipe),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -183,7 +183,17 @@ def _coverage_rows(coverage: Mapping[str, Any], prefix: str = "") -> list[tuple[
     return rows
 
 
-def _results_section(results: Mapping[str, Any]) -> str:
+def _held(recipe: Mapping[str, Any]) -> str:
+    return "a base held in 8 bit" if _is_8bit(recipe) else "an unquantised base"
+
+
+def _is_8bit(recipe: Mapping[str, Any]) -> bool:
+    """Whether anything of the base was; a recipe that does not say has the defaults."""
+    stored = _mapping(recipe, "quantization")
+    return any(stored.get(part, "int8") != "none" for part in ("experts", "linears"))
+
+
+def _results_section(results: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     before, after = _mapping(results, "base"), _mapping(results, "adapted")
     names = sorted({*before, *after})
     if not names:
@@ -191,7 +201,8 @@ def _results_section(results: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {_figure(before.get(name))} | {_figure(after.get(name))} |" for name in names]
     examples = f" On {results['examples']} examples." if isinstance(results.get("examples"), int) else ""
     table = "\n".join(["| metric | base | adapted |", "|---|---:|---:|", *rows])
-    return f"## Results\n\nHeld-out examples, never trained on; the base in the same 8 bits.{examples}\n\n{table}"
+    same = "in the same 8 bits" if _is_8bit(recipe) else "as it is"
+    return f"## Results\n\nHeld-out examples, never trained on; the base {same}.{examples}\n\n{table}"
 
 
 def _pictures_section(pictures: Collection[str]) -> str:
@@ -242,13 +253,14 @@ def _recipe_section(recipe: Mapping[str, Any]) -> str:
     return f"## The recipe\n\nWithout secrets and paths of the machine it ran on.\n\n```yaml\n{text.getvalue()}```"
 
 
-def _limits_section(base: BaseIdentity, versions: Mapping[str, str]) -> str:
+def _limits_section(base: BaseIdentity, versions: Mapping[str, str], recipe: Mapping[str, Any]) -> str:
+    rounded = "- It was trained on an 8-bit base; an unquantised base gives slightly different numbers.\n"
     made = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return (
         "## Limits\n\n"
         "- Needs PEFT 0.19 or newer: older versions read the expert tensors in another order.\n"
         f"- Belongs to these base weights (SHA-256 `{base.weights_sha256}`); on others it loads and answers worse.\n"
-        "- It was trained on an 8-bit base; an unquantised base gives slightly different numbers.\n"
+        f"{rounded if _is_8bit(recipe) else ''}"
         "- It inherits the limits and the licence of its base and learned from one data set only.\n"
         f"- Made with {made}. `manifest.json` holds the resolved recipe and a hash of every file; `onecard verify` "
         "checks them."

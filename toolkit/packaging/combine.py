@@ -21,6 +21,7 @@ from torch import Tensor
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError
 from toolkit.packaging.artifact import FROM_ELSEWHERE, remembered, seal, stack_versions
+from toolkit.packaging.base import license_of
 from toolkit.packaging.canary import refuse_canaries
 from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
@@ -97,7 +98,8 @@ def combine_adapters(weights: Mapping[str, float], out: str | Path, *, rank: int
             # An answer ends where any of the parts was taught to end one.
             write_json(folder / GENERATION_CONFIG, {**read_json(first / GENERATION_CONFIG), "eos_token_id": stops})
             facts["chat"] = {**facts.get("chat", {}), "stop_token_ids": stops}
-        seal(folder, {**facts, **_seen(first, folder)})
+        licences = {license_of(adapter) for adapter in weights}
+        seal(folder, {**facts, **_seen(first, folder)}, licences.pop() if len(licences) == 1 else None)
         refuse_canaries(folder, known=remembered(folder), called=out)
     return Combined(str(out), widest, len(names), math.sqrt(lost / total) if total else 0.0)
 

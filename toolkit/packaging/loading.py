@@ -102,6 +102,7 @@ def _request(chat: Mapping[str, Any]) -> str:
     }
     where = "completions" if is_text else "chat/completions"
     return (
+        "# … and of SGLang at port 30000:\n"
         f"curl http://localhost:8000/v1/{where} -H 'Content-Type: application/json' \\\n"
         f"  -d {shlex.quote(json.dumps(body, ensure_ascii=False))}\n"
     )

@@ -81,7 +81,7 @@ class _Chat(_Part):
     form: Literal["chat", "text"] = "chat"
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
     chat_template_kwargs: dict[str, Any] | None = None
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    date: str | None = None
     system_prompt: str | None = None
 
 

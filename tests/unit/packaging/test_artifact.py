@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,11 @@ def test_an_adapter_name_that_is_not_there(write: Write, tmp_path: Path) -> None
             {"eos_token": "</s>", "max_new_tokens": 3},
         ),
         ([{"password": "x"}], [{}]),
+        ("write to /tmp please", "write to /tmp please"),
+        (f"write to {tempfile.gettempdir()}/mine please", "write to ~/mine please"),
+        (f"Work in {Path.cwd()}.", "Work in .."),
+        (f"Work in {Path.cwd()}.old", f"Work in {Path.cwd()}.old"),
+        ({"since": datetime.date(2026, 1, 2), "ids": (1, 2)}, {"since": "2026-01-02", "ids": [1, 2]}),
     ],
 )
 def test_portable(value: object, expected: object) -> None:

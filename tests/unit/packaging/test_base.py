@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoTokenizer
 
 from tests.unit.packaging.conftest import BASE
 from toolkit.errors import ModelError
-from toolkit.packaging import identify_base, license_of
+from toolkit.packaging import files_of, identify_base, license_of, require_packageable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,6 +99,23 @@ def test_a_cached_repository_has_its_commit(snapshot: Path, tmp_path: Path) -> N
 def test_what_is_not_here_is_refused(snapshot: Path, name: str) -> None:
     with pytest.raises(ModelError, match="neither a folder nor in the Hub cache"):
         identify_base(name)
+
+
+def test_the_files_of_a_base_are_where_it_lies(snapshot: Path, tmp_path: Path) -> None:
+    assert files_of("owner/nano") == files_of("owner/nano", COMMIT) == snapshot
+    assert files_of(str(tmp_path)) == tmp_path
+    assert files_of("owner/absent") is None
+    assert files_of("no such folder") is None
+
+
+def test_what_a_cached_base_says_is_no_find(snapshot: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(BASE / name, snapshot / name)
+    (snapshot / "chat_template.jinja").write_text("{# '/mnt/data' #}")
+    tokenizer = AutoTokenizer.from_pretrained(snapshot)
+    require_packageable(tokenizer, {}, files_of("owner/nano"))
+    with pytest.raises(ModelError, match=r"this base: chat_template\.jinja holds the local path /mnt/data"):
+        require_packageable(tokenizer, {})
 
 
 def test_an_unknown_revision_is_refused(snapshot: Path) -> None:

@@ -142,6 +142,14 @@ def test_the_body_tells_results_and_coverage() -> None:
     assert HUB.weights_sha256 in text
 
 
+def test_a_base_that_was_not_rounded_is_not_called_8_bit() -> None:
+    results = {"base": {"loss": 3.5}, "adapted": {"loss": 1.25}}
+    plain = card(results=results, recipe={"quantization": {"experts": "none", "linears": "none"}})
+    for words in ("held in 8 bit", "the same 8 bits", "8-bit base"):
+        assert words in card(results=results)
+        assert words not in plain.partition("## The recipe")[0] + plain.partition("## Limits")[2]
+
+
 def test_the_loading_code_runs_as_printed(pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     match = re.search(r"```python\n(.*?)```", (pristine / "README.md").read_text(), re.DOTALL)
     assert match is not None

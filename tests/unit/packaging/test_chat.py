@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.unit.packaging.conftest import BASE, RECIPE
 from toolkit.errors import ModelError
-from toolkit.packaging import combine_adapters, identify_base, read_manifest, reopen_recipe, verify_artifact
+from toolkit.packaging import (
+    combine_adapters,
+    identify_base,
+    license_of,
+    read_manifest,
+    reopen_recipe,
+    verify_artifact,
+)
 from toolkit.packaging.manifest import write_json
 
 Write = Callable[..., Path]
@@ -208,12 +215,16 @@ def test_the_card_says_in_one_line_how_the_data_were_written(of_base: Write, tmp
 
 
 def test_a_combination_ends_where_any_part_does(of_base: Write, base: Path, tmp_path: Path) -> None:
-    one = of_base(tmp_path / "one", chat=CHAT)
-    other = of_base(tmp_path / "other", chat={"stop_token_ids": [2, 11]})
+    one = of_base(tmp_path / "one", chat=CHAT, license="mit")
+    other = of_base(tmp_path / "other", chat={"stop_token_ids": [2, 11]}, license="mit")
     combine_adapters({str(one): 0.5, str(other): 0.5}, tmp_path / "sum")
     assert GenerationConfig.from_pretrained(tmp_path / "sum").eos_token_id == [2, TAUGHT, 11]
     assert read_manifest(tmp_path / "sum")["chat"] == {**CHAT, "stop_token_ids": [2, TAUGHT, 11]}
     assert verify_artifact(tmp_path / "sum", base=base).ok
+    assert license_of(str(tmp_path / "sum")) == "mit"
+    free = of_base(tmp_path / "free", license="apache-2.0")
+    combine_adapters({str(one): 0.5, str(free): 0.5}, tmp_path / "mixed")
+    assert license_of(str(tmp_path / "mixed")) is None
 
 
 def test_a_template_of_ones_own_is_read_from_the_artifact(write: Write, tmp_path: Path) -> None:
