@@ -31,10 +31,12 @@ SAYS = """\
 import runpy
 import torch
 digits = runpy.run_path("toolkit/quant/digits.py")
-rows = torch.ones(64, 64)
-torch.mm(rows, rows)
-torch._int_mm(rows.char(), rows.char())
-print("torch:", torch.backends.cpu.get_cpu_capability(), "units:", digits["_has_integer_units"]())
+rows = torch.full((64, 64), 127).char()
+rows[::3] = -128
+product = rows.float() @ rows.float().t()
+exact = torch.equal(torch._int_mm(rows, rows.t()).float(), product)
+print("torch:", torch.backends.cpu.get_cpu_capability())
+print("digits:", "used" if digits["_has_integer_units"]() else "not used", "and", "exact" if exact else "inexact")
 """
 TESTS = [
     "tests/parity/test_expert_layer.py::test_a_layer_whose_tokens_share_a_scale_is_found_out",
@@ -65,7 +67,7 @@ class Kernels:
     @property
     def variables(self) -> dict[str, str]:
         return {
-            "ATEN_CPU_CAPABILITY": self.capability,
+            "ATEN_CPU_CAPABILITY": self.capability.lower(),
             "MKL_ENABLE_INSTRUCTIONS": self.mkl,
             "ONEDNN_MAX_CPU_ISA": self.onednn,
         }
@@ -73,13 +75,13 @@ class Kernels:
 
 KERNELS = {
     "AVX2": Kernels(
-        "avx2", "AVX2", "AVX2", ("torch: AVX2 units: False", "(Intel(R) AVX2) enabled processors", "isa:Intel AVX2\n")
+        "AVX2", "AVX2", "AVX2", ("torch: AVX2\n", "(Intel(R) AVX2) enabled processors", "isa:Intel AVX2\n")
     ),
     "AVX-512": Kernels(
-        "avx512",
+        "AVX512",
         "AVX512",
         "AVX512_CORE",
-        ("torch: AVX512 units: False", "(Intel(R) AVX-512) enabled processors", "isa:Intel AVX-512 with AVX512BW"),
+        ("torch: AVX512\n", "(Intel(R) AVX-512) enabled processors", "isa:Intel AVX-512 with AVX512BW"),
     ),
 }
 
@@ -97,9 +99,10 @@ def variables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """An environment in which a process computes with the other processor's kernels; skips where it does not."""
     folder = tmp_path_factory.mktemp("intel")
     kernels, source, library = KERNELS[request.param], folder / "intel.c", folder / "intel.so"
-    native = os.environ.get("ATEN_CPU_CAPABILITY", torch.backends.cpu.get_cpu_capability())
-    if not torch.backends.mkl.is_available() or native.upper() not in ("AVX2", "AVX512"):
-        pytest.skip(f"torch computes with {native} here, or without MKL: it has no such kernels")
+    native = torch.backends.cpu.get_cpu_capability()
+    has_them = native.startswith("AVX") and (native != "AVX2" or kernels.capability == "AVX2")
+    if not torch.backends.mkl.is_available() or not has_them:
+        pytest.skip(f"torch computes with {native} here, or without MKL: {kernels.capability} cannot be asked for")
     if (command := compiler()) is None:
         pytest.skip("no C compiler here, and no ziglang package, for the library that MKL is told by")
     source.write_text(INTEL)
@@ -109,6 +112,7 @@ def variables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     assert told.returncode == 0, told.stderr
     if missing := [words for words in kernels.says if words not in told.stdout]:
         pytest.skip(f"this processor or this build of torch has them not: nothing says {missing[0].strip()!r}")
+    assert "digits: used and inexact" not in told.stdout
     return chosen
 
 
