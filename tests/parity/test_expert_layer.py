@@ -189,19 +189,48 @@ def test_experts_that_no_token_reaches_get_no_gradient_and_are_not_read(layer: L
         assert gradient[case.E - 1].count_nonzero() > 0
 
 
-@pytest.mark.usefixtures("units")
-@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
-def test_a_tokens_output_does_not_depend_on_its_neighbours_bit_for_bit(layer: Layer) -> None:
+def felt_of_neighbours(layer: Layer, has_norm: bool) -> float:
+    """How far tokens' outputs are from the truth alone, beside others, and beside others a million times as large.
+
+    In units of what is allowed: what the law itself loses in fp32, and 1e-5 of the token's output.
+    """
     case = Case(T=48, K=2, E=4, H=64, I=48, R=8)
     weights, leaves, index = build(
-        case, is_int8=True, is_transposed=False, has_bias=False, is_gated=True, has_norm=False
+        case, is_int8=True, is_transposed=False, has_bias=True, is_gated=False, has_norm=has_norm
     )
     x, routing_weights, *factors = (leaf.detach() for leaf in leaves)
-    up, down = LoraFactors(*factors[:2]), LoraFactors(*factors[2:])
-    together = layer(x, index, routing_weights, weights, up, down)
+
+    def output(layer: Layer, x: torch.Tensor, part: slice) -> torch.Tensor:
+        up, down = (LoraFactors(*(factor.to(x.dtype) for factor in pair)) for pair in (factors[:2], factors[2:]))
+        return layer(x[part], index[part], routing_weights[part].to(x.dtype), weights, up, down)
+
+    everyone, worst = slice(0, case.T), []
+    truth = output(reference.expert_layer, x.double(), everyone)
+    lost = (output(reference.expert_layer, x, everyone) - truth).norm(dim=1)
     for part in (slice(0, 1), slice(3, 9), slice(20, 48)):
-        alone = layer(x[part], index[part], routing_weights[part], weights, up, down)
-        assert torch.equal(alone, together[part])
+        loud = x.clone()
+        loud[: part.start] *= 1e6
+        loud[part.stop :] *= 1e6
+        allowed = lost[part] + 1e-5 * truth[part].norm(dim=1)
+        for found in (output(layer, x, part), output(layer, x, everyone)[part], output(layer, loud, everyone)[part]):
+            worst.append(((found - truth[part]).norm(dim=1) / allowed).max())
+    return float(torch.stack(worst).max())
+
+
+@pytest.mark.usefixtures("units")
+@pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_a_token_feels_of_its_neighbours_no_more_than_rounding(layer: Layer, has_norm: bool) -> None:
+    """They may change which kernel a BLAS takes, and so how a row is rounded; not what is computed."""
+    assert felt_of_neighbours(layer, has_norm) <= 1
+
+
+def test_a_layer_whose_tokens_share_a_scale_is_found_out() -> None:
+    def shares_a_scale(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        unit = x.abs().max() / 127
+        return reference.expert_layer((x / unit).round() * unit, *rest)  # type: ignore[arg-type]
+
+    assert felt_of_neighbours(shares_a_scale, False) > 1000
 
 
 @pytest.mark.usefixtures("units")
@@ -234,6 +263,13 @@ def test_experts_with_few_rows_are_put_together_and_busy_ones_cut() -> None:
         rows = torch.arange(block.rows.start, block.rows.stop)
         assert torch.equal(block.strip(block.pad(rows)), rows)
         assert len(block.token) == block.segments[-1].rows.stop
+
+
+def test_a_few_rows_are_computed_as_they_are_and_more_in_fours() -> None:
+    counts = [1, 2, 3, 4, 5, 33]
+    index = torch.cat([torch.full((count, 1), expert) for expert, count in enumerate(counts)])
+    segments = [segment for block in Routing(index, len(counts), 512).blocks for segment in block.segments]
+    assert [segment.rows.stop - segment.rows.start for segment in segments] == [1, 2, 3, 4, 8, 36]
 
 
 def test_what_is_kept_stays_small_beside_the_weights() -> None:

@@ -16,13 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Routing", "RowBlock", "Segment", "is_imagined"]
 
-_FEWEST_ROWS = 16
-"""BLAS picks other kernels for a few rows, and then a row's bits depend on how many neighbours it has. Padding to this
-many makes a token's output the same, bit for bit, whatever else is in the batch."""
 _BUSY = 2
 """How many times its even share a busy expert is taken to have, where there are no numbers to route by."""
 _MULTIPLE = 4
-"""BLAS takes as long for 33 rows as for 36."""
+"""BLAS takes as long for 33 rows as for 36, and gets ready once for each number that it meets. Fewer are taken as they
+are. How a row is rounded depends, by processor, on their number and on its place: no padding mends that everywhere."""
 _TOGETHER = 256
 """Rows up to which experts are put together: enough for the calls not to count, and no more than a cache holds."""
 _TASKS = 16
@@ -140,7 +138,7 @@ def _imagined_counts(index_TK: torch.Tensor, num_experts: int) -> list[int]:
 
 
 def _padded(count: int) -> int:
-    return max(_FEWEST_ROWS, -(-count // _MULTIPLE) * _MULTIPLE)
+    return count if count < _MULTIPLE else -(-count // _MULTIPLE) * _MULTIPLE
 
 
 def _blocks(counts: list[int], token_S: torch.Tensor, most_rows: int) -> Iterator[RowBlock]:

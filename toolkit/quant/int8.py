@@ -114,8 +114,8 @@ class _Int8Matmul(torch.autograd.Function):
 class Int8Linear(nn.Linear):
     """A frozen linear layer with its weight in int8: weight [out, in] int8, weight_scale [out] fp32.
 
-    It stays an `nn.Linear`, so PEFT wraps it with its own LoRA layer. Activations are not rounded, so a row's output
-    never depends on its neighbours.
+    It stays an `nn.Linear`, so PEFT wraps it with its own LoRA layer. Activations are not rounded and rows share
+    no scale: of its neighbours a row's output feels at most how fp32 products of more rows are rounded.
     """
 
     weight_scale: nn.Parameter

@@ -19,8 +19,9 @@ from toolkit.errors import ModelError
 __all__ = ["isolate_documents"]
 
 _LENGTH = 12
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest change, as a share of the logits' spread, that rounding may make; a leak is far above it."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest change, as a share of the logits' spread, that rounding may make. A row may be rounded otherwise among other
+rows: in fp32 that was 5e-6 at most, with kernels of three kinds. A leak is about 1."""
 
 
 def isolate_documents(model: PeftModel) -> bool:

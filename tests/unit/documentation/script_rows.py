@@ -62,6 +62,11 @@ ROWS = (
         (r"^ +rows +digits ms", r"^( +2 +[\d.]+ +[\d.]+ +[\d.]+× |digits\.py: too small a weight)"),
     ),
     Row(
+        "benchmarks/row_bits.py",
+        "--heights 20 --shapes 24x3 --repeats 1",
+        (r"^product +results ", r"^24x3 x W +\d+ +\d+ +\d+ +[\d.]+( +[\d.]+×){2}$", r"^24x3 x Wt "),
+    ),
+    Row(
         "benchmarks/experts.py",
         "--scaling E4-H64-I32-K2-T16 --repeats 1 --threads 1 --peers {peers} --json {place}/scaling.json "
         "--plot {place}/scaling.svg",

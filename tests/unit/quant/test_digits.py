@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from toolkit.quant import can_multiply, multiply
-from toolkit.quant.digits import _MOST_INPUTS
+from toolkit.quant.digits import _MOST_INPUTS, _has_integer_units
 
 SHAPES = [
     (0, 5, 3),
@@ -20,6 +20,17 @@ SHAPES = [
     (5, 4096, 2),
     (2000, 3, 4),
 ]
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where int8 products saturate digits are not used; here they are, with products in float64, which are exact."""
+
+    def product(first: torch.Tensor, second: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(first.double() @ second.double())
+
+    if not _has_integer_units():
+        monkeypatch.setattr(torch, "_int_mm", product)
 
 
 def numbers(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +66,7 @@ def test_more_accurate_than_in_fp32() -> None:
 
 
 def test_a_rows_result_does_not_depend_on_its_neighbours() -> None:
+    """To the bit, on any processor: sums of whole numbers are exact, in whatever order."""
     x, stored = numbers(700, 48, 30)
     whole = multiply(x, stored, transposed=True)
     for rows in (slice(0, 1), slice(250, 260), slice(699, 700)):
@@ -102,3 +114,22 @@ def test_other_numbers_and_machines_go_the_other_way(monkeypatch: pytest.MonkeyP
     assert not can_multiply(x, stored.new_zeros(1, _MOST_INPUTS + 1))
     monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: False)
     assert not can_multiply(x, stored)
+
+
+def test_units_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older instructions do: two products are added in sixteen bits."""
+
+    def saturating(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        products = first.int()[:, :, None] * second.int()[None]
+        return (products[:, ::2] + products[:, 1::2]).clamp(-(2**15), 2**15 - 1).sum(1).int()
+
+    def exact(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (first.double() @ second.double()).int()
+
+    has_units = _has_integer_units.__wrapped__
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: True)
+    for product, expected in ((saturating, False), (exact, True)):
+        monkeypatch.setattr(torch, "_int_mm", product)
+        assert has_units() is expected
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+    assert not has_units()
