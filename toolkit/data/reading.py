@@ -82,6 +82,8 @@ class Reading:
                     split.examples.append(self._example(row, shape, source))
             except InvalidRow as problem:
                 problems.add(split.rows, row.place, problem)
+            except RecursionError:
+                problems.add(split.rows, row.place, InvalidRow("nested too deeply", "nested too deeply to be read"))
             split.rows += 1
         problems.settle(self.on_invalid, split.rows)
         split.drops += problems.reasons
@@ -118,11 +120,13 @@ class Reading:
         example = SHAPES[shape].parse(rename(row.values, self.columns))
         if self.system_prompt is not None and not example.messages:
             raise DataError(f"{row.place}: plain text has no system turn; remove data.system_prompt or use messages")
-        self.notices[_TRIMMED] += example.trimmed
-        self.notices[_PADDED] += row.padded
-        self.notices.update(example.notes)
-        group = _group(row.values[self.group_by]) if self.group_by in row.values else None
-        self.notices[_ALONE] += self.group_by is not None and group is None
+        group = _group(row.values.get(self.group_by)) if self.group_by else None
+        alone = self.group_by is not None and group is None
+        for told, text in ((example.trimmed, _TRIMMED), (row.padded, _PADDED), (alone, _ALONE)):
+            if told:
+                self.notices[text] += 1
+        for note in example.notes:
+            self.notices[note] += 1
         return replace(add_system(example, self.system_prompt), place=row.place, group=group, source=source)
 
 
