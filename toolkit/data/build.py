@@ -38,7 +38,7 @@ __all__ = ["IGNORED", "Batches", "build_batches"]
 IGNORED = -100
 """The label of a token that is not trained; torch's cross entropy skips it."""
 _CHUNK = 512
-_REPEATED = "examples more than there are rows for, by the weights of data.train"
+_REPEATED = "examples repeated by the weights of data.train"
 
 
 @dataclass(frozen=True)
