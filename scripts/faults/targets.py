@@ -185,12 +185,15 @@ def _templates(folder: Path) -> Target:
 
     from toolkit.data.formats import Example
     from toolkit.data.problems import InvalidRow
-    from toolkit.data.template import ChatRenderer
+    from toolkit.data.template import ChatTemplate
+    from toolkit.data.turns import TurnReader
 
     config = json.loads((MODEL / "tokenizer_config.json").read_bytes())
     special = {key: config[key] for key in ("bos_token", "eos_token", "pad_token")}
     tokenizer: Any = SimpleNamespace(
         **special,
+        eos_token_id=2,
+        convert_ids_to_tokens=lambda token: special["eos_token"],
         chat_template=None,
         special_tokens_map=special,
         all_special_tokens=sorted(set(special.values())),
@@ -210,7 +213,7 @@ def _templates(folder: Path) -> Target:
 
     def whole(data: bytes) -> None:
         with contextlib.suppress(InvalidRow):
-            ChatRenderer(tokenizer, data.decode("utf-8", "replace")).answers(example)
+            TurnReader(tokenizer, ChatTemplate(tokenizer, data.decode("utf-8", "replace"))).read(example, (1, 3))
 
     def read(data: bytes) -> None:
         with mock.patch("toolkit.data.template.require_frugal", lambda render: render()):

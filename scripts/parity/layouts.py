@@ -3,8 +3,8 @@
     .venv/bin/python scripts/parity/layouts.py [FAMILY …]
 
 For each family an adapter on experts, router and attention (rsLoRA, a rank and an alpha of its own for the experts) is
-exported to each format; an export is read back and compared by the exporter itself. Prints one line a family and exits
-with 1 where fewer than twelve families have a layout, or one of those named has not.
+exported to each format; an export is read back and compared by the exporter itself, with its tokenizer and end tokens.
+Prints one line a family and exits with 1 where fewer than twelve families have a layout, or one of those named has not.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def make_adapter(model_type: str, scratch: Path, **changed: Any) -> tuple[PeftMo
         recipe_yaml="",
         results={},
         coverage={},
+        chat={"stop_token_ids": [2, 5]},
     )
     return model, artifact
 

@@ -19,7 +19,7 @@ from scripts.faults.targets import small_artifact
 from tests.faults.conftest import MODEL
 from toolkit.adapters import attach_lora, load_adapter
 from toolkit.adapters.stranger import check_adapter_files
-from toolkit.data.template import ChatRenderer
+from toolkit.data.template import ChatTemplate
 from toolkit.errors import DataError, ModelError
 from toolkit.packaging import verify_artifact
 from toolkit.quant import load_int8
@@ -194,7 +194,7 @@ RUNAWAY = {
 @pytest.mark.parametrize("template", RUNAWAY.values(), ids=RUNAWAY)
 def test_a_template_that_runs_away_is_refused(template: str) -> None:
     with pytest.raises(DataError, match="chat template: "):
-        ChatRenderer(AutoTokenizer.from_pretrained(MODEL), template)
+        ChatTemplate(AutoTokenizer.from_pretrained(MODEL), template)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_template_reaches_nothing(template: str, tmp_path: Path, monkeypatch: 
     from toolkit.data.problems import InvalidRow
 
     monkeypatch.chdir(tmp_path)
-    renderer = ChatRenderer(AutoTokenizer.from_pretrained(MODEL), template)
+    renderer = ChatTemplate(AutoTokenizer.from_pretrained(MODEL), template)
     try:
         assert "object" not in renderer.render(({"role": "user", "content": "hi"},))
     except InvalidRow as refusal:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError, RecipeError
@@ -41,6 +41,7 @@ def adapter(checkpoint: Path, tmp_path: Path, randomize: Callable[[torch.nn.Modu
         recipe_yaml=f"model: {{model_name_or_path: {checkpoint.name}}}\n",
         results={},
         coverage={},
+        chat={"stop_token_ids": [2, 5]},
     )
 
 
@@ -121,6 +122,8 @@ def test_sharded_bf16_keeps_files_and_dtype(adapter: Path, checkpoint: Path, tmp
 def test_merged_int8_loads_here(adapter: Path, checkpoint: Path, tmp_path: Path) -> None:
     for name in ("merged", "merged-int8"):
         export_adapter(adapter, checkpoint, name, tmp_path / name)
+        assert AutoConfig.from_pretrained(tmp_path / name).get_text_config().eos_token_id == [2, 5]
+        assert GenerationConfig.from_pretrained(tmp_path / name).eos_token_id == [2, 5]
     loaded, coverage = load_int8(str(tmp_path / "merged-int8"))
     assert coverage.stacks_int8 == coverage.stacks
     torch.testing.assert_close(logits(loaded), logits(load_int8(str(tmp_path / "merged"))[0]), rtol=0, atol=0)

@@ -40,7 +40,7 @@ def test_train_then_every_verb_that_reads_a_run(
         assert words in err
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "recipe.yaml", "plan.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
+        "recipe.yaml", "plan.json", "chat.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json",
         "experts.json", "report.html",
     }  # fmt: skip
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -62,13 +62,14 @@ def _main_job(
     undecided = "auto" in (parsed.lora.r, parsed.training.max_length)
     made = make_plan(parsed, for_training=undecided)
     tokenizer = flow.load_tokenizer(made)
+    flow.require_packageable(tokenizer, made)
     batches = flow.build_batches(tokenizer, made)
     made = make_plan(parsed, shape=flow.step_shape(batches, made))
     check_folder_is_ours(made.folder)
     join(made.device)
     run = RunFolder(made.folder)
     with ExitStack() as held:
-        finished = first_tells(partial(_open, made, source if fork else None, held, note))
+        finished = first_tells(partial(_open, made, batches, source if fork else None, held, note))
         if finished is None:
             finished = _train(console, made, batches, tokenizer, run, stop, note)
         else:
@@ -76,12 +77,16 @@ def _main_job(
     return parsed, run, console, finished
 
 
-def _open(made: Plan, fork_of: RunFolder | None, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
+def _open(
+    made: Plan, batches: Batches, fork_of: RunFolder | None, held: ExitStack, note: Callable[[str], None]
+) -> dict[str, Any] | None:
     """Take the run folder, which is `held` from now on; the summary, where the run in it is finished."""
+    from toolkit.flow import record_form
     from toolkit.training import copy_start, open_run, owned
 
     held.enter_context(owned(made.folder))
     run = open_run(made.folder, made.recipe, note)
+    record_form(run, batches.form)
     if fork_of:
         copy_start(run, fork_of)
     return run.read_summary()

@@ -140,21 +140,27 @@ def generate(
     json_: Json = False,
 ) -> None:
     """One answer of the adapted model, to stdout."""
+    from toolkit import flow
     from toolkit.errors import RecipeError
-    from toolkit.evaluate import encode_chat
 
     text = sys.stdin.read().strip() if prompt == "-" else prompt
     if not text.strip():
         raise RecipeError("--prompt: is empty; give the question, or - to read it from stdin")
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
+    dialogue = flow.dialogue(tokenizer, made, artifact_of(run))
     reply_to = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console)
-    ids = encode_chat(tokenizer, [{"role": "user", "content": text}], made.recipe.data.system_prompt)
-    reply, figures = reply_to(ids)
+    ids = dialogue.prompt_ids([{"role": "user", "content": text}])
+    written, figures = reply_to(ids)
+    reply = dialogue.read(written, ids)
     if json_:
-        emit({"prompt": text, "answer": reply, **({"mtp": figures} if mtp else {})}, json_)
+        parts = {"thought": reply.thought, "calls": list(reply.calls)}
+        told = {name: part for name, part in parts.items() if part}
+        emit({"prompt": text, "answer": reply.text, **told, **({"mtp": figures} if mtp else {})}, json_)
     else:
-        print(reply)
+        if reply.thought:
+            console.print(f"thought: {reply.thought}", style="dim", markup=False)
+        print(reply.judged)
     next_commands(console, f"chat {opened_as(run, base)} --compare")
 
 
@@ -169,14 +175,14 @@ def chat(
     """Talk to the adapted model; /help lists what can be switched on the way, /quit or an empty line ends."""
     from rich.console import Console
 
+    from toolkit import flow
     from toolkit.serving import Conversation, Screen, talk
 
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
     conversation = Conversation(
         model,
-        tokenizer,
-        made.recipe.data.system_prompt,
+        flow.dialogue(tokenizer, made, artifact_of(run)),
         max_new_tokens,
         temperature,
         make_drafts=partial(_drafts, run, made, model, max_new_tokens, temperature, console),
@@ -200,18 +206,19 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """Serve the adapted model, OpenAI-compatible, by transformers' own server."""
+    from toolkit import flow
     from toolkit.serving import require_server
     from toolkit.serving import serve as run_server
 
     require_server()
     console = quiet_console()
-    _, model, tokenizer = reopen(run, None, base, console)
+    made, model, tokenizer = reopen(run, None, base, console)
     name = run.resolve().parent.name if run.name == "adapter" else run.resolve().name
     url = f"http://{host}:{port}/v1"
     console.print(f"{url}  model {name}; Ctrl-C ends", markup=False)
     body = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 32}'
     console.print(f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'", markup=False)
-    run_server(model, tokenizer, name, host=host, port=port)
+    run_server(model, tokenizer, flow.dialogue(tokenizer, made, artifact_of(run)), name, host=host, port=port)
     next_commands(console, f"export {run} --format per-expert", f"export {run} --format gguf")
 
 
@@ -224,23 +231,22 @@ def _writer(
     temperature: float,
     mtp: bool,
     console: Console,
-) -> Callable[[list[int]], tuple[str, dict[str, Any]]]:
-    """What turns a prompt into text and, with drafts, their figures."""
-    from toolkit.evaluate import answer
+) -> Callable[[list[int]], tuple[list[int], dict[str, Any]]]:
+    """What writes the answer's tokens for a prompt's and, with drafts, says their figures."""
+    from toolkit.evaluate import answer_ids
 
     if not mtp:
         return lambda ids: (
-            answer(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0],
+            answer_ids(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0],
             {},
         )
     writer = _drafts(run, made, model, max_new_tokens, temperature, console)
 
-    def reply(ids: list[int]) -> tuple[str, dict[str, Any]]:
+    def reply(ids: list[int]) -> tuple[list[int], dict[str, Any]]:
         (written,) = writer.generate([ids])
         if writer.counts.switched_off:
             console.print("drafts cost more time than they save here: switched off")
-        text = str(tokenizer.decode(written, skip_special_tokens=True)).strip()
-        return text, {"tau": writer.counts.tokens_per_pass, "acceptance": writer.counts.rates()}
+        return written, {"tau": writer.counts.tokens_per_pass, "acceptance": writer.counts.rates()}
 
     return reply
 

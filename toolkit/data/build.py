@@ -6,9 +6,10 @@ Packing is TRL's: it is given rows of `input_ids` and `labels` and no text.
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +18,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.duplicates import COPIES, copies, drop_copies, drop_held_out
-from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, Encoder
+from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
 from toolkit.data.formats import Example
 from toolkit.data.mixture import BEYOND, DataSource, draw, read_sources, require_removed, source_reports, sources_of
 from toolkit.data.problems import InvalidRow, Problems
@@ -49,19 +51,26 @@ class Batches:
     validation: datasets.Dataset | None
     held_out: tuple[HeldOut, ...]
     report: DataReport
+    form: ChatForm = field(default_factory=ChatForm)
+    """How inference asks for what was trained, and where it stops."""
     places: tuple[str, ...] = ()
     """Where each row of `train` came from, `file:line`."""
 
 
 @dataclass(frozen=True)
 class _Done:
-    """One split, encoded: `encoded[i]` are the tokens of `examples[i]`."""
+    """One split, encoded: `rows[i]` are the tokens of `examples[i]`."""
 
     examples: list[Example]
-    encoded: list[Encoded]
+    rows: list[EncodedRow]
     summary: SplitReport
     distinct: list[Encoded]
     """Each example once, where weights repeat it."""
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        """All examples, in the order of their rows."""
+        return [each for row in self.rows for each in row.examples]
 
 
 def build_batches(
@@ -77,6 +86,9 @@ def build_batches(
     columns: Mapping[str, str] = {},
     system_prompt: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] = {},
+    thoughts: Literal["keep", "drop"] = "keep",
+    train_on: Literal["all", "last"] = "all",
     assistant_only_loss: bool = True,
     completion_only_loss: bool = True,
     truncation: Literal["drop", "keep_start"] = "drop",
@@ -89,16 +101,18 @@ def build_batches(
     max_length: int = 1024,
     seed: int = 42,
     base_folder: Path = Path("."),
+    stop_token_ids: Sequence[int] = (),
+    date: datetime.date | None = None,
 ) -> Batches:
     """Read, check and mask the data of a run; the same arguments and files always give the same batches.
 
     The arguments are the fields of the recipe's data section, but `chat_template` is Jinja text (see
-    `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. The tokenizer must
-    have character offsets; it is not changed. Turns after a conversation's last answer are left out, with a notice.
+    `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. `stop_token_ids` are
+    those at which the checkpoint's own generation stops, and `date` is what the chat template prints as today's. The
+    tokenizer must be a fast one; it is not changed. Turns after a conversation's last answer are left out and counted.
 
     Raises:
-        DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), nothing is left,
-            or no end-of-turn token would ever be trained.
+        DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), or nothing is left.
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
@@ -123,9 +137,19 @@ def build_batches(
         held = set_apart(training, validation_size, seed)
     if dedupe and held is not None:
         drop_held_out(training, held)
+    chat = any(example.messages for example in training.examples)
+    form = ChatForm(
+        form="chat" if chat else "text",
+        stop_token_ids=tuple(stop_token_ids),
+        chat_template_kwargs=dict(chat_template_kwargs),
+        date=(date or datetime.date.today()).isoformat() if chat else "",
+        system_prompt=system_prompt,
+    )
+    dialogue = Dialogue(tokenizer, form, chat_template=chat_template, thoughts=thoughts)
     encoder = Encoder(
         tokenizer,
-        chat_template=chat_template,
+        dialogue,
+        train_on=train_on,
         assistant_only_loss=assistant_only_loss,
         completion_only_loss=completion_only_loss,
         truncation=truncation,
@@ -135,7 +159,7 @@ def build_batches(
     training.drops += not_drawn
     order = _order(len(drawn), drawn=shuffle or max_samples is not None, seed=seed)
     done = _encode(training, encoder, on_invalid, drawn, order, most=max_samples, keep_order=not shuffle)
-    _refuse_endless(done, training.where, encoder, str(tokenizer.eos_token), cut=truncation == "keep_start")
+    _refuse_endless(done, training.where, dialogue)
     held_done = None
     if held is not None:
         every = range(len(held.examples))
@@ -145,8 +169,8 @@ def build_batches(
             reading.notices[f"held-out examples whose {group_by} is also in the training data"] += on_both
     reading.notices[COPIES] += 0 if dedupe else copies(done.distinct)
     reading.notices[_REPEATED] += len(done.encoded) - len(done.distinct)
-    told = source_reports(sources, training, done.examples, done.encoded) if not isinstance(train, str) else ()
-    return _batches(done, held_done, reading.found, reading.notices + encoder.notices, told)
+    told = source_reports(sources, training, done.examples, done.rows) if not isinstance(train, str) else ()
+    return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
 
 
 def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int]:
@@ -170,9 +194,9 @@ def _encode(
     One that is drawn again is encoded once.
     """
     problems, drops = Problems(), Counter(split.drops)
-    kept: list[tuple[int, int, Encoded]] = []
+    kept: list[tuple[int, int, EncodedRow]] = []
     repeated = isinstance(drawn, list)
-    results: dict[int, Encoded | InvalidRow] = {}
+    results: dict[int, EncodedRow | InvalidRow] = {}
     seen = 0
     while seen < len(order) and (most is None or len(kept) < most):
         chunk = order[seen : seen + min(_CHUNK, most - len(kept) if most else _CHUNK)]
@@ -182,9 +206,11 @@ def _encode(
         fresh = [i for i in dict.fromkeys(drawn[place] for place in chunk) if i not in results]
         encoded = encoder.encode([split.examples[i] for i in fresh], hold_out=hold_out)
         results.update(zip(fresh, encoded, strict=True))
-        kept += [(place, drawn[place], each) for place in chunk if isinstance(each := results[drawn[place]], Encoded)]
+        kept += [
+            (place, drawn[place], each) for place in chunk if isinstance(each := results[drawn[place]], EncodedRow)
+        ]
         for index, result in zip(fresh, encoded, strict=True):
-            if isinstance(result, Encoded):
+            if isinstance(result, EncodedRow):
                 continue
             if result.reason in (TOO_LONG, CUT_OFF):
                 drops[result.reason] += 1
@@ -198,32 +224,44 @@ def _encode(
         raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
     if keep_order:
         kept.sort(key=lambda each: each[0])
-    tokens = [each for *_, each in kept]
-    distinct = list({index: each for _, index, each in kept}.values())
-    return _Done([split.examples[i] for _, i, _ in kept], tokens, _summary(split.rows, tokens, drops), distinct)
+    rows = [row for *_, row in kept]
+    distinct = [each for row in {index: row for _, index, row in kept}.values() for each in row.examples]
+    return _Done([split.examples[i] for _, i, _ in kept], rows, _summary(split.rows, rows, drops), distinct)
 
 
-def _summary(rows: int, encoded: list[Encoded], drops: Mapping[str, int]) -> SplitReport:
+def _summary(count: int, rows: list[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
+    encoded = [each for row in rows for each in row.examples]
     lengths = [len(each.ids) for each in encoded]
-    trained = sum(int(each.trained.sum()) for each in encoded)
-    return SplitReport(rows, len(encoded), dict(sorted(drops.items())), sum(lengths), trained, length_bins(lengths))
-
-
-def _refuse_endless(done: _Done, where: str, encoder: Encoder, eos: str, *, cut: bool) -> None:
-    """Refuse a data set in which nothing teaches the model to stop."""
-    enders = encoder.enders()
-    if any(np.isin(each.ids[each.trained], enders).any() for each in done.encoded):
-        return
-    if cut:
-        raise DataError(f"{where}: every answer is cut before its end-of-turn token; raise training.max_length")
-    raise DataError(
-        f"{where}: no end-of-turn token is ever trained, so the model would never stop: the chat template closes "
-        f"answers with no special token; give one that ends them with {eos!r} as data.chat_template_path"
+    return SplitReport(
+        rows=count,
+        kept=len(rows),
+        drops=dict(sorted(drops.items())),
+        tokens=sum(lengths),
+        trained_tokens=sum(int(each.trained.sum()) for each in encoded),
+        lengths=length_bins(lengths),
+        examples=len(encoded),
+        turns=sum(row.turns for row in rows),
+        split=sum(len(row.examples) > 1 for row in rows),
+        thoughts=sum(row.thoughts for row in rows),
+        dropped_thoughts=sum(row.dropped_thoughts for row in rows),
+        enders=dict(sorted(Counter(ender for row in rows for ender in row.enders).items())),
     )
 
 
+def _refuse_endless(done: _Done, where: str, dialogue: Dialogue) -> None:
+    """Refuse a data set in which every answer is cut before the token that would teach the model to stop."""
+    enders = dialogue.form.stop_token_ids
+    if not any(np.isin(each.ids[each.trained], enders).any() for each in done.encoded):
+        raise DataError(f"{where}: every answer is cut before its end-of-turn token; raise training.max_length")
+
+
 def _batches(
-    done: _Done, held: _Done | None, found: str, notices: Mapping[str, int], sources: tuple[SourceReport, ...]
+    done: _Done,
+    held: _Done | None,
+    found: str,
+    notices: Mapping[str, int],
+    form: ChatForm,
+    sources: tuple[SourceReport, ...],
 ) -> Batches:
     splits = {"train": done.summary} | ({"validation": held.summary} if held else {})
     report = DataReport(
@@ -239,6 +277,7 @@ def _batches(
         validation=_dataset(held.encoded) if held else None,
         held_out=tuple(each.held_out for each in held.encoded if each.held_out) if held else (),
         report=report,
+        form=form,
         places=tuple(each.place for each in done.encoded),
     )
 

@@ -1,21 +1,43 @@
 """A list of messages as chat templates want it, checked turn by turn.
 
 Templates render a misspelt role or a missing content silently into training text, so everything a template would not
-refuse by itself is refused here.
+refuse by itself is refused here. What other tools write into a message beside role and content is read here, too.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from toolkit.data.problems import InvalidRow
 from toolkit.errors import did_you_mean
 
-__all__ = ["ROLES", "Message", "check_messages", "check_tools", "trim"]
+__all__ = [
+    "CALLS",
+    "FLAGS",
+    "ROLES",
+    "THOUGHT_FIELDS",
+    "Message",
+    "check_messages",
+    "check_tools",
+    "is_trained",
+    "text_of",
+    "thought_of",
+    "trim",
+    "without_thought",
+]
 
 Message = dict[str, Any]
-ROLES = ("assistant", "system", "tool", "user")
+ROLES = ("assistant", "developer", "environment", "function", "system", "tool", "user")
+CALLS = "tool_calls"
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""The keys that a message's thought stands under; the first is the usual one."""
+
+FLAGS = ("train", "weight", "loss")
+"""Whether a turn is trained, as Axolotl, OpenAI and ms-swift say it."""
+# A prompt that opens the thought leaves its opening out of the answer.
+_INLINE = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 
 
 def check_messages(raw: Any, column: str = "messages") -> list[Message]:
@@ -60,9 +82,49 @@ def trim(messages: list[Message]) -> list[Message]:
         raise InvalidRow("no assistant turn", "no assistant turn; there is nothing to learn from")
     kept = messages[: last + 1]
     for index, turn in enumerate(kept):
-        if turn["role"] == "assistant" and not turn.get("tool_calls") and not turn["content"].strip():
+        if turn["role"] == "assistant" and not _says_something(turn):
             raise InvalidRow("empty answer", f"turn {index + 1} (assistant) is empty; there is nothing to learn from")
     return kept
+
+
+def is_trained(message: Message) -> bool:
+    """Whether the row wants this turn trained: `train: false`, `weight: 0` and `loss: false` say no."""
+    return not any(message.get(flag) is False or message.get(flag) == 0 for flag in FLAGS if flag in message)
+
+
+def text_of(content: Any) -> str:
+    """The text of a content: itself, or its text parts, a line each; nothing where there is none."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def thought_of(message: Message) -> str:
+    """The thought of a message, from a key of its own or from `<think>…</think>` at the start of its content."""
+    if message["role"] != "assistant":
+        return ""
+    for key in THOUGHT_FIELDS:
+        if isinstance(told := message.get(key), str) and told.strip():
+            return told
+    inline = _INLINE.match(text_of(message.get("content")))
+    return inline.group(1).strip() if inline else ""
+
+
+def without_thought(message: Message) -> Message:
+    """The message without its thought; itself where it has none."""
+    if message["role"] != "assistant":
+        return message
+    content = message.get("content")
+    inline = _INLINE.match(content) if isinstance(content, str) else None
+    if not inline and not any(key in message for key in THOUGHT_FIELDS):
+        return message
+    bare = {key: value for key, value in message.items() if key not in THOUGHT_FIELDS}
+    return {**bare, "content": content[inline.end() :]} if inline and isinstance(content, str) else bare
+
+
+def _says_something(turn: Message) -> bool:
+    said = text_of(without_thought(turn).get("content")).strip()
+    return bool(said or turn.get(CALLS) or turn.get("function_calls"))
 
 
 def _check_turn(turn: Any, where: str) -> Message:
@@ -75,14 +137,44 @@ def _check_turn(turn: Any, where: str) -> Message:
     if role not in ROLES:
         near = did_you_mean(str(role), list(ROLES)) or f"; known: {', '.join(ROLES)}"
         raise InvalidRow("unknown role", f"{where}: unknown role {_short(role)}{near}")
-    checked = {key: value for key, value in turn.items() if value is not None}
-    if role == "assistant" and turn.get("tool_calls"):
-        checked["tool_calls"] = [_check_call(call, where) for call in _list(turn["tool_calls"], where)]
-    elif "content" not in checked:
+    checked = {key: value for key, value in turn.items() if value is not None and not (key == CALLS and value == [])}
+    _check_flags(checked, where)
+    if role == "assistant" and turn.get(CALLS):
+        checked[CALLS] = [_check_call(call, where) for call in _list(turn[CALLS], where)]
+    called = role == "assistant" and (CALLS in checked or "function_calls" in checked)
+    if called and "content" in turn:
+        checked["content"] = turn["content"]
+    elif not called and "content" not in checked:
         raise InvalidRow("no content", f"{where}: no content; every turn needs text (or an assistant's tool_calls)")
-    if not isinstance(checked.get("content", ""), str):
-        raise InvalidRow("content is not text", f"{where}: content is {_kind(checked['content'])}; text is expected")
+    return _check_content(checked, where)
+
+
+def _check_content(checked: Message, where: str) -> Message:
+    content = checked.get("content", "")
+    if isinstance(content, list):
+        checked["content"] = [_check_part(part, where) for part in content]
+    elif content is not None and not isinstance(content, str):
+        raise InvalidRow("content is not text", f"{where}: content is {_kind(content)}; text is expected")
     return checked
+
+
+def _check_part(part: Any, where: str) -> dict[str, Any]:
+    """One part of a content in the form `[{"type": "text", "text": …}]`."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kept = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    if isinstance(kept.get("text"), str) and kept.get("type", "text") == "text":
+        return {"type": "text", **kept}
+    what = kept.get("type") or _kind(part)
+    raise InvalidRow("content is not text", f"{where}: content has a part of type {_short(what)}; only text is trained")
+
+
+def _check_flags(turn: Message, where: str) -> None:
+    for flag in FLAGS:
+        if flag in turn and turn[flag] not in (True, False):
+            raise InvalidRow(
+                "bad weight", f"{where}: {flag} is {_short(turn[flag])}; a turn is trained (1, true) or not (0, false)"
+            )
 
 
 def _check_call(call: Any, where: str) -> dict[str, Any]:
@@ -93,7 +185,7 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _from_text(arguments or "{}", f"{where}: function.arguments", "bad tool call")
-    inner = {**function, "arguments": arguments}
+    inner = {**function, "arguments": {} if arguments is None else arguments}
     return {**call, "type": "function", "function": inner} if "function" in call else inner
 
 

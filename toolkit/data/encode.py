@@ -1,32 +1,36 @@
-"""Examples to tokens with a loss mask, by character offsets of the whole text.
+"""An example as token ids with the mask of what is trained.
 
-TRL tokenises prompt and prompt + completion apart and takes the difference, which moves the boundary wherever a token
-spans it. Here the text is tokenised once, as a model meets it, and a token is trained if its last character is.
+Chat comes from `turns`: each trained turn is its prompt's tokens and its target's, and turns that one text holds in
+their places share an example. The arithmetic is done once here, so that preview, training and evaluation see the same.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, is_trained, thought_of
+from toolkit.data.dialogue import Dialogue
 from toolkit.data.formats import Example
 from toolkit.data.problems import InvalidRow
 from toolkit.data.report import HeldOut
-from toolkit.data.template import ChatRenderer
-from toolkit.errors import DataError
+from toolkit.data.turns import Turn, groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CUT_OFF", "TOO_LONG", "Encoded", "Encoder"]
+__all__ = ["CUT_OFF", "TOO_LONG", "Encoded", "EncodedRow", "Encoder"]
 
 TOO_LONG = "longer than max_length"
 CUT_OFF = "answer beyond max_length"
+_Ids = tuple[list[int], list[int]]
+"""Of a prompt, and of what follows it."""
+_KNOWN_KEYS = {"role", "content", CALLS, "tool_call_id", "name", "id", *THOUGHT_FIELDS, *FLAGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +40,25 @@ class Encoded:
     place: str
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
-    held_out: HeldOut | None
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    """The text of an example and its trained character spans; the last one is the answer."""
+class EncodedRow:
+    """What one row became: its examples, and counts of its trained turns, their thoughts, and what ends them."""
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
+    examples: tuple[Encoded, ...]
+    turns: int = 1
+    thoughts: int = 0
+    dropped_thoughts: int = 0
+    enders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One example to be: its prompts and targets, the longest last, and whether all of it is trained."""
+
+    turns: tuple[tuple[str, str], ...]
     chat: bool
     everything: bool
 
@@ -53,143 +67,125 @@ class Encoder:
     """Tokenises examples and marks what is trained.
 
     Args:
-        tokenizer: a fast tokenizer (character offsets) with an end-of-sequence token.
-        chat_template: Jinja text to use instead of the tokenizer's.
+        tokenizer: a fast tokenizer with an end-of-sequence token.
+        dialogue: how the model is asked and what ends its answers.
         assistant_only_loss: train assistant turns only, or the whole conversation.
         completion_only_loss: train completions only, or the prompts too.
+        train_on: every assistant turn of a conversation, or its last one.
         truncation: what happens to an example of more than `max_length` tokens.
         max_length: tokens.
-
-    Raises:
-        DataError: the tokenizer cannot do it, or the chat template is not Jinja.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        dialogue: Dialogue,
         *,
-        chat_template: str | None = None,
         assistant_only_loss: bool = True,
         completion_only_loss: bool = True,
+        train_on: Literal["all", "last"] = "all",
         truncation: Literal["drop", "keep_start"] = "drop",
         max_length: int = 1024,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise DataError("the tokenizer has no character offsets; the checkpoint needs a tokenizer.json")
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end-of-sequence token, so no answer could end; set its eos_token")
-        self._tokenizer: Any = tokenizer
-        self._chat_template = chat_template
-        self._renderer: ChatRenderer | None = None
+        self._tokens = dialogue.tokens
+        self._dialogue = dialogue
         self._all_turns = not assistant_only_loss
         self._all_text = not completion_only_loss
+        self._last_only = train_on == "last"
         self._cut = truncation == "keep_start"
         self._max_length = max_length
         self._special_texts = {str(token) for token in tokenizer.all_special_tokens}
         self.notices: Counter[str] = Counter()
         """What deserves a look but is no error, and how many examples it concerns."""
 
-    def enders(self) -> list[int]:
-        """Token ids that end a turn: the end-of-sequence token, and whatever closed the turns seen so far."""
-        closers = self._renderer.closers if self._renderer else set()
-        return [int(self._tokenizer.eos_token_id), *map(int, self._tokenizer.convert_tokens_to_ids(sorted(closers)))]
+    def encode(self, examples: Sequence[Example], *, hold_out: bool = False) -> list[EncodedRow | InvalidRow]:
+        """Each example's tokens, or why it cannot be used; `hold_out` also keeps its last prompt and answer apart."""
+        read = [self._read(example) for example in examples]
+        pieces = [piece for each in read if not isinstance(each, InvalidRow) for piece in each[0]]
+        tokens = iter(self._tokenize([(pair, piece.chat) for piece in pieces for pair in piece.turns]))
+        return [
+            each if isinstance(each, InvalidRow) else self._row(example, *each, tokens, hold_out)
+            for example, each in zip(examples, read, strict=True)
+        ]
 
-    def encode(self, examples: Sequence[Example], *, hold_out: bool = False) -> list[Encoded | InvalidRow]:
-        """Each example's tokens, or why it cannot be used; `hold_out` also keeps its prompt and answer apart."""
-        texts = [self._text(example) for example in examples]
-        results: list[Encoded | InvalidRow] = []
-        for example, text, tokens in zip(examples, texts, self._tokenize(texts), strict=True):
-            if isinstance(text, InvalidRow) or tokens is None:
-                results.append(text if isinstance(text, InvalidRow) else InvalidRow("nothing trained", "no tokens"))
-            else:
-                results.append(self._mask(example, text, *tokens, hold_out))
-        return results
-
-    def _text(self, example: Example) -> _Text | InvalidRow:
+    def _read(self, example: Example) -> tuple[list[_Piece], EncodedRow] | InvalidRow:
+        """The pieces of an example, and its counts."""
         try:
-            text = self._chat(example) if example.messages else self._plain(example)
+            read = self._chat(example) if example.messages else self._plain(example)
         except InvalidRow as problem:
             return problem
         self._note(example)
-        return text
+        return read
 
-    def _chat(self, example: Example) -> _Text:
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self._tokenizer, self._chat_template)
+    def _chat(self, example: Example) -> tuple[list[_Piece], EncodedRow]:
         everything = self._all_text if example.given else self._all_turns
-        text, answers = self._renderer.answers(example, last_only=everything)
-        spans = tuple((a.start, a.end) for a in answers if a.turn >= example.given)
-        if example.tools and not all(_tool_name(tool) in text for tool in example.tools):
+        wanted = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+        if not everything:
+            wanted = [i for i in wanted if i >= example.given and is_trained(example.messages[i])]
+        if not wanted:
+            raise InvalidRow("nothing trained", "no assistant turn in it is to be trained; leave the row out")
+        reader = self._dialogue.reader
+        turns = reader.read(example, wanted[-1:] if everything or self._last_only else wanted)
+        self.notices.update(dict.fromkeys(reader.take_notices(), 1))
+        pieces = [_piece(group, everything) for group in groups(turns)]
+        if example.tools and not all(_tool_name(tool) in turns[-1].prompt for tool in example.tools):
             self.notices["the chat template leaves out the tools"] += 1
-        return _Text(text, spans, chat=True, everything=everything)
+        thoughts = sum(turn.has_thought for turn in turns)
+        dropped = sum(bool(thought_of(turn)) for turn in example.messages) if reader.drops_thoughts else 0
+        return pieces, EncodedRow((), len(turns), thoughts, dropped, tuple(turn.ender for turn in turns))
 
-    def _plain(self, example: Example) -> _Text:
+    def _plain(self, example: Example) -> tuple[list[_Piece], EncodedRow]:
         try:
             example.text.encode("utf-8")
         except UnicodeEncodeError:
             raise InvalidRow("not Unicode", "half of a surrogate pair (\\ud800…\\udfff) stands alone in it") from None
         start = len(example.prompt or "")
         everything = example.prompt is None or self._all_text
-        return _Text(example.text, ((start, len(example.text)),), chat=False, everything=everything)
+        pieces = [_Piece(((example.text[:start], example.text[start:]),), chat=False, everything=everything)]
+        return pieces, EncodedRow((), enders=(self._dialogue.eos_text,))
 
     def _note(self, example: Example) -> None:
         said = [str(turn.get("content", "")) for turn in example.messages] or [example.text]
         if any(token in content for token in self._special_texts for content in said):
             self.notices["the text of a special token stands in the data and becomes that token"] += 1
+        for key in {key for turn in example.messages for key in turn} - _KNOWN_KEYS:
+            if key not in self._dialogue.reader.template.text(example.tools):
+                self.notices[f"message key {key!r}: neither trained nor read by the chat template"] += 1
 
-    def _tokenize(self, texts: Sequence[_Text | InvalidRow]) -> list[tuple[list[int], list[tuple[int, int]]] | None]:
-        """Ids and character offsets of each text; nothing for a problem. Templates write their own special tokens."""
-        tokens: list[tuple[list[int], list[tuple[int, int]]] | None] = [None] * len(texts)
+    def _tokenize(self, pairs: Sequence[tuple[tuple[str, str], bool]]) -> list[_Ids]:
+        """Ids of each prompt and of what follows it."""
+        found: dict[int, _Ids] = {}
         for chat in (True, False):
-            chosen = {i: text.text for i, text in enumerate(texts) if isinstance(text, _Text) and text.chat is chat}
-            if not chosen:
-                continue
-            batch = self._tokenizer(
-                list(chosen.values()),
-                add_special_tokens=not chat,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for i, ids, offsets in zip(chosen, batch["input_ids"], batch["offset_mapping"], strict=True):
-                tokens[i] = (ids, offsets)
-        return tokens
+            chosen = {i: pair for i, (pair, is_chat) in enumerate(pairs) if is_chat is chat and (chat or pair[0])}
+            prompts = self._tokens.of([before for before, _ in chosen.values()], plain=not chat)
+            after = self._tokens.after(list(chosen.values()), prompts, plain=not chat)
+            found |= dict(zip(chosen, zip(prompts, after, strict=True), strict=True))
+        unprompted = {i: said for i, ((before, said), is_chat) in enumerate(pairs) if not (is_chat or before)}
+        whole = self._tokens.of(list(unprompted.values()), plain=True)
+        found |= {i: ([], ids) for i, ids in zip(unprompted, whole, strict=True)}
+        return [found[i] for i in range(len(pairs))]
 
-    def _mask(
-        self, example: Example, text: _Text, ids: list[int], offsets: list[tuple[int, int]], hold_out: bool
-    ) -> Encoded | InvalidRow:
-        where = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        trained = np.full(len(ids), text.everything)
-        first = end = 0
-        for start, stop in text.spans:
-            inside = np.flatnonzero((where[:, 1] > start) & (where[:, 1] <= stop) & (where[:, 0] < where[:, 1]))
-            if not len(inside):
-                return InvalidRow("nothing trained", "an answer has no token of its own; nothing in it can be trained")
-            first, end = int(inside[0]), int(inside[-1]) + 1
-            if where[first, 0] < start:
-                self.notices["an answer begins inside a token, which is trained whole"] += 1
-            # A token without characters of its own may stand between: an answer is trained without holes.
-            trained[first:end] = True
-        if not text.chat:
-            ids, trained, first, end = self._finish(ids, trained, first, end)
-        return self._fit(example, ids, trained, (first, end), hold_out)
+    def _row(
+        self, example: Example, pieces: list[_Piece], counts: EncodedRow, tokens: Iterator[_Ids], hold_out: bool
+    ) -> EncodedRow | InvalidRow:
+        fitted: list[Encoded] = []
+        problems: list[InvalidRow] = []
+        last = True  # pieces begin with the one of the last turn
+        for piece in pieces:
+            for group in _joined([next(tokens) for _ in piece.turns], piece.everything):
+                made = self._fit(example, group, piece, hold_out=hold_out and last)
+                (problems if isinstance(made, InvalidRow) else fitted).append(made)  # type: ignore[arg-type]
+                last = False
+        if not fitted:
+            return problems[0]
+        if problems:
+            self.notices[f"some turns of a row are left out: {problems[0].reason}"] += 1
+        return replace(counts, examples=tuple(reversed(fitted)))
 
-    def _finish(
-        self, ids: list[int], trained: NDArray[np.bool_], first: int, end: int
-    ) -> tuple[list[int], NDArray[np.bool_], int, int]:
-        """Plain text: one beginning-of-sequence token at most, and a trained end-of-sequence token at the end."""
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            ids, trained, first, end = ids[1:], trained[1:], max(first - 1, 0), end - 1
-        if ids[-1] != eos:
-            ids, trained = [*ids, eos], np.append(trained, True)
-        trained[-1] = True
-        return ids, trained, first, len(ids)
-
-    def _fit(
-        self, example: Example, ids: list[int], trained: NDArray[np.bool_], answer: tuple[int, int], hold_out: bool
-    ) -> Encoded | InvalidRow:
-        first, end = answer
+    def _fit(self, example: Example, group: _Group, piece: _Piece, *, hold_out: bool) -> Encoded | InvalidRow:
+        ids, trained, first = group.ids, group.trained, group.first
+        if not piece.chat and ids[-1] != self._tokens.eos:
+            ids, trained = [*ids, self._tokens.eos], np.append(trained, True)
         most = self._max_length
         if len(ids) > most and not self._cut:
             return InvalidRow(TOO_LONG, f"{len(ids)} tokens, more than training.max_length={most}")
@@ -197,11 +193,43 @@ class Encoder:
             return InvalidRow(CUT_OFF, f"its answer begins beyond training.max_length={most}")
         held_out = None
         if hold_out and 0 < first < most and (example.messages or example.prompt is not None):
-            said = self._tokenizer.decode(ids[first:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            held_out = HeldOut(example.place, tuple(ids[:first]), example.question, said.strip())
+            answer = self._dialogue.judged(ids[first:], ids[:first], chat=piece.chat)
+            held_out = HeldOut(example.place, tuple(ids[:first]), example.question, answer)
         return Encoded(example.place, np.asarray(ids[:most], dtype=np.int32), trained[:most].copy(), held_out)
 
 
-def _tool_name(tool: dict[str, Any]) -> str:
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Turns in one example: its ids, what is trained of them, and where the last answer begins."""
+
+    ids: list[int]
+    trained: NDArray[np.bool_]
+    first: int
+
+
+def _piece(turns: Sequence[Turn], everything: bool) -> _Piece:
+    return _Piece(tuple((turn.prompt, turn.target) for turn in turns), chat=True, everything=everything)
+
+
+def _joined(turns: Sequence[_Ids], everything: bool) -> Iterator[_Group]:
+    """The last turn's example, with each earlier turn in it whose tokens stand there too; then the others' own."""
+    rest = list(turns)
+    while rest:
+        prompt, answer = rest.pop()
+        ids = prompt + answer
+        trained = np.full(len(ids), everything)
+        trained[len(prompt) :] = True
+        left = []
+        for before, said in rest:
+            place = slice(len(before), len(before) + len(said))
+            if ids[: place.start] == before and ids[place] == said:
+                trained[place] = True
+            else:
+                left.append((before, said))
+        rest = left
+        yield _Group(ids, trained, len(prompt))
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
     function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, dict) else ""
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolkit.data.conversation import Message, check_messages, check_tools, trim
+from toolkit.data.conversation import Message, check_messages, check_tools, text_of, trim
 from toolkit.data.extra_columns import carries
 from toolkit.data.problems import InvalidRow, listed, printable
-from toolkit.data.turns import as_turns
+from toolkit.data.speakers import as_turns
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
@@ -76,7 +76,7 @@ class Example:
     @property
     def question(self) -> str:
         """The last user turn before the answer, or the prompt."""
-        asked = [str(turn["content"]) for turn in self.messages[:-1] if turn["role"] == "user"]
+        asked = [text_of(turn.get("content")) for turn in self.messages[:-1] if turn["role"] == "user"]
         return asked[-1] if asked else (self.prompt or "")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.encode import Encoded
+from toolkit.data.encode import EncodedRow
 from toolkit.data.formats import Example
 from toolkit.data.reading import Reading, Split
 from toolkit.data.report import SourceReport
@@ -127,17 +127,17 @@ def _seen(of_set: Any, source: DataSource, random: np.random.Generator, drops: C
 
 
 def source_reports(
-    sources: Sequence[DataSource], training: Split, examples: Sequence[Example], encoded: Sequence[Encoded]
+    sources: Sequence[DataSource], training: Split, examples: Sequence[Example], rows: Sequence[EncodedRow]
 ) -> tuple[SourceReport, ...]:
-    """What came of each set: `examples` and `encoded` are what one epoch sees."""
+    """What came of each set: `examples` and their `rows` are what one epoch sees."""
     usable = Counter(example.source for example in training.examples)
     seen: Counter[int] = Counter()
     tokens: Counter[int] = Counter()
     trained: Counter[int] = Counter()
-    for example, each in zip(examples, encoded, strict=True):
+    for example, row in zip(examples, rows, strict=True):
         seen[example.source] += 1
-        tokens[example.source] += len(each.ids)
-        trained[example.source] += int(each.trained.sum())
+        tokens[example.source] += sum(len(each.ids) for each in row.examples)
+        trained[example.source] += sum(int(each.trained.sum()) for each in row.examples)
     return tuple(
         SourceReport(source.path, source.weight, training.rows_of[n], usable[n], seen[n], tokens[n], trained[n])
         for n, source in enumerate(sources)

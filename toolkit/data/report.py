@@ -6,7 +6,7 @@ Everything here can be written as JSON, so the same figures stand in the preview
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ _MOST_BINS = 10
 class HeldOut:
     """A held-out question and its answer.
 
-    `prompt_ids` are exactly the tokens that stand before the answer in training. `answer` is the answer's tokens
-    decoded without special tokens and outer whitespace, which is what a perfect generation decodes to.
+    `prompt_ids` are exactly the tokens that stand before the answer in training. `answer` is what a perfect generation
+    is read as: its text and calls, without thought, special tokens and outer whitespace.
     """
 
     place: str
@@ -41,7 +41,12 @@ class LengthBin:
 
 @dataclass(frozen=True, slots=True)
 class SplitReport:
-    """One split: rows read, examples kept, drops by reason, tokens kept, tokens trained, lengths."""
+    """One split: rows read, rows kept, drops by reason, tokens kept, tokens trained, lengths.
+
+    `turns` are trained answers. `split` rows became several examples, one for each turn that later renderings change,
+    and `examples` are all there are. `thoughts` are trained, `dropped_thoughts` left out as the recipe wants it.
+    `enders` says how many answers end in which token.
+    """
 
     rows: int
     kept: int
@@ -49,6 +54,12 @@ class SplitReport:
     tokens: int
     trained_tokens: int
     lengths: tuple[LengthBin, ...]
+    examples: int = 0
+    turns: int = 0
+    split: int = 0
+    thoughts: int = 0
+    dropped_thoughts: int = 0
+    enders: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +123,4 @@ def length_bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:
 
 
 def _plain(split: SplitReport) -> dict[str, Any]:
-    return {**asdict(split), "drops": dict(split.drops), "lengths": [asdict(each) for each in split.lengths]}
+    return {**asdict(split), "lengths": [asdict(each) for each in split.lengths]}

@@ -1,150 +1,283 @@
-"""Turns as other tools write them, in the form that chat templates read: speakers, calls as text, marks of training.
+"""One assistant turn as inference meets it: the prompt that is fed, and what the model has to write after it.
 
-What a turn carries beside role and content is kept; nothing is judged here but what could not be carried over.
+For every trained turn, P is the history rendered with the generation prompt, C the history with the turn. Where C
+begins with P, what follows through the first stop token is the target. Where it does not, because the prompt opens a
+thought that the row has not or that the template leaves out, the target is put together in the template's own words;
+where that cannot be proved the row is refused. transformers' masks mark what a template's author put between markers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any, Literal
 
+from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, text_of, thought_of, without_thought
+from toolkit.data.formats import Example
+from toolkit.data.forms import Form, Forms
 from toolkit.data.problems import InvalidRow
-from toolkit.errors import did_you_mean
+from toolkit.data.said import Probe, left_out, texts_of
+from toolkit.data.stops import Stops
+from toolkit.data.template import ChatTemplate, Options
 
-__all__ = ["as_turns"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-_CALL = "function_call"
-_SPEAKERS: Mapping[str, str] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function_call": _CALL,
-    "tool_call": _CALL,
-}
-_ROLES = ("function_call", "tool_call", "observation", "function_response", "tool_response")
-"""Speakers that also stand as roles of messages, and that no chat template knows."""
+__all__ = ["Turn", "TurnReader", "groups"]
 
-_MARKS: Mapping[str, str] = {"loss_weight": "weight", "loss_scale": "weight", "loss_mask": "train", "mask": "train"}
-"""Other names of the marks of a turn, and ours; `mask: true` leaves a turn out."""
-_OURS = ("train", "weight", "loss")
-_FOREIGN = frozenset({*_MARKS, "train_detail"})
+Tools = list[dict[str, Any]] | None
+_CONTENT, _THOUGHT = "onecardprobewords", "onecardprobethought"
+_CLOSED = "the generation prompt opens a thought and the answer has none: an empty one is closed before it"
+_OTHER_HISTORY = (
+    "the chat template renders the history otherwise beside its answer: answers follow what inference feeds"
+)
+_COMPLETED = "the chat template leaves a thought out of its answer: it is trained as the generation prompt opens it"
 
 
-def as_turns(raw: Any, column: str) -> Any:
-    """A conversation with `role` and `content` in every turn, or `raw` where it is none, which others refuse.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is fed, and what has to be written after it, through the token that ends it."""
+
+    index: int
+    prompt: str
+    target: str
+    ender: str
+    has_thought: bool
+
+
+class TurnReader:
+    """Finds prompt and target of assistant turns under one template.
 
     Args:
-        raw: a list of turns, or JSON text of one (as CSV holds it).
-        column: its name, for messages to people.
+        stop_token_ids: those that the checkpoint declares.
+        thoughts: `drop` leaves the thoughts of all rows out.
 
-    Raises:
-        InvalidRow: an unknown speaker, a call that is no call, or a mark of training that cannot be followed.
+    `notices` are what deserves a look but is no error; `take_notices` gives and forgets those of the last conversation.
     """
-    turns = _from_text(raw)
-    if not isinstance(turns, list):
-        return raw
-    found: list[Any] = []
-    for index, turn in enumerate(turns):
-        where = f"{column}[{index}]"
-        one = _turn(turn, where) if isinstance(turn, dict) else turn
-        if found and _is_call(turn) and _goes_on(found[-1], one):
-            found[-1] = {**found[-1], "tool_calls": [*(found[-1].get("tool_calls") or []), *one["tool_calls"]]}
-        else:
-            found.append(one)
-    return found
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
+        *,
+        stop_token_ids: Iterable[int] = (),
+        thoughts: Literal["keep", "drop"] = "keep",
+    ) -> None:
+        self.template = template
+        self.stops = Stops(tokenizer, template, stop_token_ids)
+        self.forms = Forms(template)
+        self.drops_thoughts = thoughts == "drop"
+        self._notices: list[str] = []
+
+    def take_notices(self) -> list[str]:
+        """What was noticed since the last call."""
+        noticed, self._notices = self._notices, []
+        return noticed
+
+    def read(self, example: Example, wanted: Sequence[int]) -> list[Turn]:
+        """Prompt and target of the turns `wanted`.
+
+        Raises:
+            InvalidRow: the template refuses the conversation, leaves out or rewrites something that it says, or nothing
+                ends a turn.
+        """
+        messages: Sequence[Message] = example.messages
+        if self.drops_thoughts:
+            messages = [without_thought(message) for message in messages]
+        form = self.forms.of(messages, example.tools, example.chat_template_kwargs)
+        said, tools = form.messages(messages), form.tools(example.tools)
+        reading = _Reading(self, said, tools, example.chat_template_kwargs)
+        turns = [reading.turn(turn) for turn in wanted]
+        reading.require_all_said(wanted, form)
+        self._notices += [*form.notices(messages), *reading.notices]
+        return turns
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = None, options: Mapping[str, Any] = {}) -> str:
+        """What inference feeds for the answer to `messages`."""
+        form = self.forms.of(messages, tools, options)
+        return self.template.render(form.messages(messages), form.tools(tools), generation_prompt=True, options=options)
 
 
-def _is_call(turn: Any) -> bool:
-    """Whether a turn, as it stands in the file, is calls alone, which belong to the assistant's turn before them."""
-    return isinstance(turn, dict) and _SPEAKERS.get(str(turn.get("from", turn.get("role")))) == _CALL
+class _Reading:
+    """One conversation being read."""
+
+    def __init__(self, reader: TurnReader, messages: Sequence[Message], tools: Tools, options: Options) -> None:
+        self._template, self._stops = reader.template, reader.stops
+        self._messages, self._tools, self._options = messages, tools, options
+        self._rendered: dict[tuple[int, bool], str] = {}
+        self.notices: list[str] = []
+
+    def turn(self, turn: int) -> Turn:
+        message = self._messages[turn]
+        self._require_no_stop_inside(turn)
+        prompt, rendered = self._render(turn, generation_prompt=True), self._render(turn + 1)
+        rest = rendered[len(prompt) :] if rendered.startswith(prompt) else self._put_together(turn, prompt, rendered)
+        target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options, rendered)
+        if kind := left_out(target, message):
+            raise self._left_out(turn, kind)
+        return Turn(turn, prompt, target, ender, bool(thought_of(message)))
+
+    def require_all_said(self, wanted: Sequence[int], form: Form) -> None:
+        """Raise where the template leaves out something that stands before the last answer.
+
+        An answer that has been trained in its own place may be shortened later: inference shortens it, too.
+        """
+        last = wanted[-1]
+        whole = self._render(last + 1)
+        lost = [(turn, kind) for turn, kind in form.lost if turn < last and kind != "thought"]
+        found = ((turn, left_out(whole, message, thought=False)) for turn, message in enumerate(self._messages[:last]))
+        for turn, kind in (*lost, *((turn, kind) for turn, kind in found if kind)):
+            if turn not in wanted:
+                raise self._left_out(turn, kind)
+            self.notices.append("the chat template shortens earlier answers, in training as it does at inference")
+
+    def _render(self, upto: int, *, generation_prompt: bool = False) -> str:
+        key = (upto, generation_prompt)
+        if key not in self._rendered:
+            self._rendered[key] = self._template.render(
+                self._messages[:upto], self._tools, generation_prompt=generation_prompt, options=self._options
+            )
+        return self._rendered[key]
+
+    def _with_last(self, turn: int, last: Message, options: Mapping[str, Any] = {}) -> str:
+        """The history with another last message; nothing where the template refuses it."""
+        try:
+            messages = (*self._messages[:turn], last)
+            return self._template.render(messages, self._tools, options={**self._options, **options})
+        except InvalidRow:
+            return ""
+
+    def _require_no_stop_inside(self, turn: int) -> None:
+        for _, told in texts_of(self._messages[turn]):
+            if inside := self._stops.first(told):
+                raise InvalidRow(
+                    "stops inside an answer",
+                    f"turn {turn + 1} (assistant) holds the text of {inside}, at which generation stops, so what "
+                    "follows it could never be written; take it out of the answer",
+                )
+
+    def _put_together(self, turn: int, prompt: str, rendered: str) -> str:
+        """What has to follow a prompt that the rendering does not begin with, in the template's own words."""
+        message, thought = without_thought(self._messages[turn]), thought_of(self._messages[turn]).strip()
+        if not thought and (closed := self._closed(turn, message, prompt)):
+            self.notices.append(_CLOSED)
+            return closed
+        if followed := self._after_header(turn, prompt, rendered):
+            self.notices.append(_OTHER_HISTORY)
+            return followed
+        begins, closing = self._words_begin(turn, message, prompt), self._closing(turn, prompt)
+        if begins is None or closing is None:
+            raise self._left_out(turn, "thought") if thought else _rewritten(turn)
+        self.notices.append(_COMPLETED if thought else _CLOSED)
+        return thought + closing + self._with_last(turn, message)[begins:]
+
+    def _closed(self, turn: int, message: Message, prompt: str) -> str | None:
+        """The answer as the template writes it after a thought, with nothing thought."""
+        for keys in (THOUGHT_FIELDS[:1], THOUGHT_FIELDS):
+            shown = self._with_last(turn, {**message, **dict.fromkeys(keys, _THOUGHT)})
+            if shown.startswith(prompt) and shown.count(_THOUGHT) == 1:
+                return shown[len(prompt) :].replace(_THOUGHT, "")
+        return None
+
+    def _after_header(self, turn: int, prompt: str, rendered: str) -> str | None:
+        """The answer after the header that asks for it, where only what stands before that header is changed by it."""
+        header = prompt[_agreed(self._render(turn), prompt) :]
+        words = Probe(self._messages[: turn + 1], None)
+        other = self._with_last(turn, words.messages[turn])
+        begins = _agreed(rendered, other)
+        at = rendered.rfind(header, 0, begins) if header.strip() else -1
+        if at < 0 or left_out(rendered[at:], self._messages[turn]) or self._stops.special.search(header) is None:
+            return None
+        between = rendered[at + len(header) : begins]
+        said_before = (told for message in self._messages[:turn] for _, told in texts_of(message))
+        return (
+            None
+            if any(told.strip() in between for told in said_before if told.strip())
+            else rendered[at + len(header) :]
+        )
+
+    def _words_begin(self, turn: int, message: Message, prompt: str) -> int | None:
+        """Where an answer's words begin in its rendering; None where what stands before them is not the header."""
+        rendered = self._with_last(turn, message)
+        if not text_of(message.get("content")).strip():
+            message = {key: value for key, value in message.items() if key != CALLS}
+        marked = self._with_last(turn, {**message, "content": _CONTENT})
+        begins = marked.find(_CONTENT)
+        is_header = begins >= 0 and marked[:begins] == rendered[:begins]
+        # What is asked after is the same history in both.
+        return begins if is_header and _agreed(prompt, marked[:begins]) >= _agreed(self._render(turn), prompt) else None
+
+    def _closing(self, turn: int, prompt: str) -> str | None:
+        """The end of a thought that the prompt has opened: as the prompt without thoughts has it, or its tag's."""
+        for option in self._template.switches:
+            without = self._prompt_with(turn, {option: False})
+            if without.startswith(prompt) and len(without) > len(prompt):
+                return without[len(prompt) :]
+        return _usual_closing(prompt[_agreed(self._render(turn), prompt) :], self._template.text(self._tools))
+
+    def _prompt_with(self, turn: int, options: Options) -> str:
+        try:
+            return self._template.render(
+                self._messages[:turn], self._tools, generation_prompt=True, options={**self._options, **options}
+            )
+        except InvalidRow:
+            return ""
+
+    def _fits(self, turn: int, message: Message, options: Options) -> bool:
+        """Whether the turn, thought and all, follows its prompt under these options."""
+        prompt, rendered = self._prompt_with(turn, options), self._with_last(turn, message, options)
+        return bool(prompt) and rendered.startswith(prompt) and left_out(rendered[len(prompt) :], message) is None
+
+    def _left_out(self, turn: int, kind: str) -> InvalidRow:
+        role = self._messages[turn]["role"]
+        if kind != "thought":
+            return InvalidRow(
+                "left out by the chat template",
+                f"the chat template leaves out what turn {turn + 1} ({role}) says ({kind}); take it out of the row, or "
+                "give a template that renders it as data.chat_template_path",
+            )
+        message = self._messages[turn]
+        choices = [
+            f"{{{option}: true}}" for option in self._template.switches if self._fits(turn, message, {option: True})
+        ]
+        asks = f"ask for it with data.chat_template_kwargs: {' or '.join(choices)}, or " if choices else ""
+        return InvalidRow(
+            "thought left out by the chat template",
+            f"the chat template leaves out the thought of turn {turn + 1} ({role}); {asks}leave thoughts out of "
+            "training with data.thoughts: drop",
+        )
 
 
-def _goes_on(before: Any, call: dict[str, Any]) -> bool:
-    if not isinstance(before, dict) or before.get("role") != "assistant":
-        return False
-    alike = all(before.get(mark) == call.get(mark) for mark in _OURS)
-    return alike and isinstance(before.get("tool_calls") or [], list)
+def _agreed(one: str, other: str) -> int:
+    """How many leading characters two texts share."""
+    return len(commonprefix([one, other]))  # noqa: RUF071 - characters are meant, not parts of a path
 
 
-def _from_text(raw: Any) -> Any:
-    if not isinstance(raw, str) or not raw.lstrip().startswith("["):
-        return raw
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return raw
+def _usual_closing(header: str, template: str) -> str | None:
+    """The end of a thought whose tag opens the answer, where the template knows that end: `<think>` and `</think>`."""
+    tag = header.rstrip().rpartition("<")[2]
+    closing = f"</{tag}"
+    if not tag.endswith(">") or not header.rstrip().endswith(f"<{tag}") or closing not in template:
+        return None
+    return f"\n{closing}\n\n"
 
 
-def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    if "from" in turn:
-        turn = _of_speaker(turn, where)
-    elif turn.get("role") in _ROLES:
-        turn = {**turn, "role": _SPEAKERS[turn["role"]]}
-    if turn.get("role") == _CALL:
-        calls = _calls(turn.get("content"), where)
-        turn = {**turn, "role": "assistant", "content": "", "tool_calls": calls}
-    elif turn.get("function_call") is not None and turn.get("role") == "assistant":
-        if turn.get("tool_calls"):
-            raise InvalidRow("bad tool call", f"{where}: function_call and tool_calls both stand in it; keep one")
-        rest = {key: item for key, item in turn.items() if key != "function_call"}
-        turn = {**rest, "tool_calls": _calls(turn["function_call"], where)}
-    return turn if turn.keys().isdisjoint(_FOREIGN) else _marked(turn, where)
+def _rewritten(turn: int) -> InvalidRow:
+    return InvalidRow(
+        "rewritten by the chat template",
+        f"the chat template asks for turn {turn + 1} (assistant) with a text that the rendered answer does not begin "
+        "with, so what the model would have to write is not known; give a template without that as "
+        "data.chat_template_path",
+    )
 
 
-def _of_speaker(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    speaker = turn["from"]
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        near = did_you_mean(str(speaker), list(_SPEAKERS)) or f"; known: {', '.join(_SPEAKERS)}"
-        raise InvalidRow("unknown role", f"{where}: unknown speaker {ascii(speaker)[:40]}{near}")
-    rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": role, "content": turn.get("value", turn.get("content")), **rest}
-
-
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        calls = None
-    calls = [calls] if isinstance(calls, dict) else calls
-    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
-        raise InvalidRow("bad tool call", f"{where}: a call is an object with name and arguments, or JSON text of one")
-    return [call if "function" in call else {"type": "function", "function": _arguments(call)} for call in calls]
-
-
-def _arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A call with its arguments under their usual name."""
-    if "arguments" in call or "parameters" not in call:
-        return call
-    return {("arguments" if key == "parameters" else key): item for key, item in call.items()}
-
-
-def _marked(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """The turn with its marks under our names.
-
-    Raises:
-        InvalidRow: a mark that is no yes or no, two that differ, or one for a part of the turn.
-    """
-    if turn.get("train_detail"):
-        raise InvalidRow("bad weight", f"{where}: train_detail: a turn is trained whole or not at all; split the turn")
-    kept = {key: item for key, item in turn.items() if key not in _FOREIGN}
-    for name, ours in _MARKS.items():
-        if (value := turn.get(name)) is None:
-            continue
-        if name == "mask" and not isinstance(value, bool):
-            raise InvalidRow("bad weight", f"{where}: mask is {ascii(value)[:40]}; write train: true or train: false")
-        value = not value if name == "mask" else value
-        if kept.get(ours) is not None and bool(kept[ours]) != bool(value):
-            raise InvalidRow("bad weight", f"{where}: {name} and {ours} say different things; keep one")
-        kept[ours] = value
-    return kept
+def groups(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
+    """Turns that one text holds in their places, the last turn's group first; each list ends with the longest."""
+    rest = list(turns)
+    while rest:
+        last = rest[-1]
+        whole = last.prompt + last.target
+        together = [turn for turn in rest if whole.startswith(turn.prompt + turn.target)]
+        yield together
+        rest = [turn for turn in rest if turn not in together]

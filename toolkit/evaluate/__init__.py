@@ -3,7 +3,7 @@
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
 from toolkit.evaluate.drafts import Drafting, draft_table, measure_drafts, speculator
 from toolkit.evaluate.general import read_windows
-from toolkit.evaluate.generate import answer, answer_ids, encode_chat, sampling
+from toolkit.evaluate.generate import answer, answer_ids, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
 from toolkit.evaluate.metrics import LOSS, find_metric
 from toolkit.evaluate.routing import adapter_norms, expert_statistics, router_entropy
@@ -18,7 +18,6 @@ __all__ = [
     "answer_ids",
     "compare",
     "draft_table",
-    "encode_chat",
     "expert_statistics",
     "find_metric",
     "held_out_loss",

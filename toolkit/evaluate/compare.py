@@ -4,7 +4,7 @@ perplexity on general text, which says what was forgotten."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,9 @@ from toolkit.steps import advance, part
 from toolkit.training.labelled import labelled_logits
 
 __all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "score_now"]
+
+
+Read = Callable[[Sequence[int], Sequence[int]], str]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def compare(
     general: Dataset | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    read: Read | None = None,
 ) -> Comparison:
     """Measure the base (adapter switched off) and the adapted model.
 
@@ -90,6 +94,7 @@ def compare(
         general: rows like `sequences` of text that has nothing to do with the task, for perplexity.
         max_new_tokens: longest answer.
         batch_size: prompts, or sequences, at a time.
+        read: what is judged of an answer's token ids, its prompt's given; without it their plain text.
     """
     model.eval()
     model.config.use_cache = True
@@ -104,6 +109,7 @@ def compare(
             general=general,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            read=read,
         )
 
     with model.disable_adapter():
@@ -121,13 +127,13 @@ def measure(
     general: Dataset | None = None,
     max_new_tokens: int,
     batch_size: int,
+    read: Read | None = None,
 ) -> Measured:
     """Loss, the answers' metrics and the perplexity of the model as it stands."""
     wanted = [question.answer for question in questions]
     metrics = metrics_for(metric, wanted)
-    answers = answer(
-        model, tokenizer, [q.prompt_ids for q in questions], max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    prompts = [question.prompt_ids for question in questions]
+    answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, read=read)
     scores = {name: score(name, function, answers, wanted) for name, function in metrics.items()}
     figures = {name: sum(each) / len(each) for name, each in scores.items() if each}
     exact = figures.pop("exact_match", None)
@@ -145,6 +151,7 @@ def score_now(
     metric: str,
     max_new_tokens: int,
     batch_size: int,
+    read: Read | None = None,
 ) -> dict[str, float]:
     """The mean of one metric by its short name, in the middle of training; settings come back as they were."""
     name, function = find_metric(metric)
@@ -155,7 +162,7 @@ def score_now(
     try:
         prompts = [question.prompt_ids for question in questions]
         with part("evaluate"):
-            answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, read=read)
     finally:
         model.config.use_cache, config.output_router_logits = held
     scores = score(name, function, answers, [question.answer for question in questions])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.steps import advance
 
-__all__ = ["answer", "answer_ids", "encode_chat", "sampling"]
+__all__ = ["answer", "answer_ids", "sampling"]
 
 
 def answer(
@@ -21,15 +21,19 @@ def answer(
     max_new_tokens: int,
     batch_size: int = 32,
     temperature: float = 0.0,
+    read: Callable[[Sequence[int], Sequence[int]], str] | None = None,
 ) -> list[str]:
     """Text that follows each prompt (token ids), special tokens removed.
 
     Args:
         temperature: 0 is greedy; above it samples.
+        read: makes text of an answer's token ids and its prompt's, where a plain decoding would not do.
     """
     written = answer_ids(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature
     )
+    if read is not None:
+        return [read(ids, prompt) for ids, prompt in zip(written, prompts, strict=True)]
     return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
 
 
@@ -83,17 +87,6 @@ def _ends(model: PreTrainedModel) -> set[int]:
 def sampling(temperature: float) -> dict[str, Any]:
     """What `generate` is told; a temperature of 0 is greedy."""
     return {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-
-
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], system_prompt: str | None = None
-) -> list[int]:
-    """Token ids of a conversation up to where the assistant speaks; the plain text where there is no template."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    encoded = tokenizer.apply_chat_template([*system, *messages], add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def _similar_lengths(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

@@ -14,14 +14,16 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.adapters import unmoved_adapters
-from toolkit.data import Batches
+from toolkit.data import Batches, Dialogue
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
+from toolkit.flow.asking import stop_as_trained
 from toolkit.flow.head import evaluate_head, make_head, teach_own_answers
 from toolkit.flow.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.flow.start import coverage
 from toolkit.mtp import MtpHead, head_state
-from toolkit.packaging import config_sha256, identify_base, license_of, write_artifact
+from toolkit.packaging import check_folder, config_sha256, files_of, identify_base, license_of, write_artifact
+from toolkit.packaging import require_packageable as may_be_packaged
 from toolkit.packaging.manifest import file_entry
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, most_answers, nearest_change
 from toolkit.ranks import is_first
@@ -42,7 +44,7 @@ from toolkit.training import (
 )
 from toolkit.training.memory import peak_of
 
-__all__ = ["Trained", "package", "resume", "train"]
+__all__ = ["Trained", "package", "require_packageable", "resume", "train"]
 
 
 _MARGIN = 64 << 20
@@ -64,6 +66,8 @@ class Trained:
     drafting: dict[str, Any] | None = None
     evaluation_peak: int = 0
     """Bytes at the highest while base and adapted model were compared, as `TrainResult.peak_memory`."""
+    chat: Mapping[str, Any] | None = None
+    """How conversations were written and what ended them, as `write_artifact` takes it."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
@@ -74,6 +78,16 @@ class Trained:
         return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
 
 
+def require_packageable(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    """Raise where the artifact of this run would be refused for its recipe, template or tokenizer; no model needed.
+
+    Raises:
+        RecipeError: a value of the recipe, or the chat template that it names, holds a token or a path of this machine.
+        ModelError: the base's tokenizer cannot be written so that it reads back the same.
+    """
+    may_be_packaged(tokenizer, flat(plan.recipe), files_of(plan.model, plan.recipe.model.revision))
+
+
 def resume(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, batches: Batches, note: Callable[[str], None] = lambda line: None
 ) -> Resume:
@@ -82,9 +96,11 @@ def resume(
     What is skipped or changed and allowed is noted. The base's weights are compared in `train`, once they are here.
 
     Raises:
-        ModelError: the run in the plan's folder was trained with something else. ResourceError: the disk is too small.
+        ModelError: the run in the plan's folder was trained with something else, or something else than its artifact
+            lies where that will be. ResourceError: the disk is too small.
     """
     run = RunFolder(plan.folder)
+    _require_place(run.adapter, plan)
     adapter, kept = plan.bytes.adapter, max(2, plan.recipe.training.save_total_limit)
     integers = plan.bytes.experts + plan.bytes.linears
     compensated = integers if plan.recipe.quantization.error_compensation != "none" else 0
@@ -125,7 +141,10 @@ def train(
     """
     console = console or Console(quiet=True)
     note = partial(console.print, highlight=False, markup=False)
-    resumed = resumed or resume(plan, tokenizer, batches, note)
+    stop_as_trained(model.get_base_model(), batches.form)
+    if resumed is None:
+        require_packageable(tokenizer, plan)
+        resumed = resume(plan, tokenizer, batches, note)
     resumed.bind(note, **_base_facts(plan))
     if plan.backend == ROUNDED_ROWS:
         looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
@@ -181,7 +200,19 @@ def train(
     if head is not None:
         drafting = {"training": head.result().to_dict(), **(drafting or {})}
     rows = _answers(tokenizer, batches.train)
-    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes)
+    form = batches.form.to_dict()
+    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes, form)
+
+
+def _require_place(adapter: Path, plan: Plan) -> None:
+    """The artifact's place is free or holds this run's; where the base is not here, no run can have ended here."""
+    if not adapter.exists() or (adapter.is_dir() and not any(adapter.iterdir())):
+        return
+    try:
+        base = identify_base(plan.model, plan.recipe.model.revision)
+    except ModelError:
+        return
+    check_folder(adapter, base=base, recipe_yaml=dump(plan.recipe))
 
 
 def _probes(plan: Plan, note: Callable[[str], None]) -> bool:
@@ -216,6 +247,7 @@ def _wanted_best(
         metric=wanted.metric,
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
+        read=Dialogue(tokenizer, batches.form).judged,
     )
     return BestAdapter(
         plan.folder,
@@ -262,5 +294,7 @@ def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = 
         results=result.results(),
         coverage=result.counts,
         rows=result.rows,
+        chat=result.chat,
+        base_folder=files_of(base, revision),
         mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),
     )

@@ -10,9 +10,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.data import Batches
+from toolkit.data import Batches, Dialogue
 from toolkit.durable import write_text
 from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss, read_windows
+from toolkit.flow.asking import stop_as_trained
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.steps import part
@@ -33,6 +34,7 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
     wanted, sequences = plan.recipe.eval, held_out(batches, plan)
     if not wanted.enabled or sequences is None:
         return None
+    stop_as_trained(model.get_base_model(), batches.form)
     return compare(
         model,
         tokenizer,
@@ -42,6 +44,7 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
         general=general_text(tokenizer, plan),
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
+        read=Dialogue(tokenizer, batches.form).judged,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.errors import ModelError, RecipeError, first_line
 from toolkit.evaluate import LOSS, find_metric
+from toolkit.flow.asking import declared_stops, dialogue, recorded_form, stop_as_trained
 from toolkit.flow.head import own_prompts
 from toolkit.flow.judge import general_text, held_out
 from toolkit.offload import load_streamed
@@ -127,6 +129,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
             read_compensated(model, kept, _base_hash(plan))
         elif as_trained:
             compensate(model, build_batches(tokenizer, plan), plan)
+    stop_as_trained(model, dialogue(tokenizer, plan, Path(artifact)).form)
     return load_adapter(model, artifact), tokenizer
 
 
@@ -157,7 +160,15 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
     assert isinstance(training.max_length, int)
-    return build_from_rows(tokenizer, **data, max_length=training.max_length, seed=training.seed)
+    recorded = recorded_form(plan.folder)
+    return build_from_rows(
+        tokenizer,
+        **data,
+        max_length=training.max_length,
+        seed=training.seed,
+        stop_token_ids=declared_stops(plan),
+        date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
+    )
 
 
 def step_shape(batches: Batches, plan: Plan) -> StepShape:

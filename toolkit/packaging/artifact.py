@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,30 +25,35 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit import __version__
 from toolkit.durable import staged_folder
-from toolkit.errors import ModelError, ResourceError, first_line
-from toolkit.packaging.base import BaseIdentity
-from toolkit.packaging.canary import refuse_canaries
+from toolkit.errors import ModelError, OnecardError, ResourceError, first_line
+from toolkit.packaging.base import BaseIdentity, files_of
+from toolkit.packaging.canary import looked_at, refuse_canaries
 from toolkit.packaging.card import model_card
+from toolkit.packaging.known import Known, base_texts, leaves
 from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
     FORMAT,
+    GENERATION_CONFIG,
     MANIFEST,
     MTP_HEAD,
     PICTURES,
+    TEMPLATE,
     TOKENIZER_FILES,
     file_entry,
     read_manifest,
     write_json,
 )
 from toolkit.packaging.portable import figures, portable
-from toolkit.recipe import Effect, changes
+from toolkit.packaging.stops import write_generation_config
+from toolkit.packaging.tokens import write_tokenizer
+from toolkit.recipe import Effect, Recipe, changes, load
 
-__all__ = ["check_folder", "seal", "stack_versions", "write_artifact"]
+__all__ = ["FROM_ELSEWHERE", "check_folder", "remembered", "seal", "stack_versions", "write_artifact"]
 
-# What transformers writes into tokenizer_config.json about where and how the tokenizer was loaded here.
-_LOADING_KEYS = frozenset({"auto_map", "cache_dir", "is_local", "local_files_only", "name_or_path", "use_auth_token"})
+FROM_ELSEWHERE = TOKENIZER_FILES | {GENERATION_CONFIG}
+"""Files whose text is the base's, or that of the chat template that the recipe names."""
 _METADATA = {"format": "pt"}
 
 
@@ -90,37 +93,49 @@ def write_artifact(
     mtp_head: Mapping[str, Tensor] | None = None,
     rows: Iterable[str] = (),
     pictures: Mapping[str, bytes] | None = None,
+    chat: Mapping[str, Any] | None = None,
+    base_folder: str | Path | None = None,
 ) -> Path:
     """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
 
     An artifact of the same run (same base, same recipe) is replaced; anything else that lies there is left alone.
     `results` and `coverage` are as `model_card` reads them; of `results` only numbers are kept. Tensors keep
     their dtype. `mtp_head` holds the tensors of a trained multi-token-prediction head by name. `rows` are the texts of
-    the training data: none of them may be found in the artifact. `pictures` are PNG files by the names of `PICTURES`.
+    the training data: none of them may be found in the artifact, unless it stands in the base's own files, the recipe
+    or the chat template. `pictures` are PNG files by the names of `PICTURES`.
+
+    `chat` is how the conversations were written, all keys optional: `form` (`chat`, or `text` for plain prompts),
+    `stop_token_ids` (all that end an answer, the base's among them; they go into generation_config.json),
+    `chat_template_kwargs`, `date` (of the template, YYYY-MM-DD) and `system_prompt`. `base_folder` is the base's files,
+    by default where the model was loaded from.
 
     Raises `ModelError` where `folder` holds something else, the adapter is empty or a row of the data would leave with
-    it, `ResourceError` where it cannot be
-    written.
+    it, `ResourceError` where it cannot be written.
     """
     folder = Path(folder)
-    facts = {
+    theirs = _base_folder(model, base, base_folder)
+    facts: dict[str, Any] = {
         "base": asdict(base),
         "recipe": _portable_recipe(recipe_yaml),
         "results": figures(results),
         "coverage": portable(coverage),
         "versions": dict(versions or stack_versions()),
+        **({"chat": _portable_chat(chat)} if chat else {}),
     }
     check_folder(folder, base=base, recipe_yaml=recipe_yaml)
     try:
         with staged_folder(folder, replace=True) as staging:
             _write_adapter(model, adapter_name, base, staging)
-            _write_tokenizer(tokenizer, staging)
+            write_tokenizer(tokenizer, staging, theirs)
+            write_generation_config(staging, facts.get("chat", {}).get("stop_token_ids") or (), theirs)
             if mtp_head:
                 save_file({n: _contiguous(mtp_head[n]) for n in sorted(mtp_head)}, staging / MTP_HEAD, _METADATA)
             for name in PICTURES.keys() & (pictures or {}).keys():
                 (staging / name).write_bytes((pictures or {})[name])
-            seal(staging, facts, license)
-            refuse_canaries(staging, rows)
+            known = Known(base_texts(theirs), tuple(leaves(tokenizer.chat_template)))
+            seal(staging, {**facts, "looked_at": looked_at(staging, FROM_ELSEWHERE, facts, known)}, license)
+            known = replace(known, words=(*known.words, *_words_of(staging, facts, license)))
+            refuse_canaries(staging, rows, known, called=folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(
@@ -134,6 +149,18 @@ def stack_versions() -> dict[str, str]:
     return {"onecard": __version__, **{name: version(name) for name in ("peft", "torch", "transformers")}}
 
 
+def _base_folder(model: PeftModel, base: BaseIdentity, given: str | Path | None) -> Path | None:
+    """Where the base's own files lie: given, where the model was loaded from, or in the Hub's cache."""
+    return _found(given or getattr(model.get_base_model(), "name_or_path", None), asdict(base))
+
+
+def _found(place: str | Path | None, base: Mapping[str, Any]) -> Path | None:
+    """A folder that holds a checkpoint, or the base's in the Hub's cache."""
+    if place and (Path(place) / "config.json").is_file():
+        return Path(place)
+    return files_of(base["name"], base["revision"]) if base["revision"] else None
+
+
 def _by_field(recipe: Mapping[str, Any]) -> dict[str, Any]:
     sections = ((name, fields) for name, fields in recipe.items() if isinstance(fields, Mapping))
     return {f"{name}.{field}": value for name, fields in sections for field, value in fields.items()}
@@ -143,6 +170,13 @@ def _portable_recipe(recipe_yaml: str) -> dict[str, Any]:
     recipe = YAML(typ="safe").load(io.StringIO(recipe_yaml)) or {}
     kept = {name: portable(section) for name, section in recipe.items()}
     kept.get("training", {}).pop("output_dir", None)  # the same run in another folder is the same run
+    return kept
+
+
+def _portable_chat(chat: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = portable({key: value for key, value in chat.items() if value is not None})
+    if stops := chat.get("stop_token_ids"):
+        kept["stop_token_ids"] = sorted({int(one) for one in stops})
     return kept
 
 
@@ -174,31 +208,43 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    clean = copy.deepcopy(tokenizer)
-    backend = getattr(clean, "backend_tokenizer", None)
-    if backend is not None:
-        # The last batch's padding and truncation stick to the tokenizer and would be saved with it.
-        backend.no_padding()
-        backend.no_truncation()
-    with tempfile.TemporaryDirectory() as scratch:
-        clean.save_pretrained(scratch)
-        saved = {path.name: path for path in Path(scratch).iterdir() if path.name in TOKENIZER_FILES}
-        if "tokenizer.json" not in saved:
-            raise ModelError(f"{type(tokenizer).__name__}: writes no tokenizer.json: use a base with a fast tokenizer")
-        for name, path in saved.items():
-            shutil.copyfile(path, folder / name)
-    config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    kept = {k: v for k, v in config.items() if k not in _LOADING_KEYS and not k.endswith("_file")}
-    write_json(folder / "tokenizer_config.json", portable(kept))
-
-
 def seal(folder: Path, facts: Mapping[str, Any], license: str | None = None) -> None:
     """Write the card and the manifest of a folder that holds all other files of an artifact.
 
     `facts` are `base recipe results coverage versions`, already fit to leave the machine; other keys go along.
     """
-    text = model_card(
+    (folder / CARD).write_text(_card(folder, facts, license), encoding="utf-8")
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {**facts, "format": FORMAT, "files": files})
+
+
+def _words_of(folder: Path, facts: Mapping[str, Any], license: str | None = None) -> tuple[str, ...]:
+    """What an artifact says that was not read from the data: the recipe, and a card without the texts of `coverage`."""
+    card = _card(folder, {**facts, "coverage": figures(facts["coverage"])}, license)
+    return (card, *leaves(facts["recipe"]), *leaves(facts.get("chat")))
+
+
+def remembered(folder: Path) -> Known:
+    """What is known of a finished artifact, from its manifest, and from its run and base where these are here."""
+    manifest = read_manifest(folder)
+    told, recipe = manifest.get("looked_at") or {}, _recipe_of_run(folder.absolute())
+    theirs = _found(recipe.model.model_name_or_path if recipe else None, manifest["base"])
+    template = Path(recipe.data.chat_template_path) if recipe and recipe.data.chat_template_path else None
+    own = [template.read_text(encoding="utf-8", errors="replace")] if template and template.is_file() else []
+    words = (*own, *_words_of(folder, manifest))
+    return Known(base_texts(theirs), words, frozenset(told.get("strings", ())), told.get("files", {}))
+
+
+def _recipe_of_run(folder: Path) -> Recipe | None:
+    run = folder.parent / "recipe.yaml"
+    try:
+        return load(run, note=lambda line: None) if folder.name == "adapter" and run.is_file() else None
+    except OnecardError:
+        return None
+
+
+def _card(folder: Path, facts: Mapping[str, Any], license: str | None) -> str:
+    return model_card(
         base=BaseIdentity(**facts["base"]),
         adapter_config=json.loads((folder / ADAPTER_CONFIG).read_bytes()),
         results=facts["results"],
@@ -208,7 +254,6 @@ def seal(folder: Path, facts: Mapping[str, Any], license: str | None = None) -> 
         combined=facts.get("combined", ()),
         pictures=[name for name in PICTURES if (folder / name).is_file()],
         license=license,
+        chat=facts.get("chat") or {},
+        has_template=(folder / TEMPLATE).is_file(),
     )
-    (folder / CARD).write_text(text, encoding="utf-8")
-    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {**facts, "format": FORMAT, "files": files})

@@ -22,7 +22,7 @@ from toolkit.errors import ModelError
 from toolkit.registration import METHOD
 from toolkit.steps import advance, part
 
-__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "identify_base", "license_of"]
+__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "files_of", "identify_base", "license_of"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
@@ -116,6 +116,16 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
             f"{repo_id}@{revision}: neither a folder nor in the Hub cache: load the base once, or give its folder"
         )
     return Path(config).parent
+
+
+def files_of(name_or_path: str, revision: str = "main") -> Path | None:
+    """The folder of a checkpoint: itself, or its copy in the Hub's cache, None where neither is here."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        return cached_snapshot(name_or_path, revision)
+    except ModelError:
+        return None
 
 
 def _weights_sha256(folder: Path) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ruamel.yaml import YAML
 
 from toolkit.packaging.base import BaseIdentity
-from toolkit.packaging.loading import loading_section
+from toolkit.packaging.loading import form_of, loading_section
 from toolkit.packaging.manifest import PICTURES
 
 __all__ = ["model_card"]
@@ -37,13 +37,16 @@ def model_card(
     combined: Collection[Mapping[str, Any]] = (),
     pictures: Collection[str] = (),
     license: str | None = None,
+    chat: Mapping[str, Any] | None = None,
+    has_template: bool = False,
 ) -> str:
     """The README.md of an artifact: metadata block and Markdown.
 
     `results` is `{"base": {metric: number}, "adapted": {metric: number}, "examples": number, "training": …, "mtp": …}`,
     all optional. `coverage` maps what was covered to `{"done": n, "total": n}`, `[done, total]`, a plain value, or a
     mapping of such. `recipe` is the resolved recipe without secrets and local paths. `combined` are the adapters that
-    this one is the weighted sum of. `pictures` are files beside the card. `license` is a Hub licence id.
+    this one is the weighted sum of. `pictures` are files beside the card. `license` is a Hub licence id. `chat` is how
+    the conversations were written, as `write_artifact` takes it; `has_template` says that chat_template.jinja is there.
     """
     name = f"{base.name.rpartition('/')[2]} adapter"
     recipe = recipe or {}
@@ -52,11 +55,11 @@ def model_card(
         f"# {name}\n\nA LoRA adapter for the Mixture-of-Experts model {_origin(base)}, trained with onecard on a base "
         "held in 8 bit and saved in PEFT's own layout.",
         _combined_section(combined),
-        _training_section(adapter_config, coverage, results, recipe),
+        _training_section(adapter_config, coverage, results, recipe, chat or {}),
         _results_section(results),
         _pictures_section(pictures),
         _drafting_section(results),
-        loading_section(base, adapter_config),
+        loading_section(base, adapter_config, chat or {}, has_template=has_template),
         _recipe_section(recipe),
         _limits_section(base, versions),
     ]
@@ -127,17 +130,23 @@ def _combined_section(combined: Collection[Mapping[str, Any]]) -> str:
     if not combined:
         return ""
     rows = [f"| {one['weight']:g} | `{one['name']}` | `{one['weights_sha256']}` |" for one in combined]
-    head = "## A combination\n\nThe weighted sum of these adapters; its own figures were not measured."
+    head = "## A combination\n\nThe weighted sum of these adapters; its own figures were not measured. "
+    head += "Tokenizer, chat template and recipe are those of the first; an answer ends where any of them ends one."
     return "\n".join([head, "", "| weight | adapter | SHA-256 of its weights |", "|---:|---|---|", *rows])
 
 
 def _training_section(
-    config: Mapping[str, Any], coverage: Mapping[str, Any], results: Mapping[str, Any], recipe: Mapping[str, Any]
+    config: Mapping[str, Any],
+    coverage: Mapping[str, Any],
+    results: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    chat: Mapping[str, Any],
 ) -> str:
     targets = config.get("target_modules") or []
     targets = [targets] if isinstance(targets, str) else [*targets]
     names = ", ".join(f"`{name}`" for name in [*(config.get("target_parameters") or []), *targets])
     rows = [f"| data | {_data(recipe, results)} |"] if recipe.get("data") else []
+    rows += [f"| form | {form} |"] if (form := form_of(chat)) else []
     rows += [f"| rank, alpha | {config['r']}, {config['lora_alpha']:g} |"]
     rows += [
         f"| {label} | {', '.join(f'`{name}` {value:g}' for name, value in sorted(config[key].items()))} |"

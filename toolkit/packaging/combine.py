@@ -20,17 +20,20 @@ from torch import Tensor
 
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging.artifact import seal, stack_versions
+from toolkit.packaging.artifact import FROM_ELSEWHERE, remembered, seal, stack_versions
 from toolkit.packaging.canary import refuse_canaries
 from toolkit.packaging.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    TOKENIZER_FILES,
+    GENERATION_CONFIG,
+    file_entry,
     load_adapter_config,
+    read_json,
     read_manifest,
     write_json,
 )
 from toolkit.packaging.portable import portable
+from toolkit.packaging.stops import read_stops
 from toolkit.packaging.verify import verify_artifact
 
 __all__ = ["Combined", "combine_adapters"]
@@ -87,11 +90,25 @@ def combine_adapters(weights: Mapping[str, float], out: str | Path, *, rank: int
         save_file({name: tensors[name] for name in sorted(tensors)}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
         write_json(folder / ADAPTER_CONFIG, {**load_adapter_config(first), **plain})
         for path in sorted(first.iterdir()):
-            if path.name in TOKENIZER_FILES:
+            if path.name in FROM_ELSEWHERE:
                 shutil.copyfile(path, folder / path.name)
-        seal(folder, _facts(weights, first, widest))
-        refuse_canaries(folder)
+        facts = _facts(weights, first, widest)
+        if stops := sorted({one for adapter in weights for one in read_stops(Path(adapter))}):
+            # An answer ends where any of the parts was taught to end one.
+            write_json(folder / GENERATION_CONFIG, {**read_json(first / GENERATION_CONFIG), "eos_token_id": stops})
+            facts["chat"] = {**facts.get("chat", {}), "stop_token_ids": stops}
+        seal(folder, {**facts, **_seen(first, folder)})
+        refuse_canaries(folder, known=remembered(folder), called=out)
     return Combined(str(out), widest, len(names), math.sqrt(lost / total) if total else 0.0)
+
+
+def _seen(first: Path, folder: Path) -> dict[str, Any]:
+    """That the first adapter's tokenizer and template were looked at holds for their copies."""
+    told = read_manifest(first).get("looked_at")
+    if not told:
+        return {}
+    files = {name: file_entry(folder / name)["sha256"] for name in told["files"] if (folder / name).is_file()}
+    return {"looked_at": {**told, "files": files}}
 
 
 def _facts(weights: Mapping[str, float], first: Path, rank: int) -> dict[str, Any]:
@@ -108,7 +125,7 @@ def _facts(weights: Mapping[str, float], first: Path, rank: int) -> dict[str, An
         }
         for folder, weight in weights.items()
     ]
-    kept = {key: manifest[key] for key in ("base", "coverage")}
+    kept = {key: manifest[key] for key in ("base", "chat", "coverage") if manifest.get(key) is not None}
     facts: dict[str, Any] = portable(
         {**kept, "recipe": recipe, "results": {}, "versions": stack_versions(), "combined": parts}
     )

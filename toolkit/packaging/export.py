@@ -21,11 +21,21 @@ from toolkit.architecture import describe
 from toolkit.architecture import skeleton as skeleton_of
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
-from toolkit.packaging.gguf import MODELFILE, read_gguf, write_gguf
-from toolkit.packaging.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_entry, load_adapter_config, write_json
+from toolkit.packaging.gguf import modelfile, read_gguf, write_gguf
+from toolkit.packaging.manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TEMPLATE,
+    file_entry,
+    load_adapter_config,
+    read_manifest,
+    write_json,
+)
 from toolkit.packaging.merge import merge_checkpoint, merged_difference
 from toolkit.packaging.served import server_problems
 from toolkit.packaging.stitch import DRAFT_FOLDER, stitch_head
+from toolkit.packaging.stops import declare_stops, put_stops, read_stops
+from toolkit.packaging.tokens import put_tokenizer, token_text
 from toolkit.packaging.verify import require_base, verify_artifact
 from toolkit.steps import part
 
@@ -58,14 +68,16 @@ class Export:
 def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str | Path) -> Export:
     """Write an artifact in another layout to the new folder `out`.
 
+    Tokenizer, chat template and what ends an answer go along from the artifact, never from the base.
+
     Args:
         base: folder of the original checkpoint.
         format: one of `FORMATS`.
 
     Raises:
         RecipeError: no such format, or `out` exists. ResourceError: the disk is full or broken.
-        ModelError: the family cannot have this layout, or what was written does not give the adapter's numbers; nothing
-            is left behind then.
+        ModelError: the family cannot have this layout, or what was written does not give the adapter's numbers, tokens
+            or end tokens; nothing is left behind then.
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
     if format not in FORMATS:
@@ -85,16 +97,19 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
                 )
             servers = _servers(folder, skeleton) if format == "per-expert" else {}
             export = Export(str(out), format, compared, difference, bound, servers)
-            _record(export, folder, out.name)
+            _record(export, artifact, folder, out.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(f"{out}: cannot be exported: {reason}; free space or give another folder") from None
     return export
 
 
-def _record(export: Export, folder: Path, name: str) -> None:
+def _record(export: Export, artifact: Path, folder: Path, name: str) -> None:
+    """What was written, and of the artifact's manifest the base and how conversations are written."""
     files = {str(path.relative_to(folder)): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    write_json(folder / _RECORD, {**export.to_dict(), "folder": name, "files": files})
+    manifest = read_manifest(artifact)
+    told = {key: manifest[key] for key in ("base", "chat") if manifest.get(key)}
+    write_json(folder / _RECORD, {**export.to_dict(), **told, "folder": name, "files": files})
 
 
 def _servers(folder: Path, skeleton: PreTrainedModel) -> dict[str, list[str]]:
@@ -116,6 +131,8 @@ def _per_expert(artifact: Path, base: Path, adapter: list[Factors], skeleton: Pr
     save_file({name: tensors[name] for name in sorted(tensors)}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     leaves = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
     write_json(folder / ADAPTER_CONFIG, _plain_config(load_adapter_config(artifact), rank, leaves))
+    put_tokenizer(artifact, folder)
+    put_stops(artifact, folder)
     back = from_per_expert(load_file(folder / ADAPTER_WEIGHTS), adapter, skeleton)
     return "updates, over the largest", largest_difference(adapter, back), _FP32_SUMS
 
@@ -128,7 +145,11 @@ def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[
 
 def _merged(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
     merge_checkpoint(base, adapter, skeleton, folder)
+    put_tokenizer(artifact, folder)
+    put_stops(artifact, folder)
     head = stitch_head(artifact, skeleton, folder)
+    for checkpoint in (folder, folder / DRAFT_FOLDER):
+        declare_stops(checkpoint, read_stops(artifact), base)
     _, steps = merged_difference(base, folder, adapter)
     return f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}", steps, 1.01
 
@@ -143,6 +164,8 @@ def _merged_int8(artifact: Path, base: Path, adapter: list[Factors], skeleton: P
     if steps > bound:
         raise ModelError(f"merged-int8: the merge is off by {steps:.2f} roundings: not exported")
     off = _int8_steps(merged, result, adapter)
+    put_tokenizer(artifact, result)
+    put_stops(artifact, result)
     for path in [*result.iterdir(), *merged.glob(DRAFT_FOLDER)]:
         path.rename(folder / path.name)
     result.rmdir()
@@ -170,7 +193,12 @@ def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
 
 def _gguf(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
     write_gguf(adapter, skeleton, folder / "adapter.gguf")
-    (folder / "Modelfile").write_text(MODELFILE, encoding="utf-8")
+    chat = read_manifest(artifact).get("chat") or {}
+    has_template = chat.get("form", "chat") == "chat" and (artifact / TEMPLATE).is_file()
+    if has_template:
+        shutil.copyfile(artifact / TEMPLATE, folder / TEMPLATE)
+    ends = token_text(artifact, read_stops(artifact)) if read_stops(artifact) else []
+    (folder / "Modelfile").write_text(modelfile(ends, chat), encoding="utf-8")
     return "updates, over the largest", read_gguf(folder / "adapter.gguf", adapter, skeleton), _FP32_SUMS
 
 

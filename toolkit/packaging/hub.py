@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from toolkit.errors import HubError, first_line
+from toolkit.packaging.artifact import remembered
 from toolkit.packaging.canary import refuse_canaries
 from toolkit.packaging.connection import HTTPError, limit_waiting
 from toolkit.packaging.manifest import FILES, MANIFEST, read_manifest
@@ -55,12 +56,13 @@ def push_artifact(
     artifact that this one lacks are deleted in the same commit; other files of the repository stay. Repeating a push
     that succeeded changes nothing.
 
-    `rows` are answers of the training data: none of them may leave. Raises `ModelError` where verification fails or a
-    token, a local path or a row is found (nothing is sent then) and `HubError` for everything on the Hub's side.
+    `rows` are answers of the training data: none of them may leave, but for what the base's own files, the recipe or
+    the chat template say too. Raises `ModelError` where verification fails or a token, a local path or a row is found
+    (nothing is sent then) and `HubError` for everything on the Hub's side.
     """
     folder = Path(folder)
     verify_artifact(folder, strict=True)
-    refuse_canaries(folder, rows)
+    refuse_canaries(folder, rows, remembered(folder))
     api = HfApi(endpoint=endpoint, token=token)
     if dry_run:
         return f"{api.endpoint}/{repo_id}"

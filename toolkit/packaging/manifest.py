@@ -23,13 +23,16 @@ __all__ = [
     "CARD",
     "FILES",
     "FORMAT",
+    "GENERATION_CONFIG",
     "MANIFEST",
     "MTP_HEAD",
     "PICTURES",
+    "TEMPLATE",
     "TOKENIZER_FILES",
     "file_entry",
     "is_plain",
     "load_adapter_config",
+    "read_json",
     "read_manifest",
     "write_json",
 ]
@@ -39,16 +42,18 @@ MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MTP_HEAD = "mtp_head.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = frozenset(
-    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE}
 )
 PICTURES = {
     "experts.png": "Tokens by layer and expert, on held-out examples, with the adapter",
     "loss.png": "Training and held-out loss by step",
 }
 # Beside manifest.json, an artifact holds these files and no others.
-FILES = TOKENIZER_FILES | PICTURES.keys() | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, MTP_HEAD}
+FILES = TOKENIZER_FILES | PICTURES.keys() | {ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, GENERATION_CONFIG, MTP_HEAD}
 
 _LARGEST = 1 << 20
 _MOST_JSON_BYTES = 8 * 2**20
@@ -72,6 +77,19 @@ class _Base(_Part):
     is_int8: bool = False
 
 
+class _Chat(_Part):
+    form: Literal["chat", "text"] = "chat"
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    chat_template_kwargs: dict[str, Any] | None = None
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    system_prompt: str | None = None
+
+
+class _LookedAt(_Part):
+    files: dict[str, Sha256] = {}
+    strings: list[str] = []
+
+
 class _Manifest(_Part):
     format: Literal[1]
     files: dict[str, _File]
@@ -80,6 +98,8 @@ class _Manifest(_Part):
     recipe: dict[str, Any]
     results: dict[str, Any]
     coverage: dict[str, Any]
+    chat: _Chat | None = None
+    looked_at: _LookedAt | None = None
 
 
 class _AdapterConfig(_Part):
@@ -96,6 +116,9 @@ class _AdapterConfig(_Part):
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The validated `manifest.json` of an artifact: `format files base versions recipe results coverage`.
+
+    Where they are known also `chat`, how the run's conversations were written (`write_artifact` has its keys), and
+    `looked_at`, the files that came from the base or the chat template, and paths that the base's own files hold.
 
     Raises `ModelError` where it is missing, not ours, or names a file that no artifact holds.
     """
@@ -135,6 +158,15 @@ def is_plain(path: Path) -> bool:
         blobs = path.parent.parent.parent / "blobs"
         return path.parent.parent.name == "snapshots" and path.resolve().parent == blobs.resolve() and path.is_file()
     return stat.S_ISREG(path.lstat().st_mode)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint or export; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -31,7 +31,7 @@ def portable(value: Any) -> Any:
 
     Keys that name a secret are left out; a string that is an absolute path, or leads out of the working folder, keeps
     only its last part; the home, working and temporary folders are cut out of longer text; tokens and URL logins are
-    removed. Non-finite numbers become None, as JSON has none.
+    removed. Non-finite numbers become None, as JSON has none; a date becomes text.
     """
     if isinstance(value, Mapping):
         return {
@@ -43,7 +43,9 @@ def portable(value: Any) -> Any:
         return [portable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return _portable_text(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _portable_text(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)  # a date of the recipe's
 
 
 def figures(value: Any) -> Any:
@@ -71,7 +73,10 @@ def _portable_text(text: str) -> str:
 def _without_secrets(text: str) -> str:
     """Prose, which may begin with a slash without being a path."""
     text = _URL_LOGIN.sub("", SECRET.sub("[removed]", text))
-    for folder, stand_in in ((Path.cwd(), "."), (Path.home(), "~"), (Path(tempfile.gettempdir()), "~")):
+    # That there is a temporary folder says nothing of this machine; what lies in it does.
+    whole, below = r"(?![\w-]|\.\w)", r"(?=/\w)"
+    ends = ((Path.cwd(), ".", whole), (Path.home(), "~", whole), (Path(tempfile.gettempdir()), "~", below))
+    for folder, stand_in, end in ends:
         if len(folder.parts) > 1:
-            text = re.sub(rf"{re.escape(str(folder))}(?![\w.-])", stand_in, text)
+            text = re.sub(rf"{re.escape(str(folder))}{end}", stand_in, text)
     return text

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from toolkit.errors import ModelError
 from toolkit.packaging.base import cached_snapshot
-from toolkit.packaging.manifest import read_manifest
+from toolkit.packaging.manifest import TEMPLATE, read_manifest
 from toolkit.recipe import Recipe, load, parse
 
 __all__ = ["base_folder", "reopen_recipe", "runs_near"]
@@ -21,6 +21,9 @@ def reopen_recipe(
 ) -> Recipe:
     """The recipe of a run folder, or of an artifact's manifest.
 
+    A chat template that it names is the artifact's own file: the path was one of the machine that trained, and what
+    lies there may have changed since.
+
     Args:
         overrides: `section.key=value`, as for a recipe file.
         base: the base checkpoint to use; a local base is not named in an artifact.
@@ -30,7 +33,7 @@ def reopen_recipe(
     """
     given = [*overrides, *([f"model.model_name_or_path={base}"] if base else [])]
     if (path / "recipe.yaml").is_file():
-        return load(path / "recipe.yaml", given, note)
+        return _with_template(load(path / "recipe.yaml", given, note), path / "adapter", given)
     if not (path / "adapter_config.json").is_file():
         raise ModelError(
             f"{path}: neither a run folder nor an adapter; give the folder that `onecard train` named{runs_near(path)}"
@@ -42,7 +45,15 @@ def reopen_recipe(
         )
     stream = io.StringIO()
     YAML().dump(manifest["recipe"], stream)
-    return parse(stream.getvalue(), str(path / "manifest.json"), given, note)
+    return _with_template(parse(stream.getvalue(), str(path / "manifest.json"), given, note), path, given)
+
+
+def _with_template(recipe: Recipe, artifact: Path, overrides: Sequence[str]) -> Recipe:
+    written = (artifact / TEMPLATE).absolute()
+    named = recipe.data.chat_template_path
+    if not named or not written.is_file() or any(each.startswith("data.chat_template") for each in overrides):
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template_path": str(written)})})
 
 
 def runs_near(path: Path) -> str:

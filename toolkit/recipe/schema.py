@@ -219,6 +219,14 @@ class DataSection(_Section):
     """Put before every conversation that has no system turn."""
     chat_template_path: NonEmpty | None = None
     """A Jinja file to use instead of the tokenizer's chat template; it is saved with the adapter."""
+    chat_template_kwargs: dict[NonEmpty, Any] = {}
+    """Options of the chat template, such as `{enable_thinking: false}`; training and inference render with them. A
+    row's own column of that name goes before them."""
+    thoughts: Literal["keep", "drop"] = "keep"
+    """Train thoughts (`reasoning_content`, `thinking`, `reasoning`, `<think>…</think>`), or leave them out."""
+    train_on: Literal["all", "last"] = "all"
+    """Train every assistant turn of a conversation, or its last one. A turn with `train: false`, `weight: 0` or
+    `loss: false` never is."""
     assistant_only_loss: bool = True
     """Train on assistant turns only (conversations)."""
     completion_only_loss: bool = True

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from toolkit.adapters import add_adapter
+from toolkit.data import Answer, Dialogue
 from toolkit.errors import OnecardError, RecipeError
-from toolkit.evaluate import encode_chat, sampling
+from toolkit.evaluate import sampling
 from toolkit.mtp import Speculator
 from toolkit.serving.screen import Screen, Tell
 
@@ -29,17 +31,35 @@ _OWN = "default"
 _HELP = "/adapter [NAME|FOLDER], /compare [on|off], /mtp [on|off], /reset, /help, /quit"
 
 
-class _Teller(TextStreamer):  # type: ignore[misc]
-    """Hands whole words of an answer on as they come."""
+class _Teller(BaseStreamer):  # type: ignore[misc]
+    """Hands an answer on as it comes, its thought apart; what an unfinished part turns out to be may wait."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tell: Tell, *, skip_prompt: bool) -> None:
-        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
-        self._tell = tell
+    def __init__(self, dialogue: Dialogue, prompt_ids: Sequence[int], tell: Tell, *, skip_prompt: bool) -> None:
+        self._dialogue, self._prompt_ids, self._tell = dialogue, prompt_ids, tell
+        self._skips = skip_prompt
+        self._ids: list[int] = []
+        self._told = {"thought": "", "judged": ""}
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """TextStreamer's own seam."""
-        if text:
-            self._tell(text)
+    def put(self, value: torch.Tensor) -> None:
+        """transformers' seam: new tokens, the prompt's first."""
+        if self._skips:
+            self._skips = False
+            return
+        self._ids += value.flatten().tolist()
+        self._show(self._dialogue.read(self._ids, self._prompt_ids), is_end=False)
+
+    def end(self) -> None:
+        """transformers' seam: nothing more comes."""
+        self._show(self._dialogue.read(self._ids, self._prompt_ids), is_end=True)
+
+    def _show(self, answer: Answer, *, is_end: bool) -> None:
+        for part, label in (("thought", "[thought] "), ("judged", "\n[answer] ")):
+            text, told = getattr(answer, part), self._told[part]
+            ready = text if is_end else text.rstrip("\ufffd")
+            if len(ready) > len(told) and ready.startswith(told):
+                needs_label = not told and (part == "thought" or self._told["thought"])
+                self._tell((label if needs_label else "") + ready[len(told) :])
+                self._told[part] = ready
 
 
 @dataclass
@@ -51,15 +71,14 @@ class Conversation:
     """
 
     model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    system_prompt: str | None = None
+    dialogue: Dialogue
     max_new_tokens: int = 256
     temperature: float = 0.0
     make_drafts: Callable[[], Speculator] | None = None
     drafting: bool = False
     compare: bool = False
     adapter: str = _OWN
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     _drafts: Speculator | None = None
 
     @property
@@ -71,8 +90,8 @@ class Conversation:
         """The answer to `text`, told piece by piece; both become part of the conversation."""
         self.messages.append({"role": "user", "content": text})
         reply = self._answer(self.adapter, tell)
-        self.messages.append({"role": "assistant", "content": reply})
-        return reply
+        self.messages.append(reply.message())
+        return reply.judged
 
     def say_to_both(self, text: str, tell_base: Tell, tell: Tell) -> str:
         """As `say`, after the base has answered the same; its answer is not part of the conversation."""
@@ -122,7 +141,7 @@ class Conversation:
         self.messages.clear()
 
     @torch.no_grad()
-    def _answer(self, adapter: str, tell: Tell) -> str:
+    def _answer(self, adapter: str, tell: Tell) -> Answer:
         if adapter == BASE:
             with self.model.disable_adapter():
                 return self._generate(tell)
@@ -131,30 +150,32 @@ class Conversation:
             return self._generate_with_drafts(tell)
         return self._generate(tell)
 
-    def _generate_with_drafts(self, tell: Tell) -> str:
+    def _generate_with_drafts(self, tell: Tell) -> Answer:
         if self._drafts is None:
             assert self.make_drafts is not None
             self._drafts = self.make_drafts()
-        teller = _Teller(self.tokenizer, tell, skip_prompt=False)
-        (written,) = self._drafts.generate([self._prompt()], told=lambda new: teller.put(torch.tensor(new)))
+        prompt = self._prompt()
+        teller = _Teller(self.dialogue, prompt, tell, skip_prompt=False)
+        (written,) = self._drafts.generate([prompt], told=lambda new: teller.put(torch.tensor(new)))
         teller.end()
-        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+        return self.dialogue.read(written, prompt)
 
     def _prompt(self) -> list[int]:
-        return encode_chat(self.tokenizer, self.messages, self.system_prompt)
+        return self.dialogue.prompt_ids(self.messages)
 
-    def _generate(self, tell: Tell) -> str:
+    def _generate(self, tell: Tell) -> Answer:
         self.model.eval()
-        ids = torch.tensor([self._prompt()], device=self.model.device)
+        prompt = self._prompt()
+        ids = torch.tensor([prompt], device=self.model.device)
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.tokenizer.eos_token_id,
-            streamer=_Teller(self.tokenizer, tell, skip_prompt=True),
+            pad_token_id=self.dialogue.tokens.eos,
+            streamer=_Teller(self.dialogue, prompt, tell, skip_prompt=True),
             **sampling(self.temperature),
         )
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        return self.dialogue.read(output[0, ids.shape[1] :].tolist(), prompt)
 
 
 def talk(conversation: Conversation, lines: Iterable[str], screen: Screen) -> None:

@@ -6,12 +6,14 @@ manager, and ours hands out the one model that is loaded already.
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from toolkit.data import Dialogue, InvalidRow, check_messages, check_tools
 from toolkit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app", "require_server", "serve"]
 
+_SERVER_OPTIONS = {"add_generation_prompt", "return_tensors", "return_dict", "tokenize"}
 _NEEDED = ("fastapi", "uvicorn", "openai")
 
 
@@ -28,8 +31,8 @@ def require_server() -> None:
         raise RecipeError(f'serve: {", ".join(missing)} not installed; pip install "onecard[serve]"')
 
 
-def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> FastAPI:
-    """transformers' application with this model as its only one, under `name` (no `@` or `:`)."""
+def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, name: str) -> FastAPI:
+    """transformers' application with this model as its only one, under `name` (no `@` or `:`), asked by `dialogue`."""
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
@@ -43,6 +46,8 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -
     adapted = model.eval().get_base_model()
     adapted.config.use_cache = True
 
+    processor = _asked_as_trained(tokenizer, dialogue)
+
     class OneModel(ModelManager):  # type: ignore[misc]
         """Loads nothing."""
 
@@ -50,7 +55,7 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -
             return adapted
 
         def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
-            return tokenizer
+            return processor
 
         def get_gen_models(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
             """What `/v1/models` lists; transformers would list the Hub's cache."""
@@ -69,8 +74,35 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -
     return app
 
 
-def serve(model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str, *, host: str, port: int) -> None:
+def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> PreTrainedTokenizerBase:
+    """A tokenizer whose conversations become prompts as they did in training: same options, date and form."""
+
+    from fastapi import HTTPException
+
+    class AsTrained(type(tokenizer)):  # type: ignore[misc]
+        """The tokenizer, but for one method."""
+
+        def apply_chat_template(self, conversation: Any, tools: Any = None, **options: Any) -> BatchEncoding:
+            """The prompt's tokens, [T], or [1, T] as a tensor; `options` are the request's own for the template."""
+            kept = {key: value for key, value in options.items() if key in dialogue.options - _SERVER_OPTIONS}
+            try:
+                ids = dialogue.prompt_ids(check_messages(conversation), check_tools(tools), kept)
+            except InvalidRow as problem:
+                raise HTTPException(status_code=400, detail=problem.detail) from None
+            mask = [1] * len(ids)
+            if options.get("return_tensors") is None:
+                return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+            return BatchEncoding({"input_ids": [ids], "attention_mask": [mask]}, tensor_type=options["return_tensors"])
+
+    result = copy.copy(tokenizer)
+    result.__class__ = AsTrained
+    return result
+
+
+def serve(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, name: str, *, host: str, port: int
+) -> None:
     """Answer requests until interrupted."""
     import uvicorn
 
-    uvicorn.run(build_app(model, tokenizer, name), host=host, port=port, log_level="warning")
+    uvicorn.run(build_app(model, tokenizer, dialogue, name), host=host, port=port, log_level="warning")

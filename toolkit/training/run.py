@@ -1,6 +1,6 @@
 """The run folder: recipe, plan, metrics, checkpoints and artifact of one training run.
 
-recipe.yaml  plan.json  metrics.jsonl  checkpoints/  adapter/  experts.json  summary.json  report.html
+recipe.yaml  plan.json  chat.json  metrics.jsonl  checkpoints/  adapter/  experts.json  summary.json  report.html
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The artifact."""
         return self.path / "adapter"
+
+    @property
+    def chat(self) -> Path:
+        """How the trained model is asked, and what ends its answers."""
+        return self.path / "chat.json"
 
     @property
     def start(self) -> Path:

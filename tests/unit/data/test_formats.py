@@ -13,7 +13,7 @@ def text_of(batches: Any, tokenizer: Any, index: int = 0) -> str:
     return str(tokenizer.decode(batches.train[index]["input_ids"]))
 
 
-CHAT_TEXT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+CHAT_TEXT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
 SHAPED = [
     ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
     ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
@@ -69,23 +69,22 @@ def test_only_the_completion_of_a_conversation_is_trained(build: Any, trained: A
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "expected", "cut"),
+    ("prompt", "completion", "expected"),
     [
-        ("Q: ü?\nA:", " yes", " yes<|im_end|>", 0),
-        ("Capital of France is the ", "city", " city<|im_end|>", 1),
-        ("🎉", "👍🏽", "👍🏽<|im_end|>", 0),
-        ("", "alone", "alone<|im_end|>", 0),
-        ("a", " b<|im_end|>", " b<|im_end|>", 0),
+        ("Q: ü?\nA:", " yes", " yes<|im_end|>"),
+        ("Capital of France is the ", "city", "city<|im_end|>"),
+        ("🎉", "👍🏽", "👍🏽<|im_end|>"),
+        ("", "alone", "alone<|im_end|>"),
+        ("a", " b<|im_end|>", " b<|im_end|>"),
     ],
 )
-def test_completions_begin_at_a_token_and_end_once(
-    prompt: str, completion: str, expected: str, cut: int, build: Any, trained: Any, tokenizer: Any
+def test_completions_follow_what_inference_is_fed_and_end_once(
+    prompt: str, completion: str, expected: str, build: Any, trained: Any, tokenizer: Any
 ) -> None:
     batches = build([{"prompt": prompt, "completion": completion}])
-    whole = tokenizer(prompt + completion.removesuffix("<|im_end|>"))["input_ids"]
-    assert batches.train[0]["input_ids"] == [*whole, tokenizer.eos_token_id]
+    fed, said = tokenizer(prompt)["input_ids"], tokenizer(completion.removesuffix("<|im_end|>"))["input_ids"]
+    assert batches.train[0]["input_ids"] == [*fed, *said, tokenizer.eos_token_id]
     assert trained(batches) == [expected]
-    assert sum(n for text, n in batches.report.notices.items() if "inside a token" in text) == cut
     assert trained(build([{"prompt": prompt, "completion": completion}], completion_only_loss=False))[0].endswith(
         expected
     )

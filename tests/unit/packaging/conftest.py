@@ -66,8 +66,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def write(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
     """`write(folder, **changes)`: write the artifact with some arguments changed."""
+    ours = tokenizer
 
-    def write(folder: Path, model: PeftModel = adapted, **changes: Any) -> Path:
+    def write(
+        folder: Path, model: PeftModel = adapted, tokenizer: PreTrainedTokenizerBase = ours, **changes: Any
+    ) -> Path:
         facts: dict[str, Any] = {
             "base": identify_base(str(BASE)),
             "recipe_yaml": RECIPE,

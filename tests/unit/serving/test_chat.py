@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 
 from tests.faults.conftest import MODEL
 from toolkit.adapters import attach_lora
+from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import ModelError, RecipeError
-from toolkit.evaluate import answer, encode_chat, speculator
+from toolkit.evaluate import answer, speculator
 from toolkit.mtp import Speculator
 from toolkit.quant import load_int8
 from toolkit.serving import Conversation, Screen, talk
@@ -47,14 +48,19 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def conversation() -> Conversation:
-    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
-    return Conversation(adapted(4, seed=0), tokenizer, max_new_tokens=8)
+    return Conversation(adapted(4, seed=0), plain_dialogue(), max_new_tokens=8)
+
+
+def plain_dialogue() -> Dialogue:
+    """How the embedded model is asked."""
+    return Dialogue(AutoTokenizer.from_pretrained(MODEL), ChatForm())
 
 
 def spoken(conversation: Conversation, messages: list[dict[str, str]]) -> str:
     """What `answer` gives, without a stream."""
-    ids = encode_chat(conversation.tokenizer, messages)
-    return answer(conversation.model, conversation.tokenizer, [ids], max_new_tokens=8)[0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    return answer(conversation.model, tokenizer, [ids], max_new_tokens=8)[0]
 
 
 def heard(words: list[str]) -> Callable[[str], None]:
@@ -93,7 +99,7 @@ def test_adapters_are_switched(conversation: Conversation, other: Path, tmp_path
     second = conversation.say(QUESTION, heard([]))
     conversation.reset()
     assert second == spoken(
-        Conversation(adapted(2, seed=1), conversation.tokenizer), [{"role": "user", "content": QUESTION}]
+        Conversation(adapted(2, seed=1), conversation.dialogue), [{"role": "user", "content": QUESTION}]
     )
     assert first != second
     conversation.switch("default")

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from tests.faults.conftest import MODEL, Run, onecard
 from tests.unit.documentation.commands import ROOT, shown_in
-from tests.unit.serving.test_chat import QUESTION, adapted
+from tests.unit.serving.test_chat import QUESTION, adapted, plain_dialogue
 from toolkit.errors import RecipeError
-from toolkit.evaluate import answer, encode_chat, require_harness
+from toolkit.evaluate import answer, require_harness
 from toolkit.packaging import identify_base, write_artifact
 from toolkit.serving.server import build_app, require_server
 
@@ -43,8 +43,9 @@ def test_the_server_says_what_generate_says() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
     model = adapted(4, seed=0)
     messages = [{"role": "user", "content": QUESTION}]
-    wanted = answer(model, tokenizer, [encode_chat(tokenizer, messages)], max_new_tokens=8)[0]
-    with testclient.TestClient(build_app(model, tokenizer, "mine")) as client:
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    wanted = answer(model, tokenizer, [ids], max_new_tokens=8)[0]
+    with testclient.TestClient(build_app(model, tokenizer, plain_dialogue(), "mine")) as client:
         asked = {"messages": messages, "max_tokens": 8, "temperature": 0}
         reply = client.post("/v1/chat/completions", json=asked).json()
         assert reply["choices"][0]["message"]["content"].strip() == wanted

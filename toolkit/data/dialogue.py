@@ -1,0 +1,136 @@
+"""How a trained model is asked and read: the same prompt in training, evaluation, `generate`, `chat` and `serve`.
+
+The form of a run (chat or plain text, template options, date, what ends an answer) is a value that is recorded with
+the run and its artifact, so that nothing has to be guessed again at inference.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.data.answers import Answer, AnswerReader
+from toolkit.data.conversation import Message, text_of
+from toolkit.data.template import ChatTemplate
+from toolkit.data.tokens import Tokens
+from toolkit.data.turns import TurnReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ChatForm", "Dialogue"]
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """What inference has to do as training did.
+
+    `form` is `text` where rows were plain prompts and completions, which no chat template may touch. `date` is what the
+    template prints as today's. `stop_token_ids` end an answer.
+    """
+
+    form: Literal["chat", "text"] = "chat"
+    stop_token_ids: tuple[int, ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str = ""
+    system_prompt: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; what is empty is left out."""
+        told = {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        return {name: value for name, value in told.items() if value}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ChatForm:
+        """The inverse of `to_dict`; keys that this version does not know are left out."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
+        return cls(**{**known, "stop_token_ids": tuple(known.get("stop_token_ids", ()))})
+
+
+class Dialogue:
+    """Prompts for a model under one form, and its answers read.
+
+    Args:
+        form: as recorded, or as far as it is known before the data are read.
+        chat_template: Jinja text to use instead of the tokenizer's.
+        thoughts: `drop` leaves the thoughts of rows out.
+
+    Raises:
+        DataError: the tokenizer cannot do it; at the first chat, the template cannot.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        form: ChatForm,
+        *,
+        chat_template: str | None = None,
+        thoughts: Literal["keep", "drop"] = "keep",
+    ) -> None:
+        self.tokens = Tokens(tokenizer)
+        self._tokenizer, self._given = tokenizer, form
+        self._template, self._thoughts = chat_template, thoughts
+
+    @cached_property
+    def reader(self) -> TurnReader:
+        """Prompts and targets of conversations."""
+        given = self._given
+        date = datetime.date.fromisoformat(given.date) if given.date else None
+        template = ChatTemplate(self._tokenizer, self._template, options=given.chat_template_kwargs, date=date)
+        return TurnReader(self._tokenizer, template, stop_token_ids=given.stop_token_ids, thoughts=self._thoughts)
+
+    @cached_property
+    def _answers(self) -> AnswerReader:
+        return AnswerReader(self._tokenizer, self.reader)
+
+    @property
+    def _is_chat(self) -> bool:
+        has_template = self._template is not None or self._tokenizer.chat_template is not None
+        return self._given.form == "chat" and has_template
+
+    @property
+    def eos_text(self) -> str:
+        """The tokenizer's end-of-sequence token."""
+        return str(self._tokenizer.eos_token)
+
+    @property
+    def form(self) -> ChatForm:
+        """The form with every token that ended a turn so far."""
+        texts = self.reader.stops.texts if self._is_chat else set()
+        learnt = [int(token) for token in self._tokenizer.convert_tokens_to_ids(sorted(texts))]
+        stops = {*self._given.stop_token_ids, self.tokens.eos, *learnt}
+        return replace(self._given, stop_token_ids=tuple(sorted(stops)))
+
+    @property
+    def options(self) -> frozenset[str]:
+        """Names of the options that the chat template reads."""
+        return self.reader.template.variables if self._is_chat else frozenset()
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, options: Mapping[str, Any] = {}
+    ) -> list[int]:
+        """What the model is fed for the answer to `messages`; the last one's plain text where it learnt from text.
+
+        `options` of this conversation go before those of the run.
+        """
+        if not self._is_chat:
+            return self.tokens.of([text_of(messages[-1].get("content"))], plain=True)[0]
+        system = self._given.system_prompt
+        if system and not any(message["role"] == "system" for message in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        return self.tokens.of([self.reader.prompt(messages, tools, options)])[0]
+
+    def read(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Answer:
+        """What the model has written after a prompt: its thought, text and calls."""
+        if not self._is_chat:
+            return Answer(self.tokens.decode(ids, skip_special_tokens=True).strip())
+        return self._answers.read(ids, prompt_ids)
+
+    def judged(self, ids: Sequence[int], prompt_ids: Sequence[int], *, chat: bool = True) -> str:
+        """What is judged of an answer: its text and calls, without the thought."""
+        if not chat:
+            return self.tokens.decode(ids, skip_special_tokens=True).strip()
+        return self.read(ids, prompt_ids).judged

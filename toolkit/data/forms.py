@@ -1,0 +1,249 @@
+"""The form of a conversation that a chat template takes: valid data is written in several ways, and templates read one.
+
+Arguments of a call as an object or as JSON text, no content beside a call as null or as "", parts or plain text, call
+ids, names of roles and of the thought's key: each way is tried on a conversation of the same shape, and the first one
+in which nothing is lost is kept, once a shape. transformers hands a template whatever it is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, text_of, thought_of, without_thought
+from toolkit.data.problems import InvalidRow
+from toolkit.data.said import Probe, shape
+from toolkit.data.template import ChatTemplate, Options
+
+__all__ = ["Form", "Forms"]
+
+Tools = list[dict[str, Any]] | None
+Way = Callable[[Message], Message]
+
+_OTHER_ROLES = {"developer": "system", "environment": "tool", "function": "tool"}
+_UNREADABLE = 1 << 20
+"""More than can be lost: the template refuses the conversation."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Ways to rewrite each message, how tools are written, and what is lost all the same: turns and kinds."""
+
+    ways: tuple[Way, ...]
+    bare_tools: bool | None
+    lost: tuple[tuple[int, str], ...]
+
+    def notices(self, messages: Sequence[Message]) -> list[str]:
+        """What a person should know of this form of these messages."""
+        is_inline = any(thought_of(m) and not any(m.get(key) for key in THOUGHT_FIELDS) for m in messages)
+        told = (way for way in self.ways if way in _NOTICES)
+        return [_NOTICES[way] for way in told if is_inline or way not in (_thought_in_fields, _thought_as_reasoning)]
+
+    def messages(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The messages in this form."""
+        for way in self.ways:
+            messages = [way(message) for message in messages]
+        return tuple(messages)
+
+    def tools(self, tools: Tools) -> Tools:
+        """The tools in this form: as they are, or all with or without their wrapper."""
+        if tools is None or self.bare_tools is None:
+            return tools
+        return [_bare(tool) if self.bare_tools else _wrapped(tool) for tool in tools]
+
+
+class Forms:
+    """The form for each shape of conversation that was seen."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._known: dict[Any, Form] = {}
+
+    def of(self, messages: Sequence[Message], tools: Tools, options: Options) -> Form:
+        """The form in which the template takes a conversation like this one."""
+        key = (shape(messages, tools), json.dumps(options, sort_keys=True, default=str) if options else "")
+        if key not in self._known:
+            self._known[key] = self._best(messages, tools, options)
+        return self._known[key]
+
+    def _best(self, messages: Sequence[Message], tools: Tools, options: Options) -> Form:
+        words = Probe(messages, tools)
+        best, fewest = Form((), None, ()), _UNREADABLE + 1
+        knows_inline = "</think>" in self._template.text(tools)
+        for form in _candidates(messages, tools, knows_inline=knows_inline):
+            lost = self._lost(words, form, options)
+            count = _UNREADABLE if lost is None else len(lost)
+            if count < fewest:
+                best, fewest = Form(form.ways, form.bare_tools, tuple(lost or ())), count
+            if count == 0:
+                break
+        return best
+
+    def _lost(self, words: Probe, form: Form, options: Options) -> list[tuple[int, str]] | None:
+        """What is not in the rendering of the words; None where the template refuses them."""
+        messages, tools = form.messages(words.messages), form.tools(words.tools)
+        thinkers = [turn for turn, message in enumerate(words.messages) if thought_of(message)]
+        try:
+            whole = self._template.render(messages, tools, options=options)
+            # An earlier turn's thought is what the model writes there, though later renderings may leave it out.
+            each = {turn: self._template.render(messages[: turn + 1], tools, options=options) for turn in thinkers}
+        except InvalidRow:
+            return None
+        lost = [place for place in words.lost(whole) if place[1] != "thought"]
+        lost += [(turn, "thought") for turn, text in each.items() if (turn, "thought") in words.lost(text)]
+        lost += [(turn, "call") for turn, shown in _shown_by_python(messages) if shown in whole]
+        return lost + [(turn, "content") for turn in self._none_written(messages, tools, options, whole)]
+
+    def _none_written(self, messages: Sequence[Message], tools: Tools, options: Options, whole: str) -> list[int]:
+        """Turns without content for which the template writes the word None."""
+        bare = [turn for turn, message in enumerate(messages) if message.get("content", "") is None]
+        if not bare or "None" not in whole:
+            return []
+        try:
+            other = self._template.render([_empty_content(message) for message in messages], tools, options=options)
+        except InvalidRow:
+            return []
+        return bare if whole.count("None") > other.count("None") else []
+
+
+def _shown_by_python(messages: Sequence[Message]) -> Iterator[tuple[int, str]]:
+    """How Python would print what a template should have written in its own way."""
+    for turn, message in enumerate(messages):
+        if isinstance(message.get("content"), list):
+            yield turn, str(message["content"])
+        for call in message.get(CALLS) or ():
+            arguments = call.get("function", call).get("arguments")
+            if isinstance(arguments, Mapping) and arguments and str(arguments) != json.dumps(arguments):
+                yield turn, str(dict(arguments))
+
+
+def _candidates(messages: Sequence[Message], tools: Tools, *, knows_inline: bool) -> list[Form]:
+    """Every combination of ways that concern this conversation, those with the fewest changes first.
+
+    A thought goes into the content only where the template knows thoughts there: no form of it is made up.
+    """
+    calls = [call for message in messages for call in message.get(CALLS) or ()]
+    choices: list[tuple[Way | None, ...]] = []
+    if calls:
+        choices += [(None, _text_arguments), (None, _empty_content, _no_content, _missing_content), (None, _with_ids)]
+    if thinkers := [message for message in messages if thought_of(message)]:
+        in_fields = (_thought_in_fields, _thought_as_reasoning)
+        is_inline = not any(message.get(key) for message in thinkers for key in THOUGHT_FIELDS)
+        # A template that does not know thoughts in the content would write their tags out as words.
+        own_first = knows_inline or not is_inline
+        choices += [
+            (None, *in_fields, *([_thought_inline] if knows_inline else [])) if own_first else (*in_fields, None)
+        ]
+    lists = any(isinstance(message.get("content"), list) for message in messages)
+    choices += [(None, _plain_content, _parts) if lists else (None, _parts)]
+    if any(message["role"] in _OTHER_ROLES for message in messages):
+        choices += [(None, _usual_role)]
+    # The first of each is what is liked best; the others are changes.
+    numbered = itertools.product(*(list(enumerate(each)) for each in choices))
+    wrappers = enumerate((None, False, True) if tools else (None,))
+    pairs = [
+        (
+            sum(place > 0 for place, _ in (*picked, wrapper)),
+            Form(tuple(way for _, way in picked if way), wrapper[1], ()),
+        )
+        for picked, wrapper in itertools.product(numbered, wrappers)
+    ]
+    return [form for _, form in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _text_arguments(message: Message) -> Message:
+    return _with_calls(message, lambda call: {**call, "arguments": _as_text(call.get("arguments"))})
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _with_calls(message: Message, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Message:
+    if not message.get(CALLS):
+        return message
+    calls = [{**c, "function": change(c["function"])} if "function" in c else change(c) for c in message[CALLS]]
+    return {**message, CALLS: calls}
+
+
+def _empty_content(message: Message) -> Message:
+    return {**message, "content": ""} if message.get(CALLS) and not message.get("content") else message
+
+
+def _no_content(message: Message) -> Message:
+    return {**message, "content": None} if message.get(CALLS) and not message.get("content") else message
+
+
+def _missing_content(message: Message) -> Message:
+    if not message.get(CALLS) or message.get("content"):
+        return message
+    return {key: value for key, value in message.items() if key != "content"}
+
+
+def _with_ids(message: Message) -> Message:
+    """Ids of nine letters and figures, the strictest form, that depend on the old id or the call alone."""
+    if message["role"] == "tool":
+        return {**message, "tool_call_id": _nine(message.get("tool_call_id") or "0")}
+    if not message.get(CALLS):
+        return message
+    return {**message, CALLS: [{**c, "id": _nine(c.get("id") or i)} for i, c in enumerate(message[CALLS])]}
+
+
+def _nine(old: Any) -> str:
+    kept = "".join(char for char in str(old) if char.isascii() and char.isalnum())
+    return kept[-9:].rjust(9, "0")
+
+
+def _plain_content(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": text_of(content)} if isinstance(content, list) else message
+
+
+def _parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _usual_role(message: Message) -> Message:
+    return {**message, "role": _OTHER_ROLES.get(message["role"], message["role"])}
+
+
+def _thought_in_fields(message: Message) -> Message:
+    return _rethought(message, lambda thought: {THOUGHT_FIELDS[0]: thought})
+
+
+def _thought_as_reasoning(message: Message) -> Message:
+    return _rethought(message, lambda thought: dict.fromkeys(THOUGHT_FIELDS, thought))
+
+
+def _thought_inline(message: Message) -> Message:
+    thought, bare = thought_of(message), without_thought(message)
+    if not thought or isinstance(bare.get("content"), list):
+        return message
+    return {**bare, "content": f"<think>\n{thought.strip()}\n</think>\n\n{bare.get('content') or ''}"}
+
+
+def _rethought(message: Message, keys: Callable[[str], dict[str, str]]) -> Message:
+    thought = thought_of(message)
+    return {**without_thought(message), **keys(thought)} if thought else message
+
+
+def _bare(tool: dict[str, Any]) -> dict[str, Any]:
+    inner = tool.get("function")
+    return inner if isinstance(inner, dict) else tool
+
+
+def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+_MOVED = "a thought in <think>…</think> is given to the chat template as reasoning_content, which it reads"
+_NOTICES: Mapping[Way, str] = {
+    **dict.fromkeys((_thought_in_fields, _thought_as_reasoning), _MOVED),
+    _thought_inline: "a thought is written into the content as <think>…</think>, where the chat template reads it",
+    _with_ids: "ids of tool calls are written in nine letters and figures, as the chat template wants them",
+    _usual_role: "the roles developer, environment and function are given to the chat template as system and tool",
+}
