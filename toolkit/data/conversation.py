@@ -36,8 +36,8 @@ THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 FLAGS = ("train", "weight", "loss")
 """Whether a turn is trained, as Axolotl, OpenAI and ms-swift say it."""
-# A prompt that opens the thought leaves its opening out of the answer.
-_INLINE = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+# A prompt that opens the thought leaves its opening out of the answer; then its end stands on a line of its own.
+_INLINE = re.compile(r"\s*(?:<think>(.*?)</think>|(.*?)(?:\n</think>|</think>[ \t]*\n))\s*", re.DOTALL)
 
 
 def check_messages(raw: Any, column: str = "messages") -> list[Message]:
@@ -107,7 +107,7 @@ def thought_of(message: Message) -> str:
         if isinstance(told := message.get(key), str) and told.strip():
             return told
     inline = _INLINE.match(text_of(message.get("content")))
-    return inline.group(1).strip() if inline else ""
+    return (inline.group(1) or inline.group(2) or "").strip() if inline else ""
 
 
 def without_thought(message: Message) -> Message:

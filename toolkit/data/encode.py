@@ -122,8 +122,11 @@ class Encoder:
         wanted = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
         if not everything:
             wanted = [i for i in wanted if i >= example.given and is_trained(example.messages[i])]
+        if wanted[:1] == [0]:  # no prompt can be fed before it
+            wanted = wanted[1:]
+            self.notices["an answer before any question is not trained: inference has no prompt for it"] += 1
         if not wanted:
-            raise InvalidRow("nothing trained", "no assistant turn in it is to be trained; leave the row out")
+            raise InvalidRow("nothing trained", "no assistant turn in it can or shall be trained; leave the row out")
         reader = self._dialogue.reader
         turns = reader.read(example, wanted[-1:] if everything or self._last_only else wanted)
         self.notices.update(dict.fromkeys(reader.take_notices(), 1))

@@ -110,10 +110,10 @@ class Forms:
 
 
 def _shown_by_python(messages: Sequence[Message]) -> Iterator[tuple[int, str]]:
-    """How Python would print what a template should have written in its own way."""
+    """How Python or JSON would print what a template should have written in its own way."""
     for turn, message in enumerate(messages):
-        if isinstance(message.get("content"), list):
-            yield turn, str(message["content"])
+        if isinstance(parts := message.get("content"), list):
+            yield from ((turn, shown) for shown in (str(parts), json.dumps(parts), json.dumps(parts, indent=4)))
         for call in message.get(CALLS) or ():
             arguments = call.get("function", call).get("arguments")
             if isinstance(arguments, Mapping) and arguments and str(arguments) != json.dumps(arguments):
@@ -137,8 +137,11 @@ def _candidates(messages: Sequence[Message], tools: Tools, *, knows_inline: bool
         choices += [
             (None, *in_fields, *([_thought_inline] if knows_inline else [])) if own_first else (*in_fields, None)
         ]
-    lists = any(isinstance(message.get("content"), list) for message in messages)
-    choices += [(None, _plain_content, _parts) if lists else (None, _parts)]
+    lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    if lists and all(len(parts) == 1 for parts in lists):  # then the text is the same either way
+        choices += [(_plain_content, None, _parts)]
+    else:
+        choices += [(None, _plain_content, _parts) if lists else (None, _parts)]
     if any(message["role"] in _OTHER_ROLES for message in messages):
         choices += [(None, _usual_role)]
     # The first of each is what is liked best; the others are changes.

@@ -22,6 +22,7 @@ __all__ = ["Stops"]
 _FIRST, _SECOND = "onecardprobefirst", "onecardprobesecond"
 _RESULTS = ("tool", "environment", "function")
 _ASKED: Message = {"role": "user", "content": "onecardprobeasked"}
+_ANSWERS: tuple[Message, ...] = tuple({"role": "assistant", "content": word} for word in (_FIRST, _SECOND))
 
 
 class Stops:
@@ -42,8 +43,12 @@ class Stops:
         # An id beyond the vocabulary, which some checkpoints declare, has no text.
         self.texts = {str(text) for token in ids if token >= 0 and (text := tokenizer.convert_ids_to_tokens(token))}
         """The texts of all tokens at which generation stops."""
-        if closer := self._closer():
-            self.texts.add(closer)
+        text = self._try((_ASKED, *_ANSWERS[:1], _ASKED, *_ANSWERS[1:]), None, {})
+        runs = [self._run_after(text, word) for word in (_FIRST, _SECOND)]
+        self._closes_answers = bool(runs[1])
+        # A token that directly follows earlier and last answers alike, where no declared one does so.
+        if runs[1] and runs[0] == runs[1] and not self.texts & set(runs[1]):
+            self.texts.add(runs[1][-1])
         self._stop = _any_of(self.texts)
 
     def first(self, text: str) -> str | None:
@@ -66,7 +71,8 @@ class Stops:
         if found := self._stop.search(rest):
             return rest[: found.end()], found.group()
         closing = _last_of(self.special, rest) or _last_of(self._added, rest)
-        if closing is not None:
+        # What stands after calls may be their own wrapper, where answers without calls are closed by nothing.
+        if closing is not None and (self._closes_answers or not messages[turn].get(CALLS)):
             return self._learn(rest[: closing[1]], rest[closing[0] : closing[1]])
         return self._learn(*self._through_next_header(rest, messages, turn, tools, options, rendered))
 
@@ -111,15 +117,6 @@ class Stops:
 
     def _leading(self, text: str, start: int) -> re.Match[str] | None:
         return re.compile(rf"\s*({self.special.pattern})").match(text, start)
-
-    def _closer(self) -> str | None:
-        """A special token that directly follows earlier and last answers alike, where no declared token does so."""
-        answers: tuple[Message, ...] = tuple({"role": "assistant", "content": word} for word in (_FIRST, _SECOND))
-        text = self._try((_ASKED, answers[0], _ASKED, answers[1]), None, {})
-        runs = [self._run_after(text, word) for word in (_FIRST, _SECOND)]
-        if not runs[1] or runs[0] != runs[1] or self.texts & set(runs[1]):
-            return None
-        return runs[1][-1]
 
     def _run_after(self, text: str, word: str) -> list[str]:
         """Special tokens side by side right after a word."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from jinja2 import meta
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from toolkit.data.conversation import FLAGS, THOUGHT_FIELDS, Message
-from toolkit.data.problems import InvalidRow, listed
+from toolkit.data.problems import InvalidRow
 from toolkit.data.sandbox import require_frugal
 from toolkit.errors import DataError, did_you_mean
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         date: what `strftime_now` says; today where none is given.
 
     Raises:
-        DataError: there is no template, it is not Jinja, it runs away, or it reads no such option.
+        DataError: there is no template, it is not Jinja, or it runs away.
     """
 
     def __init__(
@@ -67,15 +67,20 @@ class ChatTemplate:
         day = datetime.datetime.combine(date or datetime.date.today(), datetime.time(12))
         self._always = {**self._specials, "strftime_now": day.strftime, **options}
         require_frugal(self._render_samples)
-        if strange := [name for name in options if name not in self.variables]:
-            known = sorted(self.variables - {*_GIVEN, *self._specials})
-            near = did_you_mean(strange[0], known) or f"; it reads {listed(known) or 'none'}"
-            raise DataError(f"data.chat_template_kwargs: {strange[0]}: the chat template reads no such option{near}")
 
     @property
     def variables(self) -> frozenset[str]:
         """Names that the template reads and does not set itself."""
         return _variables(self.text())
+
+    def unread(self, options: Iterable[str]) -> list[str]:
+        """A sentence for each option that the template does not read."""
+        known = sorted(self.variables - {*_GIVEN, *self._specials})
+        return [
+            f"data.chat_template_kwargs: {name}: the chat template reads no such option{did_you_mean(name, known)}"
+            for name in options
+            if name not in self.variables
+        ]
 
     @property
     def switches(self) -> list[str]:

@@ -32,6 +32,7 @@ _CLOSED = "the generation prompt opens a thought and the answer has none: an emp
 _OTHER_HISTORY = (
     "the chat template renders the history otherwise beside its answer: answers follow what inference feeds"
 )
+_TRIMMED = "the chat template takes white space off the ends of messages"
 _COMPLETED = "the chat template leaves a thought out of its answer: it is trained as the generation prompt opens it"
 
 
@@ -68,6 +69,8 @@ class TurnReader:
         self.stops = Stops(tokenizer, template, stop_token_ids)
         self.forms = Forms(template)
         self.drops_thoughts = thoughts == "drop"
+        self.openers: dict[str, bool] = {}
+        """Whether the text that asks for an answer opens a thought, by that text."""
         self._notices: list[str] = []
 
     def take_notices(self) -> list[str]:
@@ -90,7 +93,8 @@ class TurnReader:
         reading = _Reading(self, said, tools, example.chat_template_kwargs)
         turns = [reading.turn(turn) for turn in wanted]
         reading.require_all_said(wanted, form)
-        self._notices += [*form.notices(messages), *reading.notices]
+        unread = self.template.unread({*self.template.options, *example.chat_template_kwargs})
+        self._notices += [*form.notices(messages), *reading.notices, *unread]
         return turns
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None, options: Mapping[str, Any] = {}) -> str:
@@ -103,7 +107,7 @@ class _Reading:
     """One conversation being read."""
 
     def __init__(self, reader: TurnReader, messages: Sequence[Message], tools: Tools, options: Options) -> None:
-        self._template, self._stops = reader.template, reader.stops
+        self._template, self._stops, self._openers = reader.template, reader.stops, reader.openers
         self._messages, self._tools, self._options = messages, tools, options
         self._rendered: dict[tuple[int, bool], str] = {}
         self.notices: list[str] = []
@@ -112,7 +116,11 @@ class _Reading:
         message = self._messages[turn]
         self._require_no_stop_inside(turn)
         prompt, rendered = self._render(turn, generation_prompt=True), self._render(turn + 1)
-        rest = rendered[len(prompt) :] if rendered.startswith(prompt) else self._put_together(turn, prompt, rendered)
+        rest = rendered[len(prompt) :]
+        if not rendered.startswith(prompt):
+            rest = self._put_together(turn, prompt, rendered)
+        elif not thought_of(message) and self._opens_thought(turn, prompt):
+            self.notices.append(_CLOSED)
         target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options, rendered)
         if kind := left_out(target, message):
             raise self._left_out(turn, kind)
@@ -131,6 +139,10 @@ class _Reading:
             if turn not in wanted:
                 raise self._left_out(turn, kind)
             self.notices.append("the chat template shortens earlier answers, in training as it does at inference")
+        for message in self._messages[: last + 1]:
+            content = without_thought(message).get("content")
+            if isinstance(content, str) and content != content.strip() and content not in whole:
+                self.notices.append(_TRIMMED)
 
     def _render(self, upto: int, *, generation_prompt: bool = False) -> str:
         key = (upto, generation_prompt)
@@ -150,12 +162,21 @@ class _Reading:
 
     def _require_no_stop_inside(self, turn: int) -> None:
         for _, told in texts_of(self._messages[turn]):
-            if inside := self._stops.first(told):
+            inside = self._stops.first(told)
+            if inside and told.rstrip() != told.partition(inside)[0] + inside:
                 raise InvalidRow(
                     "stops inside an answer",
                     f"turn {turn + 1} (assistant) holds the text of {inside}, at which generation stops, so what "
                     "follows it could never be written; take it out of the answer",
                 )
+
+    def _opens_thought(self, turn: int, prompt: str) -> bool:
+        """Whether the prompt ends where the template writes a thought."""
+        tail = prompt[_agreed(self._render(turn), prompt) :]
+        if tail not in self._openers:
+            shown = self._with_last(turn, {"role": "assistant", "content": _CONTENT, THOUGHT_FIELDS[0]: _THOUGHT})
+            self._openers[tail] = shown.startswith(prompt) and shown[len(prompt) :].lstrip().startswith(_THOUGHT)
+        return self._openers[tail]
 
     def _put_together(self, turn: int, prompt: str, rendered: str) -> str:
         """What has to follow a prompt that the rendering does not begin with, in the template's own words."""
