@@ -7,6 +7,9 @@ Packing is TRL's: it is given rows of `input_ids` and `labels` and no text.
 from __future__ import annotations
 
 import datetime
+import hashlib
+import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +26,14 @@ from toolkit.data.duplicates import COPIES, copies, drop_copies, drop_held_out
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
 from toolkit.data.formats import Example
 from toolkit.data.mixture import BEYOND, DataSource, draw, read_sources, require_removed, source_reports, sources_of
-from toolkit.data.problems import InvalidRow, Problems
+from toolkit.data.packed_rows import pack_row, unpack_row
+from toolkit.data.problems import Problems
 from toolkit.data.reading import Reading, Split, counted
 from toolkit.data.report import DataReport, HeldOut, SourceReport, SplitReport, length_bins
 from toolkit.data.rows import Row
 from toolkit.data.sources import open_source
 from toolkit.data.split import group_overlap, overlap, set_apart
+from toolkit.data.spool import Spool, View
 from toolkit.errors import DataError
 from toolkit.steps import advance
 
@@ -40,7 +45,7 @@ __all__ = ["IGNORED", "Batches", "build_batches"]
 IGNORED = -100
 """The label of a token that is not trained; torch's cross entropy skips it."""
 _CHUNK = 512
-_REPEATED = "examples more than there are rows for, by the weights of data.train"
+_REPEATED = "examples repeated by the weights of data.train"
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,17 @@ class Batches:
 class _Done:
     """One split, encoded: `rows[i]` are the tokens of `examples[i]`."""
 
-    examples: list[Example]
-    rows: list[EncodedRow]
+    examples: Sequence[Example]
+    rows: Sequence[EncodedRow]
     summary: SplitReport
-    distinct: list[Encoded]
-    """Each example once, where weights repeat it."""
+    copies: int
+    repeated: int
+    """Examples more than there would be without weights."""
 
     @property
-    def encoded(self) -> list[Encoded]:
+    def encoded(self) -> Iterator[Encoded]:
         """All examples, in the order of their rows."""
-        return [each for row in self.rows for each in row.examples]
+        return (each for row in self.rows for each in row.examples)
 
 
 def build_batches(
@@ -167,8 +173,8 @@ def build_batches(
         if group_by is not None:
             on_both = group_overlap(done.examples, held_done.examples)
             reading.notices[f"held-out examples whose {group_by} is also in the training data"] += on_both
-    reading.notices[COPIES] += 0 if dedupe else copies(done.distinct)
-    reading.notices[_REPEATED] += len(done.encoded) - len(done.distinct)
+    reading.notices[COPIES] += 0 if dedupe else done.copies
+    reading.notices[_REPEATED] += done.repeated
     told = source_reports(sources, training, done.examples, done.rows) if not isinstance(train, str) else ()
     return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
 
@@ -194,57 +200,71 @@ def _encode(
     One that is drawn again is encoded once.
     """
     problems, drops = Problems(), Counter(split.drops)
-    kept: list[tuple[int, int, EncodedRow]] = []
+    rows = Spool[EncodedRow](pack=pack_row, unpack=unpack_row)
+    # Of each kept one, its place in `drawn`, its number in the split, and that of its tokens in `rows`.
+    places, indices, numbers = array("q"), array("q"), array("q")
     repeated = isinstance(drawn, list)
-    results: dict[int, EncodedRow | InvalidRow] = {}
+    found: dict[int, int | None] = {}
     seen = 0
-    while seen < len(order) and (most is None or len(kept) < most):
-        chunk = order[seen : seen + min(_CHUNK, most - len(kept) if most else _CHUNK)]
+    while seen < len(order) and (most is None or len(places) < most):
+        chunk = order[seen : seen + min(_CHUNK, most - len(places) if most else _CHUNK)]
         seen += len(chunk)
         advance(seen, len(order), "examples")
-        results = results if repeated else {}
-        fresh = [i for i in dict.fromkeys(drawn[place] for place in chunk) if i not in results]
+        found = found if repeated else {}
+        fresh = [i for i in dict.fromkeys(drawn[place] for place in chunk) if i not in found]
         encoded = encoder.encode([split.examples[i] for i in fresh], hold_out=hold_out)
-        results.update(zip(fresh, encoded, strict=True))
-        kept += [
-            (place, drawn[place], each) for place in chunk if isinstance(each := results[drawn[place]], EncodedRow)
-        ]
         for index, result in zip(fresh, encoded, strict=True):
+            found[index] = len(rows) if isinstance(result, EncodedRow) else None
             if isinstance(result, EncodedRow):
-                continue
-            if result.reason in (TOO_LONG, CUT_OFF):
+                rows.append(result)
+            elif result.reason in (TOO_LONG, CUT_OFF):
                 drops[result.reason] += 1
             else:
                 problems.add(index, split.examples[index].place, result)
+        for place in chunk:
+            if (number := found[drawn[place]]) is not None:
+                places.append(place)
+                indices.append(drawn[place])
+                numbers.append(number)
     problems.settle(on_invalid, split.rows)
     drops += problems.reasons
     if seen < len(order):
-        drops[BEYOND] += len(set(drawn) - results.keys()) if repeated else len(order) - seen
-    if not kept:
+        drops[BEYOND] += len(set(drawn) - found.keys()) if repeated else len(order) - seen
+    if not places:
         raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
-    if keep_order:
-        kept.sort(key=lambda each: each[0])
-    rows = [row for *_, row in kept]
-    distinct = [each for row in {index: row for _, index, row in kept}.values() for each in row.examples]
-    return _Done([split.examples[i] for _, i, _ in kept], rows, _summary(split.rows, rows, drops), distinct)
+    by_place = np.argsort(np.asarray(places)) if keep_order else np.arange(len(places))
+    kept = View(rows, np.asarray(numbers)[by_place])
+    summary = _summary(split.rows, kept, drops)
+    # The first of them all, each example once: weights repeat what stands in `rows`.
+    distinct = (each for row in rows for each in row.examples)
+    more = summary.examples - sum(len(row.examples) for row in rows) if repeated else 0
+    return _Done(View(split.examples, np.asarray(indices)[by_place]), kept, summary, copies(distinct), more)
 
 
-def _summary(count: int, rows: list[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
-    encoded = [each for row in rows for each in row.examples]
-    lengths = [len(each.ids) for each in encoded]
+def _summary(count: int, rows: Sequence[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
+    lengths, enders = array("q"), Counter[str]()
+    trained = turns = split = thoughts = dropped = 0
+    for row in rows:
+        lengths.extend(len(each.ids) for each in row.examples)
+        trained += sum(int(each.trained.sum()) for each in row.examples)
+        turns += row.turns
+        split += len(row.examples) > 1
+        thoughts += row.thoughts
+        dropped += row.dropped_thoughts
+        enders.update(row.enders)
     return SplitReport(
         rows=count,
         kept=len(rows),
         drops=dict(sorted(drops.items())),
         tokens=sum(lengths),
-        trained_tokens=sum(int(each.trained.sum()) for each in encoded),
+        trained_tokens=trained,
         lengths=length_bins(lengths),
-        examples=len(encoded),
-        turns=sum(row.turns for row in rows),
-        split=sum(len(row.examples) > 1 for row in rows),
-        thoughts=sum(row.thoughts for row in rows),
-        dropped_thoughts=sum(row.dropped_thoughts for row in rows),
-        enders=dict(sorted(Counter(ender for row in rows for ender in row.enders).items())),
+        examples=len(lengths),
+        turns=turns,
+        split=split,
+        thoughts=thoughts,
+        dropped_thoughts=dropped,
+        enders=dict(sorted(enders.items())),
     )
 
 
@@ -269,7 +289,7 @@ def _batches(
         splits=splits,
         overlap=overlap(done.examples, held.examples) if held else 0,
         notices={text: n for text, n in sorted(notices.items()) if n},
-        examples=tuple(each.place for each in done.encoded[:3]),
+        examples=tuple(each.place for each in itertools.islice(done.encoded, 3)),
         sources=sources,
     )
     return Batches(
@@ -282,17 +302,22 @@ def _batches(
     )
 
 
-def _dataset(encoded: list[Encoded]) -> datasets.Dataset:
+def _dataset(encoded: Iterator[Encoded]) -> datasets.Dataset:
     """The columns as Arrow lists made from arrays: Python integers would take ten times the memory.
 
-    In chunks, since one Arrow list array holds at most 2³¹ tokens.
+    In chunks, since one Arrow list array holds at most 2³¹ tokens. `Dataset.from_dict` would copy them all, and a
+    `Dataset` that has no fingerprint pickles all of them to make one.
     """
-    chunks = [encoded[i : i + _CHUNK] for i in range(0, len(encoded), _CHUNK)]
-    ids = pa.chunked_array([_lists([each.ids for each in chunk]) for chunk in chunks])
-    labels = pa.chunked_array(
-        [_lists([np.where(each.trained, each.ids, np.int32(IGNORED)) for each in chunk]) for chunk in chunks]
-    )
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    columns: dict[str, list[pa.ListArray]] = {"input_ids": [], "labels": []}
+    digest = hashlib.blake2b(digest_size=8)
+    while chunk := list(itertools.islice(encoded, _CHUNK)):
+        labels = [np.where(each.trained, each.ids, np.int32(IGNORED)) for each in chunk]
+        for name, arrays in (("input_ids", [each.ids for each in chunk]), ("labels", labels)):
+            columns[name].append(_lists(arrays))
+            digest.update(np.asarray([len(each) for each in arrays]).tobytes())
+            digest.update(columns[name][-1].flatten().to_numpy().tobytes())
+    table = pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
+    return datasets.Dataset(table, fingerprint=digest.hexdigest())
 
 
 def _lists(arrays: list[np.ndarray]) -> pa.Array:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from toolkit.data.encode import Encoded
 from toolkit.data.reading import Split
+from toolkit.data.spool import chosen
 
 __all__ = ["COPIES", "copies", "drop_copies", "drop_held_out"]
 
@@ -20,18 +21,23 @@ _HELD = "its prompt is held out"
 
 def drop_copies(split: Split) -> None:
     """Leave out of `split` every example that is the same as an earlier one, and count them as drops."""
-    first = {example.identity: example for example in reversed(split.examples)}
-    kept = [example for example in split.examples if first[example.identity] is example]
-    split.drops[_COPY] += len(split.examples) - len(kept)
-    split.examples = kept
+    seen: set[bytes] = set()
+    new = []
+    for identity in (example.identity for example in split.examples):
+        new.append(identity not in seen)
+        seen.add(identity)
+    _keep(split, new, _COPY)
 
 
 def drop_held_out(split: Split, held: Split) -> None:
     """Leave out of `split` every example whose prompt is also one of `held`, and count them as drops."""
     prompts = {example.key for example in held.examples}
-    kept = [example for example in split.examples if example.key not in prompts]
-    split.drops[_HELD] += len(split.examples) - len(kept)
-    split.examples = kept
+    _keep(split, [example.key not in prompts for example in split.examples], _HELD)
+
+
+def _keep(split: Split, flags: list[bool], reason: str) -> None:
+    split.drops[reason] += len(flags) - sum(flags)
+    split.examples = chosen(split.examples, flags)
 
 
 def copies(encoded: Iterable[Encoded]) -> int:

@@ -17,11 +17,15 @@ __all__ = ["LEFT_OUT", "ExtraColumns", "carries"]
 LEFT_OUT = "weight 0 or train: false"
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_PAIR = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_PAIR = (
+    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+    *("preferred_output", "non_preferred_output"),
+)
 _VERDICTS = ("kto_tag", "label")
 _FLAGS = ("train", "loss")
 _WEIGHTS = ("weight", "sample_weight")
 _WORDS: Mapping[str, bool | float] = {"true": True, "false": False}
+_MEANT = frozenset((*_MEDIA, *_PAIR, *_VERDICTS, *_FLAGS, *_WEIGHTS))
 _MOST_NAMED = 12
 
 
@@ -45,6 +49,9 @@ class ExtraColumns:
         for name in values.keys() - self._read:
             value = values[name]
             if not carries(value):
+                continue
+            if name not in _MEANT:
+                self.unused[name] += 1
                 continue
             mark = _mark(name, value)
             if mark is None:
@@ -95,7 +102,7 @@ def _mark(name: str, value: Any) -> bool | None:
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -18,6 +18,7 @@ from toolkit.data.formats import Example
 from toolkit.data.reading import Reading, Split
 from toolkit.data.report import SourceReport
 from toolkit.data.rows import Row
+from toolkit.data.spool import Spool
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["BEYOND", "DataSource", "draw", "read_sources", "require_removed", "source_reports", "sources_of"]
@@ -65,14 +66,14 @@ def read_sources(
     Raises:
         DataError: one of them cannot be read, or a column to remove is in none.
     """
-    whole = Split(name, _where(sources[0].path, split) if len(sources) == 1 else "data.train")
+    examples = Spool[Example]()
+    whole = Split(name, _where(sources[0].path, split) if len(sources) == 1 else "data.train", examples=examples)
     formats: dict[str, None] = {}
     for number, source in enumerate(sources):
         columns = reading.columns if source.columns is None else source.columns
         own = replace(reading, format=source.format or reading.format, columns=columns, found="")
-        part = own.read(name, _where(source.path, split), open_(source), number)
+        part = own.read(name, _where(source.path, split), open_(source), number, examples)
         formats[own.found] = None
-        whole.examples += part.examples
         whole.rows += part.rows
         whole.drops += part.drops
         whole.rows_of[number] += part.rows

@@ -118,7 +118,10 @@ def find_padding(rows: Iterable[Mapping[str, Any]]) -> Padding | None:
     """
     root = _Struct()
     for number, values in enumerate(rows):
-        root.see(values)
+        try:
+            root.see(values)
+        except RecursionError:  # Arrow writes nothing of that depth
+            return None
         if not root.uniform or (number % _BATCH == 0 and root.children and _hopeless(root)):
             return None
     return Padding(root) if root.proves() else None

@@ -17,6 +17,7 @@ from toolkit.data.extra_columns import LEFT_OUT, ExtraColumns
 from toolkit.data.formats import SHAPES, Example, add_system, choose_shape, rename
 from toolkit.data.problems import InvalidRow, Problems, listed
 from toolkit.data.rows import Row
+from toolkit.data.spool import Spool
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["Reading", "Split", "counted"]
@@ -34,7 +35,7 @@ class Split:
     name: str
     where: str
     rows: int = 0
-    examples: list[Example] = field(default_factory=list)
+    examples: Sequence[Example] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     rows_of: Counter[int] = field(default_factory=Counter)
     """Rows read by the number of their data set, where there are several."""
@@ -60,8 +61,10 @@ class Reading:
     removed: set[str] = field(default_factory=set)
     """Those of `remove_columns` that some row had."""
 
-    def read(self, name: str, where: str, rows: Iterator[Row], source: int = 0) -> Split:
-        """All valid examples of `rows`, marked as the data set number `source`.
+    def read(
+        self, name: str, where: str, rows: Iterator[Row], source: int = 0, into: Spool[Example] | None = None
+    ) -> Split:
+        """All valid examples of `rows`, marked as the data set number `source`, after those that are in `into`.
 
         Raises:
             DataError: the columns fit no format, a row is invalid and invalid rows are not to be dropped, or none
@@ -69,7 +72,8 @@ class Reading:
         """
         rows = map(self._without_columns, rows) if self.remove_columns else rows
         peeked = list(itertools.islice(rows, _PEEK))
-        split, problems = Split(name, where), Problems()
+        examples = Spool[Example]() if into is None else into
+        split, problems, before = Split(name, where, examples=examples), Problems(), len(examples)
         columns = {str(key) for row in peeked if isinstance(row.values, dict) for key in row.values}
         self.seen |= columns
         shape = self._shape(columns, where) if columns else None
@@ -79,13 +83,15 @@ class Reading:
                 if isinstance(row.values, dict) and extra.leaves_out(row.values):
                     split.drops[LEFT_OUT] += 1
                 else:
-                    split.examples.append(self._example(row, shape, source))
+                    examples.append(self._example(row, shape, source))
             except InvalidRow as problem:
                 problems.add(split.rows, row.place, problem)
+            except RecursionError:
+                problems.add(split.rows, row.place, InvalidRow("nested too deeply", "nested too deeply to be read"))
             split.rows += 1
         problems.settle(self.on_invalid, split.rows)
         split.drops += problems.reasons
-        if not split.examples:
+        if len(examples) == before:
             raise DataError(f"{where}: no usable example in {split.rows} rows ({counted(split.drops)})")
         self.notices.update(dict(extra.notices()))
         return split
@@ -118,11 +124,13 @@ class Reading:
         example = SHAPES[shape].parse(rename(row.values, self.columns))
         if self.system_prompt is not None and not example.messages:
             raise DataError(f"{row.place}: plain text has no system turn; remove data.system_prompt or use messages")
-        self.notices[_TRIMMED] += example.trimmed
-        self.notices[_PADDED] += row.padded
-        self.notices.update(example.notes)
-        group = _group(row.values[self.group_by]) if self.group_by in row.values else None
-        self.notices[_ALONE] += self.group_by is not None and group is None
+        group = _group(row.values.get(self.group_by)) if self.group_by else None
+        alone = self.group_by is not None and group is None
+        for told, text in ((example.trimmed, _TRIMMED), (row.padded, _PADDED), (alone, _ALONE)):
+            if told:
+                self.notices[text] += 1
+        for note in example.notes:
+            self.notices[note] += 1
         return replace(add_system(example, self.system_prompt), place=row.place, group=group, source=source)
 
 

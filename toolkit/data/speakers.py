@@ -72,7 +72,8 @@ def _is_call(turn: Any) -> bool:
 def _goes_on(before: Any, call: dict[str, Any]) -> bool:
     if not isinstance(before, dict) or before.get("role") != "assistant":
         return False
-    return all(before.get(mark) == call.get(mark) for mark in _OURS)
+    alike = all(before.get(mark) == call.get(mark) for mark in _OURS)
+    return alike and isinstance(before.get("tool_calls") or [], list)
 
 
 def _from_text(raw: Any) -> Any:

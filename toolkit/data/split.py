@@ -13,6 +13,7 @@ import numpy as np
 
 from toolkit.data.formats import Example
 from toolkit.data.reading import Split
+from toolkit.data.spool import chosen
 from toolkit.errors import DataError
 
 __all__ = ["group_overlap", "overlap", "set_apart"]
@@ -44,8 +45,8 @@ def set_apart(training: Split, size: float | int, seed: int) -> Split:
             "both sides need some; give data.validation or another size"
         )
     validation = Split("validation", training.where, rows=taken)
-    validation.examples = [each for each, key in zip(training.examples, keys, strict=True) if key in held]
-    training.examples = [each for each, key in zip(training.examples, keys, strict=True) if key not in held]
+    validation.examples = chosen(training.examples, [key in held for key in keys])
+    training.examples = chosen(training.examples, [key not in held for key in keys])
     training.rows -= taken
     return validation
 
@@ -64,7 +65,7 @@ def group_overlap(training: Iterable[Example], validation: Iterable[Example]) ->
 
 def _components(examples: Sequence[Example]) -> list[bytes]:
     """Of each example, the name of those that hang together with it by prompts and groups, over any number of steps."""
-    keys = [example.key for example in examples]
+    names = [(example.key, example.group) for example in examples]
     leader: dict[bytes, bytes] = {}
 
     def find(name: bytes) -> bytes:
@@ -75,10 +76,10 @@ def _components(examples: Sequence[Example]) -> list[bytes]:
         leader.update(dict.fromkeys(path, name))
         return name
 
-    for key, example in zip(keys, examples, strict=True):
-        if example.group is not None:
-            leader[find(b"group" + example.group)] = find(key)
-    return [find(key) for key in keys]
+    for key, group in names:
+        if group is not None:
+            leader[find(b"group" + group)] = find(key)
+    return [find(key) for key, _ in names]
 
 
 def _draw(keys: list[bytes], target: int, seed: int) -> set[bytes]:

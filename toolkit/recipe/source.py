@@ -220,8 +220,8 @@ def _plain(value: Any, path: tuple[str, ...], lines: _Lines, where: str) -> Any:
             result[key] = _plain(item, here, lines, where)
         return result
     if isinstance(value, list):
-        if isinstance(value, CommentedSeq):
-            lines |= {(*path, str(n)): f"{where}:{value.lc.item(n)[0] + 1}" for n in range(len(value))}
+        if isinstance(value, CommentedSeq):  # one with a tag of its own knows no lines
+            lines |= {(*path, str(n)): f"{where}:{at[0] + 1}" for n, at in (value.lc.data or {}).items()}
         return [_plain(item, (*path, str(index)), lines, where) for index, item in enumerate(value)]
     for kind in (bool, int, float, str):
         if isinstance(value, kind):

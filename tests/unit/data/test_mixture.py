@@ -53,7 +53,7 @@ def test_the_report_says_what_came_of_each_set_and_adds_up(mix: Any) -> None:
     split = report.splits["train"]
     assert sum(s.tokens for s in report.sources) == split.tokens
     assert sum(s.trained_tokens for s in report.sources) == split.trained_tokens
-    more = report.notices["examples more than there are rows for, by the weights of data.train"]
+    more = report.notices["examples repeated by the weights of data.train"]
     assert (split.rows, split.kept, more, split.drops) == (22, 25, 8, {"not drawn: weight below 1": 5})
     assert split.rows + more == split.kept + sum(split.drops.values())
     assert json.dumps(report.to_dict())
@@ -126,7 +126,7 @@ def test_samples_are_drawn_from_the_mixture(mix: Any) -> None:
     batches = mix(AB, max_samples=11)
     assert len(batches.train) == 11
     split = batches.report.splits["train"]
-    more = batches.report.notices.get("examples more than there are rows for, by the weights of data.train", 0)
+    more = batches.report.notices.get("examples repeated by the weights of data.train", 0)
     assert split.rows + more == split.kept + sum(split.drops.values())
 
 
