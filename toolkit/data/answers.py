@@ -132,18 +132,20 @@ class AnswerReader:
     def _look(self) -> _Around:
         prompt, asked = self._render([_ASKED], generation_prompt=True), self._render([_ASKED])
         thinking = self._written({"content": _CONTENT, **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
-        before, _, rest = thinking.partition(_THOUGHT)
+        before, thinks, rest = thinking.partition(_THOUGHT)
+        before = before if thinks else ""
         ends = [rest.partition(_CONTENT)[0]] if _CONTENT in rest else []
         opening = re.search(r"<([^<>\s/]+)>\s*$", prompt)
-        if opening and not before.strip():
-            before = opening.group().strip()
-            closing = f"</{opening.group(1)}>"
-            ends += [closing] if not ends and closing in self._reader.template.text() else []
+        closing = f"</{opening.group(1)}>" if opening else ""
+        if opening and not before.strip() and (ends or closing in self._reader.template.text()):
+            before, ends = opening.group().strip(), ends or [closing]
         calls = learn_calls(lambda turn: self._written(turn))
-        if calls and ends:
-            thinking = self._written({**call_turn(), **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
-            end, found, _ = thinking.partition(_THOUGHT)[2].partition(calls.opening.strip())
+        if calls:
+            written = self._written({**call_turn(), **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
+            start, _, after = written.partition(_THOUGHT)
+            end, found, _ = after.partition(calls.opening.strip())
             ends += [end] if found and end.strip() else []
+            before = before or (start if after else "")
         header = prompt[len(asked) :] if prompt.startswith(asked) else ""
         before_text = self._written({"content": _CONTENT}).partition(_CONTENT)[0]
         return _Around(header, before, tuple(ends), before_text, calls)

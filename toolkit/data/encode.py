@@ -7,18 +7,19 @@ their places share an example. The arithmetic is done once here, so that preview
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, is_trained, thought_of
+from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, is_trained, text_of, thought_of
 from toolkit.data.dialogue import Dialogue
 from toolkit.data.formats import Example
 from toolkit.data.problems import InvalidRow
 from toolkit.data.report import HeldOut
+from toolkit.data.stops import any_of
 from toolkit.data.turns import Turn, groups
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Encoder:
         self._last_only = train_on == "last"
         self._cut = truncation == "keep_start"
         self._max_length = max_length
-        self._special_texts = {str(token) for token in tokenizer.all_special_tokens}
+        self._special = any_of(map(str, tokenizer.all_special_tokens))
         self.notices: Counter[str] = Counter()
         """What deserves a look but is no error, and how many examples it concerns."""
 
@@ -131,8 +132,6 @@ class Encoder:
         turns = reader.read(example, wanted[-1:] if everything or self._last_only else wanted)
         self.notices.update(dict.fromkeys(reader.take_notices(), 1))
         pieces = [_piece(group, everything) for group in groups(turns)]
-        if example.tools and not all(_tool_name(tool) in turns[-1].prompt for tool in example.tools):
-            self.notices["the chat template leaves out the tools"] += 1
         thoughts = sum(turn.has_thought for turn in turns)
         dropped = sum(bool(thought_of(turn)) for turn in example.messages) if reader.drops_thoughts else 0
         return pieces, EncodedRow((), len(turns), thoughts, dropped, tuple(turn.ender for turn in turns))
@@ -148,8 +147,9 @@ class Encoder:
         return pieces, EncodedRow((), enders=(self._dialogue.eos_text,))
 
     def _note(self, example: Example) -> None:
-        said = [str(turn.get("content", "")) for turn in example.messages] or [example.text]
-        if any(token in content for token in self._special_texts for content in said):
+        said = [text_of(turn.get("content")) for turn in example.messages] or [example.text]
+        special = self._dialogue.reader.stops.control if example.messages else self._special
+        if any(special.search(content) for content in said):
             self.notices["the text of a special token stands in the data and becomes that token"] += 1
         for key in {key for turn in example.messages for key in turn} - _KNOWN_KEYS:
             if key not in self._dialogue.reader.template.text(example.tools):
@@ -231,8 +231,3 @@ def _joined(turns: Sequence[_Ids], everything: bool) -> Iterator[_Group]:
                 left.append((before, said))
         rest = left
         yield _Group(ids, trained, len(prompt))
-
-
-def _tool_name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -35,6 +35,7 @@ class Form:
     ways: tuple[Way, ...]
     bare_tools: bool | None
     lost: tuple[tuple[int, str], ...]
+    tells_tools: bool = True
 
     def notices(self, messages: Sequence[Message]) -> list[str]:
         """What a person should know of this form of these messages."""
@@ -74,10 +75,12 @@ class Forms:
         best, fewest = Form((), None, ()), _UNREADABLE + 1
         knows_inline = "</think>" in self._template.text(tools)
         for form in _candidates(messages, tools, knows_inline=knows_inline):
-            lost = self._lost(words, form, options)
-            count = _UNREADABLE if lost is None else len(lost)
+            lost, tells = self._lost(words, form, options), self._tells_tools(words, form, options)
+            # Tools are written otherwise so that they are told, not so that they are passed over.
+            unreadable = lost is None or (form.bare_tools is not None and not tells)
+            count = _UNREADABLE if unreadable or lost is None else len(lost)
             if count < fewest:
-                best, fewest = Form(form.ways, form.bare_tools, tuple(lost or ())), count
+                best, fewest = Form(form.ways, form.bare_tools, tuple(lost or ()), tells), count
             if count == 0:
                 break
         return best
@@ -96,6 +99,20 @@ class Forms:
         lost += [(turn, "thought") for turn, text in each.items() if (turn, "thought") in words.lost(text)]
         lost += [(turn, "call") for turn, shown in _shown_by_python(messages) if shown in whole]
         return lost + [(turn, "content") for turn in self._none_written(messages, tools, options, whole)]
+
+    def _tells_tools(self, words: Probe, form: Form, options: Options) -> bool:
+        """Whether every tool is described, or named before it is called."""
+        if not words.tools:
+            return True
+        asked = next((turn for turn, said in enumerate(words.messages) if said["role"] == "assistant"), 0)
+        try:
+            text = self._template.render(
+                form.messages(words.messages[:asked]), form.tools(words.tools), generation_prompt=True, options=options
+            )
+        except InvalidRow:
+            return False
+        named = zip(words.told_tools, (tool.get("function", tool).get("name") for tool in words.tools), strict=False)
+        return all(told in text or str(name) in text for told, name in named)
 
     def _none_written(self, messages: Sequence[Message], tools: Tools, options: Options, whole: str) -> list[int]:
         """Turns without content for which the template writes the word None."""

@@ -127,6 +127,8 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
             console.print(Text(line))
     for name, split in report.splits.items():
         console.print(Text(f"{name}: {_turns(split)}"))
+    for source in report.sources:
+        console.print(Text(str(source)))
     for notice, examples in report.notices.items():
         console.print(Text(f"notice: {notice} ({examples})"))
     if report.overlap:

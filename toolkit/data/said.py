@@ -17,6 +17,7 @@ from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, text_of, t
 __all__ = ["Probe", "left_out", "probe", "shape", "texts_of"]
 
 _WORD = "onecardprobe{:04d}end"
+_TOOLS = 9000
 _NUMBER = 730_000
 
 
@@ -63,6 +64,8 @@ class Probe:
         self.messages: list[Message] = []
         for self._turn, message in enumerate(messages):
             self.messages.append(self._message(message))
+        self.told_tools: list[str] = []
+        """Words of the tools' descriptions, one a tool."""
         self.tools = [self._tool(tool) for tool in tools] if tools else None
 
     def lost(self, text: str) -> Iterator[tuple[int, str]]:
@@ -133,7 +136,9 @@ class Probe:
         inner = tool.get("function", tool)
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             return dict(tool)
-        changed = {**inner, "name": self._names.get(inner["name"], inner["name"])}
+        self.told_tools.append(_WORD.format(_TOOLS + len(self.told_tools)))
+        told = {"name": self._names.get(inner["name"], inner["name"]), "description": self.told_tools[-1]}
+        changed = {**inner, **told}
         return {**tool, "function": changed} if "function" in tool else changed
 
 

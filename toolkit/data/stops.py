@@ -17,7 +17,7 @@ from toolkit.data.template import ChatTemplate, Options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Stops"]
+__all__ = ["Stops", "any_of"]
 
 _FIRST, _SECOND = "onecardprobefirst", "onecardprobesecond"
 _RESULTS = ("tool", "environment", "function")
@@ -37,8 +37,8 @@ class Stops:
         self._template = template
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(map(str, tokenizer.all_special_tokens))
-        self.special = _any_of(special)
-        self._added = _any_of({token.content for token in added} | special)
+        self.special = any_of(special)
+        self._added = any_of({token.content for token in added} | special)
         ids = {*declared, tokenizer.eos_token_id} - {None}
         # An id beyond the vocabulary, which some checkpoints declare, has no text.
         self.texts = {str(text) for token in ids if token >= 0 and (text := tokenizer.convert_ids_to_tokens(token))}
@@ -49,7 +49,12 @@ class Stops:
         # A token that directly follows earlier and last answers alike, where no declared one does so.
         if runs[1] and runs[0] == runs[1] and not self.texts & set(runs[1]):
             self.texts.add(runs[1][-1])
-        self._stop = _any_of(self.texts)
+        self._stop = any_of(self.texts)
+
+    @property
+    def control(self) -> re.Pattern[str]:
+        """Special tokens and stop tokens: text that is no text to the model."""
+        return re.compile(f"{self.special.pattern}|{self._stop.pattern}")
 
     def first(self, text: str) -> str | None:
         """The first stop token in a text, None where it has none."""
@@ -95,7 +100,7 @@ class Stops:
 
     def _learn(self, target: str, ender: str) -> tuple[str, str]:
         self.texts.add(ender)
-        self._stop = _any_of(self.texts)
+        self._stop = any_of(self.texts)
         return target, ender
 
     def _next(self, messages: Sequence[Message], turn: int) -> Message:
@@ -125,7 +130,7 @@ class Stops:
         return self.special.findall(run.group(1)) if run else []
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """A pattern of any of these, the longest first; one that never matches where there is none."""
     longest = sorted((text for text in texts if text.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or "(?!)")

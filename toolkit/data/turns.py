@@ -8,6 +8,7 @@ where that cannot be proved the row is refused. transformers' masks mark what a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -32,7 +33,9 @@ _CLOSED = "the generation prompt opens a thought and the answer has none: an emp
 _OTHER_HISTORY = (
     "the chat template renders the history otherwise beside its answer: answers follow what inference feeds"
 )
+_NO_TOOLS = "the chat template leaves out the tools"
 _TRIMMED = "the chat template takes white space off the ends of messages"
+_REWRITTEN = "a thought in <think>…</think> is given to the chat template as reasoning_content, which it reads"
 _COMPLETED = "the chat template leaves a thought out of its answer: it is trained as the generation prompt opens it"
 
 
@@ -94,7 +97,8 @@ class TurnReader:
         turns = [reading.turn(turn) for turn in wanted]
         reading.require_all_said(wanted, form)
         unread = self.template.unread({*self.template.options, *example.chat_template_kwargs})
-        self._notices += [*form.notices(messages), *reading.notices, *unread]
+        tools_lost = [] if form.tells_tools else [_NO_TOOLS]
+        self._notices += [*form.notices(messages), *reading.notices, *unread, *tools_lost]
         return turns
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None, options: Mapping[str, Any] = {}) -> str:
@@ -119,8 +123,10 @@ class _Reading:
         rest = rendered[len(prompt) :]
         if not rendered.startswith(prompt):
             rest = self._put_together(turn, prompt, rendered)
-        elif not thought_of(message) and self._opens_thought(turn, prompt):
+        elif not thought_of(message) and (_closes_tag(prompt, rest) or self._opens_thought(turn, prompt)):
             self.notices.append(_CLOSED)
+        if kind := left_out(rest, message):
+            raise self._left_out(turn, kind)
         target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options, rendered)
         if kind := left_out(target, message):
             raise self._left_out(turn, kind)
@@ -181,24 +187,25 @@ class _Reading:
     def _put_together(self, turn: int, prompt: str, rendered: str) -> str:
         """What has to follow a prompt that the rendering does not begin with, in the template's own words."""
         message, thought = without_thought(self._messages[turn]), thought_of(self._messages[turn]).strip()
-        if not thought and (closed := self._closed(turn, message, prompt)):
-            self.notices.append(_CLOSED)
-            return closed
+        if (written := self._after_thought(turn, message, prompt, thought or _THOUGHT)) is not None:
+            self.notices.append(_REWRITTEN if thought else _CLOSED)
+            return written if thought else written.replace(_THOUGHT, "")
         if followed := self._after_header(turn, prompt, rendered):
             self.notices.append(_OTHER_HISTORY)
             return followed
-        begins, closing = self._words_begin(turn, message, prompt), self._closing(turn, prompt)
-        if begins is None or closing is None:
+        begins, whole = self._words_begin(turn, message, prompt), self._with_last(turn, message)
+        closing = None if begins is None else self._closing(turn, prompt, whole[:begins])
+        if closing is None:
             raise self._left_out(turn, "thought") if thought else _rewritten(turn)
         self.notices.append(_COMPLETED if thought else _CLOSED)
-        return thought + closing + self._with_last(turn, message)[begins:]
+        return thought + closing + whole[begins:]
 
-    def _closed(self, turn: int, message: Message, prompt: str) -> str | None:
-        """The answer as the template writes it after a thought, with nothing thought."""
+    def _after_thought(self, turn: int, message: Message, prompt: str, thought: str) -> str | None:
+        """The answer as the template writes it after a thought that it is given by name."""
         for keys in (THOUGHT_FIELDS[:1], THOUGHT_FIELDS):
-            shown = self._with_last(turn, {**message, **dict.fromkeys(keys, _THOUGHT)})
-            if shown.startswith(prompt) and shown.count(_THOUGHT) == 1:
-                return shown[len(prompt) :].replace(_THOUGHT, "")
+            shown = self._with_last(turn, {**message, **dict.fromkeys(keys, thought)})
+            if shown.startswith(prompt) and thought in shown[len(prompt) :]:
+                return shown[len(prompt) :]
         return None
 
     def _after_header(self, turn: int, prompt: str, rendered: str) -> str | None:
@@ -229,13 +236,22 @@ class _Reading:
         # What is asked after is the same history in both.
         return begins if is_header and _agreed(prompt, marked[:begins]) >= _agreed(self._render(turn), prompt) else None
 
-    def _closing(self, turn: int, prompt: str) -> str | None:
-        """The end of a thought that the prompt has opened: as the prompt without thoughts has it, or its tag's."""
+    def _closing(self, turn: int, prompt: str, written: str) -> str | None:
+        """The end of a thought that the prompt has opened.
+
+        As the template writes it before an answer (`written`), as the prompt without thoughts has it, or as is usual.
+        """
+        asked = _agreed(self._render(turn), prompt)
+        tag = re.search(r"<([^<>\s/]+)>\s*$", prompt[asked:])
+        if tag and (at := written.find(f"</{tag.group(1)}>", asked)) >= 0:
+            return written[at:]
         for option in self._template.switches:
             without = self._prompt_with(turn, {option: False})
             if without.startswith(prompt) and len(without) > len(prompt):
                 return without[len(prompt) :]
-        return _usual_closing(prompt[_agreed(self._render(turn), prompt) :], self._template.text(self._tools))
+        if usual := _usual_closing(prompt[asked:], self._template.text(self._tools)):
+            self.notices.append(f"the chat template never shows the end of a thought: {usual!r} is trained")
+        return usual
 
     def _prompt_with(self, turn: int, options: Options) -> str:
         try:
@@ -252,6 +268,13 @@ class _Reading:
 
     def _left_out(self, turn: int, kind: str) -> InvalidRow:
         role = self._messages[turn]["role"]
+        cuts = "</think>" in text_of(self._messages[turn].get("content"))
+        if kind == "content" and cuts and role == "assistant":
+            return InvalidRow(
+                "left out by the chat template",
+                f"turn {turn + 1} (assistant) says </think> among its words, and the chat template cuts it off there; "
+                "take it out, or write the thought as reasoning_content",
+            )
         if kind != "thought":
             return InvalidRow(
                 "left out by the chat template",
@@ -273,6 +296,12 @@ class _Reading:
 def _agreed(one: str, other: str) -> int:
     """How many leading characters two texts share."""
     return len(commonprefix([one, other]))  # noqa: RUF071 - characters are meant, not parts of a path
+
+
+def _closes_tag(prompt: str, rest: str) -> bool:
+    """Whether an answer begins with the end of the tag that its prompt ends with."""
+    tag = re.search(r"<([^<>\s/]+)>\s*$", prompt)
+    return tag is not None and rest.lstrip().startswith(f"</{tag.group(1)}>")
 
 
 def _usual_closing(header: str, template: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What a model wrote is read into thought, text and calls, under published templates and without being told their form."""
+"""What a model wrote is read into thought, text and calls, under published templates that nobody has described."""
 
 from __future__ import annotations
 
