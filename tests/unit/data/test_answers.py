@@ -61,7 +61,9 @@ def dialogue_under(template: Path, tokenizer_with: Any, *, known: bool) -> Dialo
     special = set(re.findall(r"<[|｜][^\s<>]+?[|｜]>|<\|[a-z_\"]+>|<[a-z_]+\|>|</s>|<eos>|<turn\|>", text))
     stops = next((tokens for name, tokens in STOPS.items() if template.stem.startswith(name)), ())
     end = stops[0] if stops else next(token for token in ENDS if token in text or token == "</s>")
-    tok = tokenizer_with(*sorted(special | {*stops, end, "<end_of_turn>", "<start_of_turn>"}), eos=end)
+    tok = tokenizer_with(
+        *sorted(special | {*stops, end, "<end_of_turn>", "<start_of_turn>", "<end_of_utterance>"}), eos=end
+    )
     return Dialogue(tok, ChatForm(stop_token_ids=tuple(tok.convert_tokens_to_ids(stops))), chat_template=text)
 
 
