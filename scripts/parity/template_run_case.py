@@ -20,10 +20,10 @@ from scripts.parity.template_families import EMBEDDED, Family, make_tokenizer
 from scripts.parity.template_renderer import TODAY, NoForm, Renderer, forms
 from toolkit.data import ChatForm, Dialogue, build_batches
 
-__all__ = ["KINDS", "Case", "Failed", "Row", "make_checkpoint", "require", "rows_of", "write"]
+__all__ = ["KINDS", "OPTIONS", "Case", "Failed", "Row", "make_checkpoint", "require", "rows_of", "write"]
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = {}
-"""What templates are told, by name."""
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"qwen3_5_think/shut": {"enable_thinking": False}}
+"""What a template is told, by its name and a word for that."""
 KINDS = {"plain": 8, "system": 4, "two turns": 4, "thought": 4, "call": 4}
 """Conversations of each kind."""
 _TOOL = {

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,7 +33,7 @@ from scripts.parity.template_days import Days
 from scripts.parity.template_families import Family
 from scripts.parity.template_masks import trl_families
 from scripts.parity.template_renderer import TODAY
-from scripts.parity.template_run_case import KINDS, Case, Failed, Row, make_checkpoint, require, rows_of, write
+from scripts.parity.template_run_case import KINDS, OPTIONS, Case, Failed, Row, make_checkpoint, require, rows_of, write
 from toolkit.data import ChatForm, Dialogue, build_batches
 from toolkit.errors import DataError
 
@@ -43,6 +44,7 @@ NAMES = (
     "glm4moe",
     "qwen3",
     "qwen3_5_think",
+    "qwen3_5_think/shut",
     "gemma4_v5",
     "deepseekv3",
     "lfm2_2_5_v2",
@@ -71,6 +73,7 @@ def _data(case: Case) -> None:
             )
         except DataError as error:
             known = kind in _NEEDS and not re.search(_NEEDS[kind], case.family.template)
+            known |= kind == "thought" and bool(case.options)
             require(known, f"{kind}: {error}")
             case.notes.append(f"no {kind}")
             continue
@@ -238,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("templates", nargs="*", default=NAMES, metavar="TEMPLATE")
     names = parser.parse_args(arguments).templates
     families = {family.name: family for family in trl_families()}
+    families |= {name: replace(families[name.partition("/")[0]], name=name) for name in OPTIONS}
     if unknown := [name for name in names if name not in families]:
         parser.error(f"{', '.join(unknown)}: TRL has no such template; there are {', '.join(families)}")
     logging.set_verbosity_error()
@@ -246,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'':18}" + "".join(f"{name:>10}" for name in STEPS))
     with Days() as days, tempfile.TemporaryDirectory() as scratch:
         for name in names:
-            folder = Path(scratch) / name
+            folder = Path(scratch) / name.replace("/", "-")
             folder.mkdir()
             start = time.monotonic()
             found, notes = run_family(families[name], days, folder)
