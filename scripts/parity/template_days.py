@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.faults.faulty import compiler  # noqa: E402
 
-__all__ = ["Days", "Done"]
+__all__ = ["Days", "Done", "dictate"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _command(arguments: list[str], noon: float, answers: list[list[int]], until:
             raise RuntimeError("the clock could not be moved")
         _listen(Path(folder) / "asked")
         if answers:
-            _dictate(answers)
+            dictate(answers)
         sys.argv = ["onecard", *arguments]
         runpy.run_module("toolkit", run_name="__main__")
         code = 0
@@ -187,7 +187,7 @@ def _listen(path: Path) -> None:
     Dialogue.prompt_ids = told  # type: ignore[method-assign]
 
 
-def _dictate(answers: list[list[int]]) -> None:
+def dictate(answers: list[list[int]]) -> None:
     """Let every model write these answers, one after the other."""
     import torch
     from transformers import GenerationMixin

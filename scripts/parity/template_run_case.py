@@ -92,7 +92,7 @@ class Case:
 
     family: Family
     folder: Path
-    days: Days
+    days: Days | None = None
     kinds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -144,6 +144,7 @@ class Case:
 
     def command(self, day: datetime.date, *arguments: object, code: int = 0, **more: Any) -> Done:
         """Run the command; it must end with `code`."""
+        assert self.days
         done = self.days.run(day, *arguments, **more)
         require(done.code == code, f"{arguments[0]} ends with {done.code}: {done.last_line}")
         return done
