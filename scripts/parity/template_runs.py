@@ -166,6 +166,16 @@ def _generated(case: Case) -> None:
         require(told == wanted, f"{kind}: told {json.dumps(told)}")
 
 
+def _alone(case: Case) -> None:
+    """The artifact without its run asks the same."""
+    asked = rows_of("plain")[0]["messages"][0]
+    prompt, _ = case.example(rows_of("plain")[0])
+    alone = Path(shutil.copytree(case.run / "adapter", case.folder / "alone"))
+    base = ("--base", case.folder / "model", "--max-new-tokens", 4, "--prompt", asked["content"])
+    (heard,) = case.command(TOMORROW, "generate", alone, *base).asked
+    require(heard[1] == prompt, f"fed {_shown(case, heard[1])}, trained after {_shown(case, prompt)}")
+
+
 def _shown(case: Case, ids: Sequence[int]) -> str:
     return repr(case.tokenizer.decode(ids)[-120:])
 
@@ -212,6 +222,7 @@ STEPS: Mapping[str, Callable[[Case], None]] = {
     "eval": _evaluated,
     "package": _packaged,
     "generate": _generated,
+    "alone": _alone,
     "chat": _chatted,
     "tools": _tools,
 }
