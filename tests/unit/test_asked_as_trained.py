@@ -6,6 +6,7 @@ learns the same, and stops.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -102,7 +103,9 @@ def figures(run: Path) -> Any:
     return json.loads((run / "summary.json").read_text())["results"]
 
 
-def test_plain_prompts_are_fed_as_plain_text(onecard: Run, train: Callable[..., Path], heard: Heard) -> None:
+def test_plain_prompts_are_fed_as_plain_text(
+    onecard: Run, train: Callable[..., Path], heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     columns = ", format: prompt-completion, columns: {prompt: text, completion: label_text}"
     run = train("text", lambda word, kind: {"text": f"{ASKED.format(word)}\n", "label_text": kind}, columns)
     told = json.loads(onecard("eval", run, "--json")[1])
@@ -116,6 +119,13 @@ def test_plain_prompts_are_fed_as_plain_text(onecard: Run, train: Callable[..., 
         hits += answer["answer"] == kind
     assert hits / 4 == told["adapted"]["exact_match"] > 0.3 > told["base"]["exact_match"]
     assert json.loads((run / "adapter/manifest.json").read_text())["chat"]["form"] == "text"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{prompt}\n"))
+    assert onecard("generate", run, "--prompt", "-", "--max-new-tokens", 8)[0] == 0
+    assert heard[-1] == tokenizer(prompt)["input_ids"]
+    lines = iter(["One.", "Two.", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert "each line is fed alone" in onecard("chat", run, "--max-new-tokens", 2)[2]
+    assert heard[-2:] == tokenizer(["One.", "Two."])["input_ids"]
 
 
 def test_a_base_that_ends_elsewhere_learns_the_same_and_stops(

@@ -143,7 +143,8 @@ def generate(
     from toolkit import flow
     from toolkit.errors import RecipeError
 
-    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    # The last line break is the shell's; other white space may be what the model was trained to see.
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     if not text.strip():
         raise RecipeError("--prompt: is empty; give the question, or - to read it from stdin")
     console = quiet_console()
@@ -180,9 +181,12 @@ def chat(
 
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
+    dialogue = flow.dialogue(tokenizer, made, artifact_of(run))
+    if dialogue.form.form == "text":
+        console.print("trained on plain text: each line is fed alone, without those before it")
     conversation = Conversation(
         model,
-        flow.dialogue(tokenizer, made, artifact_of(run)),
+        dialogue,
         max_new_tokens,
         temperature,
         make_drafts=partial(_drafts, run, made, model, max_new_tokens, temperature, console),

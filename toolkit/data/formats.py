@@ -19,14 +19,14 @@ from toolkit.data.problems import InvalidRow, listed, printable
 from toolkit.data.speakers import as_turns
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
+__all__ = ["RESERVED", "SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
 
 _SYSTEM = ("system", "developer")
-_RENDERER = (
+RESERVED = (
     *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "padding", "truncation"),
     *("add_generation_prompt", "continue_final_message", "max_length"),
 )
-"""Arguments of a chat template that are not a row's to give."""
+"""Arguments of a chat template that neither a row nor a recipe gives as options."""
 
 TWO_SYSTEMS = "the system column is not used where a system turn stands"
 NULL_ARGUMENTS = "null arguments of tool calls are trained as they stand"
@@ -255,7 +255,7 @@ def _template_kwargs(raw: Any) -> dict[str, Any]:
     given = _json_or_itself(raw)
     if not isinstance(given, dict):
         raise InvalidRow("bad chat_template_kwargs", f"{what}: an object is expected, not {type(given).__name__}")
-    if taken := sorted(given.keys() & set(_RENDERER)):
+    if taken := sorted(given.keys() & set(RESERVED)):
         raise InvalidRow("bad chat_template_kwargs", f"{what}: {taken[0]} is not the row's to give; take it out")
     return {str(key): item for key, item in given.items()}
 

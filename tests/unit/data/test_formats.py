@@ -154,3 +154,10 @@ def test_messages_and_tools_as_json_text_are_read(build: Any, tokenizer: Any) ->
 
     row = {"messages": json.dumps(SHAPED[0][1]["messages"]), "tools": ""}
     assert text_of(build([row]), tokenizer) == CHAT_TEXT
+
+
+def test_what_a_template_is_given_anyway_is_no_option(build: Any) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    for name in ("messages", "add_generation_prompt"):
+        with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} is no option of a chat template"):
+            build([row], chat_template_kwargs={name: False})
