@@ -87,7 +87,8 @@ class Dialogue:
         return AnswerReader(self._tokenizer, self.reader)
 
     @property
-    def _is_chat(self) -> bool:
+    def is_chat(self) -> bool:
+        """Whether inference asks by the chat template."""
         has_template = self._template is not None or self._tokenizer.chat_template is not None
         return self._given.form == "chat" and has_template
 
@@ -99,7 +100,7 @@ class Dialogue:
     @property
     def form(self) -> ChatForm:
         """The form with every token that ended a turn so far."""
-        texts = self.reader.stops.texts if self._is_chat else set()
+        texts = self.reader.stops.texts if self.is_chat else set()
         learnt = [int(token) for token in self._tokenizer.convert_tokens_to_ids(sorted(texts))]
         stops = {*self._given.stop_token_ids, self.tokens.eos, *learnt}
         return replace(self._given, stop_token_ids=tuple(sorted(stops)))
@@ -107,7 +108,7 @@ class Dialogue:
     @property
     def options(self) -> frozenset[str]:
         """Names of the options that the chat template reads."""
-        return self.reader.template.variables if self._is_chat else frozenset()
+        return self.reader.template.variables if self.is_chat else frozenset()
 
     @property
     def described(self) -> Any:
@@ -118,7 +119,7 @@ class Dialogue:
             "start_anchor_pattern": r"\Z",  # an answer begins where its prompt ends
             "fields": {"content": {"close": ends, "content": "text"}},
         }
-        return (self._answers.described if self._is_chat else None) or plain
+        return (self._answers.described if self.is_chat else None) or plain
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, options: Mapping[str, Any] = {}
@@ -127,7 +128,7 @@ class Dialogue:
 
         `options` of this conversation go before those of the run.
         """
-        if not self._is_chat:
+        if not self.is_chat:
             return self.tokens.of([text_of(messages[-1].get("content"))], plain=True)[0]
         system = self._given.system_prompt
         if system and not any(message["role"] == "system" for message in messages):
@@ -136,7 +137,7 @@ class Dialogue:
 
     def read(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Answer:
         """What the model has written after a prompt: its thought, text and calls."""
-        if not self._is_chat:
+        if not self.is_chat:
             return Answer(self.tokens.decode(ids, skip_special_tokens=True).strip())
         return self._answers.read(ids, prompt_ids)
 

@@ -141,6 +141,8 @@ class Encoder:
             example.text.encode("utf-8")
         except UnicodeEncodeError:
             raise InvalidRow("not Unicode", "half of a surrogate pair (\\ud800…\\udfff) stands alone in it") from None
+        if example.prompt is not None and self._dialogue.is_chat:
+            self.notices["a plain prompt beside conversations: inference asks by the chat template"] += 1
         start = len(example.prompt or "")
         everything = example.prompt is None or self._all_text
         pieces = [_Piece(((example.text[:start], example.text[start:]),), chat=False, everything=everything)]

@@ -161,3 +161,12 @@ def test_what_a_template_is_given_anyway_is_no_option(build: Any) -> None:
     for name in ("messages", "add_generation_prompt"):
         with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} is no option of a chat template"):
             build([row], chat_template_kwargs={name: False})
+
+
+def test_plain_prompts_beside_conversations_are_told(build: Any) -> None:
+    said = "a plain prompt beside conversations: inference asks by the chat template"
+    turns = [[{"role": "user", "content": "Hi."}], [{"role": "assistant", "content": "Hello."}]]
+    chat, text = ({"prompt": one, "completion": two} for one, two in (turns, ("Hi: ", "Hello.")))
+    assert build([chat, text]).report.notices.get(said) == 1
+    assert said not in build([chat]).report.notices
+    assert said not in build([text]).report.notices
