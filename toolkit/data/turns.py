@@ -127,7 +127,7 @@ class _Reading:
             self.notices.append(_CLOSED)
         if kind := left_out(rest, message):
             raise self._left_out(turn, kind)
-        target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options, rendered)
+        target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options)
         if kind := left_out(target, message):
             raise self._left_out(turn, kind)
         return Turn(turn, prompt, target, ender, bool(thought_of(message)))
