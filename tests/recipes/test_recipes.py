@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import make_quickstart_thoughts
 from toolkit.data import build_batches
+from toolkit.data.formats import SHAPES
 from toolkit.plan import Device, Plan, make_plan
 from toolkit.plan.cards import CARDS
 from toolkit.plan.place import streamed
@@ -67,6 +68,21 @@ def test_recipe_opens_with_its_command_and_its_card(name: str) -> None:
     lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"# bash scripts/finetune.sh recipes/{name}"
     assert re.search(r"Fits any (machine|card)|Fits an? \d+ GB card", head(name))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if source.load(RECIPES / name).data.columns])
+def test_a_row_with_the_columns_that_a_recipe_renames_is_trained(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    data = source.load(RECIPES / name).data
+    ours = {*SHAPES[data.format].required, *data.columns}
+    row = {column: f"words of {column}" for column in (data.columns.get(column, column) for column in ours)}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    elsewhere = {"train", "validation", "validation_size", "validation_split", "name", "chat_template_path"}
+    batches = build_batches(tokenizer, train=str(tmp_path / "rows.jsonl"), **data.model_dump(exclude=elsewhere))
+    (example,) = batches.train
+    text = tokenizer.decode(example["input_ids"])
+    assert batches.form.form == "chat"
+    assert all(words in text for words in row.values())
+    assert (data.system_prompt or "") in text
 
 
 def head(name: str) -> str:

@@ -72,14 +72,15 @@ class AnswerReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: TurnReader) -> None:
         self._tokenizer: Any = tokenizer
         self._reader = reader
-        self._schema = _schema(tokenizer, reader.template.text())
+        self.described: Any = _schema(tokenizer, reader.template.text())
+        """How transformers reads such answers; None where nobody has described it."""
         self._around = self._look()
 
     def read(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Answer:
         """The parts of what was written after a prompt."""
         prompt, text = self._decode(prompt_ids), self._decode(ids)
         ours = self._by_rendering(text, prompt)
-        theirs = self._by_schema(text, prompt) if self._schema is not None else None
+        theirs = self._by_schema(text, prompt) if self.described is not None else None
         return ours if theirs is None or (ours.calls and not theirs.calls) else theirs
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -91,7 +92,7 @@ class AnswerReader:
 
     def _by_schema(self, text: str, prompt: str) -> Answer | None:
         try:
-            found = self._tokenizer.parse_response(text, schema=self._schema, prefix=prompt)
+            found = self._tokenizer.parse_response(text, schema=self.described, prefix=prompt)
         except (ValueError, TypeError, KeyError, IndexError):  # an answer that is not in the form
             return None
         if not isinstance(found, Mapping) or not isinstance(found.get("content") or "", str):

@@ -109,6 +109,17 @@ class Dialogue:
         """Names of the options that the chat template reads."""
         return self.reader.template.variables if self._is_chat else frozenset()
 
+    @property
+    def described(self) -> Any:
+        """How transformers reads answers, its `response_template`; as plain text where nobody has described it."""
+        ends = [str(text) for text in self._tokenizer.convert_ids_to_tokens(list(self.form.stop_token_ids))]
+        plain = {
+            "defaults": {"role": "assistant"},
+            "start_anchor_pattern": r"\Z",  # an answer begins where its prompt ends
+            "fields": {"content": {"close": ends, "content": "text"}},
+        }
+        return (self._answers.described if self._is_chat else None) or plain
+
     def prompt_ids(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, options: Mapping[str, Any] = {}
     ) -> list[int]:

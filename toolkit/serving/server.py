@@ -10,6 +10,7 @@ import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -75,12 +76,16 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Di
 
 
 def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> PreTrainedTokenizerBase:
-    """A tokenizer whose conversations become prompts as they did in training: same options, date and form."""
+    """A tokenizer whose conversations become prompts as they did in training: same options, date and form.
+
+    It reads answers as `generate` does; transformers' server would read them by the family of the model. Only what is
+    streamed is read by a description, since its words must go out before an answer is whole.
+    """
 
     from fastapi import HTTPException
 
     class AsTrained(type(tokenizer)):  # type: ignore[misc]
-        """The tokenizer, but for one method."""
+        """The tokenizer, but for two methods."""
 
         def apply_chat_template(self, conversation: Any, tools: Any = None, **options: Any) -> BatchEncoding:
             """The prompt's tokens, [T], or [1, T] as a tensor; `options` are the request's own for the template."""
@@ -94,9 +99,17 @@ def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) ->
                 return BatchEncoding({"input_ids": ids, "attention_mask": mask})
             return BatchEncoding({"input_ids": [ids], "attention_mask": [mask]}, tensor_type=options["return_tensors"])
 
-    result = copy.copy(tokenizer)
+        def parse_response(self, response: Any, schema: Any = None, *, prefix: str = "", **_: Any) -> dict[str, Any]:
+            """The parts of an answer's tokens, [T], written after the text `prefix`, by transformers' names."""
+            prompt = self.encode(prefix, add_special_tokens=False)
+            answer = dialogue.read(torch.as_tensor(response).tolist(), prompt)
+            return {"content": "", "reasoning_content": answer.thought or None, **answer.message()}
+
+    result: Any = copy.copy(tokenizer)
     result.__class__ = AsTrained
-    return result
+    result.response_template = dialogue.described
+    asked: PreTrainedTokenizerBase = result
+    return asked
 
 
 def serve(

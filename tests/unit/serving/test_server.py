@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationMixin
 
+from scripts.parity.template_days import dictate
+from scripts.parity.template_masks import trl_families
+from scripts.parity.template_renderer import TODAY
+from scripts.parity.template_run_case import Case, rows_of
 from tests.faults.conftest import MODEL, Run, onecard
 from tests.unit.documentation.commands import ROOT, shown_in
 from tests.unit.serving.test_chat import QUESTION, adapted, plain_dialogue
+from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer, require_harness
 from toolkit.packaging import identify_base, write_artifact
@@ -51,6 +56,40 @@ def test_the_server_says_what_generate_says() -> None:
         assert reply["choices"][0]["message"]["content"].strip() == wanted
         assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["mine"]
         assert client.post("/v1/chat/completions", json={**asked, "model": "another"}).status_code == 400
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["gptoss", "glm4moe", "qwen3_5_think", "deepseekv3"])
+def test_the_server_reads_answers_by_the_chat_template(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is a qwen3_moe, whose usual form of answers these templates do not have."""
+    pytest.importorskip("openai")
+    testclient = pytest.importorskip("fastapi.testclient")
+    case = Case(next(family for family in trl_families() if family.name == name), tmp_path)
+    form = ChatForm(date=TODAY.isoformat(), stop_token_ids=tuple(case.stops))
+    app = build_app(adapted(4, seed=0), case.tokenizer, Dialogue(case.tokenizer, form), "mine")
+    monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)
+    with testclient.TestClient(app) as client:
+        for kind in ("plain", "thought", "call"):
+            row = rows_of(kind)[0]
+            question, said = row["messages"][:2]
+            dictate([case.example({**row, "messages": [question, said]})[1]] * 2)
+            asked = {"messages": [question], "tools": row.get("tools"), "max_tokens": 99}
+            told = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+            assert told["content"] == said["content"]
+            assert told.get("reasoning_content") == said.get("reasoning_content")
+            calls = [call["function"] for call in told.get("tool_calls") or ()]
+            assert [{**call, "arguments": json.loads(call["arguments"])} for call in calls] == [
+                call["function"] for call in said.get("tool_calls", ())
+            ]
+            streamed = client.post("/v1/chat/completions", json={**asked, "stream": True}).text
+            assert said["content"] in "".join(_deltas(streamed))
+
+
+def _deltas(streamed: str) -> list[str]:
+    lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
+    return [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
