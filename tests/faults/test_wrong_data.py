@@ -72,7 +72,7 @@ def test_data_of_which_nothing_is_left(
 
 
 TEMPLATES: dict[str, tuple[str, str]] = {
-    "no end of turn": ("{% for m in messages %}{{ m.content }}{% endfor %}", "end-of-turn"),
+    "no end of turn": ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing ends turn 2"),
     "answers left out": (
         "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}",
         "leaves out",

@@ -13,6 +13,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts import make_quickstart_thoughts
 from toolkit.data import build_batches
 from toolkit.data.formats import SHAPES
 from toolkit.plan import Device, Plan, make_plan
@@ -188,6 +189,31 @@ def test_no_question_stands_on_both_sides(task: str) -> None:
     train, validation = questions(task, "train"), questions(task, "validation")
     assert len(train) == len(rows(task, "train"))
     assert not train & validation
+
+
+@pytest.mark.parametrize("split", make_quickstart_thoughts.COUNTS)
+def test_rows_with_thoughts_are_made_of_the_category_rows(split: str) -> None:
+    written = (QUICKSTART / "data" / f"thoughts.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert written == list(make_quickstart_thoughts.lines(split)), "run scripts/make_quickstart_thoughts.py"
+    assert len(written) == make_quickstart_thoughts.COUNTS[split]
+    assert all(json.loads(line)["messages"][1]["reasoning_content"].startswith("It is ") for line in written)
+
+
+def test_thoughts_are_trained_as_their_recipe_has_them(tokenizer: Any) -> None:
+    data = source.load(RECIPES / "thoughts.yaml").data
+    assert isinstance(data.train, str)
+    assert data.chat_template_path is not None
+    template = Path(data.chat_template_path).read_text(encoding="utf-8")
+    kept = build_batches(tokenizer, train=data.train, chat_template=template, max_samples=20)
+    (row, *_), report = kept.train, kept.report
+    told = tokenizer.decode([token for token in row["labels"] if token >= 0])
+    assert re.fullmatch(r"It is .+\n</think>\n\n\w+<\|im_end\|>", told)
+    assert (report.splits["train"].thoughts, [text for text, rows in report.notices.items() if rows]) == (20, [])
+    shut: Any = {"thoughts": "drop", "chat_template_kwargs": {"enable_thinking": False}}
+    dropped = build_batches(tokenizer, train=data.train, chat_template=template, max_samples=20, **shut)
+    assert all(dropped.train[i]["labels"].count(-100) > 20 for i in range(20))
+    assert dropped.report.splits["train"].dropped_thoughts == 20
+    assert "<think>\n\n</think>" in tokenizer.decode(dropped.train[0]["input_ids"])
 
 
 def test_there_is_enough_data() -> None:

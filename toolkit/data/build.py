@@ -24,7 +24,7 @@ import pyarrow as pa
 from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.duplicates import COPIES, copies, drop_copies, drop_held_out
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
-from toolkit.data.formats import RESERVED, Example
+from toolkit.data.formats import Example
 from toolkit.data.mixture import BEYOND, DataSource, draw, read_sources, require_removed, source_reports, sources_of
 from toolkit.data.packed_rows import pack_row, unpack_row
 from toolkit.data.problems import Problems
@@ -122,8 +122,6 @@ def build_batches(
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
-    if taken := sorted(chat_template_kwargs.keys() & set(RESERVED)):
-        raise DataError(f"data.chat_template_kwargs: {taken[0]} is no option of a chat template; take it out")
     reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by)
     open_ = partial(open_source, base_folder=base_folder)
     sources = sources_of(train)

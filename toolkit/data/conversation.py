@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from toolkit.data.problems import InvalidRow
@@ -22,6 +23,7 @@ __all__ = [
     "check_messages",
     "check_tools",
     "is_trained",
+    "odd_thoughts",
     "text_of",
     "thought_of",
     "trim",
@@ -110,6 +112,22 @@ def thought_of(message: Message) -> str:
     return (inline.group(1) or inline.group(2) or "").strip() if inline else ""
 
 
+def odd_thoughts(message: Message) -> Iterator[str]:
+    """What deserves a look of the thoughts of a message."""
+    told = {message[key].strip() for key in THOUGHT_FIELDS if message.get(key)} - {""}
+    if message["role"] != "assistant":
+        if told:
+            yield "a thought stands in a turn that is not the assistant's, where chat templates read none"
+        return
+    content = text_of(message.get("content")).lstrip()
+    if len(told) > 1:
+        yield f"a turn has two different thoughts; the first of {', '.join(THOUGHT_FIELDS)} is trained"
+    if told and _INLINE.match(content):
+        yield "a turn has a thought under a key of its own and one in <think>…</think>; both are trained"
+    if content.startswith("<think>") and "</think>" not in content:
+        yield "an answer opens a thought with <think> and does not close it"
+
+
 def without_thought(message: Message) -> Message:
     """The message without its thought; itself where it has none."""
     if message["role"] != "assistant":
@@ -139,6 +157,7 @@ def _check_turn(turn: Any, where: str) -> Message:
         raise InvalidRow("unknown role", f"{where}: unknown role {_short(role)}{near}")
     checked = {key: value for key, value in turn.items() if value is not None and not (key == CALLS and value == [])}
     _check_flags(checked, where)
+    _check_thought(checked, where)
     if role == "assistant" and turn.get(CALLS):
         checked[CALLS] = [_check_call(call, where) for call in _list(turn[CALLS], where)]
     called = role == "assistant" and (CALLS in checked or "function_calls" in checked)
@@ -174,6 +193,15 @@ def _check_flags(turn: Message, where: str) -> None:
         if flag in turn and turn[flag] not in (True, False):
             raise InvalidRow(
                 "bad weight", f"{where}: {flag} is {_short(turn[flag])}; a turn is trained (1, true) or not (0, false)"
+            )
+
+
+def _check_thought(turn: Message, where: str) -> None:
+    for key in THOUGHT_FIELDS:
+        if key in turn and not isinstance(turn[key], str):
+            raise InvalidRow(
+                "thought is not text",
+                f"{where}: {key} is {_kind(turn[key])}; a thought is text",
             )
 
 

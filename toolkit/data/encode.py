@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, is_trained, text_of, thought_of
+from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, is_trained, odd_thoughts, text_of, thought_of
 from toolkit.data.dialogue import Dialogue
 from toolkit.data.formats import Example
 from toolkit.data.problems import InvalidRow
@@ -153,6 +153,8 @@ class Encoder:
         special = self._dialogue.reader.stops.control if example.messages else self._special
         if any(special.search(content) for content in said):
             self.notices["the text of a special token stands in the data and becomes that token"] += 1
+        keeps = bool(example.messages) and not self._dialogue.reader.drops_thoughts
+        self.notices.update({odd for turn in example.messages for odd in odd_thoughts(turn)} if keeps else ())
         for key in {key for turn in example.messages for key in turn} - _KNOWN_KEYS:
             if key not in self._dialogue.reader.template.text(example.tools):
                 self.notices[f"message key {key!r}: neither trained nor read by the chat template"] += 1

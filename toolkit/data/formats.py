@@ -17,16 +17,12 @@ from toolkit.data.conversation import Message, check_messages, check_tools, text
 from toolkit.data.extra_columns import carries
 from toolkit.data.problems import InvalidRow, listed, printable
 from toolkit.data.speakers import as_turns
+from toolkit.data.template import NOT_OPTIONS
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["RESERVED", "SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
+__all__ = ["SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
 
 _SYSTEM = ("system", "developer")
-RESERVED = (
-    *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "padding", "truncation"),
-    *("add_generation_prompt", "continue_final_message", "max_length"),
-)
-"""Arguments of a chat template that neither a row nor a recipe gives as options."""
 
 TWO_SYSTEMS = "the system column is not used where a system turn stands"
 NULL_ARGUMENTS = "null arguments of tool calls are trained as they stand"
@@ -255,7 +251,7 @@ def _template_kwargs(raw: Any) -> dict[str, Any]:
     given = _json_or_itself(raw)
     if not isinstance(given, dict):
         raise InvalidRow("bad chat_template_kwargs", f"{what}: an object is expected, not {type(given).__name__}")
-    if taken := sorted(given.keys() & set(RESERVED)):
+    if taken := sorted(given.keys() & NOT_OPTIONS):
         raise InvalidRow("bad chat_template_kwargs", f"{what}: {taken[0]} is not the row's to give; take it out")
     return {str(key): item for key, item in given.items()}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ Tools = list[dict[str, Any]] | None
 Way = Callable[[Message], Message]
 
 _OTHER_ROLES = {"developer": "system", "environment": "tool", "function": "tool"}
+_TWICE = re.compile(r"</think>\s*<think>")
 _UNREADABLE = 1 << 20
 """More than can be lost: the template refuses the conversation."""
 
@@ -97,6 +99,8 @@ class Forms:
             return None
         lost = [place for place in words.lost(whole) if place[1] != "thought"]
         lost += [(turn, "thought") for turn, text in each.items() if (turn, "thought") in words.lost(text)]
+        # A thought in the content behind an empty one of the template's own is not where it reads one.
+        lost += [(turn, "thought") for turn, text in each.items() if _TWICE.search(text)]
         lost += [(turn, "call") for turn, shown in _shown_by_python(messages) if shown in whole]
         return lost + [(turn, "content") for turn in self._none_written(messages, tools, options, whole)]
 
@@ -145,7 +149,7 @@ def _candidates(messages: Sequence[Message], tools: Tools, *, knows_inline: bool
     calls = [call for message in messages for call in message.get(CALLS) or ()]
     choices: list[tuple[Way | None, ...]] = []
     if calls:
-        choices += [(None, _text_arguments), (None, _empty_content, _no_content, _missing_content), (None, _with_ids)]
+        choices += [(None, _text_arguments), (_without_null, None, _empty_content, _no_content), (None, _with_ids)]
     if thinkers := [message for message in messages if thought_of(message)]:
         in_fields = (_thought_in_fields, _thought_as_reasoning)
         is_inline = not any(message.get(key) for message in thinkers for key in THOUGHT_FIELDS)
@@ -197,8 +201,9 @@ def _no_content(message: Message) -> Message:
     return {**message, "content": None} if message.get(CALLS) and not message.get("content") else message
 
 
-def _missing_content(message: Message) -> Message:
-    if not message.get(CALLS) or message.get("content"):
+def _without_null(message: Message) -> Message:
+    """As transformers gives messages to templates; some of these ask whether the content is null, though."""
+    if "content" not in message or message["content"] is not None:
         return message
     return {key: value for key, value in message.items() if key != "content"}
 

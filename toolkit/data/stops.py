@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.conversation import CALLS, Message, without_thought
+from toolkit.data.conversation import CALLS, Message
 from toolkit.data.problems import InvalidRow
+from toolkit.data.said import texts_of
 from toolkit.data.template import ChatTemplate, Options
 
 if TYPE_CHECKING:
@@ -62,13 +63,12 @@ class Stops:
         return found.group() if found else None
 
     def through(
-        self, rest: str, messages: Sequence[Message], turn: int, tools: Any, options: Options, rendered: str
+        self, rest: str, messages: Sequence[Message], turn: int, tools: Any, options: Options
     ) -> tuple[str, str]:
         """The answer through its first stop token, and that token's text.
 
         Args:
             rest: what the rendering has after the prompt.
-            rendered: the rendering up to and with this turn.
 
         Raises:
             InvalidRow: nothing ends the turn.
@@ -79,19 +79,20 @@ class Stops:
         # What stands after calls may be their own wrapper, where answers without calls are closed by nothing.
         if closing is not None and (self._closes_answers or not messages[turn].get(CALLS)):
             return self._learn(rest[: closing[1]], rest[closing[0] : closing[1]])
-        return self._learn(*self._through_next_header(rest, messages, turn, tools, options, rendered))
+        return self._learn(*self._through_next_header(rest, messages, turn, tools, options))
 
     def _through_next_header(
-        self, rest: str, messages: Sequence[Message], turn: int, tools: Any, options: Options, rendered: str
+        self, rest: str, messages: Sequence[Message], turn: int, tools: Any, options: Options
     ) -> tuple[str, str]:
         """The answer and the special token with which the next turn begins."""
-        # A thought may be left out once another turn follows, so the header is looked for without it, too.
-        for thinks in (True, False):
-            before = tuple(said if thinks else without_thought(said) for said in messages[: turn + 1])
-            upto = rendered if thinks else self._try(before, tools, options)
-            after = self._try((*before, self._next(messages, turn)), tools, options)
-            if upto and after.startswith(upto) and (header := self._leading(after, len(upto))):
-                return rest + after[len(upto) : header.end()], header.group(1)
+        after = self._try((*messages[: turn + 1], self._next(messages, turn)), tools, options)
+        # What stands before its last words may be written otherwise once another turn follows.
+        tail = rest[_last_words(rest, messages[turn]) :].rstrip()
+        at = after.rfind(tail)
+        while at >= 0:
+            if header := self._leading(after, at + len(tail)):
+                return rest.rstrip() + after[at + len(tail) : header.end()], header.group(1)
+            at = after.rfind(tail, 0, at)
         raise InvalidRow(
             "no end of turn",
             f"nothing ends turn {turn + 1} (assistant), so the model would never stop: the chat template closes it "
@@ -141,3 +142,9 @@ def _last_of(token: re.Pattern[str], text: str) -> tuple[int, int] | None:
     end = len(text.rstrip())
     found = [each.span() for each in token.finditer(text, 0, end) if each.end() == end]
     return found[-1] if found else None
+
+
+def _last_words(text: str, message: Message) -> int:
+    """Where the last line of what a message says begins in its rendering."""
+    lines = (told.strip().rpartition("\n")[2].strip() for _, told in texts_of(message))
+    return max((text.rfind(line) for line in lines if line), default=0)

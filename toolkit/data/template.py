@@ -25,10 +25,18 @@ from toolkit.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatTemplate", "Options", "for_templates"]
+__all__ = ["NOT_OPTIONS", "ChatTemplate", "Options", "for_templates"]
 
 Options = Mapping[str, Any]
 """What a template is told beside the conversation, such as `enable_thinking`."""
+
+NOT_OPTIONS = frozenset(
+    (
+        *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "padding", "truncation"),
+        *("add_generation_prompt", "continue_final_message", "max_length"),
+    )
+)
+"""Arguments of a rendering that are neither a recipe's nor a row's to give."""
 
 # What a template can raise on a conversation it does not expect: Jinja's own, and those of the Python values in it.
 _RAISED = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -47,7 +55,7 @@ class ChatTemplate:
         date: what `strftime_now` says; today where none is given.
 
     Raises:
-        DataError: there is no template, it is not Jinja, or it runs away.
+        DataError: there is no template, it is not Jinja, or it runs away; an option is none.
     """
 
     def __init__(
@@ -60,6 +68,8 @@ class ChatTemplate:
     ) -> None:
         if chat_template is None and tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template and the data is chat; set data.chat_template_path")
+        if taken := sorted(options.keys() & NOT_OPTIONS):
+            raise DataError(f"data.chat_template_kwargs: {taken[0]} is no option of a chat template; take it out")
         self._tokenizer = tokenizer
         self._given = chat_template
         self._specials = dict(tokenizer.special_tokens_map)
@@ -120,7 +130,7 @@ class ChatTemplate:
             )
             text.encode("utf-8")
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"chat template, line {error.lineno}: {error.message}; it is not valid Jinja") from None
+            raise _not_jinja(error) from None
         except UnicodeEncodeError:
             raise InvalidRow("not Unicode", "half of a surrogate pair (\\ud800…\\udfff) stands alone in it") from None
         except _RAISED as error:
@@ -160,4 +170,9 @@ def _variables(template: str) -> frozenset[str]:
     try:
         return frozenset(meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template)))
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"chat template, line {error.lineno}: {error.message}; it is not valid Jinja") from None
+        raise _not_jinja(error) from None
+
+
+def _not_jinja(error: jinja2.TemplateSyntaxError) -> DataError:
+    what = (error.message or type(error).__name__).rstrip(".")
+    return DataError(f"chat template, line {error.lineno}: {what}; it is not valid Jinja")

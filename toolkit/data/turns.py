@@ -127,7 +127,7 @@ class _Reading:
             self.notices.append(_CLOSED)
         if kind := left_out(rest, message):
             raise self._left_out(turn, kind)
-        target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options, rendered)
+        target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options)
         if kind := left_out(target, message):
             raise self._left_out(turn, kind)
         return Turn(turn, prompt, target, ender, bool(thought_of(message)))
@@ -194,6 +194,9 @@ class _Reading:
             self.notices.append(_OTHER_HISTORY)
             return followed
         begins, whole = self._words_begin(turn, message, prompt), self._with_last(turn, message)
+        if begins is not None and not thought and self._only_adds(turn, prompt, whole[:begins]):
+            self.notices.append(_OTHER_HISTORY)
+            return whole[begins:]
         closing = None if begins is None else self._closing(turn, prompt, whole[:begins])
         if closing is None:
             raise self._left_out(turn, "thought") if thought else _rewritten(turn)
@@ -224,6 +227,11 @@ class _Reading:
             if any(told.strip() in between for told in said_before if told.strip())
             else rendered[at + len(header) :]
         )
+
+    def _only_adds(self, turn: int, prompt: str, header: str) -> bool:
+        """Whether the prompt is the header of an answer and what an option adds: an empty thought, closed."""
+        asked = (self._prompt_with(turn, {option: True}) for option in self._template.switches)
+        return any(bare.strip() and bare.strip() == header.strip() and prompt.startswith(bare) for bare in asked)
 
     def _words_begin(self, turn: int, message: Message, prompt: str) -> int | None:
         """Where an answer's words begin in its rendering; None where what stands before them is not the header."""
@@ -285,10 +293,12 @@ class _Reading:
         choices = [
             f"{{{option}: true}}" for option in self._template.switches if self._fits(turn, message, {option: True})
         ]
-        asks = f"ask for it with data.chat_template_kwargs: {' or '.join(choices)}, or " if choices else ""
+        asks = "give a template that writes it as data.chat_template_path"
+        if choices:
+            asks = f"ask for it with data.chat_template_kwargs: {' or '.join(choices)}"
         return InvalidRow(
             "thought left out by the chat template",
-            f"the chat template leaves out the thought of turn {turn + 1} ({role}); {asks}leave thoughts out of "
+            f"the chat template leaves out the thought of turn {turn + 1} ({role}); {asks}, or leave thoughts out of "
             "training with data.thoughts: drop",
         )
 

@@ -221,6 +221,11 @@ ROWS = (
         "{run} --prompts 2 --tokens 4 --drafts 1",
         (r"^run +1 drafts: 2 of 2 texts the same; tau ",),
     ),
+    Row(
+        "parity/templates.py",
+        "trl --only chat_templates/qwen3 --case plain thought",
+        (r"^chat_templates/qwen3 +2 exact ", r"^2 exact; 2 renderable; 2 exact of renderable$"),
+    ),
     Row("parity/mtp_greedy.py", "--native glm4_moe {place}/native --taught 2", (r"^step 2 of 2: loss \d",)),
     Row("parity/rehearsals.py", "qwen3_moe", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
     Row("parity/rehearsals.py", "qwen3_moe --card", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
