@@ -40,7 +40,8 @@ def unpack(package: tarfile.TarFile, folder: Path) -> None:
         with member(package, name) as source:
             content = io.BytesIO(brotli.decompress(source.read()))
         with tarfile.open(fileobj=content) as part:
-            part.extractall(folder, filter="data")
+            # Debian 12's Python, 3.11.2, has no filters yet.
+            part.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
 def member(package: tarfile.TarFile, name: str) -> BinaryIO:
