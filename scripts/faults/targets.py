@@ -216,7 +216,7 @@ def _templates(folder: Path) -> Target:
             TurnReader(tokenizer, ChatTemplate(tokenizer, data.decode("utf-8", "replace"))).read(example, (1, 3))
 
     def read(data: bytes) -> None:
-        with mock.patch("toolkit.data.template.require_frugal", lambda render: render()):
+        with mock.patch("toolkit.data.template.require_frugal", lambda render, key: render()):
             whole(data)
 
     seeds = [plain, marked, (MODEL / "chat_template.jinja").read_bytes()]

@@ -11,7 +11,7 @@ import resource
 import select
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from toolkit.errors import DataError
 
@@ -25,12 +25,18 @@ MOST_BYTES = 256 << 20
 """Memory beyond what the process has already."""
 
 
-def require_frugal(render: Callable[[], object]) -> None:
-    """Run `render` in a fork; errors that it raises are not this function's business.
+_tried: set[Hashable] = set()
+"""What was found frugal in this process: a fork of a large one takes long."""
+
+
+def require_frugal(render: Callable[[], object], key: Hashable) -> None:
+    """Run `render` in a fork, once for each `key`; errors that it raises are not this function's business.
 
     Raises:
         DataError: it needs more than `MOST_SECONDS` of processor time or `MOST_BYTES`.
     """
+    if key in _tried:
+        return
     watch, held = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: this one runs Python alone
@@ -50,6 +56,7 @@ def require_frugal(render: Callable[[], object]) -> None:
             f"chat template: needs more than {MOST_BYTES >> 20} MiB for a short conversation; give another as "
             "data.chat_template_path"
         )
+    _tried.add(key)
 
 
 def _render_and_leave(render: Callable[[], object], watch: int) -> None:

@@ -76,7 +76,8 @@ class ChatTemplate:
         self.options = dict(options)
         day = datetime.datetime.combine(date or datetime.date.today(), datetime.time(12))
         self._always = {**self._specials, "strftime_now": day.strftime, **options}
-        require_frugal(self._render_samples)
+        given = (chat_template or tokenizer.chat_template, self._specials, self.options)
+        require_frugal(self._render_samples, repr(given))
 
     @property
     def variables(self) -> frozenset[str]:
