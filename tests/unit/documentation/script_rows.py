@@ -207,7 +207,7 @@ ROWS = (
         "parity/llama_cpp.py",
         "qwen3_moe --venv {llama}",
         (
-            r"^\| qwen3_moe \| \S+e-0\d \| \S+e-0\d \| \S+e-0\d \| ",
+            r"^\| qwen3_moe \| (\S+e-0\d|0\.0e\+00) \| (\S+e-0\d|0\.0e\+00) \| \S+e-0\d \| ",
             r"^1 of 1 families run, 1 with a GGUF LoRA; .*: none$",
         ),
     ),
@@ -232,7 +232,10 @@ ROWS = (
     Row(
         "parity/stock_families.py",
         "qwen3_moe --venv {stock} --json {place}/families.json",
-        (r"^\| qwen3_moe \| \S+e-0\d \| \S+e-0\d \|", r"^1 of 1 families within 1e-04 in fp32; over it: none$"),
+        (
+            r"^\| qwen3_moe \| (\S+e-0\d|0\.0e\+00) \| (\S+e-0\d|0\.0e\+00) \|",
+            r"^1 of 1 families within 1e-04 in fp32; over it: none$",
+        ),
         ("families.json",),
     ),
     Row(

@@ -99,12 +99,15 @@ def test_a_copy_of_the_bases_template_may_say_what_the_base_says(base: Path, of_
     [
         ("data.system_prompt", "Files are in /mnt/private/rows, be brief.", "the local path /mnt/private/rows"),
         ("data.system_prompt", "Log in with hf_" + "S" * 30, "what looks like a Hub token"),
-        ("data.system_prompt", f"Work in {Path.cwd()}", "a folder of this machine"),
+        ("data.system_prompt", "Work in /usr/share", "a folder of this machine"),
         ("data.chat_template_kwargs", {"note": ["see /home/alice/x first"]}, "the local path /home/alice/x"),
         ("tracking.run_name", "see /scratch/alice now", "the local path /scratch/alice"),
     ],
 )
-def test_the_recipe_is_looked_at_before_training(tokenizer: Any, key: str, value: Any, kind: str) -> None:
+def test_the_recipe_is_looked_at_before_training(
+    tokenizer: Any, key: str, value: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/usr/share")  # a folder that looks like nobody's
     with pytest.raises(RecipeError) as caught:
         require_packageable(tokenizer, {**recipe(), key: value}, BASE)
     assert str(caught.value).startswith(f"{key}: holds {kind}")
