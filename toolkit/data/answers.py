@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.calls import CallForm, call_turn, learn_calls
 from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, thought_of, without_thought
-from toolkit.data.problems import InvalidRow
+from toolkit.data.template import end_of_open_tag
+from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
 
 if TYPE_CHECKING:
@@ -69,22 +69,21 @@ class _Around:
 class AnswerReader:
     """Reads answers under one tokenizer and template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reader: TurnReader) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, reader: TurnReader) -> None:
         self._tokenizer: Any = tokenizer
-        self._reader = reader
+        self._tokens, self._reader = tokens, reader
         self.described: Any = _schema(tokenizer, reader.template.text())
         """How transformers reads such answers; None where nobody has described it."""
+        self._asked = reader.template.try_render([_ASKED])
+        self._prompt = reader.template.try_render([_ASKED], generation_prompt=True)
         self._around = self._look()
 
     def read(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Answer:
         """The parts of what was written after a prompt."""
-        prompt, text = self._decode(prompt_ids), self._decode(ids)
+        prompt, text = self._tokens.decode(prompt_ids), self._tokens.decode(ids)
         ours = self._by_rendering(text, prompt)
         theirs = self._by_schema(text, prompt) if self.described is not None else None
         return ours if theirs is None or (ours.calls and not theirs.calls) else theirs
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _plain(self, text: str) -> str:
         """Without special tokens."""
@@ -131,16 +130,15 @@ class AnswerReader:
         return thought_of(inline), str(without_thought(inline)["content"])
 
     def _look(self) -> _Around:
-        prompt, asked = self._render([_ASKED], generation_prompt=True), self._render([_ASKED])
+        prompt, asked = self._prompt, self._asked
         thinking = self._written({"content": _CONTENT, **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
         before, thinks, rest = thinking.partition(_THOUGHT)
         before = before if thinks else ""
         ends = [rest.partition(_CONTENT)[0]] if _CONTENT in rest else []
-        opening = re.search(r"<([^<>\s/]+)>\s*$", prompt)
-        closing = f"</{opening.group(1)}>" if opening else ""
-        if opening and not before.strip() and (ends or closing in self._reader.template.text()):
-            before, ends = opening.group().strip(), ends or [closing]
-        calls = learn_calls(lambda turn: self._written(turn))
+        closing = end_of_open_tag(prompt)
+        if closing and not before.strip() and (ends or closing in self._reader.template.text()):
+            before, ends = closing.replace("/", "", 1), ends or [closing]
+        calls = learn_calls(self._written)
         if calls:
             written = self._written({**call_turn(), **dict.fromkeys(THOUGHT_FIELDS, _THOUGHT)})
             start, _, after = written.partition(_THOUGHT)
@@ -155,15 +153,9 @@ class AnswerReader:
         """What the template writes for an answer, beyond the prompt."""
         turn = {"role": "assistant", **keys}
         form = self._reader.forms.of((_ASKED, turn), None, {})
-        prompt, asked = self._render([_ASKED], generation_prompt=True), self._render([_ASKED])
-        text = self._render(form.messages([_ASKED, turn]))
+        prompt, asked = self._prompt, self._asked
+        text = self._reader.template.try_render(form.messages([_ASKED, turn]))
         return text[len(prompt) :] if text.startswith(prompt) else text[len(asked) :] if text.startswith(asked) else ""
-
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        try:
-            return self._reader.template.render(messages, generation_prompt=generation_prompt)
-        except InvalidRow:
-            return ""
 
 
 def _schema(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:

@@ -84,7 +84,7 @@ class Dialogue:
 
     @cached_property
     def _answers(self) -> AnswerReader:
-        return AnswerReader(self._tokenizer, self.reader)
+        return AnswerReader(self._tokenizer, self.tokens, self.reader)
 
     @property
     def is_chat(self) -> bool:

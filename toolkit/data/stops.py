@@ -44,18 +44,18 @@ class Stops:
         # An id beyond the vocabulary, which some checkpoints declare, has no text.
         self.texts = {str(text) for token in ids if token >= 0 and (text := tokenizer.convert_ids_to_tokens(token))}
         """The texts of all tokens at which generation stops."""
-        text = self._try((_ASKED, *_ANSWERS[:1], _ASKED, *_ANSWERS[1:]), None, {})
+        text = template.try_render((_ASKED, *_ANSWERS[:1], _ASKED, *_ANSWERS[1:]))
         runs = [self._run_after(text, word) for word in (_FIRST, _SECOND)]
         self._closes_answers = bool(runs[1])
         # A token that directly follows earlier and last answers alike, where no declared one does so.
         if runs[1] and runs[0] == runs[1] and not self.texts & set(runs[1]):
             self.texts.add(runs[1][-1])
-        self._stop = any_of(self.texts)
+        self._look_for_texts()
 
-    @property
-    def control(self) -> re.Pattern[str]:
+    def _look_for_texts(self) -> None:
+        self._stop = any_of(self.texts)
+        self.control = re.compile(f"{self.special.pattern}|{self._stop.pattern}")
         """Special tokens and stop tokens: text that is no text to the model."""
-        return re.compile(f"{self.special.pattern}|{self._stop.pattern}")
 
     def first(self, text: str) -> str | None:
         """The first stop token in a text, None where it has none."""
@@ -85,7 +85,7 @@ class Stops:
         self, rest: str, messages: Sequence[Message], turn: int, tools: Any, options: Options
     ) -> tuple[str, str]:
         """The answer and the special token with which the next turn begins."""
-        after = self._try((*messages[: turn + 1], self._next(messages, turn)), tools, options)
+        after = self._template.try_render((*messages[: turn + 1], self._next(messages, turn)), tools, options=options)
         # What stands before its last words may be written otherwise once another turn follows.
         tail = rest[_last_words(rest, messages[turn]) :].rstrip()
         at = after.rfind(tail)
@@ -101,7 +101,7 @@ class Stops:
 
     def _learn(self, target: str, ender: str) -> tuple[str, str]:
         self.texts.add(ender)
-        self._stop = any_of(self.texts)
+        self._look_for_texts()
         return target, ender
 
     def _next(self, messages: Sequence[Message], turn: int) -> Message:
@@ -114,12 +114,6 @@ class Stops:
             return {"role": "user", "content": _SECOND}
         name = calls[0].get("function", calls[0])["name"]
         return {"role": "tool", "content": _SECOND, "tool_call_id": calls[0].get("id", "0"), "name": name}
-
-    def _try(self, messages: Sequence[Message], tools: Any, options: Options) -> str:
-        try:
-            return self._template.render(messages, tools, options=options)
-        except InvalidRow:
-            return ""
 
     def _leading(self, text: str, start: int) -> re.Match[str] | None:
         return re.compile(rf"\s*({self.special.pattern})").match(text, start)

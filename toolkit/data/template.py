@@ -25,7 +25,7 @@ from toolkit.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["NOT_OPTIONS", "ChatTemplate", "Options", "for_templates"]
+__all__ = ["NOT_OPTIONS", "ChatTemplate", "Options", "end_of_open_tag", "for_templates"]
 
 Options = Mapping[str, Any]
 """What a template is told beside the conversation, such as `enable_thinking`."""
@@ -42,6 +42,7 @@ NOT_OPTIONS = frozenset(
 _RAISED = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 _SWITCH = re.compile(r"(think|reason)(?!.*(effort|budget|mode|tokens|content))")
+_OPEN_TAG = re.compile(r"<([^<>\s/]+)>\s*$")
 _PROBE = "onecardprobe"
 
 
@@ -139,6 +140,20 @@ class ChatTemplate:
             raise InvalidRow("refused by the chat template", f"the chat template refuses it: {detail}") from None
         return text
 
+    def try_render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        generation_prompt: bool = False,
+        options: Mapping[str, Any] = {},
+    ) -> str:
+        """As `render`; nothing where the template refuses it."""
+        try:
+            return self.render(messages, tools, generation_prompt=generation_prompt, options=options)
+        except InvalidRow:
+            return ""
+
     def _render_samples(self) -> None:
         """Short conversations of several shapes, so that a template that runs away does it where it is watched."""
         turns: tuple[Message, ...] = (
@@ -150,6 +165,12 @@ class ChatTemplate:
                 for generation_prompt in (False, True):
                     with contextlib.suppress(InvalidRow):
                         self.render(messages, generation_prompt=generation_prompt)
+
+
+def end_of_open_tag(text: str) -> str:
+    """What closes the tag that a text ends with: `</think>` after `<think>`; nothing where it ends otherwise."""
+    tag = _OPEN_TAG.search(text)
+    return f"</{tag.group(1)}>" if tag else ""
 
 
 def for_templates(messages: Sequence[Message]) -> list[Message]:

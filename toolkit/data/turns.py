@@ -8,7 +8,6 @@ where that cannot be proved the row is refused. transformers' masks mark what a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -20,7 +19,7 @@ from toolkit.data.forms import Form, Forms
 from toolkit.data.problems import InvalidRow
 from toolkit.data.said import Probe, left_out, texts_of
 from toolkit.data.stops import Stops
-from toolkit.data.template import ChatTemplate, Options
+from toolkit.data.template import ChatTemplate, Options, end_of_open_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,11 +159,8 @@ class _Reading:
 
     def _with_last(self, turn: int, last: Message, options: Mapping[str, Any] = {}) -> str:
         """The history with another last message; nothing where the template refuses it."""
-        try:
-            messages = (*self._messages[:turn], last)
-            return self._template.render(messages, self._tools, options={**self._options, **options})
-        except InvalidRow:
-            return ""
+        messages = (*self._messages[:turn], last)
+        return self._template.try_render(messages, self._tools, options={**self._options, **options})
 
     def _require_no_stop_inside(self, turn: int) -> None:
         for _, told in texts_of(self._messages[turn]):
@@ -250,24 +246,23 @@ class _Reading:
         As the template writes it before an answer (`written`), as the prompt without thoughts has it, or as is usual.
         """
         asked = _agreed(self._render(turn), prompt)
-        tag = re.search(r"<([^<>\s/]+)>\s*$", prompt[asked:])
-        if tag and (at := written.find(f"</{tag.group(1)}>", asked)) >= 0:
+        tag = end_of_open_tag(prompt[asked:])
+        if tag and (at := written.find(tag, asked)) >= 0:
             return written[at:]
         for option in self._template.switches:
             without = self._prompt_with(turn, {option: False})
             if without.startswith(prompt) and len(without) > len(prompt):
                 return without[len(prompt) :]
-        if usual := _usual_closing(prompt[asked:], self._template.text(self._tools)):
-            self.notices.append(f"the chat template never shows the end of a thought: {usual!r} is trained")
+        if not tag or tag not in self._template.text(self._tools):
+            return None
+        usual = f"\n{tag}\n\n"
+        self.notices.append(f"the chat template never shows the end of a thought: {usual!r} is trained")
         return usual
 
     def _prompt_with(self, turn: int, options: Options) -> str:
-        try:
-            return self._template.render(
-                self._messages[:turn], self._tools, generation_prompt=True, options={**self._options, **options}
-            )
-        except InvalidRow:
-            return ""
+        return self._template.try_render(
+            self._messages[:turn], self._tools, generation_prompt=True, options={**self._options, **options}
+        )
 
     def _fits(self, turn: int, message: Message, options: Options) -> bool:
         """Whether the turn, thought and all, follows its prompt under these options."""
@@ -310,17 +305,8 @@ def _agreed(one: str, other: str) -> int:
 
 def _closes_tag(prompt: str, rest: str) -> bool:
     """Whether an answer begins with the end of the tag that its prompt ends with."""
-    tag = re.search(r"<([^<>\s/]+)>\s*$", prompt)
-    return tag is not None and rest.lstrip().startswith(f"</{tag.group(1)}>")
-
-
-def _usual_closing(header: str, template: str) -> str | None:
-    """The end of a thought whose tag opens the answer, where the template knows that end: `<think>` and `</think>`."""
-    tag = header.rstrip().rpartition("<")[2]
-    closing = f"</{tag}"
-    if not tag.endswith(">") or not header.rstrip().endswith(f"<{tag}") or closing not in template:
-        return None
-    return f"\n{closing}\n\n"
+    tag = end_of_open_tag(prompt)
+    return bool(tag) and rest.lstrip().startswith(tag)
 
 
 def _rewritten(turn: int) -> InvalidRow:
