@@ -7,7 +7,6 @@ Packing is TRL's: it is given rows of `input_ids` and `labels` and no text.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import itertools
 from array import array
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.duplicates import COPIES, copies, drop_copies, drop_held_out
@@ -34,17 +33,17 @@ from toolkit.data.rows import Row
 from toolkit.data.sources import open_source
 from toolkit.data.split import group_overlap, overlap, set_apart
 from toolkit.data.spool import Spool, View
+from toolkit.data.token_table import token_table
 from toolkit.errors import DataError
 from toolkit.steps import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Batches", "build_batches"]
+__all__ = ["Batches", "build_batches"]
 
-IGNORED = -100
-"""The label of a token that is not trained; torch's cross entropy skips it."""
 _CHUNK = 512
+_UNSEEN, _UNUSABLE = -2, -1
 _REPEATED = "examples repeated by the weights of data.train"
 
 
@@ -54,11 +53,11 @@ class Batches:
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    held_out: tuple[HeldOut, ...]
+    held_out: Sequence[HeldOut]
     report: DataReport
     form: ChatForm = field(default_factory=ChatForm)
     """How inference asks for what was trained, and where it stops."""
-    places: tuple[str, ...] = ()
+    places: Sequence[str] = ()
     """Where each row of `train` came from, `file:line`."""
 
 
@@ -179,17 +178,17 @@ def build_batches(
     return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
 
 
-def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int]:
+def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int] | NDArray[np.int64]:
     # A stream of its own: the held-out groups are drawn with the bare seed.
-    return np.random.default_rng((seed, 1)).permutation(count).tolist() if drawn else range(count)
+    return np.random.default_rng((seed, 1)).permutation(count) if drawn else range(count)
 
 
 def _encode(
     split: Split,
     encoder: Encoder,
     on_invalid: Literal["error", "drop"],
-    drawn: Sequence[int],
-    order: Sequence[int],
+    drawn: Sequence[int] | NDArray[np.int64],
+    order: Sequence[int] | NDArray[np.int64],
     *,
     most: int | None = None,
     keep_order: bool = False,
@@ -200,21 +199,20 @@ def _encode(
     One that is drawn again is encoded once.
     """
     problems, drops = Problems(), Counter(split.drops)
-    rows = Spool[EncodedRow](pack=pack_row, unpack=unpack_row)
+    rows = Spool[EncodedRow](_memory_of, pack=pack_row, unpack=unpack_row)
     # Of each kept one, its place in `drawn`, its number in the split, and that of its tokens in `rows`.
     places, indices, numbers = array("q"), array("q"), array("q")
-    repeated = isinstance(drawn, list)
-    found: dict[int, int | None] = {}
+    repeated = not isinstance(drawn, range)
+    found = np.full(len(split.examples), _UNSEEN, dtype=np.int64)  # of each example, its number in `rows`
     seen = 0
     while seen < len(order) and (most is None or len(places) < most):
-        chunk = order[seen : seen + min(_CHUNK, most - len(places) if most else _CHUNK)]
+        chunk = [int(place) for place in order[seen : seen + min(_CHUNK, most - len(places) if most else _CHUNK)]]
         seen += len(chunk)
         advance(seen, len(order), "examples")
-        found = found if repeated else {}
-        fresh = [i for i in dict.fromkeys(drawn[place] for place in chunk) if i not in found]
+        fresh = [i for i in dict.fromkeys(int(drawn[place]) for place in chunk) if found[i] == _UNSEEN]
         encoded = encoder.encode([split.examples[i] for i in fresh], hold_out=hold_out)
         for index, result in zip(fresh, encoded, strict=True):
-            found[index] = len(rows) if isinstance(result, EncodedRow) else None
+            found[index] = len(rows) if isinstance(result, EncodedRow) else _UNUSABLE
             if isinstance(result, EncodedRow):
                 rows.append(result)
             elif result.reason in (TOO_LONG, CUT_OFF):
@@ -222,14 +220,14 @@ def _encode(
             else:
                 problems.add(index, split.examples[index].place, result)
         for place in chunk:
-            if (number := found[drawn[place]]) is not None:
+            if (number := int(found[drawn[place]])) != _UNUSABLE:
                 places.append(place)
-                indices.append(drawn[place])
+                indices.append(int(drawn[place]))
                 numbers.append(number)
     problems.settle(on_invalid, split.rows)
     drops += problems.reasons
     if seen < len(order):
-        drops[BEYOND] += len(set(drawn) - found.keys()) if repeated else len(order) - seen
+        drops[BEYOND] += int((found[np.unique(drawn)] == _UNSEEN).sum()) if repeated else len(order) - seen
     if not places:
         raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
     by_place = np.argsort(np.asarray(places)) if keep_order else np.arange(len(places))
@@ -239,6 +237,10 @@ def _encode(
     distinct = (each for row in rows for each in row.examples)
     more = summary.examples - sum(len(row.examples) for row in rows) if repeated else 0
     return _Done(View(split.examples, np.asarray(indices)[by_place]), kept, summary, copies(distinct), more)
+
+
+def _memory_of(row: EncodedRow) -> int:
+    return 300 + sum(each.ids.nbytes + each.trained.nbytes for each in row.examples)
 
 
 def _summary(count: int, rows: Sequence[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
@@ -292,34 +294,14 @@ def _batches(
         examples=tuple(each.place for each in itertools.islice(done.encoded, 3)),
         sources=sources,
     )
-    return Batches(
-        train=_dataset(done.encoded),
-        validation=_dataset(held.encoded) if held else None,
-        held_out=tuple(each.held_out for each in held.encoded if each.held_out) if held else (),
-        report=report,
-        form=form,
-        places=tuple(each.place for each in done.encoded),
-    )
+    train, places = token_table(done.encoded, done.summary.tokens)
+    validation = token_table(held.encoded, held.summary.tokens)[0] if held else None
+    return Batches(train, validation, _questions(held), report, form, places)
 
 
-def _dataset(encoded: Iterator[Encoded]) -> datasets.Dataset:
-    """The columns as Arrow lists made from arrays: Python integers would take ten times the memory.
-
-    In chunks, since one Arrow list array holds at most 2³¹ tokens. `Dataset.from_dict` would copy them all, and a
-    `Dataset` that has no fingerprint pickles all of them to make one.
-    """
-    columns: dict[str, list[pa.ListArray]] = {"input_ids": [], "labels": []}
-    digest = hashlib.blake2b(digest_size=8)
-    while chunk := list(itertools.islice(encoded, _CHUNK)):
-        labels = [np.where(each.trained, each.ids, np.int32(IGNORED)) for each in chunk]
-        for name, arrays in (("input_ids", [each.ids for each in chunk]), ("labels", labels)):
-            columns[name].append(_lists(arrays))
-            digest.update(np.asarray([len(each) for each in arrays]).tobytes())
-            digest.update(columns[name][-1].flatten().to_numpy().tobytes())
-    table = pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()})
-    return datasets.Dataset(table, fingerprint=digest.hexdigest())
-
-
-def _lists(arrays: list[np.ndarray]) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays).astype(np.int32)))
+def _questions(held: _Done | None) -> Sequence[HeldOut]:
+    found = Spool[HeldOut](lambda question: len(question.prompt_text) + 40 * len(question.prompt_ids))
+    for each in held.encoded if held else ():
+        if each.held_out:
+            found.append(each.held_out)
+    return found

@@ -6,7 +6,10 @@ A row that stands twice is learnt twice, which nobody meant; `datasets` has no w
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable
+
+import numpy as np
 
 from toolkit.data.encode import Encoded
 from toolkit.data.reading import Split
@@ -42,10 +45,9 @@ def _keep(split: Split, flags: list[bool], reason: str) -> None:
 
 def copies(encoded: Iterable[Encoded]) -> int:
     """How many of the examples have the tokens and the mask of an earlier one."""
-    seen: set[bytes] = set()
-    number = 0
-    for number, each in enumerate(encoded, 1):  # noqa: B007 - it is the count
-        digest = hashlib.blake2b(each.ids.tobytes(), digest_size=16)
+    hashes = array("Q")
+    for each in encoded:
+        digest = hashlib.blake2b(each.ids.tobytes(), digest_size=8)
         digest.update(each.trained.tobytes())
-        seen.add(digest.digest())
-    return number - len(seen)
+        hashes.frombytes(digest.digest())
+    return len(hashes) - len(np.unique(hashes))

@@ -51,6 +51,10 @@ class Example:
     source: int = 0
     """Which of several data sets it is from."""
 
+    def memory(self) -> int:
+        """About the bytes that it takes."""
+        return 500 + len(str(self.messages)) + len(str(self.tools or "")) + len(self.text)
+
     @property
     def key(self) -> bytes:
         """A hash of everything before the last answer, 16 bytes: examples that share it must not be held apart."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.data.encode import EncodedRow
 from toolkit.data.formats import Example
@@ -66,7 +67,7 @@ def read_sources(
     Raises:
         DataError: one of them cannot be read, or a column to remove is in none.
     """
-    examples = Spool[Example]()
+    examples = Spool[Example](Example.memory)
     whole = Split(name, _where(sources[0].path, split) if len(sources) == 1 else "data.train", examples=examples)
     formats: dict[str, None] = {}
     for number, source in enumerate(sources):
@@ -93,7 +94,9 @@ def require_removed(reading: Reading, where: str) -> None:
             raise DataError(f"{where}: data.remove_columns: no column {column!r}{near}")
 
 
-def draw(examples: Sequence[Example], sources: Sequence[DataSource], seed: int) -> tuple[Sequence[int], Counter[str]]:
+def draw(
+    examples: Sequence[Example], sources: Sequence[DataSource], seed: int
+) -> tuple[Sequence[int] | NDArray[np.int64], Counter[str]]:
     """Which of `examples` one epoch sees, in the order of an epoch that is not shuffled, and what is not drawn.
 
     A set of weight w is seen w times: its whole part over and over, and of the rest that share of its examples, drawn
@@ -110,7 +113,7 @@ def draw(examples: Sequence[Example], sources: Sequence[DataSource], seed: int) 
         drawn.append(seen)
         places.append((np.arange(len(seen)) + 0.5) / max(len(seen), 1))
     indices, when = np.concatenate(drawn), np.concatenate(places)
-    return [int(index) for index in indices[np.argsort(when, kind="stable")]], drops
+    return indices[np.argsort(when, kind="stable")], drops
 
 
 def _seen(of_set: Any, source: DataSource, random: np.random.Generator, drops: Counter[str]) -> Any:

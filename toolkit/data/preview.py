@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from toolkit.data.build import IGNORED, Batches
+from toolkit.data.build import Batches
 from toolkit.data.dialogue import Dialogue
 from toolkit.data.report import DataReport, SplitReport
+from toolkit.data.token_table import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

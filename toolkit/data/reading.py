@@ -72,7 +72,7 @@ class Reading:
         """
         rows = map(self._without_columns, rows) if self.remove_columns else rows
         peeked = list(itertools.islice(rows, _PEEK))
-        examples = Spool[Example]() if into is None else into
+        examples = Spool[Example](Example.memory) if into is None else into
         split, problems, before = Split(name, where, examples=examples), Problems(), len(examples)
         columns = {str(key) for row in peeked if isinstance(row.values, dict) for key in row.values}
         self.seen |= columns

@@ -17,12 +17,12 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.errors import ResourceError
+from toolkit.data.scratch import no_room, scratch_parent
 
 __all__ = ["Spool", "View", "chosen"]
 
 T = TypeVar("T")
-_IN_MEMORY = 50_000
+_IN_MEMORY = 32 << 20
 _BUFFER = 1 << 20
 
 
@@ -30,18 +30,20 @@ class Spool(Sequence[T]):
     """Items in the order in which they were appended.
 
     Args:
-        in_memory: how many stay as they are; each further one takes 8 bytes of memory.
+        size: about the bytes that an item takes in memory.
+        in_memory: bytes of the items that stay as they are; each further item takes 8.
         pack, unpack: an item to plain values that pickle stores well, and back.
     """
 
     def __init__(
         self,
+        size: Callable[[T], int],
         in_memory: int = _IN_MEMORY,
         pack: Callable[[T], Any] = lambda item: item,
         unpack: Callable[[Any], T] = lambda stored: stored,
     ) -> None:
         self._held: list[T] = []
-        self._most = in_memory
+        self._size, self._left = size, in_memory
         self._pack, self._unpack = pack, unpack
         self._file: Any = None
         self._ends = array("Q", [0])
@@ -53,7 +55,8 @@ class Spool(Sequence[T]):
         Raises:
             ResourceError: there is no room for the file.
         """
-        if len(self._held) < self._most:
+        if self._left > 0:
+            self._left -= self._size(item)
             self._held.append(item)
             return
         stored = pickle.dumps(self._pack(item), pickle.HIGHEST_PROTOCOL)
@@ -88,16 +91,13 @@ class Spool(Sequence[T]):
     def _write(self) -> None:
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed with the spool
+                self._file = tempfile.TemporaryFile(buffering=0, dir=scratch_parent())  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
             left = memoryview(bytes(self._buffer))
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise ResourceError(
-                f"{tempfile.tempdir or 'the temporary folder'}: no room for the examples ({error.strerror or error}); "
-                "free some, or set TMPDIR to a folder with room"
-            ) from None
+            raise no_room(error) from None
         self._buffer.clear()
 
 
@@ -124,7 +124,7 @@ class View(Sequence[T]):
         return (self._items[int(number)] for number in self._numbers)
 
 
-def chosen(items: Sequence[T], flags: Sequence[bool]) -> Sequence[T]:
+def chosen(items: Sequence[T], flags: Sequence[bool] | NDArray[np.bool_]) -> Sequence[T]:
     """The items whose flag is set; as a list where `items` is one."""
     if isinstance(items, list):
         return [item for item, flag in zip(items, flags, strict=True) if flag]

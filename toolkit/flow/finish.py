@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.adapters import unmoved_adapters
 from toolkit.data import Batches, Dialogue
+from toolkit.data.token_table import IGNORED
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
 from toolkit.flow.asking import stop_as_trained
@@ -61,6 +62,20 @@ _MARGIN = 64 << 20
 
 
 @dataclass(frozen=True)
+class TrainedText:
+    """The trained text of each example, decoded as it is asked for."""
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: Dataset
+
+    def __iter__(self) -> Iterator[str]:
+        for rows in self.examples.iter(1_000):
+            pairs = [zip(*row, strict=True) for row in zip(rows["input_ids"], rows["labels"], strict=True)]
+            trained = [[token for token, label in pair if label != IGNORED] for pair in pairs]
+            yield from (text.strip() for text in self.tokenizer.batch_decode(trained, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
 class Trained:
     """A trained adapter still on its model, with all that was counted and measured."""
 
@@ -69,7 +84,7 @@ class Trained:
     training: TrainResult
     counts: dict[str, Any]
     comparison: Comparison | None
-    rows: tuple[str, ...] = ()
+    rows: TrainedText | None = None
     """What the answers of the training data say: none of it may leave with the artifact."""
     head: MtpHead | None = None
     drafting: dict[str, Any] | None = None
@@ -81,7 +96,7 @@ class Trained:
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
         run = self.training
-        examples = {"examples": len(self.rows)} if self.rows else {}
+        examples = {"examples": len(self.rows.examples)} if self.rows else {}
         figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens, **examples}}
         mtp = {"mtp": self.drafting} if self.drafting else {}
         return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
@@ -208,7 +223,7 @@ def train(
             look_at_experts(model, batches, plan)
     if head is not None:
         drafting = {"training": head.result().to_dict(), **(drafting or {})}
-    rows = _answers(tokenizer, batches.train)
+    rows = TrainedText(tokenizer, batches.train)
     form = batches.form.to_dict()
     return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes, form)
 
@@ -284,12 +299,6 @@ def _base_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> tuple[str, ...]:
-    """The trained text of each row."""
-    trained = [[i for i, label in zip(r["input_ids"], r["labels"], strict=True) if label != -100] for r in rows]
-    return tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in trained)
-
-
 @part("package")
 def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = None) -> Path:
     """Write the artifact into the run folder; stock PEFT opens it as it is.
@@ -307,7 +316,7 @@ def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = 
         recipe_yaml=dump(plan.recipe),
         results=result.results(),
         coverage=result.counts,
-        rows=result.rows,
+        rows=result.rows or (),
         chat=result.chat,
         base_folder=files_of(base, revision),
         mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches
-from toolkit.data.build import IGNORED
+from toolkit.data.token_table import IGNORED, sequence_lengths
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer_ids, measure_drafts
 from toolkit.mtp import (
@@ -120,10 +120,10 @@ def _wanted_answers(batches: Batches, plan: Plan) -> int:
     """As the recipe says; else one for each `_EXAMPLES_AN_ANSWER` examples that the steps have read, within bounds."""
     if (wanted := plan.recipe.mtp.own_answers) is not None:
         return wanted
-    training, lengths = plan.recipe.training, [len(ids) for ids in batches.train["input_ids"]]
+    training, lengths = plan.recipe.training, sequence_lengths(batches.train)
     read = len(lengths) * training.num_train_epochs
     if training.max_steps:
-        packed = step_tokens(plan) * len(lengths) / sum(lengths)
+        packed = step_tokens(plan) / lengths.mean()
         batch = packed if training.packing else training.per_device_train_batch_size
         read = training.max_steps * training.gradient_accumulation_steps * batch
     return max(1, min(MOST_ANSWERS, int(read / _EXAMPLES_AN_ANSWER)))

@@ -7,13 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
+from toolkit.data.token_table import count_trained, sequence_lengths
 from toolkit.errors import ModelError, RecipeError, first_line
 from toolkit.evaluate import LOSS, find_metric
 from toolkit.flow.asking import declared_stops, dialogue, recorded_form, stop_as_trained
@@ -179,26 +181,23 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     """
     training = plan.recipe.training
     assert isinstance(training.max_length, int)
-    lengths, labels = _lengths(batches.train)
+    lengths, labels = sequence_lengths(batches.train), count_trained(batches.train)
     looked_at = held_out(batches, plan)
-    others, their_labels = _lengths(looked_at) if looked_at is not None else ([], [])
+    others = [] if looked_at is None else [int(f(looked_at).max()) for f in (sequence_lengths, count_trained)]
     questions = batches.held_out[: plan.recipe.eval.max_samples] if plan.recipe.eval.enabled and others else ()
     prompts = [len(question.prompt_ids) for question in questions] + list(map(len, own_prompts(batches, plan)))
-    beside = (max(others, default=0), max(their_labels, default=0), max(prompts, default=0))
+    beside = (*(others or (0, 0)), max(prompts, default=0))
+    longest = int(lengths.max())
     if not training.packing:
         one = training.per_device_train_batch_size == 1
-        return StepShape(max(lengths), max(labels) if one else max(lengths), *beside)
-    length = min(training.max_length, sum(lengths))
-    shares = sorted((label / size, size) for label, size in zip(labels, lengths, strict=True))
-    room, labelled = length, 0.0
-    while shares and room > 0:
-        share, size = shares.pop()
-        labelled += share * min(size, room)
-        room -= size
-    return StepShape(length, max(1, math.ceil(labelled)), *beside)
+        return StepShape(longest, int(labels.max()) if one else longest, *beside)
+    length = min(training.max_length, int(lengths.sum()))
+    return StepShape(length, _most_labels(lengths, labels, length), *beside)
 
 
-def _lengths(rows: Dataset) -> tuple[list[int], list[int]]:
-    """Tokens of each row, and how many of them carry a label."""
-    labels = [len(row) - row.count(-100) for row in rows["labels"]]
-    return [len(row) for row in rows["input_ids"]], labels
+def _most_labels(lengths: NDArray[np.int64], labels: NDArray[np.int64], room: int) -> int:
+    """A bound on the labels in one packed sequence of `room` tokens: of the rows that are labelled most densely."""
+    share = labels / lengths
+    order = np.lexsort((lengths, share))[::-1]
+    taken = np.diff(np.minimum(np.cumsum(lengths[order]), room), prepend=0)
+    return max(1, math.ceil(float((share[order] * taken).sum())))

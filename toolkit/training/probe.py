@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from toolkit.data.token_table import sequence_lengths
 from toolkit.errors import ResourceError
 
 __all__ = ["longest_rows", "out_of_memory", "probe", "same_random_numbers"]
@@ -21,8 +22,8 @@ __all__ = ["longest_rows", "out_of_memory", "probe", "same_random_numbers"]
 
 def longest_rows(dataset: Dataset, count: int) -> list[int]:
     """Indices of the `count` longest rows by `input_ids`, longest first."""
-    lengths = [len(ids) for ids in dataset.with_format(None).select_columns(["input_ids"])["input_ids"]]
-    return sorted(range(len(lengths)), key=lambda index: -lengths[index])[:count]
+    longest: list[int] = np.argsort(-sequence_lengths(dataset), kind="stable")[:count].tolist()
+    return longest
 
 
 def probe(

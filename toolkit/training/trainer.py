@@ -369,6 +369,8 @@ def sft_config(
         eval_steps=eval_steps,
         eval_packing=False,
         packing_strategy="bfd",
+        # Rows come cut and masked; only packing is left to do.
+        dataset_kwargs={"skip_prepare_dataset": not arguments["packing"]},
         router_aux_loss_coef=coefficient if train_router else 0.0,
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",

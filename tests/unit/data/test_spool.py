@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.data import build, reading, spool
+from toolkit.data import build, reading, spool, token_table
 from toolkit.data.encode import Encoded, EncodedRow
 from toolkit.data.packed_rows import pack_row, unpack_row
 from toolkit.data.report import HeldOut
@@ -21,7 +21,7 @@ from toolkit.errors import ResourceError
 
 @given(st.lists(st.integers() | st.text(), max_size=30), st.integers(0, 10), st.integers(1, 40))
 def test_a_spool_is_a_list(items: list[Any], in_memory: int, buffer: int) -> None:
-    kept = Spool[Any](in_memory=in_memory)
+    kept = Spool[Any](lambda item: 1, in_memory=in_memory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool, "_BUFFER", buffer)
         for number, item in enumerate(items):
@@ -44,7 +44,7 @@ def test_rows_come_back_as_they_went() -> None:
     ids, trained = np.arange(5, dtype=np.int32), np.asarray([False, True, True, False, True])
     held = HeldOut("f:1", (1, 2), "q", "a")
     row = EncodedRow((Encoded("f:1", ids, trained, held), Encoded("f:1", ids[:2], trained[:2])), 2, 1, 1, ("<e>",))
-    kept = Spool[EncodedRow](in_memory=0, pack=pack_row, unpack=unpack_row)
+    kept = Spool[EncodedRow](lambda row: 1, in_memory=0, pack=pack_row, unpack=unpack_row)
     kept.append(row)
     back = kept[0]
     assert (back.turns, back.thoughts, back.dropped_thoughts, back.enders) == (2, 1, 1, ("<e>",))
@@ -56,10 +56,10 @@ def test_rows_come_back_as_they_went() -> None:
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Spool[str](in_memory=0)
+    kept = Spool[str](len, in_memory=0)
     kept.append("x")
     descriptor = os.open("/dev/full", os.O_RDWR)
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda buffering: os.fdopen(descriptor, "r+b", buffering))
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda buffering, **_: os.fdopen(descriptor, "r+b", buffering))
     with pytest.raises(ResourceError, match=r"no room for the examples \(No space left on device\).*TMPDIR"):
         kept[0]
 
@@ -106,12 +106,15 @@ def assert_alike(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
     for module in (reading, build):
         monkeypatch.setattr(module, "Spool", _Stored)
     monkeypatch.setattr("toolkit.data.mixture.Spool", _Stored)
+    monkeypatch.setattr(token_table, "_MOST_IN_MEMORY", 0)
     stored = make()
     monkeypatch.undo()
     assert _Stored.reads > 0
+    assert not in_memory.train.cache_files
+    assert stored.train.cache_files
     assert in_memory.train[:] == stored.train[:]
     assert in_memory.places == stored.places
-    assert in_memory.held_out == stored.held_out
+    assert list(in_memory.held_out) == list(stored.held_out)
     assert in_memory.report == stored.report
     assert in_memory.train._fingerprint == stored.train._fingerprint
     if in_memory.validation is not None:
@@ -123,8 +126,8 @@ class _Stored(Spool[Any]):
 
     reads = 0
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(in_memory=0, **options)
+    def __init__(self, size: Any, **options: Any) -> None:
+        super().__init__(size, in_memory=0, **options)
 
     def __getitem__(self, index: Any) -> Any:
         _Stored.reads += 1
