@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from toolkit.offload.place import streamed
 from toolkit.plan import Device, make_plan
 from toolkit.plan.cards import CARDS
-from toolkit.plan.place import streamed
 from toolkit.recipe import load
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ import textwrap
 import warnings
 from pathlib import Path
 
+from toolkit.offload.place import streamed
 from toolkit.plan import Device, Plan, make_plan
 from toolkit.plan.cards import CARDS, Card
-from toolkit.plan.place import streamed
 from toolkit.recipe import Recipe, load
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

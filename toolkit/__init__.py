@@ -38,13 +38,13 @@ _HOMES = {
     "OnecardError": ("toolkit.errors", "OnecardError"),
     "Plan": ("toolkit.plan", "Plan"),
     "Recipe": ("toolkit.recipe", "Recipe"),
-    "attach": ("toolkit.flow", "attach"),
-    "build_batches": ("toolkit.flow", "build_batches"),
-    "load": ("toolkit.flow", "load"),
+    "attach": ("toolkit.run", "attach"),
+    "build_batches": ("toolkit.run", "build_batches"),
+    "load": ("toolkit.run", "load"),
     "load_recipe": ("toolkit.recipe", "load"),
     "make_plan": ("toolkit.plan", "make_plan"),
-    "package": ("toolkit.flow", "package"),
-    "train": ("toolkit.flow", "train"),
+    "package": ("toolkit.run", "package"),
+    "train": ("toolkit.run", "train"),
     "verify": ("toolkit.packaging", "verify_artifact"),
 }
 

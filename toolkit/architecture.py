@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from toolkit.anatomy import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 from toolkit.errors import ModelError, first_line
+from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 
 __all__ = [
     "DRAFT_CARRIER",

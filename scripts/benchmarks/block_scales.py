@@ -17,9 +17,10 @@ from quantization_error import _examples, _parts, _relative
 from transformers.utils import logging
 
 from toolkit.architecture import describe
-from toolkit.quant import dequantize, load_int8, quantize
-from toolkit.quant.calibrate import make_batches
-from toolkit.quant.observe import decoder_layers, walk
+from toolkit.ops.int8 import dequantize, quantize
+from toolkit.quant import load_int8
+from toolkit.quant.gptq.calibrate import make_batches
+from toolkit.quant.gptq.observe import decoder_layers, walk
 
 BLOCK = 128
 ARMS = {"one a row": float("inf"), "above 2x": 2.0, "above 1.5x": 1.5, "above 1.2x": 1.2, "every row": 0.0}

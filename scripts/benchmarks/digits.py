@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from turns import turn
 
-from toolkit.quant import can_multiply, multiply
+from toolkit.ops.split_int8 import can_multiply, multiply
 
 
 def main() -> None:

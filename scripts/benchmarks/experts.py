@@ -106,8 +106,8 @@ def lora_flops(shape: Shape, again: float = 0.0) -> int:
 
 def computed_again(shape: Shape, recomputing: bool) -> float:
     """The share of up's rows that our backward computes again: all, or those that were not kept."""
+    from toolkit.ops.experts import ExpertStack, ExpertWeights
     from toolkit.ops.per_expert import kept_rows
-    from toolkit.quant import ExpertStack, ExpertWeights
 
     names = ("gate_up_proj", "down_proj")
     sizes = [(shape.experts, *shape.stack(name)) for name in names]

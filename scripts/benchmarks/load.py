@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 from turns import anonymous, most_anonymous
 
-from toolkit.quant import load_int8, quantize, quantize_checkpoint
+from toolkit.ops.int8 import quantize
+from toolkit.quant import load_int8, quantize_checkpoint
 
 HIDDEN, INTERMEDIATE, SHARD = 1024, 512, 1 << 30
 CHILD = "--child"

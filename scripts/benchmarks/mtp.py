@@ -44,9 +44,9 @@ from options import recipe_parser
 from peft import PeftModel
 from rich.console import Console
 
-from toolkit import flow
-from toolkit.evaluate import answer_ids, measure_drafts
-from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, new_head
+from toolkit import run as job
+from toolkit.evaluate import answer_ids
+from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, measure_drafts, new_head
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 from toolkit.training import train_adapter
@@ -105,12 +105,12 @@ def train(plan: Any, run: Path | None) -> tuple[PeftModel, Any, Any, Several, fl
     """
     recipe = plan.recipe
     if run:
-        model, tokenizer = flow.reopen(plan, run / "adapter")
+        model, tokenizer = job.reopen(plan, run / "adapter")
         base = model.get_base_model()
     else:
-        base, tokenizer = flow.load(plan)
-        model = flow.attach(base, plan)
-    batches = flow.build_batches(tokenizer, plan)
+        base, tokenizer = job.load(plan)
+        model = job.attach(base, plan)
+    batches = job.build_batches(tokenizer, plan)
 
     def head(made: MtpHead) -> HeadTraining:
         return head_training(made, model, recipe.mtp)
@@ -195,16 +195,16 @@ def _finished(
     model: PeftModel, tokenizer: Any, batches: Any, plan: Any, heads: Several
 ) -> tuple[dict[str, MtpHead], int]:
     """The heads beside the adapter once they have learned from the own answers; and how many of these there were."""
-    seed, tokens = plan.recipe.training.seed, flow.step_tokens(plan)
+    seed, tokens = plan.recipe.training.seed, job.step_tokens(plan)
     model.eval()
     with model.disable_adapter():
-        asked, said, hidden = flow.own_answers(model, tokenizer, batches, plan)
+        asked, said, hidden = job.own_answers(model, tokenizer, batches, plan)
         learn_own_answers(heads.apart, asked, said, tokens=tokens, seed=seed, source=hidden)
     trained = {**heads.beside, "re-aligned": realigned(heads, plan)}
     finished = {"stale": heads.apart.head}
     if heads.seen:
         finished["data alone"] = copy.deepcopy(heads.beside["copied"].head)
-    asked, own, hidden = flow.own_answers(model, tokenizer, batches, plan)
+    asked, own, hidden = job.own_answers(model, tokenizer, batches, plan)
     for training in trained.values():
         learn_own_answers(training, asked, own, tokens=tokens, seed=seed, source=hidden)
     return finished | {name: training.head for name, training in trained.items()}, len(own)

@@ -29,7 +29,7 @@ from options import recipe_parser
 from rich.console import Console
 from turns import KEEP_FREED_MEMORY, turn
 
-from toolkit import flow
+from toolkit import run as job
 from toolkit.mtp import HeadTraining
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
@@ -43,9 +43,9 @@ class Job:
         changes = [*given.overrides, "mtp.enabled=true", f"mtp.depth={given.depth}"]
         recipe = load_recipe(given.recipe, changes, note=lambda line: print(line))
         self.plan, self.steps = make_plan(recipe), given.steps
-        base, self.tokenizer = flow.load(self.plan)
-        self.batches = flow.build_batches(self.tokenizer, self.plan)
-        self.model = flow.attach(base, self.plan)
+        base, self.tokenizer = job.load(self.plan)
+        self.batches = job.build_batches(self.tokenizer, self.plan)
+        self.model = job.attach(base, self.plan)
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def train(self, head: HeadTraining | None = None) -> None:
@@ -66,7 +66,7 @@ class Job:
 
     def answer(self) -> None:
         """The model's own answers, and what a head learns from them."""
-        flow.teach_own_answers(self._head(), self.tokenizer, self.batches, self.plan, Console(quiet=True))
+        job.teach_own_answers(self._head(), self.tokenizer, self.batches, self.plan, Console(quiet=True))
 
     def arms(self) -> dict[str, Callable[[], None]]:
         """What there is to time: with a head only where it is in the steps."""
@@ -75,7 +75,7 @@ class Job:
         return {"steps without": self.train, **headed, **({} if mtp.own_answers == 0 else {"own answers": self.answer})}
 
     def _head(self) -> HeadTraining:
-        head = flow.make_head(self.model, self.plan)
+        head = job.make_head(self.model, self.plan)
         assert head is not None
         return head
 
@@ -83,7 +83,7 @@ class Job:
         """Optimizer steps of the recipe's whole training, if its packed rows are full."""
         training = self.plan.recipe.training
         tokens = sum(map(len, self.batches.train["input_ids"])) * training.num_train_epochs
-        full = math.ceil(tokens / (flow.step_tokens(self.plan) * training.gradient_accumulation_steps))
+        full = math.ceil(tokens / (job.step_tokens(self.plan) * training.gradient_accumulation_steps))
         return training.max_steps or full
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from toolkit.offload.place import spread
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device
 from toolkit.plan.memory import stack_bytes
-from toolkit.plan.place import spread
 from toolkit.plan.shapes import published
 from toolkit.plan.skeletons import shape_of
 from toolkit.recipe import parse

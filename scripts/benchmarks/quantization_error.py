@@ -27,10 +27,11 @@ from transformers.utils import logging
 import toolkit.ops.registry  # noqa: F401  (registers the expert backends)
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, expert_parameters, is_experts
 from toolkit.data import build_batches
-from toolkit.quant import ExpertStack, expert_weights, load_int8
-from toolkit.quant.calibrate import compensate_model, make_batches
-from toolkit.quant.gptq import row_errors
-from toolkit.quant.observe import ExpertInputs, Step, decoder_layers, observe, walk
+from toolkit.ops.experts import ExpertStack, expert_weights
+from toolkit.quant import load_int8
+from toolkit.quant.gptq.calibrate import compensate_model, make_batches
+from toolkit.quant.gptq.error_feedback import row_errors
+from toolkit.quant.gptq.observe import ExpertInputs, Step, decoder_layers, observe, walk
 
 Models = dict[str, PreTrainedModel]
 Weights = tuple[torch.Tensor, ...]

@@ -26,8 +26,8 @@ from scripts.make_qwen3_30b_shape import write
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe, skeleton
 from toolkit.offload import load_streamed, stream_of
+from toolkit.offload.place import spread
 from toolkit.ops import keep_up_outputs
-from toolkit.plan.place import spread
 from toolkit.quant import load_int8
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

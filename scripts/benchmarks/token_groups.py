@@ -22,7 +22,7 @@ from options import recipe_parser
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
-from toolkit import flow
+from toolkit import run as job
 from toolkit.evaluate import held_out_loss
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_intermixed_args()
     plan = make_plan(load_recipe(given.recipe, given.overrides, note=lambda line: print(line)))
-    base, tokenizer = flow.load(plan)
-    batches = flow.build_batches(tokenizer, plan)
-    model = flow.attach(base, plan)
+    base, tokenizer = job.load(plan)
+    batches = job.build_batches(tokenizer, plan)
+    model = job.attach(base, plan)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     rows = [(row["input_ids"], row["labels"]) for row in batches.train]
     held_out = batches.validation

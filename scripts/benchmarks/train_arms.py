@@ -105,8 +105,8 @@ class Ours(Arm):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        from toolkit.flow import attach, build_batches, load
         from toolkit.plan import make_plan
+        from toolkit.run import attach, build_batches, load
 
         self.plan = replace(make_plan(self._recipe()), backend=job.backend)
         base, self.tokenizer = load(self.plan)
@@ -137,7 +137,7 @@ class Ours(Arm):
         )
 
     def run(self, variant: str) -> dict[str, float]:
-        from toolkit.flow import train
+        from toolkit.run import train
 
         self.back_to_start()
         self.model.gradient_checkpointing_disable()

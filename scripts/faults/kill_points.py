@@ -93,7 +93,8 @@ def _adapted() -> Any:
 
 
 def _package(place: Path) -> None:
-    from toolkit.packaging import identify_base, write_artifact
+    from toolkit.artifact import write_artifact
+    from toolkit.checkpoint import identify_base
 
     model, tokenizer = _adapted()
     write_artifact(
@@ -108,7 +109,7 @@ def _package(place: Path) -> None:
 
 
 def _artifact_is_whole(place: Path) -> None:
-    from toolkit.packaging import verify_artifact
+    from toolkit.artifact import verify_artifact
 
     failed = [check for check in verify_artifact(place / "adapter").checks if not check.ok and check.name != "moved"]
     assert not failed, failed
@@ -133,14 +134,14 @@ def moved_artifact(place: Path) -> None:
 
 
 def _export(layout: str, place: Path) -> None:
-    from toolkit.packaging import export_adapter
+    from toolkit.export import export_adapter
 
     if not (place / "out").exists():
         export_adapter(place / "adapter", MODEL, layout, place / "out")
 
 
 def _export_if_any(place: Path) -> None:
-    from toolkit.packaging.manifest import file_entry
+    from toolkit.artifact.manifest import file_entry
 
     if (place / "out").exists():
         listed = json.loads((place / "out" / "export.json").read_text())["files"]
@@ -250,7 +251,7 @@ class _Hub:
         """Push the artifact, whatever was sent before."""
         from unittest import mock
 
-        from toolkit.packaging import hub, push_artifact
+        from toolkit.artifact import hub, push_artifact
 
         with mock.patch.object(hub, "verify_artifact"):  # an untrained adapter has not moved
             push_artifact(place / "adapter", "me/model", token="good", endpoint=self.server.url)

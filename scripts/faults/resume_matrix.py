@@ -32,7 +32,7 @@ from toolkit.adapters import attach_lora
 from toolkit.architecture import describe, skeleton
 from toolkit.mtp import HeadTraining, new_head
 from toolkit.offload import load_streamed
-from toolkit.plan.place import spread
+from toolkit.offload.place import spread
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
 from toolkit.training import TrainResult, train_adapter

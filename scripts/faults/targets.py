@@ -89,7 +89,7 @@ def small_artifact(folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from toolkit.packaging.manifest import file_entry
+    from toolkit.artifact.manifest import file_entry
 
     place = folder / "artifact"
     place.mkdir()
@@ -115,9 +115,9 @@ def small_artifact(folder: Path) -> Path:
 
 def _of_artifact(name: str, file: str, folder: Path) -> Target:
     """The artifact with one file mutated, read as `verify` and as loading do."""
-    from toolkit.adapters.stranger import check_adapter_files
-    from toolkit.packaging import verify_artifact
-    from toolkit.packaging.manifest import file_entry, load_adapter_config, read_manifest
+    from toolkit.adapters.untrusted import check_adapter_files
+    from toolkit.artifact import verify_artifact
+    from toolkit.artifact.manifest import file_entry, load_adapter_config, read_manifest
 
     place = small_artifact(folder)
     good = json.loads((place / MANIFEST).read_bytes())

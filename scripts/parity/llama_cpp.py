@@ -32,8 +32,8 @@ from second_environment import python_with  # noqa: E402
 
 from tests.parity.families import families  # noqa: E402
 from toolkit.errors import ModelError, RecipeError  # noqa: E402
+from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
-from toolkit.packaging.export import export_adapter  # noqa: E402
 
 __all__ = ["main"]
 

@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from toolkit import flow
-from toolkit.evaluate import speculator
-from toolkit.mtp import Counts
+from toolkit import run as job
+from toolkit.mtp import Counts, speculator
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 
@@ -81,10 +80,10 @@ def _teach(folder: Path, steps: int) -> None:
 def compare(run: Path, prompts: slice, tokens: int, drafts: list[int]) -> bool:
     """Whether all texts of a run are the same, with each number of drafts."""
     plan = make_plan(load_recipe(run / "recipe.yaml", [f"training.output_dir={run}"], note=lambda line: None))
-    model, tokenizer = flow.reopen(plan, run / "adapter")
+    model, tokenizer = job.reopen(plan, run / "adapter")
     model.eval()
-    asked = [list(question.prompt_ids) for question in flow.build_batches(tokenizer, plan).held_out[prompts]]
-    head = flow.reopen_head(model, plan, run / "adapter")
+    asked = [list(question.prompt_ids) for question in job.build_batches(tokenizer, plan).held_out[prompts]]
+    head = job.reopen_head(model, plan, run / "adapter")
     started = time.perf_counter()
     expected = [_plain(model, prompt, tokens) for prompt in asked]
     plain = time.perf_counter() - started

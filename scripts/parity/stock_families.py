@@ -28,10 +28,11 @@ from layouts import family_parser, make_adapter  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
 from tests.parity.families import families  # noqa: E402
+from toolkit.artifact import read_manifest  # noqa: E402
+from toolkit.artifact.manifest import write_json  # noqa: E402
+from toolkit.checkpoint import identify_base  # noqa: E402
+from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
-from toolkit.packaging import identify_base, read_manifest  # noqa: E402
-from toolkit.packaging.export import export_adapter  # noqa: E402
-from toolkit.packaging.manifest import write_json  # noqa: E402
 
 __all__ = ["main"]
 

@@ -83,8 +83,8 @@ def _check(options: argparse.Namespace) -> list[Line]:
     from transformers import AutoTokenizer
 
     from toolkit.adapters import load_adapter
+    from toolkit.artifact import read_manifest, verify_artifact
     from toolkit.errors import ModelError
-    from toolkit.packaging import read_manifest, verify_artifact
     from toolkit.quant import dequantize_state, load_int8
 
     named = read_manifest(options.artifact)["base"]

@@ -121,8 +121,8 @@ class Days:
 def _main() -> None:
     """Load everything, then a fork for each line of stdin."""
     import toolkit.cli
-    import toolkit.flow
     import toolkit.report.terminal
+    import toolkit.run
     import toolkit.serving  # noqa: F401
 
     for line in sys.stdin:

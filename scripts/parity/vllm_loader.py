@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts/parity")]
 
 from layouts import make_adapter  # noqa: E402
 
-from toolkit.packaging.export import export_adapter  # noqa: E402
+from toolkit.export.write import export_adapter  # noqa: E402
 
 __all__ = ["main"]
 

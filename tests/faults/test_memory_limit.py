@@ -21,10 +21,10 @@ STACKS = 96 << 20
 PROGRAM = """
 import contextlib, io, json, resource, sys
 from pathlib import Path
-from toolkit import flow
+from toolkit import run as job
 from toolkit.cli import main
 
-stacks, load = int(sys.argv.pop(1)), flow.load
+stacks, load = int(sys.argv.pop(1)), job.load
 
 def run(allowed):
     def limited(plan):
@@ -32,7 +32,7 @@ def run(allowed):
         resource.setrlimit(resource.RLIMIT_DATA, (held + stacks + allowed(plan.bytes), resource.RLIM_INFINITY))
         return load(plan)
 
-    flow.load, err, code = limited, io.StringIO(), 0
+    job.load, err, code = limited, io.StringIO(), 0
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
             main()

@@ -51,7 +51,8 @@ def train():
 
 with serve() as hub:
     os.environ["HF_ENDPOINT"] = hub.url
-    from toolkit import flow, plan
+    from toolkit import plan
+    from toolkit import run as job
     from toolkit.cli import main
 
     outcomes = {}

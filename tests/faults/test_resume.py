@@ -19,8 +19,8 @@ from toolkit.cli import main
 from toolkit.errors import ModelError
 from toolkit.recipe import Effect, Recipe, changes, flat, parse
 from toolkit.recipe.binding import EFFECTS, effect_of
+from toolkit.run.resume import refuse_changes
 from toolkit.training.checkpoint import newest_checkpoint
-from toolkit.training.resume import refuse_changes
 
 SOME = (
     "an epoch's end with dropout",
@@ -155,14 +155,14 @@ def test_other_content_under_the_same_name_is_refused(
 def test_another_version_is_refused_and_a_patch_is_listed(
     onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit.training import versions
+    from toolkit.run import versions
 
-    monkeypatch.setattr("toolkit.flow.finish.versions", lambda: {**versions(), "peft": "7.0.0"})
+    monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": "7.0.0"})
     status, _, err = onecard("train", cut_off / "recipe.yaml")
     assert status == 4
     assert "was trained with peft" in err
     patched = versions()["peft"].rpartition(".")[0] + ".99"
-    monkeypatch.setattr("toolkit.flow.finish.versions", lambda: {**versions(), "peft": patched})
+    monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": patched})
     status, _, err = onecard("train", cut_off / "recipe.yaml")
     assert status == 0, err
     assert f"changed, and allowed: peft {versions()['peft']} -> {patched}" in err

@@ -17,9 +17,9 @@ import torch
 from tests.faults.conftest import Run
 from tests.faults.test_wrong_input import fails
 from toolkit.errors import DivergedError, InterruptedRunError, PreemptedError, ResourceError
+from toolkit.run.lock import LOCK, owned
 from toolkit.signals import StopRequest, signals_heeded
 from toolkit.training.divergence import StepGuard
-from toolkit.training.lock import LOCK, owned
 from toolkit.training.trainer import AdapterTrainer
 
 HOLDER = """
@@ -213,7 +213,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_what_a_kill_leaves_before_the_recipe_is_there_is_no_obstacle(tmp_path: Path) -> None:
     from toolkit.errors import RecipeError
-    from toolkit.training import check_folder_is_ours
+    from toolkit.run import check_folder_is_ours
 
     (tmp_path / LOCK).touch()
     (tmp_path / ".recipe.yaml.tmp").touch()

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 from scripts.faults.targets import small_artifact
 from tests.faults.conftest import MODEL
 from toolkit.adapters import attach_lora, load_adapter
-from toolkit.adapters.stranger import check_adapter_files
+from toolkit.adapters.untrusted import check_adapter_files
+from toolkit.artifact import verify_artifact
 from toolkit.data.template import ChatTemplate
 from toolkit.errors import DataError, ModelError
-from toolkit.packaging import verify_artifact
 from toolkit.quant import load_int8
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -64,7 +64,7 @@ def test_an_adapter_of_another_base_is_no_start(onecard: Run, recipe: Path, tmp_
 
 def test_an_adapter_of_another_base_is_not_exported(onecard: Run, tmp_path: Path, artifact: Path) -> None:
     from toolkit.errors import ModelError
-    from toolkit.packaging import export_adapter
+    from toolkit.export import export_adapter
 
     other = other_base(tmp_path / "model")
     with pytest.raises(ModelError, match="other weights than the adapter's base"):
@@ -74,7 +74,7 @@ def test_an_adapter_of_another_base_is_not_exported(onecard: Run, tmp_path: Path
 
 
 def test_what_does_not_say_its_base_passes(copied: Path, tmp_path: Path) -> None:
-    from toolkit.packaging import require_base
+    from toolkit.artifact import require_base
     from toolkit.quant import quantize_checkpoint
 
     quantize_checkpoint(str(MODEL), tmp_path / "int8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from toolkit.quant import search
+from toolkit.quant.gptq import search
 
 EMBEDDED = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 

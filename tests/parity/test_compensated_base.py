@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.conftest import MODEL, Run, onecard, recipe
 from tests.parity.families import build, tiny_config
-from toolkit import flow
+from toolkit import run as job
 from toolkit.errors import ModelError
 from toolkit.plan import make_plan
 from toolkit.quant import load_int8
-from toolkit.quant.calibrate import compensate_model
-from toolkit.quant.keep import int8_state, read_compensated, write_compensated
+from toolkit.quant.gptq.calibrate import compensate_model
+from toolkit.quant.gptq.keep import int8_state, read_compensated, write_compensated
 from toolkit.recipe import load
 
 __all__ = ["onecard", "recipe"]
@@ -28,8 +28,8 @@ ASKED = "quantization.error_compensation=gptq"
 def compensated(recipe: Path) -> nn.Module:
     """The recipe's base as its compensation leaves it, made afresh."""
     plan = make_plan(load(recipe, (ASKED,)))
-    model, tokenizer = flow.load(plan)
-    assert flow.compensate(model, flow.build_batches(tokenizer, plan), plan) is not None
+    model, tokenizer = job.load(plan)
+    assert job.compensate(model, job.build_batches(tokenizer, plan), plan) is not None
     return model
 
 
@@ -48,17 +48,17 @@ def test_a_run_is_reopened_on_the_base_it_was_trained_on(
     summary, run = json.loads(out), tmp_path / "run"
     fresh = compensated(recipe)
     # From here on nobody calibrates again: what is kept has to do.
-    monkeypatch.setattr("toolkit.flow.start.compensate_model", None)
+    monkeypatch.setattr("toolkit.run.model.compensate_model", None)
     plan = make_plan(load(run / "recipe.yaml"))
-    reopened, tokenizer = flow.reopen(plan, run / "adapter")
+    reopened, tokenizer = job.reopen(plan, run / "adapter")
     assert_same_integers(reopened.unload(), fresh)
     status, out, err = onecard("eval", run, "--json")
     assert status == 0, err
     assert json.loads(out) == {k: v for k, v in summary["results"].items() if k != "training"}
     # A resumed run takes the same integers and tells of the same compensation.
-    model, _ = flow.load(plan)
-    batches = flow.build_batches(tokenizer, plan)
-    report = flow.compensate(model, batches, plan, run / "compensated.safetensors")
+    model, _ = job.load(plan)
+    batches = job.build_batches(tokenizer, plan)
+    report = job.compensate(model, batches, plan, run / "compensated.safetensors")
     assert report is not None
     assert json.loads(json.dumps(report.to_dict())) == summary["compensation"]
     assert_same_integers(model, fresh)

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.parity.families import Family, build, families, tiny_config
 from tests.parity.test_every_family import REFUSED
-from toolkit import flow
+from toolkit import run as job
 from toolkit.architecture import describe
 from toolkit.errors import ModelError, RecipeError
 from toolkit.plan import make_plan
 from toolkit.quant import dequantize_state, load_int8
-from toolkit.quant.calibrate import calibration_examples, compensate_model, make_batches
-from toolkit.quant.observe import Batch, decoder_layers, observe, walk
+from toolkit.quant.gptq.calibrate import calibration_examples, compensate_model, make_batches
+from toolkit.quant.gptq.observe import Batch, decoder_layers, observe, walk
 from toolkit.quant.source import SourceWeights
 from toolkit.recipe import load
 
@@ -225,17 +225,17 @@ def test_through_the_recipe(tmp_path: Path) -> None:
         f"training.output_dir={tmp_path / 'run'}",
     )
     plan = make_plan(load(RECIPE, overrides))
-    model, tokenizer = flow.load(plan)
-    batches = flow.build_batches(tokenizer, plan)
-    report = flow.compensate(model, batches, plan)
+    model, tokenizer = job.load(plan)
+    batches = job.build_batches(tokenizer, plan)
+    report = job.compensate(model, batches, plan)
     assert report is not None
     assert report.examples == 32
     assert report.compensated < 0.7 * report.rounded
-    result = flow.train(flow.attach(model, plan), tokenizer, batches, plan, Console(quiet=True))
+    result = job.train(job.attach(model, plan), tokenizer, batches, plan, Console(quiet=True))
     assert result.training.steps == 2
-    artifact = flow.package(result, plan)
+    artifact = job.package(result, plan)
     base = {name: value for name, value in result.model.get_base_model().state_dict().items() if "lora_" not in name}
-    as_trained, _ = flow.reopen(plan, artifact, as_trained=True)
+    as_trained, _ = job.reopen(plan, artifact, as_trained=True)
     again = as_trained.get_base_model().state_dict()
     assert all(torch.equal(value, again[name]) for name, value in base.items())
 
@@ -278,7 +278,7 @@ def test_nothing_to_compensate_is_said(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_calibration_stops_at_the_number_of_tokens_whose_inputs_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.quant.calibrate._MOST_TOKENS", 10)
+    monkeypatch.setattr("toolkit.quant.gptq.calibrate._MOST_TOKENS", 10)
     rows = [[1] * length for length in (4, 6, 1, 2)]
     assert calibration_examples(rows) == rows[:2]
     assert calibration_examples(rows[1:]) == rows[1:]

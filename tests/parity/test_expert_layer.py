@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional
 
 from toolkit.ops import LoraFactors, per_expert, reference
+from toolkit.ops.experts import ExpertStack, ExpertWeights
+from toolkit.ops.int8 import quantize
 from toolkit.ops.per_expert import kept_rows
 from toolkit.ops.rows import Routing
-from toolkit.quant import ExpertStack, ExpertWeights, quantize
-from toolkit.quant.digits import _has_integer_units
+from toolkit.ops.split_int8 import _has_integer_units
 
 Layer = Callable[..., torch.Tensor]
 BACKENDS: dict[str, Layer] = {
@@ -55,8 +56,8 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Products in digits, and through a buffer as on machines that have no units for whole numbers."""
     if request.param and not _has_integer_units():
         pytest.skip("no integer units here")
-    monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: request.param)
-    monkeypatch.setattr("toolkit.quant.digits._FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: request.param)
+    monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_WEIGHTS", 1)
 
 
 def build(

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from toolkit.adapters import attach_lora
+from toolkit.artifact import read_manifest, write_artifact
+from toolkit.artifact.manifest import write_json
+from toolkit.checkpoint import identify_base
 from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging import export_adapter, identify_base, read_manifest, write_artifact
-from toolkit.packaging.manifest import write_json
+from toolkit.export import export_adapter
 from toolkit.quant import load_int8
 
 NANO = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"

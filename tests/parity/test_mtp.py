@@ -15,8 +15,18 @@ from tests.parity.conftest import EMBEDDED
 from tests.parity.test_training import train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
-from toolkit.evaluate import measure_drafts, speculator
-from toolkit.mtp import HeadDrafter, HeadTraining, MtpHead, Speculator, Trunk, head_state, new_head, read_head
+from toolkit.mtp import (
+    HeadDrafter,
+    HeadTraining,
+    MtpHead,
+    Speculator,
+    Trunk,
+    head_state,
+    measure_drafts,
+    new_head,
+    read_head,
+    speculator,
+)
 from toolkit.mtp.drafts import Draft
 from toolkit.mtp.head import capture_hidden
 from toolkit.mtp.loss import Rows, head_loss

@@ -13,9 +13,9 @@ from transformers import CONFIG_MAPPING, AutoTokenizer
 from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
 from tests.parity.families import build
 from toolkit.adapters import attach_lora
-from toolkit.evaluate import answer_ids, speculator
-from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, Trunk, learn_own_answers, new_head
-from toolkit.mtp.own import _padded, _words
+from toolkit.evaluate import answer_ids
+from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, Trunk, learn_own_answers, new_head, speculator
+from toolkit.mtp.own_answers import _padded, _words
 from toolkit.quant import load_int8
 
 PROMPTS = [[5 + (3 * n + k * (1 + n % 4)) % 80 for k in range(14 + n % 7)] for n in range(5)]
@@ -175,7 +175,7 @@ def test_a_large_vocabulary_is_narrowed_to_what_the_model_has_in_mind() -> None:
     found = _words(rows, [[0]], OwnHidden(model), training.trunk, torch.Generator().manual_seed(0))
     assert found is None  # 1,024 others are half of what there is
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.mtp.own._OTHERS", 10)
+        patch.setattr("toolkit.mtp.own_answers._OTHERS", 10)
         found = _words(rows, [[0]], OwnHidden(model), training.trunk, torch.Generator().manual_seed(0))
     assert found is not None
     assert len(found) <= 10 + 3 + 3 * 8

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from tests.parity.conftest import EMBEDDED
 from tests.parity.native_heads import native_checkpoint
-from toolkit import flow
+from toolkit import run as job
 from toolkit.errors import RecipeError
-from toolkit.flow import Trained
-from toolkit.flow.head import own_prompts
 from toolkit.mtp import HEAD_FILE
 from toolkit.plan import make_plan
 from toolkit.recipe import Recipe
+from toolkit.run import Trained
+from toolkit.run.mtp import own_prompts
 
 DATA = EMBEDDED.parent / "data"
 
@@ -27,8 +27,8 @@ DATA = EMBEDDED.parent / "data"
 @pytest.fixture(autouse=True)
 def few_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What drafting is worth is measured on two short texts."""
-    monkeypatch.setattr("toolkit.flow.head._DRAFTED", 2)
-    monkeypatch.setattr("toolkit.flow.head._DRAFTED_TOKENS", 6)
+    monkeypatch.setattr("toolkit.run.mtp._DRAFTED", 2)
+    monkeypatch.setattr("toolkit.run.mtp._DRAFTED_TOKENS", 6)
 
 
 def recipe(model: Path, folder: Path, training: dict[str, Any], mtp: dict[str, Any]) -> Recipe:
@@ -52,9 +52,9 @@ def recipe(model: Path, folder: Path, training: dict[str, Any], mtp: dict[str, A
 def trained(model: Path, folder: Path, **mtp: Any) -> tuple[Trained, Any, str]:
     """What two steps on definitions give, the plan, and what was said."""
     plan, told = make_plan(recipe(model, folder, {"max_steps": 2}, mtp)), Console(file=io.StringIO(), width=400)
-    base, tokenizer = flow.load(plan)
-    batches = flow.build_batches(tokenizer, plan)
-    result = flow.train(flow.attach(base, plan), tokenizer, batches, plan, told)
+    base, tokenizer = job.load(plan)
+    batches = job.build_batches(tokenizer, plan)
+    result = job.train(job.attach(base, plan), tokenizer, batches, plan, told)
     return result, plan, told.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -67,10 +67,10 @@ def test_a_run_with_a_head_teaches_measures_and_packages_it(tmp_path: Path) -> N
     assert measured["identical"]
     assert measured["tau"] >= 1.0
     assert set(measured) >= {"acceptance", "tokens_per_second", "plain_tokens_per_second"}
-    artifact = flow.package(result, plan)
+    artifact = job.package(result, plan)
     assert (artifact / HEAD_FILE).is_file()
     assert "tau" in json.loads((artifact / "manifest.json").read_text())["results"]["mtp"]["trained"]
-    head = flow.reopen_head(result.model, plan, artifact)
+    head = job.reopen_head(result.model, plan, artifact)
     assert {name for name, _ in head.named_parameters()} == {name for name, _ in result.head.named_parameters()}  # type: ignore[union-attr]
 
 
@@ -92,10 +92,10 @@ def test_one_answer_for_six_examples_read_unless_the_recipe_says(
     training: dict[str, Any], mtp: dict[str, Any], prompts: int, tmp_path: Path
 ) -> None:
     plan = make_plan(recipe(EMBEDDED, tmp_path, training, {"enabled": True, **mtp}))
-    _, tokenizer = flow.load(plan)
-    found = own_prompts(flow.build_batches(tokenizer, plan), plan)
+    _, tokenizer = job.load(plan)
+    found = own_prompts(job.build_batches(tokenizer, plan), plan)
     assert len(found) == prompts
-    assert flow.step_shape(flow.build_batches(tokenizer, plan), plan).prompt >= max(map(len, found), default=0)
+    assert job.step_shape(job.build_batches(tokenizer, plan), plan).prompt >= max(map(len, found), default=0)
 
 
 def test_a_head_learns_from_the_data_too_where_it_is_told_to(tmp_path: Path) -> None:

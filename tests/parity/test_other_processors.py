@@ -30,7 +30,7 @@ INTEL = "int mkl_serv_intel_cpu(void) { return 1; }\nint mkl_serv_intel_cpu_true
 SAYS = """\
 import runpy
 import torch
-digits = runpy.run_path("toolkit/quant/digits.py")
+digits = runpy.run_path("toolkit/ops/split_int8.py")
 rows = torch.full((64, 64), 127).char()
 rows[::3] = -128
 product = rows.float() @ rows.float().t()

@@ -23,10 +23,11 @@ from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.errors import ModelError
 from toolkit.ops import reference
+from toolkit.ops.document_attention import _attention, documents_apart
+from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.registry import _forward_with
-from toolkit.quant import ExpertWeights, load_int8
+from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
-from toolkit.training.documents import _attention, documents_apart
 from toolkit.training.packing import isolate_documents
 from toolkit.training.trainer import AdapterTrainer, sft_config
 
@@ -195,7 +196,7 @@ def test_each_document_is_really_attended_to_alone(monkeypatch: pytest.MonkeyPat
         seen.append((query.shape[2], rest[2] is not None))
         return query.transpose(1, 2), None
 
-    monkeypatch.setattr("toolkit.training.documents.sdpa_attention_forward", attention)
+    monkeypatch.setattr("toolkit.ops.document_attention.sdpa_attention_forward", attention)
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     narrow = causal & torch.ones(6, 6, dtype=torch.bool).triu(-1)
     query = torch.randn(1, 2, 6, 4)

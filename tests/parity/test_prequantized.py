@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.conftest import QUICKSTART
 from tests.parity.conftest import EMBEDDED
+from toolkit.checkpoint import identify_base
 from toolkit.cli import main
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError
-from toolkit.packaging import identify_base
 from toolkit.quant import load_int8, quantize_checkpoint, save
 
 IDS = torch.randint(3, 97, (3, 19), generator=torch.Generator().manual_seed(5))

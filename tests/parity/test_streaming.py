@@ -19,7 +19,7 @@ from toolkit.adapters import attach_lora
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, RecipeError
 from toolkit.offload import int8_folder, load_streamed, stream_of
-from toolkit.plan.place import spread
+from toolkit.offload.place import spread
 from toolkit.quant import dequantize_state, load_int8
 from toolkit.training.layer_major import LayerMajor
 

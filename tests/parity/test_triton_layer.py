@@ -16,14 +16,15 @@ from tests.parity.test_expert_layer import Case, build, run
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import held_out_loss
-from toolkit.flow import require_harmless_rounding
 from toolkit.ops import BACKENDS, LoraFactors, reference
-from toolkit.quant import ExpertWeights, load_int8
+from toolkit.ops.experts import ExpertWeights
+from toolkit.quant import load_int8
+from toolkit.run import require_harmless_rounding
 
 pytest.importorskip("triton")
 
-from toolkit.ops.triton import expert_layer, expert_layer_w8a8
 from toolkit.ops.triton.gates import recognize
+from toolkit.ops.triton.layer import expert_layer, expert_layer_w8a8
 
 # The interpreter computes with numpy, which speaks up where exp(-x) is infinite and the sigmoid therefore zero.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -294,7 +295,7 @@ def test_rounded_rows_are_refused_where_they_raise_the_loss(checkpoint: Path, mo
     assert 0 < abs(rounded - wanted) < 0.005 * wanted
     losses = {"onecard_triton": 2.0, "onecard_triton_w8a8": 2.02}
     monkeypatch.setattr(
-        "toolkit.flow.judge.held_out_loss", lambda model, *_: losses[model.config._experts_implementation]
+        "toolkit.run.judge.held_out_loss", lambda model, *_: losses[model.config._experts_implementation]
     )
     with pytest.raises(RecipeError, match=r"held-out loss 2\.0200 against 2\.0000"):
         require_harmless_rounding(model, sequences, 2)

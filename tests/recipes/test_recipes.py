@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts import make_quickstart_thoughts
 from toolkit.data import build_batches
 from toolkit.data.formats import SHAPES
+from toolkit.offload.place import streamed
 from toolkit.plan import Device, Plan, make_plan
 from toolkit.plan.cards import CARDS
-from toolkit.plan.place import streamed
 from toolkit.plan.shapes import published
 from toolkit.recipe import source
 

@@ -13,10 +13,10 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from tests.parity.conftest import COMMON, FAMILIES
 from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
+from toolkit.ops.document_attention import documents_apart
 from toolkit.rehearsal import Step, imagined_model, rehearse, run_step
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.model import decoder_layers, depths_of
-from toolkit.training.documents import documents_apart
 
 
 def test_the_ledger_counts_what_is_held_and_forgets_what_is_not() -> None:
@@ -73,9 +73,11 @@ def test_a_card_is_rehearsed_without_one(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_imagined_experts_hold_what_real_ones_do() -> None:
     """The engine's own storages, with numbers and without, for a layer that autograd keeps."""
+    from toolkit.ops import split_int8 as digits
     from toolkit.ops import stack
+    from toolkit.ops.experts import ExpertStack, ExpertWeights
+    from toolkit.ops.int8 import quantize
     from toolkit.ops.per_expert import expert_layer
-    from toolkit.quant import ExpertStack, ExpertWeights, digits, quantize
 
     def held(imagined: bool) -> int:
         torch.manual_seed(0)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import register
-from toolkit.adapters.stranger import check_adapter_files
+from toolkit.adapters.untrusted import check_adapter_files
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line
 

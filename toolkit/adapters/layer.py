@@ -19,7 +19,7 @@ from torch import nn
 from toolkit.architecture import is_experts, is_plain_linear
 from toolkit.errors import ModelError
 from toolkit.ops import BACKENDS, DEFAULT_BACKEND, FACTORS, LoraFactors, adapted_linear
-from toolkit.quant import Int8Linear
+from toolkit.ops.int8 import Int8Linear
 
 __all__ = ["Int8LoraLinear", "ParamWrapper", "factors_from_layout", "register"]
 

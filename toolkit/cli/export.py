@@ -21,7 +21,8 @@ def export(
     json_: Json = False,
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
-    from toolkit.packaging import base_folder, export_adapter
+    from toolkit.artifact import base_folder
+    from toolkit.export import export_adapter
 
     console = quiet_console()
     folder = artifact_of(run)
@@ -58,8 +59,8 @@ def combine(
     json_: Json = False,
 ) -> None:
     """A weighted sum of adapters of one base, exact unless a rank is given."""
+    from toolkit.artifact import combine_adapters
     from toolkit.errors import RecipeError
-    from toolkit.packaging import combine_adapters
 
     console = quiet_console()
     weights: dict[str, float] = {}

@@ -107,7 +107,7 @@ def run_of(path: Path) -> Path | None:
 
 def opened_as(path: Path | str, base: str | None = None) -> str:
     """What to type after a verb to open this run or artifact again, its base included where nothing else names it."""
-    from toolkit.packaging import read_manifest
+    from toolkit.artifact import read_manifest
 
     if base:
         return f"{path} --base {base}"
@@ -122,7 +122,7 @@ def _fetched(path: Path | str) -> Path:
     name = re.sub(r"^hf:/+", "hf://", str(path))
     if not name.startswith("hf://"):
         return Path(path)
-    from toolkit.packaging import fetch_adapter
+    from toolkit.artifact import fetch_adapter
 
     return fetch_adapter(name)
 
@@ -145,13 +145,13 @@ def reopen(
     path: Path, overrides: list[str] | None, base: str | None, console: Console, *, as_trained: bool = False
 ) -> tuple[Plan, Any, Any]:
     """The plan, adapted model and tokenizer of a run folder or artifact."""
-    from toolkit import flow
-    from toolkit.packaging import reopen_recipe
+    from toolkit import run as job
+    from toolkit.artifact import reopen_recipe
     from toolkit.plan import make_plan
 
     _refuse_what_was_trained(overrides or [])
     path = _fetched(path)
     recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
     made = make_plan(recipe, for_training=False)
-    model, tokenizer = flow.reopen(made, artifact_of(path), as_trained=as_trained)
+    model, tokenizer = job.reopen(made, artifact_of(path), as_trained=as_trained)
     return made, model, tokenizer

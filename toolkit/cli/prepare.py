@@ -108,14 +108,14 @@ def doctor(json_: Json = False) -> None:
 
 def _compensated(recipe: Path, model: str, revision: str, console: Console) -> Any:
     """The checkpoint in int8, rounded with error feedback on a recipe's examples."""
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.plan import make_plan
     from toolkit.report import terminal as show
 
     overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
     made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
-    loaded, tokenizer = flow.load(made)
-    if report := flow.compensate(loaded, flow.build_batches(tokenizer, made), made):
+    loaded, tokenizer = job.load(made)
+    if report := job.compensate(loaded, job.build_batches(tokenizer, made), made):
         show.compensation(console, report)
     return loaded

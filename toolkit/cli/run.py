@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from toolkit.data import Batches
     from toolkit.plan import Plan
     from toolkit.recipe import Recipe
+    from toolkit.run import RunFolder
     from toolkit.signals import StopRequest
-    from toolkit.training import RunFolder
 
 __all__ = ["plan", "preview", "train"]
 
@@ -46,11 +46,11 @@ def _main_job(
 ) -> tuple[Recipe, RunFolder, Console, dict[str, Any] | None]:
     """Everything up to the finished run, and its summary."""
     parsed = load_recipe(recipe, overrides, plain_console())
-    from toolkit import flow
-    from toolkit.packaging import check_token
+    from toolkit import run as job
+    from toolkit.artifact import check_token
     from toolkit.plan import make_plan
     from toolkit.ranks import first_tells, join
-    from toolkit.training import RunFolder, check_folder_is_ours, check_writable, fork_recipe
+    from toolkit.run import RunFolder, check_folder_is_ours, check_writable, fork_recipe
 
     console = quiet_console()
     note = _once(console)
@@ -61,10 +61,10 @@ def _main_job(
         check_token(parsed.hub.hub_token)
     undecided = "auto" in (parsed.lora.r, parsed.training.max_length)
     made = make_plan(parsed, for_training=undecided)
-    tokenizer = flow.load_tokenizer(made)
-    flow.require_packageable(tokenizer, made)
-    batches = flow.build_batches(tokenizer, made)
-    made = make_plan(parsed, shape=flow.step_shape(batches, made))
+    tokenizer = job.load_tokenizer(made)
+    job.require_packageable(tokenizer, made)
+    batches = job.build_batches(tokenizer, made)
+    made = make_plan(parsed, shape=job.step_shape(batches, made))
     check_folder_is_ours(made.folder)
     join(made.device)
     run = RunFolder(made.folder)
@@ -81,8 +81,7 @@ def _open(
     made: Plan, batches: Batches, fork_of: RunFolder | None, held: ExitStack, note: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Take the run folder, which is `held` from now on; the summary, where the run in it is finished."""
-    from toolkit.flow import record_form
-    from toolkit.training import copy_start, open_run, owned
+    from toolkit.run import copy_start, open_run, owned, record_form
 
     held.enter_context(owned(made.folder))
     run = open_run(made.folder, made.recipe, note)
@@ -98,7 +97,7 @@ def _hand_over(parsed: Recipe, run: RunFolder, console: Console, finished: dict[
 
     if finished is None or not is_first():
         return
-    from toolkit.packaging import push_artifact
+    from toolkit.artifact import push_artifact
     from toolkit.report import terminal as show
 
     show.summary(console, finished)
@@ -118,7 +117,7 @@ def _train(
     note: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Everything from the loaded model to the summary; gives the summary in the first process."""
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.durable import write_text
     from toolkit.ranks import first_one_first, is_first
     from toolkit.report import terminal as show
@@ -128,22 +127,22 @@ def _train(
     from toolkit.training.memory import anonymous_memory
 
     with first_one_first():
-        resumed = flow.resume(made, tokenizer, batches, note)
+        resumed = job.find_checkpoint(made, tokenizer, batches, note)
     if is_first():
         write_text(run.plan, json.dumps(made.to_dict(), indent=2))
     show_plan(console, made)
     made.require_fit()
     before = anonymous_memory()
     show.data(console, batches.report)
-    model, tokenizer = flow.load(made)
-    if compensated := flow.compensate(model, batches, made, run.compensated):
+    model, tokenizer = job.load(made)
+    if compensated := job.compensate(model, batches, made, run.compensated):
         show.compensation(console, compensated)
-    model = flow.attach(model, made)
-    show.reached(console, flow.coverage(model, made))
-    result = flow.train(model, tokenizer, batches, made, console, resumed, stop)
+    model = job.attach(model, made)
+    show.reached(console, job.coverage(model, made))
+    result = job.train(model, tokenizer, batches, made, console, resumed, stop)
     if not is_first():
         return None
-    packaged = flow.package(result, made, run_pictures(run.path))
+    packaged = job.package(result, made, run_pictures(run.path))
     finished: dict[str, Any] = show.summarize(result, made, batches, packaged, compensated, before)
     text = json.dumps(finished, indent=2)
     write_page(run.path, text)
@@ -214,14 +213,14 @@ def preview(
 ) -> None:
     """The first examples as tokens with the loss mask, a length histogram, drop counts."""
     parsed = load_recipe(recipe, overrides, plain_console())
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.data import render_preview
     from toolkit.plan import make_plan
 
     console = quiet_console()
     made = make_plan(parsed, for_training=False)
-    tokenizer = flow.load_tokenizer(made)
-    batches = flow.build_batches(tokenizer, made)
+    tokenizer = job.load_tokenizer(made)
+    batches = job.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)
     given = " ".join([str(recipe), *(overrides or [])])
     next_commands(console, f"plan {given}", f"train {given}")

@@ -22,8 +22,8 @@ def verify(
     """Layout, hashes, finiteness, whether every adapter moved, and base match."""
     from dataclasses import asdict
 
+    from toolkit.artifact import verify_artifact
     from toolkit.errors import ModelError
-    from toolkit.packaging import verify_artifact
     from toolkit.report import terminal as show
 
     console = quiet_console()
@@ -46,8 +46,8 @@ def push(
     json_: Json = False,
 ) -> None:
     """Upload an artifact in one commit; the repository is private unless told."""
+    from toolkit.artifact import push_artifact, training_answers
     from toolkit.errors import RecipeError
-    from toolkit.packaging import push_artifact, training_answers
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise RecipeError(f"{repo_id}: not a repository; write OWNER/NAME")

@@ -59,22 +59,22 @@ def evaluate(
     if lm_eval:
         _benchmark(run, overrides, base, [name.strip() for name in lm_eval.split(",")], tasks, limit, json_)
         return
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.mtp import HEAD_FILE
     from toolkit.report import terminal as show
 
     console = quiet_console()
     made, model, tokenizer = reopen(run, overrides, base, console, as_trained=True)
-    batches = flow.build_batches(tokenizer, made)
-    comparison = flow.evaluate(model, tokenizer, batches, made)
+    batches = job.build_batches(tokenizer, made)
+    comparison = job.evaluate(model, tokenizer, batches, made)
     if comparison is None:
         from toolkit.errors import DataError
 
         raise DataError(f"{run}: its recipe holds out no examples; add data.validation_size=0.1")
     show.comparison(console, comparison.to_dict())
     artifact = artifact_of(run)
-    head = flow.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
-    drafting = flow.evaluate_head(model, head, batches, made, console)
+    head = job.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
+    drafting = job.evaluate_head(model, head, batches, made, console)
     if drafting:
         show.drafting(console, drafting)
     again = opened_as(run, base)
@@ -140,7 +140,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """One answer of the adapted model, to stdout."""
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.errors import RecipeError
 
     # The last line break is the shell's; other white space may be what the model was trained to see.
@@ -149,7 +149,7 @@ def generate(
         raise RecipeError("--prompt: is empty; give the question, or - to read it from stdin")
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
-    dialogue = flow.dialogue(tokenizer, made, artifact_of(run))
+    dialogue = job.dialogue(tokenizer, made, artifact_of(run))
     reply_to = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console)
     ids = dialogue.prompt_ids([{"role": "user", "content": text}])
     written, figures = reply_to(ids)
@@ -176,12 +176,12 @@ def chat(
     """Talk to the adapted model; /help lists what can be switched on the way, /quit or an empty line ends."""
     from rich.console import Console
 
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.serving import Conversation, Screen, talk
 
     console = quiet_console()
     made, model, tokenizer = reopen(run, None, base, console)
-    dialogue = flow.dialogue(tokenizer, made, artifact_of(run))
+    dialogue = job.dialogue(tokenizer, made, artifact_of(run))
     if dialogue.form.form == "text":
         console.print("trained on plain text: each line is fed alone, without those before it")
     conversation = Conversation(
@@ -210,7 +210,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """Serve the adapted model, OpenAI-compatible, by transformers' own server."""
-    from toolkit import flow
+    from toolkit import run as job
     from toolkit.serving import require_server
     from toolkit.serving import serve as run_server
 
@@ -222,7 +222,7 @@ def serve(
     console.print(f"{url}  model {name}; Ctrl-C ends", markup=False)
     body = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 32}'
     console.print(f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'", markup=False)
-    run_server(model, tokenizer, flow.dialogue(tokenizer, made, artifact_of(run)), name, host=host, port=port)
+    run_server(model, tokenizer, job.dialogue(tokenizer, made, artifact_of(run)), name, host=host, port=port)
     next_commands(console, f"export {run} --format per-expert", f"export {run} --format gguf")
 
 
@@ -259,12 +259,11 @@ def _drafts(
     run: Path, made: Plan, model: PeftModel, max_new_tokens: int, temperature: float, console: Console
 ) -> Speculator:
     """What decodes with the artifact's head, or with what followed the same words before where it has none."""
-    from toolkit import flow
-    from toolkit.evaluate import speculator
-    from toolkit.mtp import HEAD_FILE
+    from toolkit import run as job
+    from toolkit.mtp import HEAD_FILE, speculator
 
     artifact = artifact_of(run)
-    head = flow.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
+    head = job.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
     if head is None:
         console.print(f"{artifact}: no multi-token-prediction head; drafting what followed the same words before")
     count = max(made.recipe.mtp.depth, len(head.layers)) if head else _LOOKED_UP

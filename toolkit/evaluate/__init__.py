@@ -1,7 +1,6 @@
 """Held-out examples: loss and metrics, base against adapted, generation, and where experts went."""
 
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
-from toolkit.evaluate.drafts import Drafting, draft_table, measure_drafts, speculator
 from toolkit.evaluate.general import read_windows
 from toolkit.evaluate.generate import answer, answer_ids, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
@@ -11,22 +10,18 @@ from toolkit.evaluate.routing import adapter_norms, expert_statistics, router_en
 __all__ = [
     "LOSS",
     "Comparison",
-    "Drafting",
     "Measured",
     "adapter_norms",
     "answer",
     "answer_ids",
     "compare",
-    "draft_table",
     "expert_statistics",
     "find_metric",
     "held_out_loss",
-    "measure_drafts",
     "read_windows",
     "require_harness",
     "router_entropy",
     "run_harness",
     "sampling",
     "score_now",
-    "speculator",
 ]

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
+from toolkit.ops.label_logits import labelled_logits
 from toolkit.steps import advance, part
-from toolkit.training.labelled import labelled_logits
 
 __all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "score_now"]
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from toolkit.adapters import ParamWrapper, factors_from_layout
 from toolkit.architecture import Architecture, ExpertLayer, describe
-from toolkit.quant.calibrate import make_batches
+from toolkit.quant.gptq.calibrate import make_batches
 from toolkit.steps import advance
 
 __all__ = ["adapter_norms", "expert_statistics", "router_entropy"]

@@ -20,9 +20,10 @@ from transformers.modeling_layers import MtpLayer
 
 from toolkit.architecture import bare_modules, is_experts
 from toolkit.errors import ModelError
+from toolkit.mtp.cost import experts_per_token
 from toolkit.mtp.head import MtpHead, SwiGlu
-from toolkit.plan.head import experts_per_token
-from toolkit.quant import dequantize, expert_weights
+from toolkit.ops.experts import expert_weights
+from toolkit.ops.int8 import dequantize
 
 __all__ = ["new_head"]
 

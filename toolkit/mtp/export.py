@@ -24,7 +24,7 @@ from toolkit.errors import ModelError, first_line
 from toolkit.mtp.build import new_head
 from toolkit.mtp.head import MtpHead
 from toolkit.mtp.native import NativeKeys, head_of, native_names
-from toolkit.quant import dequantize
+from toolkit.ops.int8 import dequantize
 
 __all__ = ["HEAD_FILE", "config_with_head", "head_state", "merged_head_state", "read_head"]
 

@@ -34,7 +34,7 @@ from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_param
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import MtpHead
 from toolkit.ops import DEFAULT_BACKEND
-from toolkit.quant import quantize
+from toolkit.ops.int8 import quantize
 
 __all__ = ["NativeKeys", "head_of", "load_native", "native_keys", "native_names", "prepared"]
 

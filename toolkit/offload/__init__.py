@@ -4,12 +4,4 @@ from toolkit.offload.attach import StreamedStacks, load_streamed, stream_experts
 from toolkit.offload.cache import int8_folder
 from toolkit.offload.stream import ExpertStream, Traffic
 
-__all__ = [
-    "ExpertStream",
-    "StreamedStacks",
-    "Traffic",
-    "int8_folder",
-    "load_streamed",
-    "stream_experts",
-    "stream_of",
-]
+__all__ = ["ExpertStream", "StreamedStacks", "Traffic", "int8_folder", "load_streamed", "stream_experts", "stream_of"]

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from toolkit.architecture import ExpertLayer, bare_modules, describe
 from toolkit.errors import ModelError, RecipeError
 from toolkit.offload.cache import int8_folder
+from toolkit.offload.place import streamed
 from toolkit.offload.store import FromFiles, HostArena, Layout, Staged
 from toolkit.offload.stream import ExpertStream
-from toolkit.plan.place import streamed
-from toolkit.quant import Coverage, ExpertWeights, load_int8
-from toolkit.quant.experts import SOURCE
+from toolkit.ops.experts import SOURCE, ExpertWeights
+from toolkit.quant import Coverage, load_int8
 
 __all__ = ["StreamedStacks", "load_streamed", "stream_experts", "stream_of"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from toolkit.plan.formats import declared_format
-from toolkit.plan.steps import cache_root
+from toolkit.checkpoint.cache import cache_root
+from toolkit.checkpoint.formats import declared_format
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config
 from toolkit.quant.save import fetch

@@ -17,8 +17,8 @@ from threading import Condition
 
 import torch
 
+from toolkit.offload.place import SLOTS
 from toolkit.offload.store import Filler
-from toolkit.plan.place import SLOTS
 
 __all__ = ["ExpertStream", "Traffic"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from toolkit.quant.int8 import input_gradient, product
+from toolkit.ops.int8 import input_gradient, product
 
 __all__ = ["adapted_linear"]
 

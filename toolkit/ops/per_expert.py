@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.presence import present
 from toolkit.ops.rows import Routing, RowBlock
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
-from toolkit.quant import ExpertWeights
 
 __all__ = ["expert_layer", "kept_rows"]
 

@@ -16,7 +16,7 @@ from toolkit.ops.factors import LoraFactors
 from toolkit.ops.presence import present
 
 if TYPE_CHECKING:  # it computes with anything alike: scripts/gpu_check.py has no transformers, which that room needs
-    from toolkit.quant import ExpertStack, ExpertWeights
+    from toolkit.ops.experts import ExpertStack, ExpertWeights
 
 __all__ = ["expert_layer"]
 

@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from toolkit.architecture import is_experts
 from toolkit.ops import per_expert, reference
-from toolkit.quant import expert_weights
+from toolkit.ops.experts import expert_weights
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "keep_up_outputs"]
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.rows import RowBlock, Segment, is_imagined
-from toolkit.quant import Digits, ExpertStack, can_multiply, multiply_each
+from toolkit.ops.split_int8 import Digits, can_multiply, multiply_each
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
 

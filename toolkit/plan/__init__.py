@@ -3,7 +3,6 @@
 from toolkit.plan.audit import Audit, Part, audit
 from toolkit.plan.devices import Device, choose_device, device_memory, free_memory, parse_bytes
 from toolkit.plan.fit import Change, nearest_change
-from toolkit.plan.head import MOST_ANSWERS, most_answers
 from toolkit.plan.make import BACKENDS, ROUNDED_ROWS, Plan, make_plan
 from toolkit.plan.memory import Bytes
 from toolkit.plan.starting import first_that_fits
@@ -11,7 +10,6 @@ from toolkit.plan.steps import StepShape
 
 __all__ = [
     "BACKENDS",
-    "MOST_ANSWERS",
     "ROUNDED_ROWS",
     "Audit",
     "Bytes",
@@ -26,7 +24,6 @@ __all__ = [
     "first_that_fits",
     "free_memory",
     "make_plan",
-    "most_answers",
     "nearest_change",
     "parse_bytes",
 ]

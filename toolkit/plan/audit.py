@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.anatomy import LINEAR_ROLES, Architecture
-from toolkit.plan.formats import declared_format
-from toolkit.plan.headers import stored_headers
+from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.headers import stored_headers
+from toolkit.parts import LINEAR_ROLES, Architecture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,8 +72,8 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
         HubError: the Hub cannot be reached, or has no such model for this user.
     """
     from toolkit.architecture import describe, skeleton
-    from toolkit.plan.agreement import refuse_wrong_shapes
-    from toolkit.plan.remote import ask_hub
+    from toolkit.checkpoint.agreement import refuse_wrong_shapes
+    from toolkit.checkpoint.remote import ask_hub
 
     if not Path(name_or_path).exists():
         ask_hub(name_or_path, revision)

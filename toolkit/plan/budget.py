@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
+from toolkit.mtp.cost import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
+from toolkit.offload.place import most_together, resident_bytes, share_of, spread, streamed
 from toolkit.plan.devices import Device
-from toolkit.plan.head import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
-from toolkit.plan.place import most_together, resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
 from toolkit.plan.steps import Held, Question, StepShape, question, recall, rehearsed, remember
 from toolkit.recipe import Recipe

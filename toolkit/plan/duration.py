@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from toolkit.anatomy import LINEAR_ROLES
+from toolkit.mtp.cost import HEAD_BYTES, most_answers
+from toolkit.offload.place import streamed
+from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.cards import Card
-from toolkit.plan.head import HEAD_BYTES, most_answers
 from toolkit.plan.memory import Bytes
-from toolkit.plan.place import streamed
 from toolkit.plan.shapes import Shapes
 from toolkit.recipe import Recipe
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.offload.place import spread
 from toolkit.plan.budget import Budget
-from toolkit.plan.place import spread
 from toolkit.recipe import Recipe
 
 __all__ = ["Change", "cheapest_changes", "nearest_change", "settle"]

@@ -12,14 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.anatomy import Architecture
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
+from toolkit.offload.place import streamed
+from toolkit.parts import Architecture
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device, this_device
 from toolkit.plan.duration import Duration, step_duration
 from toolkit.plan.fit import Change, cheapest_changes, settle
 from toolkit.plan.memory import Bytes, stack_bytes
-from toolkit.plan.place import streamed
 from toolkit.plan.steps import StepShape
 from toolkit.plan.stored import Stored, what_is_stored
 from toolkit.recipe import Recipe

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from toolkit.anatomy import LINEAR_ROLES
 from toolkit.errors import ModelError
-from toolkit.plan.head import HEAD_BYTES, head_bytes
-from toolkit.plan.place import resident_bytes
+from toolkit.mtp.cost import HEAD_BYTES, head_bytes
+from toolkit.offload.place import resident_bytes
+from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import Held
 from toolkit.recipe import Recipe

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from toolkit.anatomy import Architecture, ExpertLayer, Linear
+from toolkit.parts import Architecture, ExpertLayer, Linear
 
 __all__ = [
     "Shapes",

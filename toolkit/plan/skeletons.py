@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from toolkit.architecture import auto_class, describe, skeleton
-from toolkit.plan.head import config_number, experts_per_token, head_parameters
+from toolkit.mtp.cost import config_number, experts_per_token, head_parameters
 from toolkit.plan.shapes import Shapes, is_published, published_config
 
 __all__ = ["shape_of", "shapes_of"]

@@ -1,23 +1,22 @@
 """What a step holds: asked of a record that comes with the package, of the user's cache, and else of a rehearsal.
 
-A rehearsal runs the step on tensors without memory (`toolkit.rehearsal`, a room further on that is named here as data)
-and takes seconds; its answer depends on nothing but the question, the installed versions and our own sources.
+A rehearsal runs the step on tensors without memory (`toolkit.rehearsal`) and takes seconds; its answer depends on
+nothing but the question, the installed versions and our own sources.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from hashlib import sha256
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.checkpoint.cache import cache_root
 from toolkit.durable import write_text
 from toolkit.plan.shapes import versions
 from toolkit.recipe import Recipe
@@ -25,10 +24,9 @@ from toolkit.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Held", "Question", "StepShape", "cache_root", "question", "recall", "rehearsed", "remember"]
+__all__ = ["Held", "Question", "StepShape", "question", "recall", "rehearsed", "remember"]
 
-_REHEARSAL = "toolkit.rehearsal"
-_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py")
+_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py")
 """Our sources that a rehearsal runs."""
 _SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
 """Of the adapter: no byte depends on them."""
@@ -119,7 +117,8 @@ def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
     """The answer of a rehearsal; the skeleton `model` is used up."""
     import torch
 
-    rehearsal: Any = import_module(_REHEARSAL)
+    from toolkit import rehearsal
+
     given = {**asdict(asked), "dtype": getattr(torch, asked.dtype), "lora": json.loads(asked.lora)}
     del given["attn"]
     if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be imagined
@@ -145,13 +144,6 @@ def remember(asked: Question, model: str, held: Held) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(astuple(held)))
-
-
-def cache_root() -> Path:
-    """`$ONECARD_CACHE`, or `onecard` in the user's cache folder."""
-    given = os.environ.get("ONECARD_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "onecard"
 
 
 def _file(asked: Question, model: str) -> Path:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.headers import Header, check_shards, whole_snapshot
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
-from toolkit.plan.formats import declared_format
-from toolkit.plan.headers import Header, check_shards, whole_snapshot
 from toolkit.plan.shapes import Shapes, is_published, stored_method
 from toolkit.registration import METHOD
 
@@ -61,13 +61,13 @@ def what_is_stored(budget: Budget) -> Stored:
 
 
 def _on_the_hub(name: str, revision: str) -> list[Header]:
-    from toolkit.plan.remote import hub_headers
+    from toolkit.checkpoint.remote import hub_headers
 
     return list(hub_headers(name, revision))
 
 
 def _refuse_wrong_shapes(budget: Budget, headers: list[Header]) -> None:
-    from toolkit.plan.agreement import refuse_wrong_shapes
+    from toolkit.checkpoint.agreement import refuse_wrong_shapes
 
     refuse_wrong_shapes(budget.name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))
 

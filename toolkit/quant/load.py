@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
+from toolkit.checkpoint.formats import declared_format
 from toolkit.errors import ModelError, first_line
-from toolkit.plan.formats import declared_format
-from toolkit.quant.experts import expert_weights
-from toolkit.quant.int8 import dequantize
+from toolkit.ops.experts import expert_weights
+from toolkit.ops.int8 import dequantize
 from toolkit.quant.quantizer import Int8Config
 from toolkit.registration import METHOD
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,19 +17,18 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from toolkit.architecture import LINEAR_ROLES, describe, strip_index
-from toolkit.quant.int8 import Int8Linear
+from toolkit.ops import DEFAULT_BACKEND
+from toolkit.ops.int8 import Int8Linear
 from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
 from toolkit.registration import METHOD, make_room
 
-__all__ = ["EXPERT_BACKEND", "Int8Config", "Int8Quantizer"]
+__all__ = ["Int8Config", "Int8Quantizer"]
 
-EXPERT_BACKEND = "onecard_per_expert"
 """What int8 experts compute with where the caller names no backend of ours; `toolkit.ops` registers it."""
 
 make_room(AUTO_QUANTIZATION_CONFIG_MAPPING)
@@ -86,10 +84,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.experts == "int8" and not str(config._experts_implementation).startswith(
             "onecard_"
         ):
-            config._experts_implementation = EXPERT_BACKEND
-        if EXPERT_BACKEND not in ALL_EXPERTS_FUNCTIONS:
-            # A later room, named here only as data: plain `from_pretrained` has nobody else to bring the backend in.
-            import_module(_BACKEND_ROOM)
+            config._experts_implementation = DEFAULT_BACKEND
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -176,9 +171,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             operations=[self._round(operations)],
             force_cpu=True,  # as a page of the file; each part is sent to the device when its turn comes
         )
-
-
-_BACKEND_ROOM = "toolkit.ops.registry"
 
 
 def _bare(model: nn.Module) -> Iterator[str]:

@@ -20,8 +20,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 from toolkit.architecture import is_experts
+from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
-from toolkit.quant.int8 import quantize, scratch_for
 from toolkit.steps import advance
 
 __all__ = ["RaggedFp8Dequantize", "Round", "Workspace", "is_int8"]

@@ -27,14 +27,14 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from toolkit.architecture import auto_class
+from toolkit.checkpoint.agreement import refuse_wrong_shapes
+from toolkit.checkpoint.shards import Shards, targets
 from toolkit.downloads import download
 from toolkit.durable import staged_folder
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
-from toolkit.plan.agreement import refuse_wrong_shapes
-from toolkit.quant.keep import int8_state
+from toolkit.quant.gptq.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
-from toolkit.quant.shards import Shards, targets
 from toolkit.steps import advance, part
 
 __all__ = ["WrittenCheckpoint", "fetch", "quantize_checkpoint", "refuse_existing"]

@@ -23,10 +23,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from toolkit.architecture import auto_class
+from toolkit.checkpoint.shards import Shards, targets
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
-from toolkit.quant.shards import Shards, targets
 
 __all__ = ["SourceWeights"]
 

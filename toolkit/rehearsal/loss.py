@@ -1,6 +1,6 @@
 """The loss of a training step as the trainer computes it, on tensors without numbers.
 
-On a CPU that is `toolkit.training.labelled` and its cross entropy, or TRL's tiles where the logits would be too many;
+On a CPU that is `toolkit.ops.label_logits` and its cross entropy, or TRL's tiles where the logits would be too many;
 on a card always TRL's tiles, whose kernel cannot run here, so that its buffers are allocated in its stead.
 """
 

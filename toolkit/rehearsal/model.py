@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe, is_experts
 from toolkit.ops import keep_up_outputs
-from toolkit.quant import expert_weights
+from toolkit.ops.experts import expert_weights
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 
 __all__ = ["Depths", "adapted", "decoder_layers", "depths_of", "truncate"]

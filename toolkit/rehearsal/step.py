@@ -196,7 +196,7 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
 
 
 def _apart(model: PeftModel, step: Step) -> bool:
-    """Whether documents are attended to one by one, as `toolkit.training.documents` does."""
+    """Whether documents are attended to one by one, as `toolkit.ops.document_attention` does."""
     return step.packed and not step.on_card and can_attend_apart(model.get_base_model())
 
 
@@ -217,7 +217,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `toolkit.training.documents`: a causal mask is not used, and the documents' outputs are put together."""
+    """As `toolkit.ops.document_attention`: a causal mask is not used, and the documents' outputs are put together."""
     unused = hasattr(attention_mask, _CAUSAL) and kwargs.get("position_bias") is None
     mask = None if unused else attention_mask
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0].clone(), None

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
-from toolkit.packaging import stack_versions
+from toolkit.artifact import stack_versions
 from toolkit.plan import BACKENDS, device_memory
 from toolkit.report.hints import next_commands
 

@@ -18,12 +18,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from toolkit.artifact import runs_near
 from toolkit.durable import write_text
 from toolkit.errors import ModelError
-from toolkit.evaluate import draft_table
-from toolkit.packaging import runs_near
+from toolkit.mtp import draft_table
 from toolkit.report import charts
-from toolkit.training import RunFolder
+from toolkit.run import RunFolder
 from toolkit.training.progress import held_out_scores
 
 __all__ = ["Chart", "render_page", "write_page"]

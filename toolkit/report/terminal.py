@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from toolkit.artifact import VerifyReport
 from toolkit.data import Batches, DataReport
-from toolkit.evaluate import draft_table
-from toolkit.flow import Trained
-from toolkit.packaging import VerifyReport
+from toolkit.mtp import draft_table
 from toolkit.plan import Plan
-from toolkit.quant.calibrate import Compensation
+from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.report.hints import next_commands
 from toolkit.report.plans import mib, table_of
+from toolkit.run import Trained
 from toolkit.steps import seconds_by_part
 
 __all__ = [

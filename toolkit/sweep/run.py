@@ -20,8 +20,8 @@ from typing import Any
 
 from toolkit.errors import RecipeError
 from toolkit.recipe import dump, load
+from toolkit.run import RunFolder
 from toolkit.sweep.grid import Trial
-from toolkit.training import RunFolder
 
 __all__ = ["Outcome", "Sweep", "best_first", "run_trials"]
 

@@ -26,6 +26,7 @@ from toolkit.errors import ModelError, ResourceError, first_line
 
 __all__ = [
     "Checkpoint",
+    "Resume",
     "clear_leftovers",
     "every_checkpoint",
     "newest_checkpoint",
@@ -55,6 +56,14 @@ class Checkpoint:
     path: Path
     step: int
     facts: dict[str, Any]
+
+
+@dataclass
+class Resume:
+    """What a run is bound to, written into its checkpoints, and the checkpoint it goes on from, if there is one."""
+
+    facts: dict[str, Any]
+    checkpoint: Checkpoint | None = None
 
 
 def write_checkpoint(

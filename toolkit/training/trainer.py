@@ -28,22 +28,21 @@ from trl import SFTConfig
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
 from toolkit.mtp import HeadTraining
+from toolkit.mtp.callback import HeadSteps, learn_after
 from toolkit.ops import keep_up_outputs
+from toolkit.ops.document_attention import documents_apart
+from toolkit.ops.label_logits import can_keep_logits, labelled_logits
 from toolkit.ranks import first_tells, is_first, processes
 from toolkit.signals import StopRequest
-from toolkit.training.beside import HeadSteps, learn_after
 from toolkit.training.best import BestAdapter, KeepBest
-from toolkit.training.checkpoint import Checkpoint, every_checkpoint, newest_checkpoint
+from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
-from toolkit.training.documents import documents_apart
-from toolkit.training.labelled import can_keep_logits, labelled_logits
 from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, out_of_memory, probe
 from toolkit.training.progress import MetricsLog, ProgressDisplay, StillAdapters
 from toolkit.training.resumable import Part, ResumableTrainer
-from toolkit.training.resume import Resume
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from toolkit.adapters.layer import Int8LoraLinear
-from toolkit.quant import Int8Linear, quantize
+from toolkit.ops.int8 import Int8Linear, quantize
 
 
 def build(*, bias: bool, rank: int = 3, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Int8LoraLinear:

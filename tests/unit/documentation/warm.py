@@ -25,7 +25,7 @@ from tests.unit.documentation.commands import ROOT
 
 __all__ = ["warm_python"]
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "toolkit.flow", "toolkit.training")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "toolkit.run", "toolkit.training")
 OURS = tuple(str(ROOT / name) for name in ("scripts", "tests"))
 
 

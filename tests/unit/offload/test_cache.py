@@ -14,9 +14,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.parity.conftest import COMMON
+from toolkit.checkpoint.cache import cache_root
 from toolkit.offload import int8_folder
 from toolkit.offload.cache import fingerprint
-from toolkit.plan.steps import cache_root
 
 WRITE = """
 import os, signal, sys

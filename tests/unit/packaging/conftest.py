@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from toolkit.packaging import identify_base, write_artifact
+from toolkit.artifact import write_artifact
+from toolkit.checkpoint import identify_base
 
 BASE = Path(__file__).parents[3] / "recipes/quickstart/nano-qwen3moe-2m"
 RECIPE = """\

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.unit.packaging.conftest import BASE, RECIPE
+from toolkit.artifact import check_folder, read_manifest
+from toolkit.artifact.redact import figures, portable
+from toolkit.checkpoint import identify_base
 from toolkit.errors import ModelError, ResourceError
-from toolkit.packaging import check_folder, identify_base, read_manifest
-from toolkit.packaging.portable import figures, portable
 
 Write = Callable[..., Path]
 

@@ -12,8 +12,9 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from tests.unit.packaging.conftest import BASE
+from toolkit.artifact import require_packageable
+from toolkit.checkpoint import files_of, identify_base, license_of
 from toolkit.errors import ModelError
-from toolkit.packaging import files_of, identify_base, license_of, require_packageable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

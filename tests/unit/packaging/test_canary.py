@@ -12,17 +12,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.unit.packaging.conftest import BASE, RECIPE
-from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging import (
+from toolkit.artifact import (
     combine_adapters,
-    identify_base,
     push_artifact,
     read_manifest,
     require_packageable,
     training_answers,
     verify_artifact,
 )
-from toolkit.packaging.manifest import file_entry, write_json
+from toolkit.artifact.manifest import file_entry, write_json
+from toolkit.checkpoint import identify_base
+from toolkit.errors import ModelError, RecipeError
 
 Write = Callable[..., Path]
 PLACE = "/mnt/data/"

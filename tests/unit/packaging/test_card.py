@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ruamel.yaml import YAML
 
 from tests.unit.packaging.conftest import BASE
-from toolkit.packaging import BaseIdentity, model_card
+from toolkit.artifact import model_card
+from toolkit.checkpoint import BaseIdentity
 from toolkit.recipe import parse
 
 HUB = BaseIdentity("owner/nano-moe", "0" * 40, "f" * 64)

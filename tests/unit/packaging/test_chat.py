@@ -16,16 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.unit.packaging.conftest import BASE, RECIPE
+from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact
+from toolkit.artifact.manifest import write_json
+from toolkit.checkpoint import identify_base, license_of
 from toolkit.errors import ModelError
-from toolkit.packaging import (
-    combine_adapters,
-    identify_base,
-    license_of,
-    read_manifest,
-    reopen_recipe,
-    verify_artifact,
-)
-from toolkit.packaging.manifest import write_json
 
 Write = Callable[..., Path]
 TAUGHT = 7

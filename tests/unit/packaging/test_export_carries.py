@@ -13,13 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.unit.packaging.conftest import BASE
+from toolkit.artifact.manifest import write_json
+from toolkit.artifact.stops import declare_stops, put_stops
+from toolkit.artifact.tokenizer import put_tokenizer, require_same_tokenizer, write_tokenizer
+from toolkit.checkpoint import identify_base
 from toolkit.errors import ModelError
-from toolkit.packaging import export as exporting
-from toolkit.packaging import export_adapter, identify_base
-from toolkit.packaging.gguf import modelfile
-from toolkit.packaging.manifest import write_json
-from toolkit.packaging.stops import declare_stops, put_stops
-from toolkit.packaging.tokens import put_tokenizer, require_same_tokenizer, write_tokenizer
+from toolkit.export import export_adapter
+from toolkit.export import write as exporting
+from toolkit.export.gguf import modelfile
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 Write = Callable[..., Path]

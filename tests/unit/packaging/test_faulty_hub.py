@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_stand_in import serve
-from toolkit.packaging import verify_artifact
+from toolkit.artifact import verify_artifact
 
 REFUSED = ("401", "403", "409", "412")
 PASSING = ("429", "500", "503", "reset", "timeout")

@@ -11,7 +11,7 @@ from tests.parity.families import build, tiny_config
 from toolkit.adapters.layouts import Factors, pieces
 from toolkit.architecture import describe
 from toolkit.errors import ModelError
-from toolkit.packaging.gguf import read_gguf, write_gguf
+from toolkit.export.gguf import read_gguf, write_gguf
 
 gguf = pytest.importorskip("gguf")
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.hub_stand_in import HEAD, HubStandIn, serve
+from toolkit.artifact import check_token, push_artifact, read_manifest, training_answers
+from toolkit.artifact.manifest import file_entry, write_json
 from toolkit.errors import HubError, ModelError
-from toolkit.packaging import check_token, push_artifact, read_manifest, training_answers
-from toolkit.packaging.manifest import file_entry, write_json
 
 # huggingface_hub reads its switches at import, so one process of its own makes all the calls.
 CLIENT = """

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.unit.packaging.conftest import BASE, stock_adapter
 from toolkit.adapters.layouts import from_per_expert, largest_difference, per_expert, read_factors
 from toolkit.architecture import skeleton
+from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact
 from toolkit.errors import ModelError, RecipeError
-from toolkit.packaging import combine_adapters, export_adapter, read_manifest, reopen_recipe, verify_artifact
+from toolkit.export import export_adapter
 
 # PEFT looks for a pattern's keys among modules only; those of parameters do apply.
 pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")

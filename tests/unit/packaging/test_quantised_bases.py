@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from tests.unit.packaging.conftest import BASE
 from tests.unit.quant.test_storage import fp8_pair, mxfp4_pair
 from toolkit.adapters import attach_lora
+from toolkit.artifact import write_artifact
+from toolkit.checkpoint import identify_base
 from toolkit.errors import ModelError
-from toolkit.packaging import export_adapter, identify_base, write_artifact
+from toolkit.export import export_adapter
 from toolkit.quant import load_int8, quantize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")

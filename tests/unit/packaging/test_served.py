@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from tests.unit.packaging.conftest import BASE, stock_adapter
-from toolkit.packaging import export_adapter
-from toolkit.packaging.served import SERVERS, server_problems
+from toolkit.export import export_adapter
+from toolkit.export.server_rules import SERVERS, server_problems
 
 VLLM, SGLANG = SERVERS
 EXPERTS = 8
@@ -25,7 +25,8 @@ Adapter = tuple[dict[str, tuple[int, ...]], dict[str, Any]]
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Adapter:
     """Keys and configuration of an export without routers, which SGLang takes no adapter on."""
-    from toolkit.packaging import identify_base, write_artifact
+    from toolkit.artifact import write_artifact
+    from toolkit.checkpoint import identify_base
 
     folder = tmp_path_factory.mktemp("served")
     write_artifact(

@@ -16,8 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.unit.packaging.conftest import BASE, stock_adapter
+from toolkit.artifact import VerifyReport, load_adapter_config, read_manifest, verify_artifact
 from toolkit.errors import ModelError
-from toolkit.packaging import VerifyReport, load_adapter_config, read_manifest, verify_artifact
 
 WEIGHTS = "adapter_model.safetensors"
 LAYER = "base_model.model.model.layers.0.mlp"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from toolkit.errors import RecipeError, ResourceError
+from toolkit.offload.place import resident_bytes, share_of, spread, streamed
 from toolkit.plan import (
     Device,
     Plan,
@@ -25,7 +26,6 @@ from toolkit.plan import (
 from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.duration import Duration
-from toolkit.plan.place import resident_bytes, share_of, spread, streamed
 from toolkit.plan.shapes import published
 from toolkit.plan.steps import Held, question
 from toolkit.recipe import Recipe, parse

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from toolkit.quant import can_multiply, multiply
-from toolkit.quant.digits import _MOST_INPUTS, _has_integer_units
+from toolkit.ops.split_int8 import _MOST_INPUTS, _has_integer_units, can_multiply, multiply
 
 SHAPES = [
     (0, 5, 3),
@@ -102,17 +101,17 @@ def test_what_is_not_a_number_stays_so_and_in_its_row(bad: float) -> None:
 
 def test_other_numbers_and_machines_go_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     x, stored = numbers(4, 32, 6)
-    monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: True)
+    monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: True)
     assert not can_multiply(x, stored)
     assert can_multiply(x, stored.new_empty(1024, 512))
     assert can_multiply(x, stored.new_empty(3, 512, 1024))
-    monkeypatch.setattr("toolkit.quant.digits._FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_WEIGHTS", 1)
     assert can_multiply(x, stored)
     assert not can_multiply(x.bfloat16(), stored)
     assert not can_multiply(x, stored.float())
     assert not can_multiply(x, stored.to("meta"))
     assert not can_multiply(x, stored.new_zeros(1, _MOST_INPUTS + 1))
-    monkeypatch.setattr("toolkit.quant.digits._has_integer_units", lambda: False)
+    monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: False)
     assert not can_multiply(x, stored)
 
 

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from toolkit.quant import quantize
-from toolkit.quant.gptq import blend, compensate, row_errors
-from toolkit.quant.search import Effort, decode, effort_for, pivot_order
+from toolkit.ops.int8 import quantize
+from toolkit.quant.gptq.error_feedback import blend, compensate, row_errors
+from toolkit.quant.gptq.search import Effort, decode, effort_for, pivot_order
 
 
 def problem(matrices: int, outputs: int, inputs: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from toolkit.quant import Int8Linear, dequantize, quantize
+from toolkit.ops.int8 import Int8Linear, dequantize, quantize
 
 
 @pytest.mark.parametrize("input_dim", [-1, -2])

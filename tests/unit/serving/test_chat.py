@@ -19,8 +19,8 @@ from tests.faults.conftest import MODEL
 from toolkit.adapters import attach_lora
 from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import ModelError, RecipeError
-from toolkit.evaluate import answer, speculator
-from toolkit.mtp import Speculator
+from toolkit.evaluate import answer
+from toolkit.mtp import Speculator, speculator
 from toolkit.quant import load_int8
 from toolkit.serving import Conversation, Screen, talk
 

@@ -22,10 +22,11 @@ from scripts.parity.template_run_case import Case, rows_of
 from tests.faults.conftest import MODEL, Run, onecard
 from tests.unit.documentation.commands import ROOT, shown_in
 from tests.unit.serving.test_chat import QUESTION, adapted, plain_dialogue
+from toolkit.artifact import write_artifact
+from toolkit.checkpoint import identify_base
 from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer, require_harness
-from toolkit.packaging import identify_base, write_artifact
 from toolkit.serving.server import build_app, require_server
 
 __all__ = ["onecard"]

@@ -1,0 +1,133 @@
+"""The tokenizer of an artifact: written without traces of this machine, put into exports, and compared.
+
+`save_pretrained` writes where the tokenizer was loaded from and the last batch's padding, and puts a second chat
+template into a folder of its own, which an artifact does not have. What counts is that it reads back as the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from toolkit.artifact.manifest import TOKENIZER_FILES, read_json, write_json
+from toolkit.artifact.redact import portable
+from toolkit.errors import ModelError, first_line
+
+__all__ = ["put_tokenizer", "require_same_tokenizer", "token_text", "write_tokenizer"]
+
+# What transformers writes into tokenizer_config.json about where and how the tokenizer was loaded here.
+_LOADING_KEYS = frozenset({"auto_map", "cache_dir", "is_local", "local_files_only", "name_or_path", "use_auth_token"})
+_CONFIG = "tokenizer_config.json"
+_PROCESSOR = "processor_config.json"
+_TEMPLATES = ("chat_template.json", "additional_chat_templates")
+"""Where else a checkpoint keeps templates; programs that look there first would take the base's."""
+
+_PROBES = (
+    "Hello, world!  Two spaces,\n\n\ttabs and 12345.67 numbers; it's (un)tokenised_text.",
+    "naïve café – “quotes” … 你好，世界 こんにちは مرحبا 🙂👩‍👩‍👧 e\u0301",
+    "def f(x):\n    return {'a': [x ** 2, None]}  # <b>&amp;</b> \\path\\to",
+    "",
+    " ",
+)
+"""Texts that tokenizers part on: spaces, digits, scripts, joined emoji, code."""
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, base: Path | None = None) -> None:
+    """Write the files of `TOKENIZER_FILES` that this tokenizer needs; equal tokenizers give equal bytes.
+
+    Args:
+        base: the base's folder; what its own configuration says is kept word for word.
+
+    Raises:
+        ModelError: the tokenizer writes no tokenizer.json.
+    """
+    clean: Any = copy.deepcopy(tokenizer)
+    backend = getattr(clean, "backend_tokenizer", None)
+    if backend is not None:
+        # The last batch's padding and truncation stick to the tokenizer and would be saved with it.
+        backend.no_padding()
+        backend.no_truncation()
+    with tempfile.TemporaryDirectory() as scratch:
+        # Several templates go into the configuration: their other place is a folder.
+        clean.save_pretrained(scratch, save_jinja_files=not isinstance(clean.chat_template, dict))
+        saved = {path.name: path for path in Path(scratch).iterdir() if path.name in TOKENIZER_FILES}
+        if "tokenizer.json" not in saved:
+            raise ModelError(f"{type(tokenizer).__name__}: writes no tokenizer.json: use a base with a fast tokenizer")
+        for name, path in saved.items():
+            shutil.copyfile(path, folder / name)
+    theirs = read_json(base / _CONFIG) if base else {}
+    config = read_json(folder / _CONFIG)
+    kept = {k: v for k, v in config.items() if k not in _LOADING_KEYS and not k.endswith("_file")}
+    # A chat template is text that a program runs; what is found in it is refused, never changed.
+    said = {k: v for k, v in kept.items() if k == "chat_template" or (k in theirs and theirs[k] == v)}
+    write_json(folder / _CONFIG, {**portable(kept), **said})
+
+
+def put_tokenizer(artifact: Path, folder: Path) -> None:
+    """Put an artifact's tokenizer and chat template into an export, in place of the base's, and compare.
+
+    Raises:
+        ModelError: what lies there now loads as another tokenizer.
+    """
+    if not (artifact / "tokenizer.json").is_file():
+        return
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+        if (artifact / name).is_file():
+            shutil.copyfile(artifact / name, folder / name)
+    for name in _TEMPLATES:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+    processor = read_json(folder / _PROCESSOR)
+    if processor.pop("chat_template", None) is not None:
+        write_json(folder / _PROCESSOR, processor)
+    require_same_tokenizer(_load(artifact), folder)
+
+
+def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise `ModelError` unless the tokenizer in `folder` gives the same ids, special tokens and chat template."""
+    found = _load(folder)
+    if what := next((name for name, of in _COMPARED.items() if of(found) != of(tokenizer)), None):
+        raise ModelError(
+            f"{folder}: the tokenizer, written and read again, has other {what}: use a base whose tokenizer.json holds "
+            "its whole tokenizer"
+        )
+
+
+def token_text(folder: Path, ids: list[int]) -> list[str]:
+    """The texts of tokens by their ids, from the tokenizer in a folder; ids without a text are left out."""
+    tokenizer = _load(folder)
+    return [text for one in ids if (text := tokenizer.decode([one], skip_special_tokens=False))]
+
+
+def _load(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: its tokenizer does not load: {first_line(error)}") from None
+
+
+def _ids(tokenizer: Any) -> list[list[int]]:
+    probes = [*_PROBES, *tokenizer.all_special_tokens, " ".join(map(str, tokenizer.all_special_tokens))]
+    with_special = [tokenizer(text, verbose=False)["input_ids"] for text in probes]
+    return [*with_special, *(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in probes)]
+
+
+def _template(tokenizer: Any) -> Any:
+    """Jinja reads every end of line as the same one."""
+    found = tokenizer.chat_template
+    plain = found if isinstance(found, dict) else {"default": found}
+    return {name: text and re.sub(r"\r\n?", "\n", text) for name, text in plain.items()}
+
+
+_COMPARED = {
+    "words": lambda tokenizer: tokenizer.get_vocab(),
+    "special tokens": lambda tokenizer: tokenizer.special_tokens_map,
+    "ids": _ids,
+    "chat templates": _template,
+}

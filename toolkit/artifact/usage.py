@@ -1,0 +1,168 @@
+"""How other programs load an adapter, as text for its model card: PEFT, vLLM, SGLang, llama.cpp and Ollama.
+
+Servers read other layouts than the one PEFT writes, so each block starts with the export that it needs. What ends an
+answer, and how a prompt is written, is in none of them by itself: the base's own would be used.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.checkpoint.identity import BaseIdentity
+
+__all__ = ["form_of", "largest_rank", "loading_section"]
+
+_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What `vllm serve --max-lora-rank` takes."""
+
+_QUESTION, _BEGINNING = "Hello!", "Once upon a time"
+_OF_THE_CALL = frozenset({"add_generation_prompt", "conversation", "return_dict", "return_tensors", "tokenize"})
+
+
+def loading_section(
+    base: BaseIdentity, config: Mapping[str, Any], chat: Mapping[str, Any], *, has_template: bool = False
+) -> str:
+    """The whole section.
+
+    Args:
+        config: the adapter's configuration. chat: how its conversations were written, as `write_artifact` takes it.
+        has_template: the adapter has a chat template in a file.
+    """
+    rank = largest_rank(config)
+    served = next((allowed for allowed in _SERVED_RANKS if allowed >= rank), rank)
+    name = shlex.quote(base.name)
+    revision = f" --revision {base.revision}" if base.revision else ""
+    is_chat = chat.get("form", "chat") == "chat"
+    template = " --chat-template per-expert/chat_template.jinja" if is_chat and has_template else ""
+    jinja = " --jinja --chat-template-file gguf/chat_template.jinja" if is_chat and has_template else ""
+    ends = " --generation-config per-expert" if chat.get("stop_token_ids") else ""
+    return "\n\n".join(
+        (
+            "## How to load it",
+            f"### transformers and PEFT\n\n```python\n{_python(base, chat)}```",
+            "For the programs below, ADAPTER is this repository (`hf://owner/name`) or its folder; exports are read "
+            "back and compared with the adapter before they are called done."
+            + ("" if base.revision else f" Add `--base FOLDER`, the folder of `{base.name}`."),
+            "### vLLM and SGLang\n\nBoth read one key an expert and projection. Where a server's own implementation of "
+            "this model takes no adapter on routers or experts, `--format merged` gives a whole checkpoint.\n\n"
+            "```bash\nonecard export ADAPTER --format per-expert --out per-expert\n"
+            f"vllm serve {name}{revision} --enable-lora --max-lora-rank {served} --lora-modules tuned=per-expert"
+            f"{template}{ends}\n"
+            f"python -m sglang.launch_server --model-path {name} --enable-lora --lora-paths tuned=per-expert{revision}"
+            f"{template}\n{_request(chat)}```",
+            "### llama.cpp and Ollama\n\nWhere llama.cpp has no name for a part, the export says which, and `--format "
+            f"merged` gives a checkpoint that its converter reads.{_ends_there(chat)}\n\n"
+            "```bash\nonecard export ADAPTER --format gguf --out gguf\n"
+            f"python convert_hf_to_gguf.py FOLDER_OF_{shlex.quote(base.name.rpartition('/')[2])} --outfile "
+            f"gguf/base.gguf\nllama-server -m gguf/base.gguf --lora gguf/adapter.gguf{jinja}\n"
+            "(cd gguf && ollama create tuned -f Modelfile)\n```",
+        )
+    )
+
+
+def form_of(chat: Mapping[str, Any]) -> str:
+    """How the training data were written, in one line of a Markdown table; empty where it is not known."""
+    if not chat:
+        return ""
+    parts = ["plain prompts and completions, no chat template" if chat.get("form") == "text" else "chat template"]
+    parts += [f"`{name}` = `{json.dumps(value, ensure_ascii=False)}`" for name, value in _options(chat).items()]
+    parts += [f"dated {chat['date']}"] if chat.get("date") else []
+    parts += ["with a system prompt"] if chat.get("system_prompt") else []
+    if stops := chat.get("stop_token_ids"):
+        parts += [f"ends at token {' or '.join(map(str, stops))}"]
+    return ", ".join(parts).replace("|", "\\|").replace("\n", " ")
+
+
+def _options(chat: Mapping[str, Any]) -> dict[str, Any]:
+    options = chat.get("chat_template_kwargs") or {}
+    return {name: value for name, value in sorted(options.items()) if name not in _OF_THE_CALL}
+
+
+def _messages(chat: Mapping[str, Any]) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": chat["system_prompt"]}] if chat.get("system_prompt") else []
+    return [*system, {"role": "user", "content": _QUESTION}]
+
+
+def _request(chat: Mapping[str, Any]) -> str:
+    """A request to either server that says what the base does not; none where nothing is known."""
+    if not chat:
+        return ""
+    is_text = chat.get("form") == "text"
+    asked: dict[str, Any] = {"prompt": _BEGINNING} if is_text else {"messages": _messages(chat)}
+    options = {} if is_text else _options(chat)
+    body = {
+        "model": "tuned",
+        **asked,
+        "max_tokens": 64,
+        **({"chat_template_kwargs": options} if options else {}),
+        **({"stop_token_ids": chat["stop_token_ids"]} if chat.get("stop_token_ids") else {}),
+    }
+    where = "completions" if is_text else "chat/completions"
+    return (
+        "# … and of SGLang at port 30000:\n"
+        f"curl http://localhost:8000/v1/{where} -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(json.dumps(body, ensure_ascii=False))}\n"
+    )
+
+
+def _ends_there(chat: Mapping[str, Any]) -> str:
+    said = ""
+    if chat.get("stop_token_ids"):
+        said += ' The Modelfile names what ends an answer; a request to llama-server gives the same texts as `"stop"`.'
+    if chat.get("form") == "text":
+        said += " Ask llama-server at `/v1/completions`: prompts are plain text."
+    return said
+
+
+def largest_rank(config: Mapping[str, Any]) -> int:
+    """Of any part: servers reserve room for one rank."""
+    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+
+
+def _python(base: BaseIdentity, chat: Mapping[str, Any]) -> str:
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    comment = "" if base.revision else "  # your folder with this model"
+    ends = bool(chat.get("stop_token_ids"))
+    limit = "generation_config=generation" if ends else "max_new_tokens=64"
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', GenerationConfig' if ends else ''}\n\n"
+        f"base = {json.dumps(base.name)}{comment}\n"
+        'adapter = "."  # this folder, or its repository on the Hub\n'
+        f'model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="auto")\n'
+        "model = PeftModel.from_pretrained(model, adapter)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
+        + ("# What ends an answer is in the adapter's generation_config.json, not in the base's.\n" if ends else "")
+        + ("generation = GenerationConfig.from_pretrained(adapter, max_new_tokens=64)\n" if ends else "")
+        + f"\n{_inputs(chat)}"
+        'ids, mask = inputs["input_ids"], inputs["attention_mask"]\n'
+        f"output = model.generate(input_ids=ids, attention_mask=mask, {limit})\n"
+        "print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))\n"
+    )
+
+
+def _inputs(chat: Mapping[str, Any]) -> str:
+    """A prompt as the training data wrote it."""
+    if chat.get("form") == "text":
+        return f'inputs = tokenizer({json.dumps(_BEGINNING)}, return_tensors="pt")  # plain text, no chat template\n'
+    options = _options(chat)
+    given = ", **options" if options else ""
+    return (
+        f"messages = {_literal(_messages(chat))}\n"
+        + (f"options = {_literal(options)}  # of the chat template, as in training\n" if options else "")
+        + "inputs = tokenizer.apply_chat_template(\n"
+        f'    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{given}\n'
+        ")\n"
+    )
+
+
+def _literal(value: Any) -> str:
+    """JSON-like data as Python writes it, with double quotes where it can."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

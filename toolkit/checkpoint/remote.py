@@ -1,0 +1,63 @@
+"""What a plan asks the Hub: a config, and the headers of safetensors files.
+
+transformers has one reason for all failures. Apart from the rest, because the Hub's client takes half a second to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)
+
+from toolkit.checkpoint.headers import Header
+from toolkit.errors import HubError, ModelError, first_line
+
+__all__ = ["ask_hub", "hub_headers"]
+
+
+def hub_headers(name_or_path: str, revision: str) -> Iterable[Header]:
+    """Of every tensor in a checkpoint on the Hub.
+
+    Raises:
+        ModelError: no safetensors there, or a shard is missing. HubError: the Hub cannot be reached.
+    """
+    try:
+        found = get_safetensors_metadata(name_or_path, revision=revision)
+    except RemoteEntryNotFoundError as error:
+        shard = error.response.url.path.rpartition("/")[2]
+        raise ModelError(f"{name_or_path}: lacks the shard {shard}, which its index names") from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise ModelError(f"{name_or_path}: no readable safetensors there: {first_line(error)}") from None
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise HubError(f"{name_or_path}: its safetensors headers cannot be read: {first_line(error)}") from None
+    for metadata in found.files_metadata.values():
+        for key, info in metadata.tensors.items():
+            yield Header(key, info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+
+
+def ask_hub(name: str, revision: str) -> None:
+    """Fetch config.json, for the Hub's own reasons where it does not give it; transformers has one for all of them."""
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except GatedRepoError:
+        raise HubError(f"{name}: gated; accept its terms on its page on the Hub, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise HubError(f"{name}: no such model on the Hub, or a private one; check the name, or set HF_TOKEN") from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(f"{name}: no config.json there; give a transformers checkpoint") from None
+    except LocalEntryNotFoundError as error:
+        raise HubError(f"{name}: neither in the cache nor to be had from the Hub: {first_line(error)}") from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise HubError(f"{name}: the Hub does not give it: {first_line(error)}") from None
+    except ValueError:
+        raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name)") from None

@@ -1,0 +1,81 @@
+"""The compensated integers of a run in one file, so that a resume, `eval` and `chat` compute on exactly the same base.
+
+Only what is int8 is written, with its scales and the report; all else comes from the checkpoint as ever. `safetensors`
+writes tensors, but neither whole-or-nothing nor into a model that is loaded already.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from toolkit.durable import replaced_file
+from toolkit.errors import ModelError, ResourceError, first_line
+from toolkit.quant.gptq.calibrate import Compensation, ExpertError, PartError
+
+__all__ = ["int8_state", "read_compensated", "write_compensated"]
+
+
+def int8_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A bare model's int8 weights and their scales, by parameter name; nothing is copied."""
+    state = model.state_dict()
+    stored = [name for name, value in state.items() if value.dtype == torch.int8 and f"{name}_scale" in state]
+    return {key: state[key] for name in stored for key in (name, f"{name}_scale")}
+
+
+def write_compensated(model: nn.Module, report: Compensation, path: Path, base: str) -> None:
+    """Write a model's integers, scales and report; the file appears whole or not at all.
+
+    `base` is a hash of the weights they were rounded from, which `read_compensated` asks for again.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
+    tensors = {name: value.cpu().contiguous() for name, value in int8_state(model).items()}
+    try:
+        with replaced_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"base": base, "report": json.dumps(report.to_dict())})
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"{path}: cannot be written: {first_line(error)}; free space on the disk") from None
+
+
+@torch.no_grad()
+def read_compensated(model: nn.Module, path: Path, base: str) -> Compensation:
+    """Put the integers of `write_compensated` into a bare model of the same shape; gives the report back.
+
+    Raises:
+        ModelError: the file is damaged, or of another model, of other weights (`base`) or another choice of what is
+            int8; the model is untouched.
+    """
+    targets = int8_state(model)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
+            if shapes != {name: list(value.shape) for name, value in targets.items()}:
+                raise ModelError(f"{path}: of another model than the one loaded; remove it to compensate again")
+            if file.metadata()["base"] != base:
+                raise ModelError(
+                    f"{path}: rounded from other weights than the base that is loaded; give the base of this run, or "
+                    "remove it to compensate again"
+                )
+            for name, value in targets.items():
+                value.copy_(file.get_tensor(name))
+            return _report(json.loads(file.metadata()["report"]))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ModelError(f"{path}: damaged: {first_line(error)}; remove it to compensate again") from None
+
+
+def _report(found: dict[str, Any]) -> Compensation:
+    return Compensation(
+        examples=found["examples"],
+        tokens=found["tokens"],
+        parts=tuple(PartError(**part) for part in found["parts"]),
+        worst=tuple(ExpertError(**expert) for expert in found["worst"]),
+    )

@@ -1,0 +1,95 @@
+"""Base against adapted on what was held out: figures, the harm of rounded rows, and where tokens are routed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.data import Batches, Dialogue
+from toolkit.durable import write_text
+from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss, read_windows
+from toolkit.plan import BACKENDS as PLANNED
+from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.run.chat_form import stop_as_trained
+from toolkit.run.folder import RunFolder
+from toolkit.steps import part
+
+__all__ = ["LOOKED_AT", "evaluate", "general_text", "held_out", "look_at_experts", "require_harmless_rounding"]
+
+
+_LONGEST_WINDOW = 512
+"""Tokens of general text that are looked at together."""
+LOOKED_AT = 64
+"""Examples on which the experts are watched, and training examples that stand in where none are held out."""
+
+
+@part("evaluate")
+def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> Comparison | None:
+    """Base against adapted on the held-out examples, or None where there are none or the recipe says no."""
+    wanted, sequences = plan.recipe.eval, held_out(batches, plan)
+    if not wanted.enabled or sequences is None:
+        return None
+    stop_as_trained(model.get_base_model(), batches.form)
+    return compare(
+        model,
+        tokenizer,
+        sequences,
+        batches.held_out[: wanted.max_samples],
+        metric=wanted.metric,
+        general=general_text(tokenizer, plan),
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=wanted.batch_size,
+        read=Dialogue(tokenizer, batches.form).judged,
+    )
+
+
+@part("look at experts")
+def look_at_experts(model: PeftModel, batches: Batches, plan: Plan) -> dict[str, Any]:
+    """Who was routed to with the adapter off and on, and how far each expert's adapter moved; kept in the run folder.
+
+    Looked at are held-out examples, or training examples where none are held out.
+    """
+    sequences = held_out(batches, plan)
+    examples = (batches.train if sequences is None else sequences)[:LOOKED_AT]["input_ids"]
+    found = {"held_out": sequences is not None, **expert_statistics(model, examples)}
+    write_text(RunFolder(plan.folder).experts, json.dumps(found))
+    return found
+
+
+def require_harmless_rounding(
+    model: PeftModel, sequences: Dataset, batch_size: int, plain: str = PLANNED["cuda"], rounded: str = ROUNDED_ROWS
+) -> None:
+    """Raise `RecipeError` where int8 rows raise the loss on these examples too far; the model then computes with them.
+
+    Args:
+        sequences: rows of `input_ids` and `labels`. plain, rounded: the backends compared, by name.
+    """
+    from toolkit.ops.triton.w8a8 import compare_losses
+
+    base = model.get_base_model()
+
+    def loss_of(backend: str) -> float:
+        base.set_experts_implementation(backend)
+        return held_out_loss(model, sequences, batch_size)
+
+    model.eval()
+    compare_losses(loss_of, plain=plain, rounded=rounded).require()
+
+
+def general_text(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
+    """The recipe's general text in windows."""
+    path, longest = plan.recipe.eval.regression, plan.recipe.training.max_length
+    length = _LONGEST_WINDOW if longest == "auto" else min(longest, _LONGEST_WINDOW)
+    return read_windows(tokenizer, Path(path), length) if path else None
+
+
+def held_out(batches: Batches, plan: Plan) -> Dataset | None:
+    """The held-out sequences that the recipe wants looked at."""
+    if batches.validation is None:
+        return None
+    return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))

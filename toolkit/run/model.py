@@ -1,0 +1,129 @@
+"""The model of a run: loaded in int8, compensated, adapted, and opened again with a finished adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
+from toolkit.artifact import fetch_adapter, require_base
+from toolkit.checkpoint import identify_base
+from toolkit.data import Batches
+from toolkit.errors import ModelError, RecipeError
+from toolkit.offload import load_streamed
+from toolkit.offload.place import streamed
+from toolkit.ops import BACKENDS
+from toolkit.plan import Plan
+from toolkit.quant import fetch, load_int8, measure
+from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
+from toolkit.quant.gptq.keep import read_compensated, write_compensated
+from toolkit.ranks import first_one_first, join
+from toolkit.run.chat_form import dialogue, stop_as_trained
+from toolkit.run.data import build_batches, load_tokenizer
+from toolkit.run.folder import RunFolder
+from toolkit.steps import part
+
+__all__ = ["attach", "compensate", "coverage", "load", "reopen"]
+
+
+@part("load")
+def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen int8 model, quantised as its shards stream in, and its tokenizer.
+
+    Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
+    """
+    if plan.backend not in BACKENDS:
+        raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
+    join(plan.device)
+    if not Path(plan.model).is_dir():
+        fetch(plan.model, plan.recipe.model.revision)
+    tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
+    options: dict[str, Any] = {
+        "revision": plan.recipe.model.revision,
+        "dtype": plan.torch_dtype,
+        "device": plan.device,
+        "experts": stored.experts,
+        "linears": stored.linears,
+        "attn_implementation": plan.recipe.model.attn_implementation,
+        "experts_implementation": plan.backend,
+    }
+    if not streamed(plan.placement):
+        return load_int8(plan.model, **options)[0], tokenizer
+    if stored.error_compensation != "none":
+        raise RecipeError(
+            "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
+            "quantize` with compensation, and give its folder as model.model_name_or_path"
+        )
+    with first_one_first():
+        return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
+
+
+@part("calibrate")
+def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path | None = None) -> Compensation | None:
+    """Round the int8 parts again with error feedback, on training examples, where the recipe asks for it.
+
+    `kept` is a file of integers: read where it is there, so that a resumed run has the same base, written otherwise.
+    """
+    wanted = plan.recipe.quantization
+    if wanted.error_compensation == "none":
+        return None
+    with first_one_first():
+        if kept and kept.is_file():
+            return read_compensated(model, kept, _base_hash(plan))
+        examples = calibration_examples(batches.train[: wanted.calibration_samples]["input_ids"])
+        report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
+        if kept:
+            write_compensated(model, report, kept, _base_hash(plan))
+        return report
+
+
+def _base_hash(plan: Plan) -> str:
+    """Of the checkpoint's weights: compensated integers belong to these alone."""
+    return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
+
+
+@part("attach")
+def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
+    """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk."""
+    lora = plan.recipe.lora
+    set_seed(plan.recipe.training.seed)
+    if lora.adapter_name_or_path:
+        start = fetch_adapter(lora.adapter_name_or_path)
+        require_base(start, plan.model, plan.recipe.model.revision)
+        return load_adapter(model, start, is_trainable=True)
+    return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}))
+
+
+def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The plan's model with a finished adapter on it, for evaluation and generation.
+
+    A compensated run keeps its base's integers beside the artifact. An artifact without its run has none: `as_trained`
+    then compensates again, which reads the training data; without it the base is rounded plainly.
+    """
+    model, tokenizer = load(plan)
+    require_base(artifact, plan.model, plan.recipe.model.revision)
+    kept = RunFolder(Path(artifact).parent).compensated
+    if plan.recipe.quantization.error_compensation != "none":
+        if kept.is_file():
+            read_compensated(model, kept, _base_hash(plan))
+        elif as_trained:
+            compensate(model, build_batches(tokenizer, plan), plan)
+    stop_as_trained(model, dialogue(tokenizer, plan, Path(artifact)).form)
+    return load_adapter(model, artifact), tokenizer
+
+
+def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
+    """What is int8, what is adapted and what has moved: each as [done, all], or a plain count."""
+    stored, adapted = measure(model.get_base_model(), plan.architecture), adapter_coverage(model)
+    return {
+        "expert stacks int8": [stored.stacks_int8, stored.stacks],
+        "linears 8-bit": [stored.linears_8bit, stored.linears],
+        "expert stacks adapted": [adapted.stacks, adapted.stacks_all],
+        "routers adapted": [adapted.routers, adapted.routers_all],
+        "linears adapted": adapted.linears,
+        "adapters moved": [adapted.moved, adapted.adapters],
+        "trainable parameters": adapted.parameters,
+    }

@@ -1,0 +1,308 @@
+"""From an adapted model to a finished run: resume, train, package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.adapters import unmoved_adapters
+from toolkit.artifact import check_folder, read_manifest, write_artifact
+from toolkit.artifact import require_packageable as may_be_packaged
+from toolkit.artifact.manifest import file_entry
+from toolkit.checkpoint import BaseIdentity, config_sha256, files_of, identify_base, license_of
+from toolkit.data import Batches, Dialogue
+from toolkit.data.token_table import IGNORED
+from toolkit.errors import ModelError, RecipeError
+from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
+from toolkit.mtp import MtpHead, head_state, most_answers
+from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
+from toolkit.ranks import is_first
+from toolkit.recipe import dump, flat
+from toolkit.run.chat_form import stop_as_trained
+from toolkit.run.folder import RunFolder, require_disk
+from toolkit.run.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
+from toolkit.run.model import coverage
+from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
+from toolkit.run.resume import bind, data_sha256, find_resume, tokenizer_sha256, versions
+from toolkit.signals import StopRequest
+from toolkit.steps import part
+from toolkit.training import BestAdapter, TrainResult, train_adapter
+from toolkit.training.checkpoint import Resume
+from toolkit.training.memory import peak_of
+
+__all__ = ["Trained", "find_checkpoint", "package", "require_packageable", "train"]
+
+
+_MARGIN = 64 << 20
+"""Bytes for everything small that a run writes."""
+
+
+@dataclass(frozen=True)
+class TrainedText:
+    """The trained text of each example, decoded as it is asked for."""
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: Dataset
+
+    def __iter__(self) -> Iterator[str]:
+        for rows in self.examples.iter(1_000):
+            pairs = [zip(*row, strict=True) for row in zip(rows["input_ids"], rows["labels"], strict=True)]
+            trained = [[token for token, label in pair if label != IGNORED] for pair in pairs]
+            yield from (text.strip() for text in self.tokenizer.batch_decode(trained, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter still on its model, with all that was counted and measured."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    training: TrainResult
+    counts: dict[str, Any]
+    comparison: Comparison | None
+    rows: TrainedText | None = None
+    """What the answers of the training data say: none of it may leave with the artifact."""
+    head: MtpHead | None = None
+    drafting: dict[str, Any] | None = None
+    evaluation_peak: int = 0
+    """Bytes at the highest while base and adapted model were compared, as `TrainResult.peak_memory`."""
+    chat: Mapping[str, Any] | None = None
+    """How conversations were written and what ended them, as `write_artifact` takes it."""
+
+    def results(self) -> dict[str, Any]:
+        """Figures that the same recipe gives again: training loss and steps, base against adapted."""
+        run = self.training
+        examples = {"examples": len(self.rows.examples)} if self.rows else {}
+        figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens, **examples}}
+        mtp = {"mtp": self.drafting} if self.drafting else {}
+        return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
+
+
+def require_packageable(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    """Raise where the artifact of this run would be refused for its recipe, template or tokenizer; no model needed.
+
+    Raises:
+        RecipeError: a value of the recipe, or the chat template that it names, holds a token or a path of this machine.
+        ModelError: the base's tokenizer cannot be written so that it reads back the same.
+    """
+    may_be_packaged(tokenizer, flat(plan.recipe), files_of(plan.model, plan.recipe.model.revision))
+
+
+def find_checkpoint(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, batches: Batches, note: Callable[[str], None] = lambda line: None
+) -> Resume:
+    """The checkpoint that this run goes on from, if it may, and room for the next ones; cheap, so ask before loading.
+
+    What is skipped or changed and allowed is noted. The base's weights are compared in `train`, once they are here.
+
+    Raises:
+        ModelError: the run in the plan's folder was trained with something else, or something else than its artifact
+            lies where that will be. ResourceError: the disk is too small.
+    """
+    run = RunFolder(plan.folder)
+    adapter, kept = plan.bytes.adapter, max(2, plan.recipe.training.save_total_limit)
+    integers = plan.bytes.experts + plan.bytes.linears
+    compensated = integers if plan.recipe.quantization.error_compensation != "none" else 0
+    # What is kept, the best one, the one being written; and the artifact, written beside an older one.
+    require_disk(run.path, (kept + 2) * (adapter + plan.bytes.optimizer) + 2 * adapter + compensated + _MARGIN)
+    found = find_resume(run.checkpoints, note)
+    bind(
+        found,
+        note,
+        recipe=flat(plan.recipe),
+        data=data_sha256(batches.train),
+        tokenizer=tokenizer_sha256(tokenizer),
+        versions=versions(),
+        device=plan.device,
+        dtype=plan.dtype,
+        backend=plan.backend,
+    )
+    _require_place(run.adapter, plan, weights=found.checkpoint is None)
+    return found
+
+
+@part("train", drawn=False)
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    plan: Plan,
+    console: Console | None = None,
+    resumed: Resume | None = None,
+    stop: StopRequest | None = None,
+) -> Trained:
+    """Train the adapter and compare it with its base on the held-out examples (in the first process).
+
+    Goes on from a checkpoint in the plan's folder: `resumed`, or what `find_checkpoint` finds.
+
+    Raises:
+        ModelError: an adapter did not move, or the checkpoint was trained on another base.
+        DivergedError: the loss stopped being finite. ResourceError: memory or disk ran out.
+        RecipeError: int8 rows were asked for and raise the loss too far.
+    """
+    console = console or Console(quiet=True)
+    note = partial(console.print, highlight=False, markup=False)
+    stop_as_trained(model.get_base_model(), batches.form)
+    if resumed is None:
+        require_packageable(tokenizer, plan)
+        resumed = find_checkpoint(plan, tokenizer, batches, note)
+    bind(resumed, note, **_base_facts(plan))
+    if plan.backend == ROUNDED_ROWS:
+        looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
+        require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
+    recipe, run = plan.recipe, RunFolder(plan.folder)
+    tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    head = make_head(model, plan)
+    training = train_adapter(
+        model,
+        tokenizer,
+        batches.train,
+        held_out(batches, plan),
+        folder=run.checkpoints,
+        metrics=run.metrics,
+        arguments={**recipe.training.model_dump(exclude={"output_dir"}), **tracking},
+        device=plan.device,
+        dtype=plan.dtype,
+        train_router=recipe.lora.router,
+        console=console,
+        best=_wanted_best(model, tokenizer, batches, plan),
+        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
+        probes=_probes(plan, note),
+        together=plan.together,
+        resume=resumed,
+        stop=stop,
+        places=batches.places,
+        head=head if recipe.mtp.reads_data else None,
+        head_stage=recipe.mtp.stage,
+    )
+    counts = coverage(model, plan)
+    moved, adapters = counts["adapters moved"]
+    if moved != adapters and training.best_step is not None:
+        raise ModelError(
+            f"the best evaluation is that of step {training.best_step}, where {moved} of {adapters} adapters had "
+            "moved: training made it worse; lower training.learning_rate or look at eval.metric"
+        )
+    if moved != adapters:
+        still = unmoved_adapters(model)
+        raise ModelError(
+            f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
+            f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
+        )
+    if head is not None and most_answers(recipe):
+        teach_own_answers(head, tokenizer, batches, plan, console)
+    finished = None if head is None else head.head.to(model.dtype).eval()
+    compared, drafting = None, None
+    with peak_of(plan.device) as peak:
+        if is_first():
+            compared = evaluate(model, tokenizer, batches, plan)
+            drafting = evaluate_head(model, finished, batches, plan, console)
+            look_at_experts(model, batches, plan)
+    if head is not None:
+        drafting = {"training": head.result().to_dict(), **(drafting or {})}
+    rows = TrainedText(tokenizer, batches.train)
+    form = batches.form.to_dict()
+    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes, form)
+
+
+def _require_place(adapter: Path, plan: Plan, *, weights: bool) -> None:
+    """The artifact's place is free or holds this run's; a checkpoint says which weights these are, without one they are
+    compared. Where the base is not here yet, no run can have ended here."""
+    if not adapter.exists() or (adapter.is_dir() and not any(adapter.iterdir())):
+        return
+    try:
+        there = None if weights else BaseIdentity(**read_manifest(adapter)["base"])
+    except (ModelError, TypeError):
+        there = None
+    try:
+        base = there or identify_base(plan.model, plan.recipe.model.revision)
+    except ModelError:
+        return
+    check_folder(adapter, base=base, recipe_yaml=dump(plan.recipe))
+
+
+def _probes(plan: Plan, note: Callable[[str], None]) -> bool:
+    """Whether the longest batch goes first: not where twice what the plan needs is free beside what is loaded."""
+    if 2 * plan.bytes.total > free_memory(plan.device):
+        return True
+    note("memory: more than twice what the plan needs is free, so the longest batch is not tried first")
+    return False
+
+
+def _wanted_best(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> BestAdapter | None:
+    """What the run keeps the best adapter or stops by; None where it does neither.
+
+    Raises:
+        RecipeError: there are no held-out examples to judge by.
+    """
+    training, wanted = plan.recipe.training, plan.recipe.eval
+    if not training.load_best_model_at_end and training.early_stopping_patience is None:
+        return None
+    questions = batches.held_out[: wanted.max_samples]
+    if batches.validation is None or (wanted.metric != LOSS and not questions):
+        raise RecipeError(
+            "training.load_best_model_at_end: nothing is held out to judge by; add data.validation_size=0.1"
+        )
+    score = partial(
+        score_now,
+        model,
+        tokenizer,
+        questions,
+        metric=wanted.metric,
+        max_new_tokens=wanted.max_new_tokens,
+        batch_size=wanted.batch_size,
+        read=Dialogue(tokenizer, batches.form).judged,
+    )
+    return BestAdapter(
+        plan.folder,
+        LOSS if wanted.metric == LOSS else find_metric(wanted.metric)[0],
+        lower=wanted.metric == LOSS,
+        score=None if wanted.metric == LOSS else score,
+        patience=training.early_stopping_patience,
+        restore=training.load_best_model_at_end,
+    )
+
+
+def _base_facts(plan: Plan) -> dict[str, Any]:
+    kept = RunFolder(plan.folder).compensated
+    base = identify_base(plan.model, plan.recipe.model.revision)
+    return {
+        "commit": base.revision,
+        "base": base.weights_sha256,
+        "config": config_sha256(plan.model, plan.recipe.model.revision),
+        "compensated": file_entry(kept)["sha256"] if kept.is_file() else None,
+    }
+
+
+@part("package")
+def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = None) -> Path:
+    """Write the artifact into the run folder; stock PEFT opens it as it is.
+
+    `pictures` are PNG files for the model card, as `toolkit.report.pictures` draws them.
+    """
+    base, revision = plan.model, plan.recipe.model.revision
+    return write_artifact(
+        result.model,
+        result.tokenizer,
+        RunFolder(plan.folder).adapter,
+        base=identify_base(base, revision),
+        license=plan.recipe.hub.license or license_of(base, revision),
+        pictures=pictures,
+        recipe_yaml=dump(plan.recipe),
+        results=result.results(),
+        coverage=result.counts,
+        rows=result.rows or (),
+        chat=result.chat,
+        base_folder=files_of(base, revision),
+        mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),
+    )
