@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.data.answers import Answer, AnswerReader
 from toolkit.data.conversation import Message, text_of
+from toolkit.data.problems import InvalidRow
 from toolkit.data.template import ChatTemplate
 from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
@@ -109,6 +110,15 @@ class Dialogue:
     def options(self) -> frozenset[str]:
         """Names of the options that the chat template reads."""
         return self.reader.template.variables if self.is_chat else frozenset()
+
+    def require_meant(self, options: Mapping[str, Any]) -> None:
+        """Refuse an option that is nearly one that the chat template reads.
+
+        Raises:
+            InvalidRow: there is one.
+        """
+        if self.is_chat and (misspelt := self.reader.template.misspelt(options)):
+            raise InvalidRow("bad chat_template_kwargs", f"chat_template_kwargs: {misspelt}")
 
     @property
     def described(self) -> Any:

@@ -91,6 +91,7 @@ def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) ->
             """The prompt's tokens, [T], or [1, T] as a tensor; `options` are the request's own for the template."""
             kept = {key: value for key, value in options.items() if key in dialogue.options - _SERVER_OPTIONS}
             try:
+                dialogue.require_meant(options)
                 ids = dialogue.prompt_ids(check_messages(conversation), check_tools(tools), kept)
             except InvalidRow as problem:
                 raise HTTPException(status_code=400, detail=problem.detail) from None

@@ -56,6 +56,8 @@ def test_the_server_says_what_generate_says() -> None:
         assert reply["choices"][0]["message"]["content"].strip() == wanted
         assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["mine"]
         assert client.post("/v1/chat/completions", json={**asked, "model": "another"}).status_code == 400
+        unread = client.post("/v1/chat/completions", json={**asked, "chat_template_kwargs": {"colour": "red"}})
+        assert unread.json()["choices"][0]["message"]["content"].strip() == wanted
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -85,6 +87,23 @@ def test_the_server_reads_answers_by_the_chat_template(
             ]
             streamed = client.post("/v1/chat/completions", json={**asked, "stream": True}).text
             assert said["content"] in "".join(_deltas(streamed))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_misspelt_option_of_a_request_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai")
+    testclient = pytest.importorskip("fastapi.testclient")
+    case = Case(next(family for family in trl_families() if family.name == "qwen3_5_think"), tmp_path)
+    app = build_app(adapted(4, seed=0), case.tokenizer, Dialogue(case.tokenizer, ChatForm()), "mine")
+    asked = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 9}
+    monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)
+    dictate([[*case.stops]] * 2)
+    with testclient.TestClient(app) as client:
+        for name, status in (("enable_thinkin", 400), ("enable_thinking", 200), ("colour", 200)):
+            options = {"chat_template_kwargs": {name: False}}
+            told = client.post("/v1/chat/completions", json={**asked, **options})
+            assert told.status_code == status
+            assert ("did you mean enable_thinking?" in told.text) is (status == 400)
 
 
 def _deltas(streamed: str) -> list[str]:
