@@ -44,9 +44,23 @@ class CallForm:
         found = list(self._found(text))
         if not found:
             return text, ()
-        start = found[0][0]
+        return text[: self._opened(text, found[0][0])], tuple(call for _, call in found)
+
+    def before(self, text: str) -> str:
+        """The text before what may become calls, of an answer that goes on."""
+        mark = next(filter(str.strip, (self.before_name.partition(_ID)[0], *self.opening.split()[-1:])), "")
+        first = re.compile(_pattern(mark)).search(text)
+        return text[: self._opened(text, first.start())] if first else text
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What may stand before a call."""
+        return tuple(words.partition(_ID)[0] for words in (self.opening, self.before_name))
+
+    def _opened(self, text: str, start: int) -> int:
+        """Where the words before all calls begin, the first of which begins at `start`."""
         opened = text.rfind(self.opening.strip(), 0, start + len(self.opening)) if self.opening.strip() else -1
-        return text[: opened if 0 <= opened < start else start], tuple(call for _, call in found)
+        return opened if 0 <= opened < start else start
 
     def _found(self, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Where each call begins, and the call."""

@@ -94,7 +94,7 @@ def test_every_part_of_an_answer_is_read_back(template: Path, tokenizer_with: An
 def test_what_a_template_is_known_for_is_used(tokenizer_with: Any) -> None:
     template = PUBLISHED / "gptoss.jinja"
     dialogue = dialogue_under(template, tokenizer_with, known=True)
-    assert dialogue._answers.described is not None
+    assert dialogue._answers._described is not None
     text = "<|channel|>analysis<|message|>for a reason<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
     prompt = dialogue.prompt_ids([USER])
     assert dialogue.read(dialogue.tokens.of([text])[0], prompt) == Answer("4", "for a reason")
