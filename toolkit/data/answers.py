@@ -100,7 +100,7 @@ class AnswerReader:
     def _read(self, text: str, prompt: str) -> Answer:
         ours = self._by_rendering(text, prompt)
         theirs = self._by_schema(text, prompt) if self._described is not None else None
-        return ours if theirs is None or (ours.calls and not theirs.calls) else theirs
+        return ours if theirs is None or _finds_less(theirs, ours) else theirs
 
     def _begun(self, text: str, prompt: str, *, ended: bool) -> Piece:
         """What no further words take back; a thought that nobody opened is text here, since it has been sent."""
@@ -204,6 +204,13 @@ def _schema(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:
         return getattr(add_response_schema(known), "response_template", None)
     except ValueError:
         return None
+
+
+def _finds_less(one: Answer, other: Answer) -> bool:
+    """Whether `one` misses the calls, or the text beside the same calls and thought."""
+    if one.calls and other.calls:
+        return bool(other.text) and not one.text and one.thought == other.thought
+    return bool(other.calls)
 
 
 def _piece(answer: Answer) -> Piece:

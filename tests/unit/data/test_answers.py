@@ -100,6 +100,15 @@ def test_what_a_template_is_known_for_is_used(tokenizer_with: Any) -> None:
     assert dialogue.read(dialogue.tokens.of([text])[0], prompt) == Answer("4", "for a reason")
 
 
+def test_text_that_a_description_misses_beside_calls_is_kept(tokenizer_with: Any) -> None:
+    dialogue = dialogue_under(PUBLISHED / "glm4moe.jinja", tokenizer_with, known=True)
+    assert dialogue._answers._described is not None
+    said = [USER, {"role": "assistant", "content": "Look:", "tool_calls": called("Rome", "Oslo")}]
+    [turn] = dialogue.reader.read(SHAPES["messages"].parse({"messages": said, "tools": [SCHEMA]}), [1])
+    prompt, ids = (dialogue.tokens.of([text])[0] for text in (turn.prompt, turn.target))
+    assert dialogue.read(ids, prompt) == Answer("Look:", "", tuple(call["function"] for call in called("Rome", "Oslo")))
+
+
 def test_a_thought_that_was_cut_off_is_no_answer(tokenizer_with: Any) -> None:
     dialogue = dialogue_under(PUBLISHED / "qwen3_5_think.jinja", tokenizer_with, known=False)
     prompt = dialogue.prompt_ids([USER])
