@@ -82,11 +82,11 @@ class InterruptedRunError(OnecardError):
     exit_code = 130
 
 
-def did_you_mean(name: str, candidates: list[str], most: int = 1) -> str:
-    """`"; did you mean X?"` for the nearest of `candidates`, or an empty string."""
+def did_you_mean(name: str, candidates: list[str], most: int = 1, *, likeness: float = 0.5) -> str:
+    """`"; did you mean X?"` for the nearest of `candidates`, or an empty string; `likeness` is difflib's, up to 1."""
     import difflib
 
-    near = difflib.get_close_matches(name, candidates, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(name, candidates, n=most, cutoff=likeness)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.data.calls import CallForm, call_turn, learn_calls
 from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, thought_of, without_thought
+from toolkit.data.streamed import AnswerStream, Marks, Piece
 from toolkit.data.template import end_of_open_tag
 from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "AnswerReader"]
 
 _THOUGHT, _CONTENT = "onecardprobethought", "onecardprobecontent"
+_TAG, _END = "<think>", "</think>"
 _ASKED: Message = {"role": "user", "content": "onecardprobeasked"}
 
 
@@ -65,6 +67,12 @@ class _Around:
     before_text: str
     calls: CallForm | None
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All of these."""
+        calls = self.calls.marks if self.calls else ()
+        return (self.header, self.before_thought, *self.after_thought, self.before_text, *calls, _TAG, _END)
+
 
 class AnswerReader:
     """Reads answers under one tokenizer and template."""
@@ -72,18 +80,43 @@ class AnswerReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, reader: TurnReader) -> None:
         self._tokenizer: Any = tokenizer
         self._tokens, self._reader = tokens, reader
-        self.described: Any = _schema(tokenizer, reader.template.text())
-        """How transformers reads such answers; None where nobody has described it."""
+        # How transformers reads such answers; None where nobody has described it.
+        self._described: Any = _schema(tokenizer, reader.template.text())
         self._asked = reader.template.try_render([_ASKED])
         self._prompt = reader.template.try_render([_ASKED], generation_prompt=True)
         self._around = self._look()
+        self._marks = Marks(self._around.marks)
 
     def read(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Answer:
         """The parts of what was written after a prompt."""
-        prompt, text = self._tokens.decode(prompt_ids), self._tokens.decode(ids)
+        return self._read(self._tokens.decode(ids), self._tokens.decode(prompt_ids))
+
+    def stream(self, prompt: str) -> AnswerStream:
+        """Reads an answer to `prompt` as it comes."""
+        return AnswerStream(
+            lambda text, ended: self._begun(text, prompt, ended=ended), lambda text: _piece(self._read(text, prompt))
+        )
+
+    def _read(self, text: str, prompt: str) -> Answer:
         ours = self._by_rendering(text, prompt)
-        theirs = self._by_schema(text, prompt) if self.described is not None else None
-        return ours if theirs is None or (ours.calls and not theirs.calls) else theirs
+        theirs = self._by_schema(text, prompt) if self._described is not None else None
+        return ours if theirs is None or _finds_less(theirs, ours) else theirs
+
+    def _begun(self, text: str, prompt: str, *, ended: bool) -> Piece:
+        """What no further words take back; a thought that nobody opened is text here, since it has been sent."""
+        stop, around = self._reader.stops.first(text), self._around
+        if not (ended or stop):
+            text = text[: len(text) - self._marks.held(text)]
+        text = _after(text.partition(stop)[0] if stop else text, around.header)
+        found = self._thought(text, prompt)
+        if found is None and not ended and not around.before_thought.strip() and any(around.after_thought):
+            return Piece()  # all of it may be a thought
+        thought, rest = found or ("", text)
+        calls: tuple[Mapping[str, Any], ...] = ()
+        if around.calls:
+            said = _after(rest, around.before_text)
+            rest, calls = around.calls.read(rest) if ended else (around.calls.before(said), ())
+        return Piece(self._plain(thought), self._plain(_after(rest, around.before_text)), calls)
 
     def _plain(self, text: str) -> str:
         """Without special tokens."""
@@ -91,7 +124,7 @@ class AnswerReader:
 
     def _by_schema(self, text: str, prompt: str) -> Answer | None:
         try:
-            found = self._tokenizer.parse_response(text, schema=self.described, prefix=prompt)
+            found = self._tokenizer.parse_response(text, schema=self._described, prefix=prompt)
         except (ValueError, TypeError, KeyError, IndexError):  # an answer that is not in the form
             return None
         if not isinstance(found, Mapping) or not isinstance(found.get("content") or "", str):
@@ -107,27 +140,28 @@ class AnswerReader:
 
     def _by_rendering(self, text: str, prompt: str) -> Answer:
         stop = self._reader.stops.first(text)
-        thought, rest = self._thought(_after(text.partition(stop)[0] if stop else text, self._around.header), prompt)
+        text = _after(text.partition(stop)[0] if stop else text, self._around.header)
+        inline: Message = {"role": "assistant", "content": text}
+        found = self._thought(text, prompt)
+        thought, rest = found or (thought_of(inline), str(without_thought(inline)["content"]))
         calls: tuple[Mapping[str, Any], ...] = ()
         if self._around.calls:
             rest, calls = self._around.calls.read(rest)
         return Answer(self._plain(_after(rest, self._around.before_text)), self._plain(thought), calls)
 
-    def _thought(self, text: str, prompt: str) -> tuple[str, str]:
-        """The thought and what follows it."""
+    def _thought(self, text: str, prompt: str) -> tuple[str, str] | None:
+        """The thought and what follows it; None where none was opened, as far as the template says."""
         around = self._around
         opening = around.before_thought.strip()
         opened = bool(opening) and prompt.rstrip().endswith(opening)
-        if not opened and opening and text.lstrip().startswith(opening):
-            text, opened = text.lstrip().removeprefix(opening), True
-        for closing in filter(None, map(str.strip, around.after_thought)):
-            thought, found, rest = text.partition(closing)
-            if found and (opened or not opening or not self._plain(thought)):
-                return thought, rest
-        if opened:  # it was cut off, or is still being written
-            return text, ""
-        inline = {"role": "assistant", "content": text}
-        return thought_of(inline), str(without_thought(inline)["content"])
+        closings = list(filter(None, map(str.strip, around.after_thought)))
+        for tag, ends in ((opening, closings), (_TAG, [*closings, _END])):
+            if not opened and tag and text.lstrip().startswith(tag):
+                text, opened, closings = text.lstrip().removeprefix(tag), True, ends
+        ended = min(((at, -len(each), each) for each in closings if (at := text.find(each)) >= 0), default=None)
+        if ended and (opened or not opening or not self._plain(text[: ended[0]])):
+            return text[: ended[0]], text[ended[0] + len(ended[2]) :]
+        return (text, "") if opened else None  # it was cut off, or is still being written
 
     def _look(self) -> _Around:
         prompt, asked = self._prompt, self._asked
@@ -170,6 +204,17 @@ def _schema(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:
         return getattr(add_response_schema(known), "response_template", None)
     except ValueError:
         return None
+
+
+def _finds_less(one: Answer, other: Answer) -> bool:
+    """Whether `one` misses the calls, or the text beside the same calls and thought."""
+    if one.calls and other.calls:
+        return bool(other.text) and not one.text and one.thought == other.thought
+    return bool(other.calls)
+
+
+def _piece(answer: Answer) -> Piece:
+    return Piece(answer.thought, answer.text, answer.calls)
 
 
 def _after(text: str, header: str) -> str:

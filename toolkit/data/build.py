@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.data.dialogue import ChatForm, Dialogue
-from toolkit.data.duplicates import COPIES, copies, drop_copies, drop_held_out
+from toolkit.data.duplicates import COPIES, HELD, copies, drop_copies, drop_held_out
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
 from toolkit.data.formats import Example
 from toolkit.data.mixture import BEYOND, DataSource, draw, read_sources, require_removed, source_reports, sources_of
@@ -45,6 +45,11 @@ __all__ = ["Batches", "build_batches"]
 _CHUNK = 512
 _UNSEEN, _UNUSABLE = -2, -1
 _REPEATED = "examples repeated by the weights of data.train"
+_REMEDIES = {
+    TOO_LONG: "; raise training.max_length or set data.truncation: keep_start",
+    CUT_OFF: "; raise training.max_length",
+    HELD: "; hold out less, or set data.dedupe: false",
+}
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,9 @@ def _encode(
     if seen < len(order):
         drops[BEYOND] += int((found[np.unique(drawn)] == _UNSEEN).sum()) if repeated else len(order) - seen
     if not places:
-        raise DataError(f"{split.where}: no example left for {split.name} of {split.rows} rows ({counted(drops)})")
+        left = f"no example left for {split.name} of {split.rows} rows ({counted(drops)})"
+        chief = max(drops, key=lambda reason: drops[reason], default="")
+        raise DataError(f"{split.where}: {left}{_REMEDIES.get(chief, problems.advice)}")
     by_place = np.argsort(np.asarray(places)) if keep_order else np.arange(len(places))
     kept = View(rows, np.asarray(numbers)[by_place])
     summary = _summary(split.rows, kept, drops)

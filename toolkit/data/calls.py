@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
@@ -27,6 +27,7 @@ class CallForm:
     """The words around one call: before its name (`opening` for the first call), before its arguments, after them.
 
     `before_value` and `between` part keys, values and arguments; where `is_json`, arguments are one JSON object.
+    `empty` are the words after the name of a call without arguments, where these are otherwise; else nothing.
     """
 
     opening: str
@@ -36,27 +37,52 @@ class CallForm:
     between: str
     after: str
     is_json: bool
+    empty: str = ""
 
     def read(self, text: str) -> tuple[str, tuple[Mapping[str, Any], ...]]:
         """The text before the calls, and the calls; all of it and none where there are none."""
         found = list(self._found(text))
         if not found:
             return text, ()
-        start = found[0][0]
+        return text[: self._opened(text, found[0][0])], tuple(call for _, call in found)
+
+    def before(self, text: str) -> str:
+        """The text before what may become calls, of an answer that goes on."""
+        mark = next(filter(str.strip, (self.before_name.partition(_ID)[0], *self.opening.split()[-1:])), "")
+        first = re.compile(_pattern(mark)).search(text)
+        return text[: self._opened(text, first.start())] if first else text
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What may stand before a call."""
+        return tuple(words.partition(_ID)[0] for words in (self.opening, self.before_name))
+
+    def _opened(self, text: str, start: int) -> int:
+        """Where the words before all calls begin, the first of which begins at `start`."""
         opened = text.rfind(self.opening.strip(), 0, start + len(self.opening)) if self.opening.strip() else -1
-        return text[: opened if 0 <= opened < start else start], tuple(call for _, call in found)
+        return opened if 0 <= opened < start else start
 
     def _found(self, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Where each call begins, and the call."""
         name = r"(?P<name>[^\s\"'(){}\[\]<>,=|]+?)"
-        head = _pattern(self.before_name) + name + _pattern(self.before_arguments, name="(?P=name)")
-        head += r"(?=\{)" if self.is_json else ""
-        at = 0
-        while match := re.compile(head, re.DOTALL).search(text, at):
-            arguments, at = self._arguments(text, match.end())
+        rest = _pattern(self.before_arguments, name="(?P=name)") + (r"(?=\{)" if self.is_json else "")
+        if self.empty:
+            rest = f"(?:(?P<empty>{_pattern(self.empty, name='(?P=name)')})|{rest})"
+        head = re.compile(_pattern(self.before_name) + name + rest, re.DOTALL)
+        at = self._first(text)
+        while match := head.search(text, at):
+            start = match.end()
+            arguments, at = ({}, start) if match.groupdict().get("empty") else self._arguments(text, start)
             if arguments is None:
                 return
             yield match.start(), {"name": match["name"], "arguments": arguments}
+
+    def _first(self, text: str) -> int:
+        """Where the first call can begin: a name with no words of its own before it follows what opens all calls."""
+        opens = self.opening.split()[-1:]
+        if self.before_name.strip() or not opens:
+            return 0
+        return at + len(opens[0]) if (at := text.find(opens[0])) >= 0 else len(text)
 
     def _arguments(self, text: str, start: int) -> tuple[dict[str, Any] | None, int]:
         """The arguments that begin at a place, and where they end."""
@@ -92,12 +118,23 @@ def learn_calls(write: Callable[[Message], str]) -> CallForm | None:
     before_name = opening
     two = write(_turn({name: {key: value} for name, key, value in zip(_NAMES, _KEYS, _VALUES, strict=True)}))
     if both := re.search(rf"{_VALUES[0]}(.*?){_NAMES[1]}", two, re.DOTALL):
-        # Whole tags only: two that begin alike are not the same.
-        after = re.sub(r"<[^>]*$", "", commonprefix([after, both[1]]))  # noqa: RUF071 - characters are meant
+        after = _whole_tags(commonprefix([after, both[1]]))  # noqa: RUF071 - characters are meant
         before_name = re.sub(r"^[^<]*>", "", _common_end(opening, both[1]))
     brace = lead.rfind("{")
     is_json = brace >= 0 and lead[brace:].strip() in ('{"', "{") and before_value.strip() == '": "'
-    return CallForm(opening, before_name, lead[:brace] if is_json else lead, before_value, between, after, is_json)
+    before_arguments = lead[:brace] if is_json else lead
+    form = CallForm(opening, before_name, before_arguments, before_value, between, after, is_json)
+    return replace(form, empty=_learn_empty(write, form))
+
+
+def _learn_empty(write: Callable[[Message], str], form: CallForm) -> str:
+    """What follows the name of a call without arguments; nothing where the form reads such a call as it is."""
+    one = write(_turn({_NAMES[0]: {}}))
+    if [call["arguments"] for call in form.read(one)[1]] == [{}]:
+        return ""
+    both = re.search(rf"{_NAMES[0]}(.*){_NAMES[1]}", write(_turn({name: {} for name in _NAMES})), re.DOTALL)
+    rest = one.partition(_NAMES[0])[2]
+    return _whole_tags(commonprefix([rest, both[1]])).strip() if both else ""  # noqa: RUF071 - characters are meant
 
 
 def call_turn() -> Message:
@@ -111,13 +148,19 @@ def _turn(calls: Mapping[str, Mapping[str, str]]) -> Message:
     return {"role": "assistant", "content": "", CALLS: written}
 
 
+def _whole_tags(text: str) -> str:
+    """The text without a tag at its end that is not whole: two that begin alike are not the same."""
+    return re.sub(r"<[^>]*$", "", text)
+
+
 def _common_end(one: str, other: str) -> str:
     return commonprefix([one[::-1], other[::-1]])[::-1]  # noqa: RUF071
 
 
 def _pattern(literal: str, name: str = "") -> str:
-    """A pattern of these words: white space as it comes, any id, and the call's own name where it stands again."""
-    words = r"\s+".join(map(re.escape, literal.split())).replace(_ID, r"[\w.-]+")
+    """A pattern of these words: white space as it comes, between tags perhaps none, any id, the call's name again."""
+    tags = re.split(r"(?<=>)\s+(?=<)", literal)
+    words = r"\s*".join(r"\s+".join(map(re.escape, tag.split())) for tag in tags).replace(_ID, r"[\w.-]+")
     return r"\s*" + words.replace(_NAMES[0], name or r"\S+?") + r"\s*"
 
 

@@ -7,6 +7,7 @@ the run and its artifact, so that nothing has to be guessed again at inference.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.data.answers import Answer, AnswerReader
 from toolkit.data.conversation import Message, text_of
+from toolkit.data.problems import InvalidRow
+from toolkit.data.stops import any_of
+from toolkit.data.streamed import AnswerStream, Piece
 from toolkit.data.template import ChatTemplate
 from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
@@ -110,16 +114,14 @@ class Dialogue:
         """Names of the options that the chat template reads."""
         return self.reader.template.variables if self.is_chat else frozenset()
 
-    @property
-    def described(self) -> Any:
-        """How transformers reads answers, its `response_template`; as plain text where nobody has described it."""
-        ends = [str(text) for text in self._tokenizer.convert_ids_to_tokens(list(self.form.stop_token_ids))]
-        plain = {
-            "defaults": {"role": "assistant"},
-            "start_anchor_pattern": r"\Z",  # an answer begins where its prompt ends
-            "fields": {"content": {"close": ends, "content": "text"}},
-        }
-        return (self._answers.described if self.is_chat else None) or plain
+    def require_meant(self, options: Mapping[str, Any]) -> None:
+        """Refuse an option that is nearly one that the chat template reads.
+
+        Raises:
+            InvalidRow: there is one.
+        """
+        if self.is_chat and (misspelt := self.reader.template.misspelt(options)):
+            raise InvalidRow("bad chat_template_kwargs", f"chat_template_kwargs: {misspelt}")
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, options: Mapping[str, Any] = {}
@@ -141,8 +143,19 @@ class Dialogue:
             return Answer(self.tokens.decode(ids, skip_special_tokens=True).strip())
         return self._answers.read(ids, prompt_ids)
 
+    def stream(self, prompt_ids: Sequence[int]) -> AnswerStream:
+        """As `read`, of an answer that is being written, from its text, special tokens and all."""
+        if self.is_chat:
+            return self._answers.stream(self.tokens.decode(prompt_ids))
+        special = any_of(map(str, self._tokenizer.all_special_tokens))
+        return AnswerStream(lambda text, _: _bare(special, text), lambda text: _bare(special, text))
+
     def judged(self, ids: Sequence[int], prompt_ids: Sequence[int], *, chat: bool = True) -> str:
         """What is judged of an answer: its text and calls, without the thought."""
         if not chat:
             return self.tokens.decode(ids, skip_special_tokens=True).strip()
         return self.read(ids, prompt_ids).judged
+
+
+def _bare(special: re.Pattern[str], text: str) -> Piece:
+    return Piece(text=special.sub("", text).strip())

@@ -15,11 +15,11 @@ from toolkit.data.encode import Encoded
 from toolkit.data.reading import Split
 from toolkit.data.spool import chosen
 
-__all__ = ["COPIES", "copies", "drop_copies", "drop_held_out"]
+__all__ = ["COPIES", "HELD", "copies", "drop_copies", "drop_held_out"]
 
 COPIES = "examples are copies of others; data.dedupe: true leaves them out"
 _COPY = "a copy of another example"
-_HELD = "its prompt is held out"
+HELD = "its prompt is held out"
 
 
 def drop_copies(split: Split) -> None:
@@ -35,7 +35,7 @@ def drop_copies(split: Split) -> None:
 def drop_held_out(split: Split, held: Split) -> None:
     """Leave out of `split` every example whose prompt is also one of `held`, and count them as drops."""
     prompts = {example.key for example in held.examples}
-    _keep(split, [example.key not in prompts for example in split.examples], _HELD)
+    _keep(split, [example.key not in prompts for example in split.examples], HELD)
 
 
 def _keep(split: Split, flags: list[bool], reason: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, is_trained, odd_thoughts, text_of, thought_of
+from toolkit.data.conversation import is_trained, odd_thoughts, text_of, thought_of
 from toolkit.data.dialogue import Dialogue
 from toolkit.data.formats import Example
 from toolkit.data.problems import InvalidRow
@@ -31,7 +31,6 @@ TOO_LONG = "longer than max_length"
 CUT_OFF = "answer beyond max_length"
 _Ids = tuple[list[int], list[int]]
 """Of a prompt, and of what follows it."""
-_KNOWN_KEYS = {"role", "content", CALLS, "tool_call_id", "name", "id", *THOUGHT_FIELDS, *FLAGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +154,6 @@ class Encoder:
             self.notices["the text of a special token stands in the data and becomes that token"] += 1
         keeps = bool(example.messages) and not self._dialogue.reader.drops_thoughts
         self.notices.update({odd for turn in example.messages for odd in odd_thoughts(turn)} if keeps else ())
-        for key in {key for turn in example.messages for key in turn} - _KNOWN_KEYS:
-            if key not in self._dialogue.reader.template.text(example.tools):
-                self.notices[f"message key {key!r}: neither trained nor read by the chat template"] += 1
 
     def _tokenize(self, pairs: Sequence[tuple[tuple[str, str], bool]]) -> list[_Ids]:
         """Ids of each prompt and of what follows it."""

@@ -11,13 +11,14 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, text_of, thought_of, without_thought
 from toolkit.data.problems import InvalidRow
 from toolkit.data.said import Probe, shape
 from toolkit.data.template import ChatTemplate, Options
+from toolkit.data.unread import UnreadKey, unread_keys
 
 __all__ = ["Form", "Forms"]
 
@@ -32,18 +33,26 @@ _UNREADABLE = 1 << 20
 
 @dataclass(frozen=True)
 class Form:
-    """Ways to rewrite each message, how tools are written, and what is lost all the same: turns and kinds."""
+    """Ways to rewrite each message, how tools are written, and what is lost all the same: turns and kinds.
+
+    `unread` are the keys of messages that change nothing, each with the words that name it.
+    """
 
     ways: tuple[Way, ...]
     bare_tools: bool | None
     lost: tuple[tuple[int, str], ...]
     tells_tools: bool = True
+    unread: Mapping[UnreadKey, str] = field(default_factory=dict)
 
     def notices(self, messages: Sequence[Message]) -> list[str]:
         """What a person should know of this form of these messages."""
         is_inline = any(thought_of(m) and not any(m.get(key) for key in THOUGHT_FIELDS) for m in messages)
         told = (way for way in self.ways if way in _NOTICES)
-        return [_NOTICES[way] for way in told if is_inline or way not in (_thought_in_fields, _thought_as_reasoning)]
+        unread = (words for key, words in self.unread.items() if key.stands_in(messages))
+        return [
+            *[_NOTICES[way] for way in told if is_inline or way not in (_thought_in_fields, _thought_as_reasoning)],
+            *[f"message key {words}: neither trained nor read by the chat template" for words in unread],
+        ]
 
     def messages(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """The messages in this form."""
@@ -85,7 +94,17 @@ class Forms:
                 best, fewest = Form(form.ways, form.bare_tools, tuple(lost or ()), tells), count
             if count == 0:
                 break
-        return best
+        return replace(best, unread=self._unread(words, best, options))
+
+    def _unread(self, words: Probe, form: Form, options: Options) -> Mapping[UnreadKey, str]:
+        """Keys that change nothing; those that the template names elsewhere with the turns they stand in."""
+        tools, text = form.tools(words.tools), self._template.text(words.tools)
+
+        def write(messages: Sequence[Message]) -> str:
+            return self._template.try_render(form.messages(messages), tools, options=options)
+
+        found = unread_keys(write, words.messages)
+        return {each: repr(each.key) + (f" of {each.role} turns" if each.key in text else "") for each in found}
 
     def _lost(self, words: Probe, form: Form, options: Options) -> list[tuple[int, str]] | None:
         """What is not in the rendering of the words; None where the template refuses them."""

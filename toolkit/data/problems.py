@@ -42,6 +42,11 @@ class Problems:
         self.reasons[problem.reason] += 1
         self._first = min(self._first, (index, place, problem.detail))
 
+    @property
+    def advice(self) -> str:
+        """How to see one of those that were dropped; empty where there is none."""
+        return "; data.on_invalid: error names the first" if self.reasons else ""
+
     def settle(self, on_invalid: Literal["error", "drop"], rows: int) -> None:
         """Refuse the split of `rows` rows if there was a problem and problems are not to be dropped.
 

@@ -92,7 +92,9 @@ class Reading:
         problems.settle(self.on_invalid, split.rows)
         split.drops += problems.reasons
         if len(examples) == before:
-            raise DataError(f"{where}: no usable example in {split.rows} rows ({counted(split.drops)})")
+            raise DataError(
+                f"{where}: no usable example in {split.rows} rows ({counted(split.drops)}){problems.advice}"
+            )
         self.notices.update(dict(extra.notices()))
         return split
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "
 _SWITCH = re.compile(r"(think|reason)(?!.*(effort|budget|mode|tokens|content))")
 _OPEN_TAG = re.compile(r"<([^<>\s/]+)>\s*$")
 _PROBE = "onecardprobe"
+_MISSPELT = 0.8
+"""A likeness of names at which they are the same word: `thinking` is not `enable_thinking`, `enable_thinkin` is."""
 
 
 class ChatTemplate:
@@ -82,17 +84,36 @@ class ChatTemplate:
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names that the template reads and does not set itself."""
-        return _variables(self.text())
+        """Names that the template reads and does not set itself, with tools or without."""
+        return _variables(self.text()) | _variables(self.text(()))
 
-    def unread(self, options: Iterable[str]) -> list[str]:
-        """A sentence for each option that the template does not read."""
-        known = sorted(self.variables - {*_GIVEN, *self._specials})
+    def unread(self, options: Options) -> list[str]:
+        """A sentence for each option of the run, and of a row, that the template does not read.
+
+        Raises:
+            DataError: one of the run's is nearly one that it reads. InvalidRow: one of the row's is.
+        """
+        if misspelt := self.misspelt(self.options):
+            raise DataError(f"data.chat_template_kwargs: {misspelt}")
+        if misspelt := self.misspelt(options):
+            raise InvalidRow("bad chat_template_kwargs", f"chat_template_kwargs: {misspelt}")
+        names = [name for name in {**self.options, **options} if name not in self.variables]
+        near = {name: did_you_mean(name, self._known) for name in names}
         return [
-            f"data.chat_template_kwargs: {name}: the chat template reads no such option{did_you_mean(name, known)}"
-            for name in options
-            if name not in self.variables
+            f"data.chat_template_kwargs: {name}: the chat template reads no such option{near[name]}" for name in names
         ]
+
+    def misspelt(self, options: Options) -> str:
+        """What is wrong with the first option that is nearly one that the template reads and nobody gives."""
+        known = [name for name in self._known if name not in {**self.options, **options}]
+        unread = [name for name in options if name not in self.variables]
+        found = ((name, did_you_mean(name, known, likeness=_MISSPELT)) for name in unread)
+        return next((f"{name}: the chat template reads no such option{near}" for name, near in found if near), "")
+
+    @property
+    def _known(self) -> list[str]:
+        """Options that somebody may have meant."""
+        return sorted(self.variables - {*_GIVEN, *self._specials, *_compile_jinja_template(self.text()).globals})
 
     @property
     def switches(self) -> list[str]:

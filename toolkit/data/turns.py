@@ -95,7 +95,7 @@ class TurnReader:
         reading = _Reading(self, said, tools, example.chat_template_kwargs)
         turns = [reading.turn(turn) for turn in wanted]
         reading.require_all_said(wanted, form)
-        unread = self.template.unread({*self.template.options, *example.chat_template_kwargs})
+        unread = self.template.unread(example.chat_template_kwargs)
         tools_lost = [] if form.tells_tools else [_NO_TOOLS]
         self._notices += [*form.notices(messages), *reading.notices, *unread, *tools_lost]
         return turns

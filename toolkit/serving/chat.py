@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from toolkit.adapters import add_adapter
 from toolkit.data import Answer, Dialogue
+from toolkit.data.streamed import Piece
 from toolkit.errors import OnecardError, RecipeError
 from toolkit.evaluate import sampling
 from toolkit.mtp import Speculator
@@ -30,15 +31,24 @@ _OWN = "default"
 """PEFT's name of the artifact's own adapter, the one that its head drafts for."""
 _HELP = "/adapter [NAME|FOLDER], /compare [on|off], /mtp [on|off], /reset, /help, /quit"
 
+_LEADS = {
+    ("", "thought"): "[thought] ",
+    ("thought", "text"): "\n[answer] ",
+    ("thought", "calls"): "\n[answer] ",
+    ("text", "calls"): "\n",
+}
+"""What is told between two parts of an answer."""
+
 
 class _Teller(BaseStreamer):  # type: ignore[misc]
-    """Hands an answer on as it comes, its thought apart; what an unfinished part turns out to be may wait."""
+    """Hands an answer on as it comes, its thought apart; what may become a mark or a call waits."""
 
     def __init__(self, dialogue: Dialogue, prompt_ids: Sequence[int], tell: Tell, *, skip_prompt: bool) -> None:
-        self._dialogue, self._prompt_ids, self._tell = dialogue, prompt_ids, tell
+        self._decode, self._stream, self._tell = dialogue.tokens.decode, dialogue.stream(prompt_ids), tell
         self._skips = skip_prompt
         self._ids: list[int] = []
-        self._told = {"thought": "", "judged": ""}
+        self._read = 0
+        self._told = ""
 
     def put(self, value: torch.Tensor) -> None:
         """transformers' seam: new tokens, the prompt's first."""
@@ -46,20 +56,24 @@ class _Teller(BaseStreamer):  # type: ignore[misc]
             self._skips = False
             return
         self._ids += value.flatten().tolist()
-        self._show(self._dialogue.read(self._ids, self._prompt_ids), is_end=False)
+        # Half of a character is shown as U+FFFD until its other half has come.
+        self._feed(self._decode(self._ids).rstrip("\ufffd"))
 
     def end(self) -> None:
         """transformers' seam: nothing more comes."""
-        self._show(self._dialogue.read(self._ids, self._prompt_ids), is_end=True)
+        self._feed(self._decode(self._ids))
+        self._show(self._stream.end())
 
-    def _show(self, answer: Answer, *, is_end: bool) -> None:
-        for part, label in (("thought", "[thought] "), ("judged", "\n[answer] ")):
-            text, told = getattr(answer, part), self._told[part]
-            ready = text if is_end else text.rstrip("\ufffd")
-            if len(ready) > len(told) and ready.startswith(told):
-                needs_label = not told and (part == "thought" or self._told["thought"])
-                self._tell((label if needs_label else "") + ready[len(told) :])
-                self._told[part] = ready
+    def _feed(self, text: str) -> None:
+        self._show(self._stream.feed(text[self._read :]))
+        self._read = len(text)
+
+    def _show(self, piece: Piece) -> None:
+        calls = Answer("", calls=piece.calls).judged
+        for part, words in (("thought", piece.thought), ("text", piece.text), ("calls", calls)):
+            if words:
+                self._tell(_LEADS.get((self._told, part), "") + words)
+                self._told = part
 
 
 @dataclass

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["build_app", "require_server", "serve"]
 
 _SERVER_OPTIONS = {"add_generation_prompt", "return_tensors", "return_dict", "tokenize"}
+_ANY_TEXT = {
+    "defaults": {"role": "assistant"},
+    "start_anchor_pattern": r"\Z",
+    "fields": {"content": {"content": "text"}},
+}
+"""A description of answers that says nothing of them: without one, the server would not ask for them to be read."""
 _NEEDED = ("fastapi", "uvicorn", "openai")
 
 
@@ -41,7 +47,8 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Di
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
-    from transformers.cli.serving.utils import GenerationState
+
+    from toolkit.serving.streaming import reading_state
 
     # PEFT puts its layers into the base model in place, so this is the adapted one.
     adapted = model.eval().get_base_model()
@@ -62,7 +69,7 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Di
             """What `/v1/models` lists; transformers would list the Hub's cache."""
             return [{"id": name, "object": "model", "owned_by": "onecard", "created": 0}]
 
-    manager, state = OneModel(force_model=name), GenerationState()
+    manager, state = OneModel(force_model=name), reading_state(dialogue)
     app: FastAPI = build_server(
         manager,
         ChatCompletionHandler(manager, state),
@@ -78,8 +85,7 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Di
 def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> PreTrainedTokenizerBase:
     """A tokenizer whose conversations become prompts as they did in training: same options, date and form.
 
-    It reads answers as `generate` does; transformers' server would read them by the family of the model. Only what is
-    streamed is read by a description, since its words must go out before an answer is whole.
+    It reads answers as `generate` does; transformers' server would read them by the family of the model.
     """
 
     from fastapi import HTTPException
@@ -91,6 +97,7 @@ def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) ->
             """The prompt's tokens, [T], or [1, T] as a tensor; `options` are the request's own for the template."""
             kept = {key: value for key, value in options.items() if key in dialogue.options - _SERVER_OPTIONS}
             try:
+                dialogue.require_meant(options)
                 ids = dialogue.prompt_ids(check_messages(conversation), check_tools(tools), kept)
             except InvalidRow as problem:
                 raise HTTPException(status_code=400, detail=problem.detail) from None
@@ -107,7 +114,7 @@ def _asked_as_trained(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) ->
 
     result: Any = copy.copy(tokenizer)
     result.__class__ = AsTrained
-    result.response_template = dialogue.described
+    result.response_template = _ANY_TEXT
     asked: PreTrainedTokenizerBase = result
     return asked
 

@@ -33,9 +33,9 @@ ENDS = (
 SCHEMA = {"type": "function", "function": {"name": "weather", "description": "W", "parameters": {"type": "object"}}}
 
 
-def called(*cities: str) -> list[dict[str, Any]]:
-    """Calls with ids of nine letters, which some templates insist on."""
-    functions = [{"name": "weather", "arguments": {"city": city}} for city in cities]
+def called(*cities: Any) -> list[dict[str, Any]]:
+    """Calls for cities, or with other arguments; ids of nine letters, which some templates insist on."""
+    functions = [{"name": "weather", "arguments": {"city": c} if isinstance(c, str) else c} for c in cities]
     return [{"id": f"12345678{i}", "type": "function", "function": each} for i, each in enumerate(functions)]
 
 
@@ -52,6 +52,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "two calls": [USER, {"role": "assistant", "content": "", "tool_calls": called("Rome", "Oslo")}],
     "thought and call": [USER, {"role": "assistant", "content": "", "reasoning_content": "need it",
                                 "tool_calls": called("Rome")}],
+    "call without arguments": [USER, {"role": "assistant", "content": "", "tool_calls": called({})}],
+    "with and without": [USER, {"role": "assistant", "content": "", "tool_calls": called({}, "Rome", {})}],
+    "without and with": [USER, {"role": "assistant", "content": "", "tool_calls": called("Rome", {}, "Oslo")}],
 }  # fmt: skip
 
 
@@ -91,10 +94,19 @@ def test_every_part_of_an_answer_is_read_back(template: Path, tokenizer_with: An
 def test_what_a_template_is_known_for_is_used(tokenizer_with: Any) -> None:
     template = PUBLISHED / "gptoss.jinja"
     dialogue = dialogue_under(template, tokenizer_with, known=True)
-    assert dialogue._answers.described is not None
+    assert dialogue._answers._described is not None
     text = "<|channel|>analysis<|message|>for a reason<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
     prompt = dialogue.prompt_ids([USER])
     assert dialogue.read(dialogue.tokens.of([text])[0], prompt) == Answer("4", "for a reason")
+
+
+def test_text_that_a_description_misses_beside_calls_is_kept(tokenizer_with: Any) -> None:
+    dialogue = dialogue_under(PUBLISHED / "glm4moe.jinja", tokenizer_with, known=True)
+    assert dialogue._answers._described is not None
+    said = [USER, {"role": "assistant", "content": "Look:", "tool_calls": called("Rome", "Oslo")}]
+    [turn] = dialogue.reader.read(SHAPES["messages"].parse({"messages": said, "tools": [SCHEMA]}), [1])
+    prompt, ids = (dialogue.tokens.of([text])[0] for text in (turn.prompt, turn.target))
+    assert dialogue.read(ids, prompt) == Answer("Look:", "", tuple(call["function"] for call in called("Rome", "Oslo")))
 
 
 def test_a_thought_that_was_cut_off_is_no_answer(tokenizer_with: Any) -> None:
@@ -111,6 +123,27 @@ def test_text_that_only_looks_like_a_call_stays_text(tokenizer_with: Any) -> Non
     broken = '<tool_call>\n{"name": "weather", "arguments": {"city": '
     read = dialogue.read(dialogue.tokens.of([f"{broken}<|im_end|>"])[0], dialogue.prompt_ids([USER]))
     assert read == Answer(broken.strip())
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "calls"),
+    [
+        ("glm4moe", "<tool_call>get_time</tool_call>", ["get_time"]),
+        ("glm4moe", "<tool_call>get_time\n</tool_call>\n<tool_call>\nget_date </tool_call>", ["get_time", "get_date"]),
+        ("glm4moe", "<tool_call>get_time", []),
+        ("qwen3_5_nothink", "<tool_call><function=get_time></function></tool_call>", ["get_time"]),
+        ("qwen3_5_nothink", "<tool_call>\n<function=get_time>\n</tool_call>", []),
+        ("gemma4_v4", "<|tool_call>call:get_time{}<tool_call|>", ["get_time"]),
+        ("lfm2_v2", "<|tool_call_start|>[get_time(), get_date()]<|tool_call_end|>", ["get_time", "get_date"]),
+        ("lfm2_v2", "Call get_time() or print(a='b').", []),
+    ],
+)
+def test_calls_without_arguments(template: str, text: str, calls: list[str], tokenizer_with: Any) -> None:
+    dialogue = dialogue_under(PUBLISHED / f"{template}.jinja", tokenizer_with, known=False)
+    options = {"enable_thinking": False} if template == "glm4moe" else {}
+    read = dialogue.read(dialogue.tokens.of([text])[0], dialogue.prompt_ids([USER], None, options))
+    assert read.calls == tuple({"name": name, "arguments": {}} for name in calls)
+    assert read.text == ("" if calls else text)
 
 
 def test_an_answer_becomes_a_turn_that_the_template_takes(tokenizer_with: Any) -> None:

@@ -125,8 +125,19 @@ def test_long_examples_are_dropped_or_cut(build: Any, write: Any, trained: Any) 
 
 
 def test_nothing_left_is_refused_with_the_reasons(build: Any) -> None:
-    with pytest.raises(DataError, match=r"no example left for train of 40 rows \(longer than max_length: 40\)"):
-        build(ROWS, max_length=3)
+    for truncation, said in (
+        ("drop", r"\(longer than max_length: 40\); raise training.max_length or set data.truncation: keep_start$"),
+        ("keep_start", r"\(answer beyond max_length: 40\); raise training.max_length$"),
+    ):
+        with pytest.raises(DataError, match=f": no example left for train of 40 rows {said}"):
+            build(ROWS, max_length=3, truncation=truncation)
+    stopped = {"role": "assistant", "content": "a<|im_end|>b"}
+    for turns, said in (
+        ([{"role": "user"}], r"no usable example in 1 rows \(no content: 1\)"),
+        ([{"role": "user", "content": "q"}, stopped], r"no example left .* \(stops inside an answer: 1\)"),
+    ):
+        with pytest.raises(DataError, match=f": {said}; data.on_invalid: error names the first$"):
+            build([{"messages": turns}], on_invalid="drop")
     with pytest.raises(
         DataError, match=r"every answer is cut before its end-of-turn token; raise training\.max_length"
     ):

@@ -79,7 +79,7 @@ def test_held_out_prompts_leave_the_training_data_on_request(build: Any, write: 
 
 
 def test_nothing_left_is_refused(build: Any, write: Any) -> None:
-    with pytest.raises(DataError, match=r"no example left for train of 10 rows \(its prompt is held out: 10\)"):
+    with pytest.raises(DataError, match=r"\(its prompt is held out: 10\); hold out less, or set data.dedupe: false$"):
         build(ROWS, validation=str(write(ROWS, "held.jsonl")), dedupe=True)
 
 

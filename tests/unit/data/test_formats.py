@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
@@ -161,6 +163,52 @@ def test_what_a_template_is_given_anyway_is_no_option(build: Any) -> None:
     for name in ("messages", "add_generation_prompt"):
         with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} is no option of a chat template"):
             build([row], chat_template_kwargs={name: False})
+
+
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{{ '' if enable_thinking else '' }}{{ reasoning_style }}{% endif %}{% set namespaced = namespace(a=1) %}"""
+ASKED = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "enable-thinking", "Enable_Thinking", "enablethinking"])
+def test_a_misspelt_option_is_refused(build: Any, name: str) -> None:
+    said = f"chat_template_kwargs: {name}: the chat template reads no such option; did you mean enable_thinking?"
+    rows = [{"messages": ASKED}]
+    with pytest.raises(DataError, match=f"^data.{re.escape(said)}$"):
+        build(rows, chat_template=THINKS, chat_template_kwargs={name: False})
+    given = [*rows, {"messages": ASKED, "chat_template_kwargs": {name: False}}]
+    with pytest.raises(DataError, match=rf"^\S+:2: {re.escape(said)} \(the only unusable row"):
+        build(given, chat_template=THINKS)
+    kept = build(given, chat_template=THINKS, on_invalid="drop")
+    assert kept.report.splits["train"].drops == {"bad chat_template_kwargs": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        ({"thinking": False}, "; did you mean enable_thinking?"),
+        ({"colour": "red"}, ""),
+        ({"namespac": 1}, ""),  # Jinja's own functions and what is always given are no options
+        ({"add_generation_promp": 1}, ""),
+        ({"enable_thinkin": False, "enable_thinking": False}, "; did you mean enable_thinking?"),
+    ],
+)
+def test_another_option_that_is_not_read_is_told(build: Any, options: dict[str, Any], near: str) -> None:
+    name = next(iter(options))
+    said = f"data.chat_template_kwargs: {name}: the chat template reads no such option{near}"
+    for rows, more in (
+        ([{"messages": ASKED}], {"chat_template_kwargs": options}),
+        ([{"messages": ASKED, "chat_template_kwargs": options}], {}),
+    ):
+        assert build(rows, chat_template=THINKS, **more).report.notices == {said: 1}
+
+
+def test_an_option_of_the_template_for_tools_alone_is_read(build: Any, tokenizer: Any) -> None:
+    both = copy.copy(tokenizer)
+    both.chat_template = {"default": THINKS.replace("enable_thinking", "other"), "tool_use": THINKS}
+    assert not build([{"messages": ASKED}], tok=both, chat_template_kwargs={"enable_thinking": True}).report.notices
 
 
 def test_plain_prompts_beside_conversations_are_told(build: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -23,6 +24,7 @@ from toolkit.evaluate import answer
 from toolkit.mtp import Speculator, speculator
 from toolkit.quant import load_int8
 from toolkit.serving import Conversation, Screen, talk
+from toolkit.serving.chat import _Teller
 
 QUESTION = "Which category is it: oak - a tree?"
 
@@ -79,6 +81,27 @@ def test_the_answer_is_streamed_and_remembered(conversation: Conversation) -> No
     assert conversation.say("Why?", heard([])) == wanted
     conversation.reset()
     assert conversation.messages == []
+
+
+def test_thought_text_and_calls_are_told_apart() -> None:
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    dialogue = Dialogue(AutoTokenizer.from_pretrained(MODEL), ChatForm(), chat_template=template)
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call><|im_end|>'
+    for text, told in (
+        ("<think>\nit is é\n</think>\n\nSo é.", "[thought] it is é\n[answer] So é."),
+        (f"Look.\n{call}", 'Look.\n{"arguments": {"a": "é"}, "name": "f"}'),
+        (f"<think>\nhm\n</think>\n\n{call}", '[thought] hm\n[answer] {"arguments": {"a": "é"}, "name": "f"}'),
+        ("a <think", "a <think"),
+    ):
+        words: list[str] = []
+        teller = _Teller(
+            dialogue, dialogue.prompt_ids([{"role": "user", "content": "q"}]), words.append, skip_prompt=False
+        )
+        for token in dialogue.tokens.of([text])[0]:
+            teller.put(torch.tensor([token]))
+        teller.end()
+        assert "".join(words) == told
+        assert not any("</" in each or "\ufffd" in each for each in words)
 
 
 def test_the_base_answers_beside_and_is_not_remembered(conversation: Conversation) -> None:

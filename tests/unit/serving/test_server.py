@@ -57,17 +57,22 @@ def test_the_server_says_what_generate_says() -> None:
         assert reply["choices"][0]["message"]["content"].strip() == wanted
         assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["mine"]
         assert client.post("/v1/chat/completions", json={**asked, "model": "another"}).status_code == 400
+        unread = client.post("/v1/chat/completions", json={**asked, "chat_template_kwargs": {"colour": "red"}})
+        assert unread.json()["choices"][0]["message"]["content"].strip() == wanted
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("described", [True, False])
 @pytest.mark.parametrize("name", ["gptoss", "glm4moe", "qwen3_5_think", "deepseekv3"])
 def test_the_server_reads_answers_by_the_chat_template(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, described: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is a qwen3_moe, whose usual form of answers these templates do not have."""
     pytest.importorskip("openai")
     testclient = pytest.importorskip("fastapi.testclient")
     case = Case(next(family for family in trl_families() if family.name == name), tmp_path)
+    if not described:  # TRL knows published templates by their text
+        case.tokenizer.chat_template += "{# #}"
     form = ChatForm(date=TODAY.isoformat(), stop_token_ids=tuple(case.stops))
     app = build_app(adapted(4, seed=0), case.tokenizer, Dialogue(case.tokenizer, form), "mine")
     monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)
@@ -75,7 +80,7 @@ def test_the_server_reads_answers_by_the_chat_template(
         for kind in ("plain", "thought", "call"):
             row = rows_of(kind)[0]
             question, said = row["messages"][:2]
-            dictate([case.example({**row, "messages": [question, said]})[1]] * 2)
+            dictate([case.example({**row, "messages": [question, said]})[1]] * 3)
             asked = {"messages": [question], "tools": row.get("tools"), "max_tokens": 99}
             told = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
             assert told["content"] == said["content"]
@@ -85,12 +90,45 @@ def test_the_server_reads_answers_by_the_chat_template(
                 call["function"] for call in said.get("tool_calls", ())
             ]
             streamed = client.post("/v1/chat/completions", json={**asked, "stream": True}).text
-            assert said["content"] in "".join(_deltas(streamed))
+            assert _joined(streamed, "content") == said["content"]
+            assert _joined(streamed, "reasoning_content") == said.get("reasoning_content", "")
+            streamed_calls = [call["function"] for each in _deltas(streamed) for call in each.get("tool_calls") or ()]
+            assert streamed_calls == calls
+            if not calls:  # the tools of this endpoint are written otherwise
+                other = client.post("/v1/responses", json={"input": [question], "stream": True}).text
+                assert _responded(other, "response.output_text.delta") == said["content"]
+                assert _responded(other, "response.reasoning_text.delta") == said.get("reasoning_content", "")
 
 
-def _deltas(streamed: str) -> list[str]:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_misspelt_option_of_a_request_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai")
+    testclient = pytest.importorskip("fastapi.testclient")
+    case = Case(next(family for family in trl_families() if family.name == "qwen3_5_think"), tmp_path)
+    app = build_app(adapted(4, seed=0), case.tokenizer, Dialogue(case.tokenizer, ChatForm()), "mine")
+    asked = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 9}
+    monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)
+    dictate([[*case.stops]] * 2)
+    with testclient.TestClient(app) as client:
+        for name, status in (("enable_thinkin", 400), ("enable_thinking", 200), ("colour", 200)):
+            options = {"chat_template_kwargs": {name: False}}
+            told = client.post("/v1/chat/completions", json={**asked, **options})
+            assert told.status_code == status
+            assert ("did you mean enable_thinking?" in told.text) is (status == 400)
+
+
+def _deltas(streamed: str) -> list[dict[str, Any]]:
     lines = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
-    return [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
+    return [json.loads(line)["choices"][0]["delta"] for line in lines]
+
+
+def _responded(streamed: str, kind: str) -> str:
+    events = [json.loads(line.removeprefix("data: ")) for line in streamed.splitlines() if line.startswith("data: {")]
+    return "".join(event["delta"] for event in events if event["type"] == kind)
+
+
+def _joined(streamed: str, key: str) -> str:
+    return "".join(delta.get(key) or "" for delta in _deltas(streamed))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
