@@ -45,7 +45,7 @@ _HOMES = {
     "make_plan": ("toolkit.plan", "make_plan"),
     "package": ("toolkit.run", "package"),
     "train": ("toolkit.run", "train"),
-    "verify": ("toolkit.packaging", "verify_artifact"),
+    "verify": ("toolkit.artifact", "verify_artifact"),
 }
 
 

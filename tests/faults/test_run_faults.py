@@ -24,7 +24,7 @@ from toolkit.training.trainer import AdapterTrainer
 
 HOLDER = """
 import sys, pathlib
-from toolkit.training.lock import owned
+from toolkit.run.lock import owned
 with owned(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

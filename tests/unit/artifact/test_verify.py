@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from tests.unit.packaging.conftest import BASE, stock_adapter
+from tests.unit.artifact.conftest import BASE, stock_adapter
 from toolkit.artifact import VerifyReport, load_adapter_config, read_manifest, verify_artifact
 from toolkit.errors import ModelError
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.unit.packaging.conftest import BASE
+from tests.unit.artifact.conftest import BASE
 from toolkit.artifact.manifest import write_json
 from toolkit.artifact.stops import declare_stops, put_stops
 from toolkit.artifact.tokenizer import put_tokenizer, require_same_tokenizer, write_tokenizer

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from tests.unit.packaging.conftest import BASE
+from tests.unit.artifact.conftest import BASE
 
 SCRIPTS = Path(__file__).parents[3] / "scripts" / "parity"
 STOCK_SIDE = runpy.run_path(str(SCRIPTS / "stock_side.py"), run_name="stock_side")

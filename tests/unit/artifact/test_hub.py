@@ -21,7 +21,7 @@ from toolkit.errors import HubError, ModelError
 CLIENT = """
 import json, sys
 from toolkit.errors import OnecardError
-from toolkit.packaging import check_token, push_artifact
+from toolkit.artifact import check_token, push_artifact
 
 good, damaged = sys.argv[1:3]
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from tests.unit.packaging.conftest import BASE
+from tests.unit.artifact.conftest import BASE
 from tests.unit.quant.test_storage import fp8_pair, mxfp4_pair
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from ruamel.yaml import YAML
 
-from tests.unit.packaging.conftest import BASE
+from tests.unit.artifact.conftest import BASE
 from toolkit.artifact import model_card
 from toolkit.checkpoint import BaseIdentity
 from toolkit.recipe import parse

@@ -21,7 +21,7 @@ CLIENT = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from toolkit.errors import OnecardError
-from toolkit.packaging import push_artifact
+from toolkit.artifact import push_artifact
 
 def outcome(name):
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.packaging.conftest import BASE, stock_adapter
+from tests.unit.artifact.conftest import BASE, stock_adapter
 from toolkit.adapters import add_adapter, load_adapter
 from toolkit.quant import load_int8
 

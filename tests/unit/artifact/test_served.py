@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.unit.packaging.conftest import BASE, stock_adapter
+from tests.unit.artifact.conftest import BASE, stock_adapter
 from toolkit.export import export_adapter
 from toolkit.export.server_rules import SERVERS, server_problems
 

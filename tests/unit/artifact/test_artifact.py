@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.unit.packaging.conftest import BASE, RECIPE
+from tests.unit.artifact.conftest import BASE, RECIPE
 from toolkit.artifact import check_folder, read_manifest
 from toolkit.artifact.redact import figures, portable
 from toolkit.checkpoint import identify_base

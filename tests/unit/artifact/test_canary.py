@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.unit.packaging.conftest import BASE, RECIPE
+from tests.unit.artifact.conftest import BASE, RECIPE
 from toolkit.artifact import (
     combine_adapters,
     push_artifact,

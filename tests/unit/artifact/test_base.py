@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from tests.unit.packaging.conftest import BASE
+from tests.unit.artifact.conftest import BASE
 from toolkit.artifact import require_packageable
 from toolkit.checkpoint import files_of, identify_base, license_of
 from toolkit.errors import ModelError

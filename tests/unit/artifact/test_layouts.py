@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.packaging.conftest import BASE, stock_adapter
+from tests.unit.artifact.conftest import BASE, stock_adapter
 from toolkit.adapters.layouts import from_per_expert, largest_difference, per_expert, read_factors
 from toolkit.architecture import skeleton
 from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact

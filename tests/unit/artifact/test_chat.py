@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.unit.packaging.conftest import BASE, RECIPE
+from tests.unit.artifact.conftest import BASE, RECIPE
 from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact
 from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint import identify_base, license_of
