@@ -8,16 +8,16 @@
     result = train(model, tokenizer, batches, plan)
     artifact = package(result, plan)
 
-The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch. From
-here on transformers' `from_pretrained` knows our int8 checkpoints, whichever of the two was imported first.
+The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch.
+transformers' `from_pretrained` reads our int8 checkpoints after `register()`, which is called here where transformers
+is imported already.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
-
-from toolkit.registration import register
 
 __all__ = [
     "OnecardError",
@@ -29,6 +29,7 @@ __all__ = [
     "load_recipe",
     "make_plan",
     "package",
+    "register",
     "train",
     "verify",
 ]
@@ -44,6 +45,7 @@ _HOMES = {
     "load_recipe": ("toolkit.recipe", "load"),
     "make_plan": ("toolkit.plan", "make_plan"),
     "package": ("toolkit.run", "package"),
+    "register": ("toolkit.quant", "register"),
     "train": ("toolkit.run", "train"),
     "verify": ("toolkit.artifact", "verify_artifact"),
 }
@@ -56,4 +58,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-register(lambda: import_module("toolkit.quant").Int8Config)
+if "transformers" in sys.modules:
+    __getattr__("register")()

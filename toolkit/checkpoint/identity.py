@@ -19,14 +19,16 @@ from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from toolkit.checkpoint.files import shards_of
+from toolkit.checkpoint.formats import METHOD
 from toolkit.errors import ModelError
-from toolkit.registration import METHOD
 from toolkit.steps import advance, part
 
 __all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "files_of", "identify_base", "license_of"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+_SAYS_NOTHING = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "transformers_weights"}
+)
 """Of a config.json: where it came from, and how its files are stored; the run's own dtype is bound apart."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 
 from toolkit.checkpoint.cache import cache_root
-from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.formats import METHOD, declared_format
 from toolkit.checkpoint.headers import raw_header
 from toolkit.checkpoint.remote import fetch
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config
-from toolkit.registration import METHOD
 
 __all__ = ["int8_folder"]
 

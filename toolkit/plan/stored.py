@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.formats import METHOD, declared_format
 from toolkit.checkpoint.headers import Header
 from toolkit.checkpoint.whole import stored_headers, whole_snapshot
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
 from toolkit.plan.shapes import Shapes, is_published, stored_method
-from toolkit.registration import METHOD
 
 __all__ = ["Stored", "what_is_stored"]
 

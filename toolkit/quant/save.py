@@ -7,6 +7,7 @@ only when it is complete.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import auto_class
 from toolkit.checkpoint.agreement import refuse_wrong_shapes
 from toolkit.checkpoint.files import INDEX, SINGLE, beside, write_index
+from toolkit.checkpoint.formats import REQUIRES
+from toolkit.checkpoint.identity import license_of
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.shards import Shards, targets
 from toolkit.durable import staged_folder
@@ -39,6 +42,21 @@ __all__ = ["WrittenCheckpoint", "quantize_checkpoint", "refuse_existing"]
 
 _SMALL = 128 << 20
 """Bytes up to which layers share a shard."""
+
+
+_CARD = """# {name} in int8
+
+transformers reads these weights once onecard has told it how; without that it refuses them:
+
+```python
+import toolkit
+
+toolkit.register()
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+Expert stacks and linears are int8 with one fp32 scale for each output row; everything else is as in the original.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ def quantize_checkpoint(
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
 
     It loads bit-identically to `load_int8(name_or_path)`: with `load_int8(folder)`, or with plain `from_pretrained`
-    once `toolkit.quant` is imported.
+    after `toolkit.register()`, which config.json and the card beside it ask for.
 
     Args:
         folder: must not exist.
@@ -99,6 +117,7 @@ def quantize_checkpoint(
             config.quantization_config = wanted
             config.save_pretrained(workplace)
             _copy_rest(source, workplace)
+            _say_what_it_needs(workplace, Path(name_or_path).name, license_of(str(source)))
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({first_line(error)}); free space on the disk") from None
     return WrittenCheckpoint(str(target), *written)
@@ -245,6 +264,16 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"{path.parent}: cannot be written: {first_line(error)}; free space on the disk") from None
+
+
+def _say_what_it_needs(workplace: Path, name: str, license: str | None) -> None:
+    """In config.json, for who loads it without us, and in a card, for who reads."""
+    path = workplace / "config.json"
+    config = json.loads(path.read_bytes()) | {"transformers_weights": REQUIRES}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    head = {"library_name": "transformers", "tags": ["onecard", "int8"]} | ({"license": license} if license else {})
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    (workplace / "README.md").write_text("\n".join(["---", *lines, "---", _CARD.format(name=name)]), encoding="utf-8")
 
 
 def _copy_rest(source: Path, workplace: Path) -> None:
