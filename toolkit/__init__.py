@@ -1,12 +1,9 @@
 """onecard: fine-tune open Mixture-of-Experts language models in 8-bit on one card.
 
-    recipe = load_recipe("recipes/quickstart.yaml")
-    plan = make_plan(recipe)
-    model, tokenizer = load(plan)
-    model = attach(model, plan)
-    batches = build_batches(tokenizer, plan)
-    result = train(model, tokenizer, batches, plan)
-    artifact = package(result, plan)
+    finished = run_recipe(load_recipe("recipes/quickstart.yaml"))
+    print(finished.adapter)
+
+`run_recipe` is what `onecard train` does, and gives the same folder. Its steps, one by one, are in `toolkit.run`.
 
 The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch.
 transformers' `from_pretrained` reads our int8 checkpoints after `register()`, which is called here where transformers
@@ -20,33 +17,27 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
+    "Finished",
     "OnecardError",
     "Plan",
     "Recipe",
-    "attach",
-    "build_batches",
-    "load",
     "load_recipe",
     "make_plan",
-    "package",
     "register",
-    "train",
+    "run_recipe",
     "verify",
 ]
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "Finished": ("toolkit.run.job", "Finished"),
     "OnecardError": ("toolkit.errors", "OnecardError"),
     "Plan": ("toolkit.plan", "Plan"),
     "Recipe": ("toolkit.recipe", "Recipe"),
-    "attach": ("toolkit.run", "attach"),
-    "build_batches": ("toolkit.run", "build_batches"),
-    "load": ("toolkit.run", "load"),
     "load_recipe": ("toolkit.recipe", "load"),
     "make_plan": ("toolkit.plan", "make_plan"),
-    "package": ("toolkit.run", "package"),
     "register": ("toolkit.quant", "register"),
-    "train": ("toolkit.run", "train"),
+    "run_recipe": ("toolkit.run.job", "run"),
     "verify": ("toolkit.artifact", "verify_artifact"),
 }
 

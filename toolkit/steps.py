@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-__all__ = ["Steps", "advance", "current", "listen", "part", "seconds_by_part"]
+__all__ = ["Steps", "advance", "current", "listen", "listening", "part", "seconds_by_part"]
 
 _PLAIN_SECONDS = 5.0
 _WORTH_A_LINE = 1.0
@@ -122,6 +122,19 @@ def listen(console: Console) -> Steps:
     steps = Steps(console)
     _listening.set(steps)
     return steps
+
+
+@contextmanager
+def listening(console: Console) -> Iterator[None]:
+    """In the block parts are told on this console, unless somebody listens already."""
+    if _listening.get() is not None:
+        yield
+        return
+    token = _listening.set(Steps(console))
+    try:
+        yield
+    finally:
+        _listening.reset(token)
 
 
 def current() -> Steps | None:

@@ -26,7 +26,7 @@ from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.architecture import describe
 from toolkit.offload import load_streamed, stream_of
 from toolkit.recipe import TrainingSection
-from toolkit.training import train_adapter
+from toolkit.training import RunContext, train_adapter
 
 TOKENIZER = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 
@@ -118,11 +118,21 @@ def step(folder: Path, rank: int, tokens: int) -> dict[str, Any]:
     work.mkdir(parents=True)
     cpu, before = time.process_time(), anonymous()
     result = train_adapter(
-        adapted, AutoTokenizer.from_pretrained(TOKENIZER), Dataset.from_dict({"input_ids": ids, "labels": ids}), None,
-        folder=work / "checkpoints", metrics=work / "metrics.jsonl",
-        arguments={**arguments, "report_to": [], "save_strategy": "no"}, device="cpu", dtype="float32",
-        train_router=True, console=Console(), probes=False,
-    )  # fmt: skip
+        adapted,
+        AutoTokenizer.from_pretrained(TOKENIZER),
+        Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        None,
+        RunContext(
+            folder=work / "checkpoints",
+            metrics=work / "metrics.jsonl",
+            arguments={**arguments, "report_to": [], "save_strategy": "no"},
+            device="cpu",
+            dtype="float32",
+            train_router=True,
+            console=Console(),
+            probes=False,
+        ),
+    )
     logged = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     return {
         "layers": len(layers),

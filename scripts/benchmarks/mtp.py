@@ -49,7 +49,7 @@ from toolkit.evaluate import answer_ids
 from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, measure_drafts, new_head
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
-from toolkit.training import train_adapter
+from toolkit.training import RunContext, train_adapter
 
 DEPTHS = (1, 3)
 
@@ -122,12 +122,21 @@ def train(plan: Any, run: Path | None) -> tuple[PeftModel, Any, Any, Several, fl
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_adapter(
-            model, tokenizer, batches.train, None, folder=Path(folder) / "checkpoints",
-            metrics=Path(folder) / "metrics.jsonl",
-            arguments={**recipe.training.model_dump(exclude={"output_dir"}), "report_to": [], "save_steps": 10**6},
-            device=plan.device, dtype=plan.dtype, train_router=recipe.lora.router, console=Console(quiet=True),
-            head=heads if recipe.mtp.reads_data else None,  # type: ignore[arg-type]
-        )  # fmt: skip
+            model,
+            tokenizer,
+            batches.train,
+            None,
+            RunContext(
+                folder=Path(folder) / "checkpoints",
+                metrics=Path(folder) / "metrics.jsonl",
+                arguments={**recipe.training.model_dump(exclude={"output_dir"}), "report_to": [], "save_steps": 10**6},
+                device=plan.device,
+                dtype=plan.dtype,
+                train_router=recipe.lora.router,
+                console=Console(quiet=True),
+                head=heads if recipe.mtp.reads_data else None,
+            ),  # type: ignore[arg-type]
+        )
     return model, tokenizer, batches, heads, time.perf_counter() - started
 
 

@@ -33,7 +33,7 @@ from toolkit import run as job
 from toolkit.mtp import HeadTraining
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
-from toolkit.training import train_adapter
+from toolkit.training import RunContext, train_adapter
 
 
 class Job:
@@ -58,11 +58,22 @@ class Job:
         changes = {"max_steps": self.steps, "save_steps": 10**6, "logging_steps": 10**6, "report_to": []}
         with tempfile.TemporaryDirectory() as folder:
             train_adapter(
-                self.model, self.tokenizer, self.batches.train, None, folder=Path(folder) / "checkpoints",
-                metrics=Path(folder) / "metrics.jsonl", arguments={**arguments, **changes}, device=self.plan.device,
-                dtype=self.plan.dtype, train_router=recipe.lora.router, console=Console(quiet=True), head=head,
-                probes=False,
-            )  # fmt: skip
+                self.model,
+                self.tokenizer,
+                self.batches.train,
+                None,
+                RunContext(
+                    folder=Path(folder) / "checkpoints",
+                    metrics=Path(folder) / "metrics.jsonl",
+                    arguments={**arguments, **changes},
+                    device=self.plan.device,
+                    dtype=self.plan.dtype,
+                    train_router=recipe.lora.router,
+                    console=Console(quiet=True),
+                    head=head,
+                    probes=False,
+                ),
+            )
 
     def answer(self) -> None:
         """The model's own answers, and what a head learns from them."""

@@ -172,7 +172,7 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
 
     from toolkit.adapters import attach_lora
     from toolkit.mtp import HeadTraining, new_head
-    from toolkit.training import train_adapter
+    from toolkit.training import RunContext, train_adapter
     from toolkit.training.memory import anonymous_memory, peak_of
 
     generator = torch.Generator().manual_seed(1)
@@ -190,11 +190,22 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
     arguments = recipe.training.model_dump(exclude={"output_dir"})
     head = HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None
     result = train_adapter(
-        adapted, tokenizer, data, None, folder=Path(folder) / "checkpoints", metrics=Path(folder) / "metrics.jsonl",
-        arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"}, device="cpu",
-        dtype="float32", train_router=case.router, console=Console(quiet=True), probes=False,
-        head=None if case.answers else head,
-    )  # fmt: skip
+        adapted,
+        tokenizer,
+        data,
+        None,
+        RunContext(
+            folder=Path(folder) / "checkpoints",
+            metrics=Path(folder) / "metrics.jsonl",
+            arguments={**arguments, "save_steps": 1000, "report_to": [], "run_name": "x"},
+            device="cpu",
+            dtype="float32",
+            train_router=case.router,
+            console=Console(quiet=True),
+            probes=False,
+            head=None if case.answers else head,
+        ),
+    )
     with peak_of("cpu") as peak:
         if head is not None and case.answers:
             _own_answers(case, head, tokenizer)

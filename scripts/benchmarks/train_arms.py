@@ -151,16 +151,27 @@ class Ours(Arm):
 
     def packing(self) -> dict[str, float]:
         """The summed loss of all examples, packed and padded, through the trainer's own batches."""
-        from toolkit.training.trainer import AdapterTrainer, sft_config
+        from rich.console import Console
+
+        from toolkit.training.trainer import AdapterTrainer, RunContext, sft_config
 
         found = {}
         for name, packing in (("packed", True), ("padded", False)):
             recipe = self._recipe(packing=packing, per_device_train_batch_size=1 if packing else self.job.batch)
             arguments = recipe.training.model_dump(exclude={"output_dir"})
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                config = sft_config(Path(folder), arguments, "cpu", "float32", train_router=False, evaluates=False)
+                place = {"folder": Path(folder), "metrics": Path(folder) / "metrics.jsonl"}
+                context = RunContext(
+                    **place, arguments=arguments, device="cpu", dtype="float32", console=Console(quiet=True)
+                )
+                config = sft_config(context, train_router=False, evaluates=False)
                 trainer = AdapterTrainer(
-                    model=self.model, args=config, train_dataset=self.batches.train, processing_class=self.tokenizer
+                    context,
+                    model=self.model,
+                    args=config,
+                    train_dataset=self.batches.train,
+                    eval_dataset=None,
+                    processing_class=self.tokenizer,
                 )
                 self.model.eval()  # no dropout, and nothing that only a training run has
                 one = torch.tensor(1)

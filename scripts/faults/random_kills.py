@@ -29,13 +29,16 @@ _FORKED = "Invalid thread pool!"
 
 
 def kill_at_random(place: Path, longest: float, chance: random.Random) -> int:
-    """Start the run until it ends; gives how often it was killed. Raises where it ends with an error."""
+    """Start the run until it ends; gives how often it was killed. Raises where it ends with an error.
+
+    Each start is given a little longer, so that the run ends on a machine that has become busier, too.
+    """
     kills, said = 0, place.parent / "said.txt"
     while True:
         child = os.fork()
         if child == 0:
             _quiet_run(place, said)
-        time.sleep(chance.uniform(0, longest))
+        time.sleep(chance.uniform(0, longest * 1.1**kills))
         ended, status = os.waitpid(child, os.WNOHANG)
         if not ended:
             os.kill(child, signal.SIGKILL)

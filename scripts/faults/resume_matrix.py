@@ -35,7 +35,7 @@ from toolkit.offload import load_streamed
 from toolkit.offload.place import spread
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
-from toolkit.training import TrainResult, train_adapter
+from toolkit.training import RunContext, TrainResult, train_adapter
 from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
 from toolkit.training.layer_major import layer_major_for
 from toolkit.training.trainer import AdapterTrainer
@@ -159,15 +159,17 @@ def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[],
             AutoTokenizer.from_pretrained(MODEL),
             _rows(case.rows),
             _rows(4),
-            folder=folder / "checkpoints",
-            metrics=folder / "metrics.jsonl",
-            arguments=arguments,
-            device="cpu",
-            dtype="float32",
-            train_router=case.lora.get("router", True),
-            console=Console(file=io.StringIO()),
-            head=head,
-            head_stage=case.head.get("stage", "with"),
+            RunContext(
+                folder=folder / "checkpoints",
+                metrics=folder / "metrics.jsonl",
+                arguments=arguments,
+                device="cpu",
+                dtype="float32",
+                train_router=case.lora.get("router", True),
+                console=Console(file=io.StringIO()),
+                head=head,
+                head_stage=case.head.get("stage", "with"),
+            ),
         )
     if head is not None:
         save_file({name: tensor.contiguous() for name, tensor in head.head.state_dict().items()}, folder / HEAD)

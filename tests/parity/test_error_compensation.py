@@ -231,7 +231,8 @@ def test_through_the_recipe(tmp_path: Path) -> None:
     assert report is not None
     assert report.examples == 32
     assert report.compensated < 0.7 * report.rounded
-    result = job.train(job.attach(model, plan), tokenizer, batches, plan, Console(quiet=True))
+    trained = job.train(job.attach(model, plan), tokenizer, batches, plan, Console(quiet=True))
+    result = job.judge(trained, batches, plan)
     assert result.training.steps == 2
     artifact = job.package(result, plan)
     base = {name: value for name, value in result.model.get_base_model().state_dict().items() if "lora_" not in name}

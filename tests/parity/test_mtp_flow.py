@@ -54,7 +54,8 @@ def trained(model: Path, folder: Path, **mtp: Any) -> tuple[Trained, Any, str]:
     plan, told = make_plan(recipe(model, folder, {"max_steps": 2}, mtp)), Console(file=io.StringIO(), width=400)
     base, tokenizer = job.load(plan)
     batches = job.build_batches(tokenizer, plan)
-    result = job.train(job.attach(base, plan), tokenizer, batches, plan, told)
+    trained = job.train(job.attach(base, plan), tokenizer, batches, plan, told)
+    result = job.judge(trained, batches, plan, told)
     return result, plan, told.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -29,7 +30,7 @@ from toolkit.ops.registry import _forward_with
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
 from toolkit.training.packing import isolate_documents
-from toolkit.training.trainer import AdapterTrainer, sft_config
+from toolkit.training.trainer import AdapterTrainer, RunContext, sft_config
 
 LENGTHS = (23, 31, 9, 40)
 
@@ -44,10 +45,20 @@ def packed_batch(model: PeftModel, rows: list[list[int]], folder: Path) -> dict[
     """The batch that the trainer itself would make of these documents."""
     arguments = TrainingSection(max_length=128, gradient_checkpointing=False, use_cpu=True).model_dump()
     del arguments["output_dir"]
+    context = RunContext(
+        folder=folder,
+        metrics=folder / "metrics.jsonl",
+        arguments={**arguments, "report_to": []},
+        device="cpu",
+        dtype="float32",
+        console=Console(quiet=True),
+    )
     trainer = AdapterTrainer(
+        context,
         model=model,
-        args=sft_config(folder, {**arguments, "report_to": []}, "cpu", "float32", train_router=False, evaluates=False),
+        args=sft_config(context, train_router=False, evaluates=False),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        eval_dataset=None,
         processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
     )
     (batch,) = list(trainer.get_train_dataloader())

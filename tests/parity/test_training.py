@@ -18,7 +18,7 @@ from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
-from toolkit.training import TrainResult, train_adapter
+from toolkit.training import RunContext, TrainResult, train_adapter
 from toolkit.training.trainer import AdapterTrainer
 
 ARGUMENTS: dict[str, Any] = {
@@ -46,14 +46,16 @@ def train_adapted(adapted: PeftModel, folder: Path, data: Dataset, *held_out: Da
         AutoTokenizer.from_pretrained(EMBEDDED),
         data,
         *(held_out or (None,)),
-        folder=folder / "checkpoints",
-        metrics=folder / "metrics.jsonl",
-        arguments={**arguments, "report_to": []},
-        device="cpu",
-        dtype="float32",
-        train_router=True,
-        console=Console(file=io.StringIO()),
-        **given,
+        RunContext(
+            folder=folder / "checkpoints",
+            metrics=folder / "metrics.jsonl",
+            arguments={**arguments, "report_to": []},
+            device="cpu",
+            dtype="float32",
+            train_router=True,
+            console=Console(file=io.StringIO()),
+            **given,
+        ),
     )
 
 

@@ -25,14 +25,16 @@ PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.nam
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 ORDER = (
-    *("errors", "compat", "ranks", "durable", "steps", "downloads", "signals", "recipe", "parts", "architecture"),
+    *("errors", "compat", "ranks", "durable", "run_folder", "steps", "downloads", "signals", "recipe", "parts"),
+    "architecture",
     *("checkpoint", "ops", "quant", "offload", "adapters", "mtp", "rehearsal", "plan", "data", "training", "evaluate"),
-    *("artifact", "export", "run", "sweep", "serving", "report", "cli"),
+    *("artifact", "export", "sweep", "report", "run", "serving", "cli"),
 )
 """The rooms of the house; each may import those before it, and no other."""
 APART: dict[str, set[str]] = {
     "compat": set(),
     "durable": {"errors"},
+    "run_folder": set(),
     "steps": {"errors"},
     "recipe": {"errors"},
     "parts": set(),

@@ -41,12 +41,16 @@ ROUNDED_ROWS = "onecard_triton_w8a8"
 """The backend that rounds rows to int8 as well."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will do, decided before any weight is read."""
 
     recipe: Recipe
     """With rank and length decided."""
+    rank: int
+    """Of the adapter."""
+    max_length: int
+    """Tokens of the longest training sequence there may be."""
     model: str
     device: str
     dtype: str
@@ -149,23 +153,25 @@ def make_plan(
     placement = budget.place(recipe)
     sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)
     made = Plan(
-        recipe,
-        name,
-        device.kind,
-        dtype,
-        backend,
-        budget.shapes.architecture,
-        sizes,
-        device.memory,
-        Path(recipe.training.output_dir),
-        placement,
-        budget.together(recipe, placement),
-        device.name,
-        chosen.length,
-        chosen.labelled,
-        _duration(budget, recipe, sizes, placement, chosen),
-        _disk(budget, recipe, sizes, placement, stored),
-        stored,
+        recipe=recipe,
+        rank=int(recipe.lora.r),
+        max_length=int(recipe.training.max_length),
+        model=name,
+        device=device.kind,
+        dtype=dtype,
+        backend=backend,
+        architecture=budget.shapes.architecture,
+        bytes=sizes,
+        memory=device.memory,
+        folder=Path(recipe.training.output_dir),
+        placement=placement,
+        together=budget.together(recipe, placement),
+        device_name=device.name,
+        length=chosen.length,
+        labelled=chosen.labelled,
+        duration=_duration(budget, recipe, sizes, placement, chosen),
+        disk=_disk(budget, recipe, sizes, placement, stored),
+        stored=stored,
     )
     changes = cheapest_changes(recipe, budget) if for_training and not made.fits else ()
     return replace(made, changes=changes, notes=(*notes, *filter(None, [budget.note, stored.note])))

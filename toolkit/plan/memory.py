@@ -185,5 +185,4 @@ def adapter_parameters(model: Shapes, recipe: Recipe) -> int:
 
 def rank(recipe: Recipe) -> int:
     """The recipe's rank, decided."""
-    assert isinstance(recipe.lora.r, int)
-    return recipe.lora.r
+    return int(recipe.lora.r)

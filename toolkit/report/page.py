@@ -23,7 +23,7 @@ from toolkit.durable import write_text
 from toolkit.errors import ModelError
 from toolkit.mtp import draft_table
 from toolkit.report import charts
-from toolkit.run import RunFolder
+from toolkit.run_folder import RunFolder
 from toolkit.training.progress import held_out_scores
 
 __all__ = ["Chart", "render_page", "write_page"]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from toolkit.report.charts import thin_out
 from toolkit.report.page import read_metrics
-from toolkit.run import RunFolder
+from toolkit.run_folder import RunFolder
 
 __all__ = ["run_pictures"]
 

@@ -40,8 +40,8 @@ def show_plan(console: Console, made: Plan) -> None:
     )
     table = table_of("in memory", "MiB")
     groups = {name: size for name, size in asdict(made.bytes).items() if size}
-    for name, size in groups.items():
-        table.add_row(name, mib(size))
+    for (name, size), color in zip(groups.items(), _COLORS * 2, strict=False):
+        table.add_row(f"[{color}]■[/{color}] {name}", mib(size))
     table.add_row("total", f"{mib(made.bytes.total)} of {mib(made.memory)}")
     console.print(table)
     console.print(_bar(groups, made.memory))
@@ -76,13 +76,13 @@ def _lines(made: Plan) -> list[str]:
 
 
 def _bar(groups: dict[str, int], memory: int) -> Text:
-    """A stretch a group, the device's memory or the need the whole, whichever is more."""
+    """A stretch for each group in its colour; the whole is the device's memory, or the need where that is more."""
     whole, bar, shown = max(memory, sum(groups.values()), 1), Text(), 0
     total = 0
-    for (name, size), color in zip(groups.items(), _COLORS * 2, strict=False):
+    for size, color in zip(groups.values(), _COLORS * 2, strict=False):
         total += size
         width = round(_WIDTH * total / whole) - shown
-        bar.append(name[:width].ljust(width), style=f"black on {color}")
+        bar.append("█" * width, style=color)
         shown += width
     edge = round(_WIDTH * memory / whole)
     bar.append("·" * max(0, edge - shown) + f"| {memory / 2**30:.1f} GiB")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from toolkit.errors import ResourceError
 from toolkit.report.page import render_page
-from toolkit.run import RunFolder
+from toolkit.run_folder import RunFolder
 
 __all__ = ["REFRESH_SECONDS", "page_server"]
 

@@ -10,14 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from toolkit.artifact import VerifyReport
-from toolkit.data import Batches, DataReport
+from toolkit.data import DataReport
 from toolkit.mtp import draft_table
-from toolkit.plan import Plan
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.report.hints import next_commands
 from toolkit.report.plans import mib, table_of
-from toolkit.run import Trained
-from toolkit.steps import seconds_by_part
 
 __all__ = [
     "benchmarks",
@@ -26,7 +23,6 @@ __all__ = [
     "compensation",
     "data",
     "reached",
-    "summarize",
     "summary",
 ]
 
@@ -76,45 +72,6 @@ def reached(console: Console, counts: Mapping[str, Any]) -> None:
     console.print("[bold]coverage[/bold]  " + ", ".join(f"{name} {_of(value)}" for name, value in counts.items()))
 
 
-def summarize(
-    result: Trained,
-    made: Plan,
-    batches: Batches,
-    artifact: Path,
-    compensated: Compensation | None = None,
-    before: int = 0,
-) -> dict[str, Any]:
-    """The finished run as JSON: all that `summary` shows. `before`: the process's bytes before anything was loaded."""
-    compared = result.comparison
-    answers = zip(batches.held_out, compared.base.answers, compared.adapted.answers, strict=False) if compared else ()
-    samples = [
-        {"prompt": question.prompt_text, "wanted": question.answer, "base": base, "adapted": adapted}
-        for question, base, adapted in answers
-    ]
-    most = made.recipe.eval.num_samples
-    changed = {"better": compared.better[:most], "worse": compared.worse[:most]} if compared else {}
-    return {
-        "artifact": str(artifact),
-        "counts": result.counts,
-        "results": result.results(),
-        "training": vars(result.training),
-        "seconds": seconds_by_part(),
-        "memory": _memory(result, made, before),
-        "compensation": compensated.to_dict() if compensated else None,
-        "data": batches.report.to_dict(),
-        "samples": samples[:most],
-        "changed": {how: [samples[index] for index in indexes] for how, indexes in changed.items()},
-    }
-
-
-def _memory(result: Trained, made: Plan, before: int) -> dict[str, int]:
-    """Bytes planned and measured, without what Python and the libraries take; `holes`: the allocator's, as planned."""
-    taken = before if made.device == "cpu" else 0
-    training, evaluating = result.training.peak_memory - taken, max(0, result.evaluation_peak - taken)
-    planned = {"planned": made.bytes.run, "holes": made.bytes.slack, "libraries": taken}
-    return {**planned, "measured": max(training, evaluating), "training": training, "evaluating": evaluating}
-
-
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
     """Coverage, base against adapted, sample answers, where the adapter lies, and what to type next."""
     reached(console, finished["counts"])
@@ -126,7 +83,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     training, memory = finished["training"], finished["memory"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {mib(memory['measured'])} MiB (planned {mib(memory['planned'])}, holes {mib(memory['holes'])} more)"
+        f"peak {mib(memory['measured'])} MiB (plan: {mib(memory['planned'])}, slack {mib(memory['slack'])} more)"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])

@@ -13,7 +13,7 @@ from toolkit.artifact import read_manifest
 from toolkit.data import ChatForm, Dialogue
 from toolkit.durable import write_text
 from toolkit.plan import Plan
-from toolkit.run.folder import RunFolder
+from toolkit.run_folder import RunFolder
 
 __all__ = ["declared_stops", "dialogue", "record_form", "recorded_form", "stop_as_trained"]
 

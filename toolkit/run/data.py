@@ -49,12 +49,11 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
-    assert isinstance(training.max_length, int)
     recorded = recorded_form(plan.folder)
     return build_from_rows(
         tokenizer,
         **data,
-        max_length=training.max_length,
+        max_length=plan.max_length,
         seed=training.seed,
         stop_token_ids=declared_stops(plan),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
@@ -68,7 +67,6 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     of the prompts which the model answers for its head.
     """
     training = plan.recipe.training
-    assert isinstance(training.max_length, int)
     lengths, labels = sequence_lengths(batches.train), count_trained(batches.train)
     looked_at = held_out(batches, plan)
     others = [] if looked_at is None else [int(f(looked_at).max()) for f in (sequence_lengths, count_trained)]
@@ -79,7 +77,7 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     if not training.packing:
         one = training.per_device_train_batch_size == 1
         return StepShape(longest, int(labels.max()) if one else longest, *beside)
-    length = min(training.max_length, int(lengths.sum()))
+    length = min(plan.max_length, int(lengths.sum()))
     return StepShape(length, _most_labels(lengths, labels, length), *beside)
 
 

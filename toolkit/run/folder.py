@@ -1,98 +1,24 @@
-"""The run folder: recipe, plan, metrics, checkpoints and artifact of one training run.
-
-recipe.yaml  plan.json  chat.json  metrics.jsonl  checkpoints/  adapter/  experts.json  summary.json  report.html
-"""
+"""Opening a run's folder: what it must not hold, what it must have room for, and going on with the run in it."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from toolkit.durable import write_text
 from toolkit.errors import ModelError, OnecardError, RecipeError, ResourceError
 from toolkit.recipe import Effect, Recipe, changes, dump, flat, parse
 from toolkit.run.lock import LOCK
 from toolkit.run.resume import refuse_changes
+from toolkit.run_folder import RunFolder
 from toolkit.training.checkpoint import every_checkpoint
 
-__all__ = ["RunFolder", "check_folder_is_ours", "check_writable", "open_run", "read_recipe", "require_disk"]
+__all__ = ["check_folder_is_ours", "check_writable", "open_run", "read_recipe", "require_disk"]
 
 _FIRST = {LOCK, ".recipe.yaml.tmp"}
 """What lies in a run folder before its recipe does; a kill may leave it there."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where each part of a run lies."""
-
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """The plan, JSON."""
-        return self.path / "plan.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The trainer's checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The artifact."""
-        return self.path / "adapter"
-
-    @property
-    def chat(self) -> Path:
-        """How the trained model is asked, and what ends its answers."""
-        return self.path / "chat.json"
-
-    @property
-    def start(self) -> Path:
-        """The adapter that a fork starts from."""
-        return self.path / "start"
-
-    @property
-    def compensated(self) -> Path:
-        """The base's integers after error compensation, where the recipe asks for it."""
-        return self.path / "compensated.safetensors"
-
-    @property
-    def experts(self) -> Path:
-        """What happened to the experts: load, router entropy, adapter size, by layer."""
-        return self.path / "experts.json"
-
-    @property
-    def report(self) -> Path:
-        """The run's page."""
-        return self.path / "report.html"
-
-    @property
-    def summary(self) -> Path:
-        """Coverage and results; its presence says that the run is finished."""
-        return self.path / "summary.json"
-
-    def read_summary(self) -> dict[str, Any] | None:
-        """The finished run's summary, or None while it is not finished."""
-        if not self.summary.is_file():
-            return None
-        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return summary
 
 
 def check_writable(path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from toolkit.durable import staged_folder
 from toolkit.errors import RecipeError
 from toolkit.recipe import Effect, Recipe, changes, flat
-from toolkit.run.folder import RunFolder, read_recipe
+from toolkit.run.folder import read_recipe
+from toolkit.run_folder import RunFolder
 from toolkit.training.checkpoint import newest_checkpoint
 
 __all__ = ["copy_start", "fork_recipe"]

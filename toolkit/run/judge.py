@@ -16,7 +16,7 @@ from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_lo
 from toolkit.plan import BACKENDS as PLANNED
 from toolkit.plan import ROUNDED_ROWS, Plan
 from toolkit.run.chat_form import stop_as_trained
-from toolkit.run.folder import RunFolder
+from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
 __all__ = ["LOOKED_AT", "evaluate", "general_text", "held_out", "look_at_experts", "require_harmless_rounding"]

@@ -24,10 +24,13 @@ from toolkit.quant.gptq.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, join
 from toolkit.run.chat_form import dialogue, stop_as_trained
 from toolkit.run.data import build_batches, load_tokenizer
-from toolkit.run.folder import RunFolder
+from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
 __all__ = ["attach", "compensate", "coverage", "load", "reopen"]
+
+_COMPENSATED = "onecard_compensated"
+"""Attribute of a base model whose integers are those of error compensation."""
 
 
 @part("load")
@@ -71,6 +74,7 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     wanted = plan.recipe.quantization
     if wanted.error_compensation == "none":
         return None
+    model.__dict__[_COMPENSATED] = True
     with first_one_first():
         if kept and kept.is_file():
             return read_compensated(model, kept, _base_hash(plan))
@@ -88,8 +92,16 @@ def _base_hash(plan: Plan) -> str:
 
 @part("attach")
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
-    """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk."""
-    lora = plan.recipe.lora
+    """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk.
+
+    Raises:
+        ModelError: the recipe asks for a compensated base, and `compensate` has not been called.
+    """
+    lora, wanted = plan.recipe.lora, plan.recipe.quantization.error_compensation
+    if wanted != "none" and _COMPENSATED not in model.__dict__:
+        raise ModelError(
+            f"quantization.error_compensation: {wanted}: call compensate(model, batches, plan) before this"
+        )
     set_seed(plan.recipe.training.seed)
     if lora.adapter_name_or_path:
         start = fetch_adapter(lora.adapter_name_or_path)

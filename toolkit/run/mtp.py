@@ -134,8 +134,7 @@ def _wanted_answers(batches: Batches, plan: Plan) -> int:
 def step_tokens(plan: Plan) -> int:
     """Tokens of one batch of the run, padding included."""
     training = plan.recipe.training
-    assert isinstance(training.max_length, int)
-    return training.max_length * training.per_device_train_batch_size
+    return plan.max_length * training.per_device_train_batch_size
 
 
 def _prompt(row: Mapping[str, list[int]]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,19 @@ from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
 from toolkit.run.chat_form import stop_as_trained
-from toolkit.run.folder import RunFolder, require_disk
+from toolkit.run.folder import require_disk
 from toolkit.run.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
 from toolkit.run.resume import bind, data_sha256, find_resume, tokenizer_sha256, versions
+from toolkit.run_folder import RunFolder
 from toolkit.signals import StopRequest
 from toolkit.steps import part
-from toolkit.training import BestAdapter, TrainResult, train_adapter
+from toolkit.training import BestAdapter, RunContext, TrainResult, train_adapter
 from toolkit.training.checkpoint import Resume
 from toolkit.training.memory import peak_of
 
-__all__ = ["Trained", "find_checkpoint", "package", "require_packageable", "train"]
+__all__ = ["Trained", "TrainedText", "find_checkpoint", "judge", "package", "require_packageable", "train"]
 
 
 _MARGIN = 64 << 20
@@ -67,7 +68,7 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase
     training: TrainResult
     counts: dict[str, Any]
-    comparison: Comparison | None
+    comparison: Comparison | None = None
     rows: TrainedText | None = None
     """What the answers of the training data say: none of it may leave with the artifact."""
     head: MtpHead | None = None
@@ -139,7 +140,7 @@ def train(
     resumed: Resume | None = None,
     stop: StopRequest | None = None,
 ) -> Trained:
-    """Train the adapter and compare it with its base on the held-out examples (in the first process).
+    """Train the adapter; `judge` compares it with its base.
 
     Goes on from a checkpoint in the plan's folder: `resumed`, or what `find_checkpoint` finds.
 
@@ -162,55 +163,69 @@ def train(
     tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     head = make_head(model, plan)
-    training = train_adapter(
-        model,
-        tokenizer,
-        batches.train,
-        held_out(batches, plan),
+    context = RunContext(
         folder=run.checkpoints,
         metrics=run.metrics,
         arguments={**recipe.training.model_dump(exclude={"output_dir"}), **tracking},
         device=plan.device,
         dtype=plan.dtype,
-        train_router=recipe.lora.router,
         console=console,
+        train_router=recipe.lora.router,
         best=_wanted_best(model, tokenizer, batches, plan),
         advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
         probes=_probes(plan, note),
         together=plan.together,
         resume=resumed,
-        stop=stop,
+        stop=stop or StopRequest(),
         places=batches.places,
         head=head if recipe.mtp.reads_data else None,
         head_stage=recipe.mtp.stage,
     )
+    training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
     counts = coverage(model, plan)
+    _require_moved(model, counts, training)
+    if head is not None and most_answers(recipe):
+        teach_own_answers(head, tokenizer, batches, plan, console)
+    return Trained(
+        model=model,
+        tokenizer=tokenizer,
+        training=training,
+        counts=counts,
+        rows=TrainedText(tokenizer, batches.train),
+        head=None if head is None else head.head.to(model.dtype).eval(),
+        drafting=None if head is None else {"training": head.result().to_dict()},
+        chat=batches.form.to_dict(),
+    )
+
+
+@part("compare", drawn=False)
+def judge(trained: Trained, batches: Batches, plan: Plan, console: Console | None = None) -> Trained:
+    """Compare the adapter, and its head, with the base on the held-out examples, in the first process."""
+    if not is_first():
+        return trained
+    model = trained.model
+    with peak_of(plan.device) as peak:
+        compared = evaluate(model, trained.tokenizer, batches, plan)
+        drafting = evaluate_head(model, trained.head, batches, plan, console)
+        look_at_experts(model, batches, plan)
+    drafting = {**(trained.drafting or {}), **(drafting or {})} or None
+    return replace(trained, comparison=compared, drafting=drafting, evaluation_peak=peak.bytes)
+
+
+def _require_moved(model: PeftModel, counts: Mapping[str, Any], training: TrainResult) -> None:
     moved, adapters = counts["adapters moved"]
-    if moved != adapters and training.best_step is not None:
+    if moved == adapters:
+        return
+    if training.best_step is not None:
         raise ModelError(
             f"the best evaluation is that of step {training.best_step}, where {moved} of {adapters} adapters had "
             "moved: training made it worse; lower training.learning_rate or look at eval.metric"
         )
-    if moved != adapters:
-        still = unmoved_adapters(model)
-        raise ModelError(
-            f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
-            f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
-        )
-    if head is not None and most_answers(recipe):
-        teach_own_answers(head, tokenizer, batches, plan, console)
-    finished = None if head is None else head.head.to(model.dtype).eval()
-    compared, drafting = None, None
-    with peak_of(plan.device) as peak:
-        if is_first():
-            compared = evaluate(model, tokenizer, batches, plan)
-            drafting = evaluate_head(model, finished, batches, plan, console)
-            look_at_experts(model, batches, plan)
-    if head is not None:
-        drafting = {"training": head.result().to_dict(), **(drafting or {})}
-    rows = TrainedText(tokenizer, batches.train)
-    form = batches.form.to_dict()
-    return Trained(model, tokenizer, training, counts, compared, rows, finished, drafting, peak.bytes, form)
+    still = unmoved_adapters(model)
+    raise ModelError(
+        f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
+        f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
+    )
 
 
 def _require_place(adapter: Path, plan: Plan, *, weights: bool) -> None:

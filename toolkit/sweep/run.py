@@ -20,7 +20,7 @@ from typing import Any
 
 from toolkit.errors import RecipeError
 from toolkit.recipe import dump, load
-from toolkit.run import RunFolder
+from toolkit.run_folder import RunFolder
 from toolkit.sweep.grid import Trial
 
 __all__ = ["Outcome", "Sweep", "best_first", "run_trials"]

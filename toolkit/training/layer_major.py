@@ -8,7 +8,7 @@ micro-batches' order, as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Condition, get_ident
@@ -158,7 +158,7 @@ class LayerMajorSteps:
 
 
 def layer_major_for(
-    model: nn.Module, arguments: dict[str, Any], together: int | None = None
+    model: nn.Module, arguments: Mapping[str, Any], together: int | None = None
 ) -> LayerMajor[torch.Tensor] | None:
     """What runs an optimizer step's micro-batches, `together` at a time; None where the ordinary order is right.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,24 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
     """TRL's loss, no more computed than is needed, and none that is not finite."""
 
     aux_loss_enabled: bool
-    score: Callable[[], Mapping[str, float]] | None = None
-    """Figures of the model as it stands that an evaluation has beside the loss."""
     _metrics: dict[str, dict[str, list[float]]]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
-    probe_advice: str | None = None
-    """What to change where the longest batch does not fit; None runs no probe."""
     _logits: torch.Tensor | None = None
-    beside: HeadSteps | None = None
-    """The multi-token-prediction head that learns from the same batches."""
+
+    def __init__(self, context: RunContext, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes."""
+        super().__init__(**trl)
+        arguments, head = context.arguments, context.head
+        self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
+        """Figures of the model as it stands that an evaluation has beside the loss."""
+        self.probe_advice = context.advice if context.probes else None
+        """What to change where the longest batch does not fit; None runs no probe."""
+        self.layer_major = None if head else layer_major_for(trl["model"], arguments, context.together)
+        self.evaluates_each_epoch = trl["eval_dataset"] is not None and not arguments["eval_steps"]
+        beside = context.head_beside
+        self.beside = HeadSteps(beside, arguments["learning_rate"]) if beside else None
+        """The multi-token-prediction head that learns from the same batches."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -208,59 +216,77 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         return output
 
 
-def train_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    validation: Dataset | None,
-    *,
-    folder: Path,
-    metrics: Path,
-    arguments: dict[str, Any],
-    device: str,
-    dtype: str,
-    train_router: bool,
-    console: Console,
-    best: BestAdapter | None = None,
-    advice: str = "a smaller training.max_length",
-    probes: bool = True,
-    together: int | None = None,
-    resume: Resume | None = None,
-    stop: StopRequest | None = None,
-    places: Sequence[str] = (),
-    parts: Mapping[str, Part] | None = None,
-    head: HeadTraining | None = None,
-    head_stage: str = "with",
-) -> TrainResult:
-    """Train the adapter in `model`; goes on from a checkpoint in `folder` if there is one.
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Everything that training depends on beside the model and the data.
 
     Args:
-        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
         folder: checkpoints. metrics: the JSON-lines file.
         arguments: fields of the recipe's training section, by TRL's names.
-        dtype: float32, bfloat16 or float16, of the computation.
+        device: cpu or cuda. dtype: float32, bfloat16 or float16, of the computation.
         train_router: whether the load-balancing loss applies.
         best: what to keep or stop for.
         advice: what to change where memory does not suffice for the longest batch.
         probes: whether that batch goes first. It changes no number; it costs a batch's time.
         together: micro-batches that go through a streamed layer before the next; None for all of a step.
-        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
         resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
-        stop: told of signals. places: where each row of `train` came from. parts: trained and saved beside the adapter.
+        stop: told of signals. places: where each training row came from. parts: trained and saved beside the adapter.
+        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
+    """
+
+    folder: Path
+    metrics: Path
+    arguments: Mapping[str, Any]
+    device: str
+    dtype: str
+    console: Console
+    train_router: bool = True
+    best: BestAdapter | None = None
+    advice: str = "a smaller training.max_length"
+    probes: bool = True
+    together: int | None = None
+    resume: Resume | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    places: Sequence[str] = ()
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    head: HeadTraining | None = None
+    head_stage: str = "with"
+
+    @property
+    def head_beside(self) -> HeadTraining | None:
+        """The head, where it learns in the adapter's steps."""
+        return self.head if self.head_stage == "with" else None
+
+
+def train_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    context: RunContext,
+) -> TrainResult:
+    """Train the adapter in `model`; goes on from a checkpoint in the context's folder if there is one.
+
+    Args:
+        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
+        validation: rows to look at meanwhile.
 
     Raises:
         ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
         ResourceError: the longest batch does not fit, or memory or disk ran out.
         PreemptedError, InterruptedRunError: a signal came; the run is saved.
     """
-    most = arguments["max_nonfinite_steps"]
-    resume = resume or Resume({}, newest_checkpoint(folder, lambda why: console.print(f"checkpoint skipped: {why}")))
-    stop = stop or StopRequest()
+    arguments, console, device, head = context.arguments, context.console, context.device, context.head
+    best = context.best
+    resume = context.resume or Resume(
+        {}, newest_checkpoint(context.folder, lambda why: console.print(f"checkpoint skipped: {why}"))
+    )
     keep_up_outputs(model, arguments["gradient_checkpointing"])
-    log = MetricsLog(metrics, device)
-    balanced = train_router and _name_experts_for_trl(model)
-    config = sft_config(folder, arguments, device, dtype, train_router=balanced, evaluates=validation is not None)
+    log = MetricsLog(context.metrics, device)
+    balanced = context.train_router and _name_experts_for_trl(model)
+    config = sft_config(context, train_router=balanced, evaluates=validation is not None)
     trainer = AdapterTrainer(
+        context,
         model=model,
         args=config,
         train_dataset=train,
@@ -273,27 +299,22 @@ def train_adapter(
         console.print(f"processes: {processes()}, {sequences} sequences in a step")
     trainer.remove_callback(PrinterCallback)
     keeper = KeepBest(best, model) if best else None
-    if best and keeper:
-        trainer.score = best.score
+    if keeper:
         trainer.add_callback(keeper)
-    trainer.probe_advice = advice if probes else None
-    trainer.layer_major = None if head else layer_major_for(model, arguments, together)
-    trainer.evaluates_each_epoch = validation is not None and not arguments["eval_steps"]
-    guard = StepGuard(most, partial(name_examples, train, places), console.print)
-    saved = {**(parts or {}), **({"mtp": head} if head and head_stage == "with" else {})}
-    trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=stop)
+    guard = StepGuard(arguments["max_nonfinite_steps"], partial(name_examples, train, context.places), console.print)
+    saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
+    trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
     trainer.add_callback(StillAdapters(console))
-    if train_router and not trainer.aux_loss_enabled:
+    if context.train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
-    if head is not None and head_stage == "with":
-        trainer.beside = HeadSteps(head, arguments["learning_rate"])
+    if trainer.beside:
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}")
     apart = _apart(model, console) if arguments["packing"] else nullcontext()
     with peak_of(device) as peak, apart, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
-        if head is not None and head_stage == "after":
+        if head is not None and context.head_stage == "after":
             console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
             learn_after(head, trainer, trainer.state.global_step)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
@@ -351,10 +372,9 @@ def _name_experts_for_trl(model: PeftModel) -> bool:
     return hasattr(config, "num_experts_per_tok")
 
 
-def sft_config(
-    folder: Path, arguments: dict[str, Any], device: str, dtype: str, *, train_router: bool, evaluates: bool
-) -> SFTConfig:
+def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> SFTConfig:
     """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
+    arguments, device, dtype = context.arguments, context.device, context.dtype
     given = {key: value for key, value in arguments.items() if key not in _NOT_TRL}
     coefficient = given.pop("router_aux_loss_coef")
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
@@ -362,7 +382,7 @@ def sft_config(
     when = "steps" if evaluates and eval_steps else "no"  # at an epoch's end the trainer looks itself, before saving
     return SFTConfig(
         **given,
-        output_dir=str(folder),
+        output_dir=str(context.folder),
         max_steps=max_steps or -1,
         eval_strategy=when,
         eval_steps=eval_steps,

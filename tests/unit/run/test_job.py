@@ -1,0 +1,71 @@
+"""The job by Python and by command: the same folder, and no step that can be left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import toolkit
+from tests.faults.conftest import Run, onecard, recipe
+from toolkit import run as job
+from toolkit.errors import ModelError
+from toolkit.run_folder import RunFolder
+
+__all__ = ["onecard", "recipe"]
+
+ASKED = "quantization.error_compensation=gptq"
+TIMED = {"metrics.jsonl", "summary.json", "report.html"}
+MEASURED = {"seconds", "memory", "peak_memory", "tokens_per_second", "memory_bytes"}
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Hashes of a run's files by name."""
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in TIMED]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def untimed(value: Any) -> Any:
+    """A summary without what a clock or the system's memory said."""
+    if isinstance(value, dict):
+        return {key: untimed(each) for key, each in value.items() if key not in MEASURED}
+    return [untimed(each) for each in value] if isinstance(value, list) else value
+
+
+def test_python_and_the_command_write_the_same_folder(
+    onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished = toolkit.run_recipe(toolkit.load_recipe(recipe, [ASKED, "training.output_dir=run"]))
+    assert (finished.folder, finished.adapter) == (Path("run"), Path("run/adapter"))
+    assert finished.summary == RunFolder(finished.folder).read_summary()
+    one = finished.folder.rename("by-python")
+    status, _, err = onecard("train", recipe, ASKED, "training.output_dir=run")
+    assert status == 0, err
+    other = Path("run")
+    assert contents(one) == contents(other)
+    assert {"adapter/manifest.json", "recipe.yaml", "plan.json", "chat.json", "compensated.safetensors"} <= contents(
+        one
+    ).keys()
+    summaries = [RunFolder(run).read_summary() for run in (one, other)]
+    assert untimed(summaries[0]) == untimed(summaries[1])
+    assert summaries[0]["compensation"]["compensated"] < summaries[0]["compensation"]["rounded"]
+    assert json.loads((one / "adapter" / "manifest.json").read_text())["recipe"]
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (one, other)]
+    assert [untimed(json.loads(line)) for line in lines[0]] == [untimed(json.loads(line)) for line in lines[1]]
+
+
+def test_a_base_that_should_be_compensated_is_not_adapted_without(recipe: Path) -> None:
+    plan = toolkit.make_plan(toolkit.load_recipe(recipe, [ASKED]), for_training=False)
+    model, tokenizer = job.load(plan)
+    with pytest.raises(ModelError, match=r"quantization\.error_compensation: gptq: call compensate"):
+        job.attach(model, plan)
+    assert job.compensate(model, job.build_batches(tokenizer, plan), plan) is not None
+    job.attach(model, plan)
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(toolkit, name) is not None for name in toolkit.__all__)

@@ -1,0 +1,161 @@
+"""The main job as one function: what `onecard train RECIPE` does, from a recipe to a finished folder.
+
+Each step takes frozen values and gives one; only the model changes, and only in `compensate`, `attach` and `train`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.artifact import check_token
+from toolkit.data import Batches
+from toolkit.durable import write_text
+from toolkit.plan import Plan, make_plan
+from toolkit.ranks import first_one_first, first_tells, is_first, join
+from toolkit.recipe import Recipe
+from toolkit.report import terminal as show
+from toolkit.report.page import write_page
+from toolkit.report.pictures import run_pictures
+from toolkit.report.plans import show_plan
+from toolkit.run.chat_form import record_form
+from toolkit.run.data import build_batches, load_tokenizer, step_shape
+from toolkit.run.folder import check_folder_is_ours, check_writable, open_run
+from toolkit.run.fork import copy_start, fork_recipe
+from toolkit.run.lock import owned
+from toolkit.run.model import attach, compensate, coverage, load
+from toolkit.run.summary import summarize
+from toolkit.run.trained import find_checkpoint, judge, package, require_packageable, train
+from toolkit.run_folder import RunFolder
+from toolkit.signals import StopRequest
+from toolkit.steps import listening
+from toolkit.training.memory import anonymous_memory
+
+__all__ = ["Finished", "run"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its folder, the artifact in it, and what `summary.json` says; other processes than the
+    first have no summary."""
+
+    folder: Path
+    adapter: Path
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the model is loaded."""
+
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    batches: Batches
+    fork_of: RunFolder | None
+
+
+def run(
+    recipe: Recipe, *, fork: bool = False, console: Console | None = None, stop: StopRequest | None = None
+) -> Finished:
+    """Fine-tune as the recipe says; called again with the same recipe, it goes on from the last checkpoint.
+
+    Args:
+        recipe: as `load_recipe` reads it.
+        fork: start a new run from the weights of the one in the recipe's folder.
+        console: where progress and tables go; nowhere by default.
+        stop: ends the run at the next step, saved; `toolkit.signals.signals_heeded` makes one of SIGTERM and SIGINT.
+
+    Raises:
+        OnecardError: of the kind that the command's exit codes tell.
+    """
+    console = console or Console(quiet=True)
+    note = _once(console)
+    with listening(console), ExitStack() as held:
+        prepared = prepare(recipe, fork)
+        folder = RunFolder(prepared.plan.folder)
+        summary = first_tells(partial(_open, prepared, held, note))
+        if summary is None:
+            summary = _finish(prepared, console, stop, note)
+        else:
+            console.print(f"{folder.path}: already finished; set training.output_dir to another folder to train again")
+    return Finished(folder.path, folder.adapter, summary)
+
+
+def prepare(recipe: Recipe, fork: bool) -> Prepared:
+    """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
+    source = RunFolder(Path(recipe.training.output_dir))
+    check_writable(source.path)
+    recipe = fork_recipe(recipe) if fork else recipe
+    if recipe.hub.push_to_hub:
+        check_token(recipe.hub.hub_token)
+    undecided = "auto" in (recipe.lora.r, recipe.training.max_length)
+    first = make_plan(recipe, for_training=undecided)
+    tokenizer = load_tokenizer(first)
+    require_packageable(tokenizer, first)
+    batches = build_batches(tokenizer, first)
+    plan = make_plan(recipe, shape=step_shape(batches, first))
+    check_folder_is_ours(plan.folder)
+    join(plan.device)
+    return Prepared(plan, tokenizer, batches, source if fork else None)
+
+
+def _open(prepared: Prepared, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """Take the run folder, which is `held` from now on; the summary, where the run in it is finished."""
+    plan = prepared.plan
+    held.enter_context(owned(plan.folder))
+    folder = open_run(plan.folder, plan.recipe, note)
+    record_form(folder, prepared.batches.form)
+    if prepared.fork_of:
+        copy_start(folder, prepared.fork_of)
+    return folder.read_summary()
+
+
+def _finish(
+    prepared: Prepared, console: Console, stop: StopRequest | None, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Everything from the loaded model to the summary; empty in other processes than the first."""
+    plan, batches = prepared.plan, prepared.batches
+    folder = RunFolder(plan.folder)
+    with first_one_first():
+        checkpoint = find_checkpoint(plan, prepared.tokenizer, batches, note)
+    if is_first():
+        write_text(folder.plan, json.dumps(plan.to_dict(), indent=2))
+    show_plan(console, plan)
+    plan.require_fit()
+    before = anonymous_memory()
+    show.data(console, batches.report)
+    model, tokenizer = load(plan)
+    if compensated := compensate(model, batches, plan, folder.compensated):
+        show.compensation(console, compensated)
+    adapted = attach(model, plan)
+    show.reached(console, coverage(adapted, plan))
+    trained = train(adapted, tokenizer, batches, plan, console, checkpoint, stop)
+    judged = judge(trained, batches, plan, console)
+    if not is_first():
+        return {}
+    artifact = package(judged, plan, run_pictures(folder.path))
+    summary = summarize(judged, plan, batches, artifact, compensated, before)
+    text = json.dumps(summary, indent=2)
+    write_page(folder.path, text)
+    write_text(folder.summary, text)
+    return summary
+
+
+def _once(console: Console) -> Callable[[str], None]:
+    """Print a line, unless it was printed before: recipe and checkpoint may both tell of the same change."""
+    said: set[str] = set()
+
+    def note(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            console.print(line, highlight=False, markup=False)
+
+    return note
