@@ -124,3 +124,15 @@ def test_imagined_attention_holds_what_documents_one_by_one_do(family: str) -> N
         adapted(**inputs, use_cache=False)
     held = ledger.opened["over"]
     assert abs(imagined.saved - held) <= 0.01 * held
+
+
+def test_a_tile_is_as_large_as_in_trls_fused_head() -> None:
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from toolkit.rehearsal import loss
+
+    assert (loss._TILE_TOKENS, loss._TILE_WORDS) == (
+        chunked_logprob.TOKEN_CHUNK_SIZE,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+    )

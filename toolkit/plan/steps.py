@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Held", "Question", "StepShape", "question", "recall", "rehearsed", "remember"]
 
-_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py")
+_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py", "labels.py")
 """Our sources that a rehearsal runs."""
 _SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
 """Of the adapter: no byte depends on them."""

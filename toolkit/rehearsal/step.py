@@ -17,10 +17,10 @@ from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import can_attend_apart, describe
+from toolkit.architecture import describe
+from toolkit.ops.document_attention import attend_to_documents, documents_apart
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import imagined_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -118,14 +118,13 @@ def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Count
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
         model.train(step.trains)
-        if _apart(model, step):
-            model.get_base_model().set_attn_implementation(_CAUSAL)
         if step.checkpointing:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         known = [*model.parameters(), *model.buffers()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
-        with ledger, nullcontext() if step.trains else torch.no_grad():
+        apart = documents_apart(model, _CAUSAL) if step.packed and not step.on_card else nullcontext()
+        with apart, ledger, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
@@ -195,11 +194,6 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _apart(model: PeftModel, step: Step) -> bool:
-    """Whether documents are attended to one by one, as `toolkit.ops.document_attention` does."""
-    return step.packed and not step.on_card and can_attend_apart(model.get_base_model())
-
-
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """transformers' own, with a note on what a run finds by looking at its numbers: it cuts nothing but the future."""
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
@@ -217,10 +211,9 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `toolkit.ops.document_attention`: a causal mask is not used, and the documents' outputs are put together."""
-    unused = hasattr(attention_mask, _CAUSAL) and kwargs.get("position_bias") is None
-    mask = None if unused else attention_mask
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0].clone(), None
+    """A sequence as one document, which holds what several do; a mask's mark says whether it is just causal."""
+    whole, is_causal = [query.shape[2]], hasattr(attention_mask, _CAUSAL)
+    return attend_to_documents(module, query, key, value, attention_mask, whole, lambda _: is_causal, **kwargs)
 
 
 AttentionInterface.register(_CAUSAL, _attention)

@@ -11,9 +11,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches
-from toolkit.data.token_table import IGNORED, sequence_lengths
+from toolkit.data.token_table import sequence_lengths
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer_ids
+from toolkit.labels import IGNORED
 from toolkit.mtp import (
     MOST_ANSWERS,
     HeadTraining,

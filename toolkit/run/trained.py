@@ -19,9 +19,9 @@ from toolkit.artifact import require_packageable as may_be_packaged
 from toolkit.artifact.manifest import file_entry
 from toolkit.checkpoint import BaseIdentity, config_sha256, files_of, identify_base, license_of
 from toolkit.data import Batches, Dialogue
-from toolkit.data.token_table import IGNORED
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
+from toolkit.labels import IGNORED
 from toolkit.mtp import MtpHead, head_state, most_answers
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first

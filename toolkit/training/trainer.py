@@ -20,18 +20,24 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
+from toolkit.labels import IGNORED
 from toolkit.mtp import HeadTraining
 from toolkit.mtp.callback import HeadSteps, learn_after
 from toolkit.ops import keep_up_outputs
 from toolkit.ops.document_attention import documents_apart
-from toolkit.ops.label_logits import can_keep_logits, labelled_logits
+from toolkit.ops.label_logits import (
+    entropy_and_hits,
+    forward_inputs,
+    label_logits,
+    pays_to_keep_logits,
+    summed_loss,
+)
 from toolkit.ranks import first_tells, is_first, processes
 from toolkit.signals import StopRequest
 from toolkit.training.best import BestAdapter, KeepBest
@@ -49,8 +55,6 @@ __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
 _NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
-_MOST_LOGITS = 1 << 28
-"""Bytes of logits that may exist at once on a CPU before they are computed in chunks."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         def step() -> None:
             model.train()
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+                loss = self.compute_loss(model, batch, num_items_in_batch=(batch["labels"] != IGNORED).sum())
             self.accelerator.backward(loss)
 
         def forget() -> None:
@@ -152,19 +156,17 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
         """TRL's way needs less memory where many positions are labelled, and is as fast on a card."""
-        if labels.device.type != "cpu" or self.wants_trls_balance or not can_keep_logits(self.model):
+        if labels.device.type != "cpu" or self.wants_trls_balance:
             return False
-        positions = int((labels[:, 1:] != -100).any(0).sum())
-        size = labels.shape[0] * positions * self.model.get_output_embeddings().weight.shape[0]
-        return bool(size * self.model.dtype.itemsize <= _MOST_LOGITS)
+        positions = int((labels[:, 1:] != IGNORED).any(0).sum())
+        return pays_to_keep_logits(self.model, len(labels), positions)
 
     def _labelled_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor | None:
         """As TRL computes it, and the same metrics; None where the family gives no load-balancing loss of its own."""
-        given = {**inputs, "use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
-        labels = given.pop("labels")
-        logits, targets, outputs = labelled_logits(model, given, labels)
+        given = forward_inputs(inputs, balanced=self.aux_loss_enabled)
+        logits, targets, outputs = label_logits(model, given, inputs["labels"])
         self._logits = None if self.beside is None else logits.detach()
         balance = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and balance is None:
@@ -172,7 +174,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             return None
         metrics = self._metrics["train" if self.model.training else "eval"]
         count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum") / count
+        loss = summed_loss(logits, targets) / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if balance is not None and self.aux_loss_enabled:
@@ -183,9 +185,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         return loss
 
     def _count_hits(self, logits: torch.Tensor, targets: torch.Tensor, metrics: dict[str, list[float]]) -> None:
-        log_probabilities = logits.float().log_softmax(-1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum()
-        hits = (log_probabilities.argmax(-1) == targets).sum()
+        entropy, hits = entropy_and_hits(logits, targets)
         sums = torch.stack([entropy, hits.to(entropy.dtype), torch.tensor(float(len(targets)))])
         entropies, right, count = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
         metrics["entropy"].append(entropies / max(1.0, count))
