@@ -148,7 +148,7 @@ def _run(
     device: torch.device,
 ) -> None:
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_imagined)
+        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_fake)
 
 
 @dataclass(frozen=True)

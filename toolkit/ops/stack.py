@@ -16,7 +16,7 @@ import torch
 
 from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
-from toolkit.ops.rows import RowBlock, Segment, is_imagined
+from toolkit.ops.rows import RowBlock, Segment, is_fake
 from toolkit.ops.split_int8 import Digits, can_multiply, multiply_each
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
@@ -159,7 +159,7 @@ class Products:
             yield slice(0, weight.shape[0]), weight
             return
         step = max(1, _BUFFER // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
-        elements, reuses = min(step, weight.shape[0]) * weight.shape[1], not is_imagined(weight)
+        elements, reuses = min(step, weight.shape[0]) * weight.shape[1], not is_fake(weight)
         buffer = _buffer(elements, dtype, weight.device) if reuses else weight.new_empty(elements, dtype=dtype)
         for start in range(0, weight.shape[0], step):
             rows = slice(start, min(start + step, weight.shape[0]))

@@ -121,7 +121,7 @@ def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
 
     given = {**asdict(asked), "dtype": getattr(torch, asked.dtype), "lora": json.loads(asked.lora)}
     del given["attn"]
-    if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be imagined
+    if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be rehearsed
         given["backend"] = "onecard_per_expert"
     return Held(*rehearsal.rehearse(model, rehearsal.Step(**given)))
 

@@ -24,13 +24,13 @@ from toolkit.ops.label_logits import (
     summed_loss,
 )
 
-__all__ = ["imagined_loss"]
+__all__ = ["fake_loss"]
 
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 """A tile of logits in TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py`)."""
 
 
-def imagined_loss(
+def fake_loss(
     model: PeftModel, inputs: dict[str, torch.Tensor], labelled: int, *, balanced: bool, on_card: bool, trains: bool
 ) -> torch.Tensor:
     """A loss that backward can start from.

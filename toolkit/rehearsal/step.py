@@ -22,10 +22,10 @@ from transformers.masking_utils import sdpa_mask
 from toolkit.architecture import describe
 from toolkit.ops.document_attention import attend_to_documents, documents_apart
 from toolkit.rehearsal.ledger import Ledger
-from toolkit.rehearsal.loss import imagined_loss
+from toolkit.rehearsal.loss import fake_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
 
-__all__ = ["Step", "imagined_model", "rehearse", "run_step"]
+__all__ = ["Step", "fake_model", "rehearse", "run_step"]
 
 _CAUSAL = "onecard_rehearsal"
 """The name under which attention of documents on their own is known to transformers, and the mark of a causal mask."""
@@ -89,14 +89,14 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
         model: a skeleton on meta, which is used up.
     """
     depths = depths_of(model)
-    peft_model = imagined_model(model, step)
-    imagination = FakeTensorMode(allow_non_fake_inputs=True)
+    peft_model = fake_model(model, step)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     truncate(peft_model, depths.short + depths.period)
-    longer = run_step(peft_model, step, imagination)
+    longer = run_step(peft_model, step, fake_mode)
     if not depths.period:
         return longer.peak, longer.saved, longer.bare
     truncate(peft_model, depths.short)
-    short = run_step(peft_model, step, imagination)
+    short = run_step(peft_model, step, fake_mode)
     saved = short.saved + depths.repeats * (longer.saved - short.saved)
     highest, bare = (
         _extrapolated(*each, depths) for each in ((short.peaks, longer.peaks), (short.bares, longer.bares))
@@ -104,7 +104,7 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
     return highest, saved, bare
 
 
-def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
+def fake_model(model: PreTrainedModel, step: Step) -> PeftModel:
     """The skeleton as the run will have it, on meta still."""
     for parameter in model.parameters():  # buffers keep their own dtype, as they do when weights are loaded
         parameter.data = parameter.data.to(step.dtype)
@@ -112,9 +112,9 @@ def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
     return adapted(model, step.lora, experts=step.experts, linears=step.linears, keep_up=kept, backend=step.backend)
 
 
-def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Counted:
+def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted:
     """One step of the model as it stands, counted."""
-    with imagination:
+    with fake_mode:
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
         model.train(step.trains)
@@ -144,7 +144,7 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
             if step.kind == "generate":
                 model(**inputs, use_cache=True, logits_to_keep=1)
                 return
-            loss = imagined_loss(
+            loss = fake_loss(
                 model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card, trains=step.trains
             )
         for handle in handles:

@@ -21,7 +21,7 @@ import torch
 from toolkit.errors import ModelError
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.presence import present
-from toolkit.ops.rows import is_imagined
+from toolkit.ops.rows import is_fake
 from toolkit.ops.triton import products
 from toolkit.ops.triton.gates import GateForm, recognize
 from toolkit.ops.triton.routing import Routing, route
@@ -119,7 +119,7 @@ def _apply(
 ) -> torch.Tensor:
     if x_TH.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"the Triton experts compute in fp32, bf16 or fp16, not {x_TH.dtype}; use onecard_per_expert")
-    if x_TH.device.type != "cuda" and not INTERPRETED and not is_imagined(x_TH):
+    if x_TH.device.type != "cuda" and not INTERPRETED and not is_fake(x_TH):
         raise ModelError(f"the Triton experts need a CUDA card, not {x_TH.device.type}; use onecard_per_expert")
     form = recognize(weights.gate, _outputs(weights.up), x_TH.device)
     factors = [factor for lora in loras for factor in ((None, None) if lora is None else (lora.A, lora.B))]
