@@ -47,7 +47,7 @@ from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, out_of_memory, probe
-from toolkit.training.progress import MetricsLog, ProgressDisplay, StillAdapters
+from toolkit.training.progress import MetricsLog, ProgressDisplay, UnmovedAdapters
 from toolkit.training.resumable import Part, ResumableTrainer
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
@@ -282,7 +282,7 @@ def train_adapter(
     guard = StepGuard(most, partial(name_examples, train, places), console.print)
     saved = {**(parts or {}), **({"mtp": head} if head and head_stage == "with" else {})}
     trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=stop)
-    trainer.add_callback(StillAdapters(console))
+    trainer.add_callback(UnmovedAdapters(console))
     if train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
     if head is not None and head_stage == "with":
