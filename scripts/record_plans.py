@@ -24,7 +24,7 @@ from typing import Any
 
 from toolkit.plan.shapes import Shapes, published, versions
 from toolkit.plan.skeletons import shape_of, shapes_of
-from toolkit.plan.steps import Held, Question, StepShape, question, rehearsed
+from toolkit.plan.steps import Question, StepBytes, StepShape, question, rehearsed
 from toolkit.recipe import Recipe, load, parse
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def _changed(recipe: Recipe, r: int, length: int, kept: bool) -> Recipe:
     return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": r}), "training": training})
 
 
-def answer(name: str, asked: Question) -> Held:
+def answer(name: str, asked: Question) -> StepBytes:
     """Rehearsed now."""
     return rehearsed(shape_of(name, attn_implementation=asked.attn), asked)
 

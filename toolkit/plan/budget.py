@@ -18,7 +18,7 @@ from toolkit.offload.place import most_together, resident_bytes, share_of, sprea
 from toolkit.plan.devices import Device
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
-from toolkit.plan.steps import Held, Question, StepShape, question, recall, rehearsed, remember
+from toolkit.plan.steps import Question, StepBytes, StepShape, question, recall, rehearsed, remember
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Budget:
     """Longest sequence and labels of the data at hand; without it every position of `max_length` carries a label."""
     note: str = ""
     """Why activations are estimated, where they are not counted."""
-    _held: dict[Question, Held] = field(default_factory=dict)
+    _held: dict[Question, StepBytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._record = read_record(self.name) if is_published(self.name, self.revision) else {}
@@ -104,7 +104,7 @@ class Budget:
             placement,
             device=self.device.kind,
             itemsize=self.itemsize,
-            step=self.step(recipe) if counts else Held(0),
+            step=self.step(recipe) if counts else StepBytes(0),
             evaluating=self.evaluating(recipe) if counts else 0,
             together=together,
             learning=self._learning(recipe) if counts else 0,
@@ -170,7 +170,7 @@ class Budget:
                 found.append((count * math.ceil(micro / together), count, placement))
         return min(found, key=lambda each: each[:2])[2]
 
-    def step(self, recipe: Recipe) -> Held:
+    def step(self, recipe: Recipe) -> StepBytes:
         """What a training step holds."""
         return self._answer(recipe, "train")
 
@@ -189,7 +189,7 @@ class Budget:
             return StepShape(length, length - 1 if length > 1 else 1)
         return StepShape(*(min(size, length) for size in vars(self.shape).values()))
 
-    def _answer(self, recipe: Recipe, kind: str) -> Held:
+    def _answer(self, recipe: Recipe, kind: str) -> StepBytes:
         asked = question(
             recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
         )
@@ -197,7 +197,7 @@ class Budget:
             self._held[asked] = recall(asked, self._config, self._record) or self._rehearse(recipe, asked)
         return self._held[asked]
 
-    def _rehearse(self, recipe: Recipe, asked: Question) -> Held:
+    def _rehearse(self, recipe: Recipe, asked: Question) -> StepBytes:
         try:
             held = rehearsed(self._skeleton(), asked)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
@@ -217,9 +217,9 @@ class Budget:
         return "host" if has_room else "disk"
 
 
-def _estimate(numbers: Mapping[str, int], asked: Question, itemsize: int) -> Held:
+def _estimate(numbers: Mapping[str, int], asked: Question, itemsize: int) -> StepBytes:
     """By rule of thumb: 34 values a token and hidden unit in a layer (Korthikanti et al. 2022), 2 where recomputed."""
     tokens, layers = asked.length * asked.batch, numbers["num_hidden_layers"]
     a_layer = tokens * numbers["hidden_size"] * itemsize
     kept = 0 if asked.kind != "train" else layers * (2 if asked.checkpointing else 34)
-    return Held(a_layer * (kept + 34) + 12 * tokens * numbers["vocab_size"], a_layer * kept)
+    return StepBytes(a_layer * (kept + 34) + 12 * tokens * numbers["vocab_size"], a_layer * kept)

@@ -15,7 +15,7 @@ from toolkit.mtp.cost import HEAD_BYTES, head_bytes
 from toolkit.offload.place import resident_bytes
 from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.shapes import Shapes
-from toolkit.plan.steps import Held
+from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
 
 __all__ = ["Bytes", "count_bytes", "stack_bytes"]
@@ -91,7 +91,7 @@ def count_bytes(
     *,
     device: str,
     itemsize: int,
-    step: Held,
+    step: StepBytes,
     evaluating: int = 0,
     together: int = 1,
     learning: int = 0,
@@ -137,7 +137,7 @@ def count_bytes(
     )
 
 
-def _held(step: Held, gradients: int, micro: int, together: int, layers: int) -> int:
+def _held(step: StepBytes, gradients: int, micro: int, together: int, layers: int) -> int:
     """Most bytes of gradients and activations: later micro-batches have the gradients of earlier ones beside them.
 
     Where all go together, only the last layer's are there when the others compute their loss.

@@ -24,7 +24,7 @@ from toolkit.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Held", "Question", "StepShape", "question", "recall", "rehearsed", "remember"]
+__all__ = ["Question", "StepBytes", "StepShape", "question", "recall", "rehearsed", "remember"]
 
 _REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py", "labels.py")
 """Our sources that a rehearsal runs."""
@@ -48,7 +48,7 @@ class StepShape:
 
 
 @dataclass(frozen=True)
-class Held:
+class StepBytes:
     """Bytes beyond what stands: the most at once, gradients among them; those of a micro-batch that waits; and the most
     at once beside gradients of micro-batches before."""
 
@@ -113,7 +113,7 @@ def question(
     )
 
 
-def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
+def rehearsed(model: PreTrainedModel, asked: Question) -> StepBytes:
     """The answer of a rehearsal; the skeleton `model` is used up."""
     import torch
 
@@ -123,22 +123,22 @@ def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
     del given["attn"]
     if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be rehearsed
         given["backend"] = "onecard_per_expert"
-    return Held(*rehearsal.rehearse(model, rehearsal.Step(**given)))
+    return StepBytes(*rehearsal.rehearse(model, rehearsal.Step(**given)))
 
 
-def recall(asked: Question, model: str, record: Mapping[str, Any]) -> Held | None:
+def recall(asked: Question, model: str, record: Mapping[str, Any]) -> StepBytes | None:
     """An answer given before: in a published model's record, or in the user's cache. `model`: its config's JSON."""
     found = record.get("steps", {}).get(asked.digest())
     if found is None:
         with suppress(OSError, ValueError):
             found = json.loads(_file(asked, model).read_text(encoding="utf-8"))
     try:
-        return Held(*map(int, found))
+        return StepBytes(*map(int, found))
     except TypeError:  # none, or a damaged file
         return None
 
 
-def remember(asked: Question, model: str, held: Held) -> None:
+def remember(asked: Question, model: str, held: StepBytes) -> None:
     """Keep an answer in the user's cache, where that can be written."""
     path = _file(asked, model)
     with suppress(OSError):

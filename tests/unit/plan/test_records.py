@@ -15,7 +15,7 @@ from scripts.record_plans import answer, questions
 from toolkit.plan import steps
 from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, unfold, versions
 from toolkit.plan.skeletons import shape_of, shapes_of
-from toolkit.plan.steps import Held, recall, remember
+from toolkit.plan.steps import StepBytes, recall, remember
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,12 +66,12 @@ def test_what_was_rehearsed_is_remembered_for_this_question_alone(
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path))
     asked = next(iter(questions(published()[0]).values()))
     assert recall(asked, "config", {}) is None
-    remember(asked, "config", Held(7, 3))
-    assert recall(asked, "config", {}) == Held(7, 3)
+    remember(asked, "config", StepBytes(7, 3))
+    assert recall(asked, "config", {}) == StepBytes(7, 3)
     assert recall(asked, "another config", {}) is None
     assert recall(replace(asked, length=asked.length + 1), "config", {}) is None
     scaled = replace(asked, lora=json.dumps({**json.loads(asked.lora), "lora_alpha": 1.0}))
-    assert recall(scaled, "config", {}) == Held(7, 3)
+    assert recall(scaled, "config", {}) == StepBytes(7, 3)
     steps._sources.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(steps, "_REHEARSED", ("ops",))
@@ -83,7 +83,7 @@ def test_what_was_rehearsed_is_remembered_for_this_question_alone(
     file.unlink()
     (tmp_path / "steps").rmdir()
     (tmp_path / "steps").write_text("a file where the folder should be")
-    remember(asked, "config", Held(7, 3))
+    remember(asked, "config", StepBytes(7, 3))
 
 
 RECIPES = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if re.search(r"-a?\d+b|-lite", path.stem)]
