@@ -18,7 +18,7 @@ from toolkit.offload.place import most_together, resident_bytes, share_of, sprea
 from toolkit.plan.devices import Device
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
-from toolkit.plan.steps import Question, StepBytes, StepShape, question, recall, rehearsed, remember
+from toolkit.plan.steps import StepBytes, StepShape, StepSpec, recall, rehearsed, remember, step_spec
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Budget:
     """Longest sequence and labels of the data at hand; without it every position of `max_length` carries a label."""
     note: str = ""
     """Why activations are estimated, where they are not counted."""
-    _held: dict[Question, StepBytes] = field(default_factory=dict)
+    _held: dict[StepSpec, StepBytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._record = read_record(self.name) if is_published(self.name, self.revision) else {}
@@ -190,21 +190,21 @@ class Budget:
         return StepShape(*(min(size, length) for size in vars(self.shape).values()))
 
     def _answer(self, recipe: Recipe, kind: str) -> StepBytes:
-        asked = question(
+        spec = step_spec(
             recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
         )
-        if asked not in self._held:
-            self._held[asked] = recall(asked, self._config, self._record) or self._rehearse(recipe, asked)
-        return self._held[asked]
+        if spec not in self._held:
+            self._held[spec] = recall(spec, self._config, self._record) or self._rehearse(recipe, spec)
+        return self._held[spec]
 
-    def _rehearse(self, recipe: Recipe, asked: Question) -> StepBytes:
+    def _rehearse(self, recipe: Recipe, spec: StepSpec) -> StepBytes:
         try:
-            held = rehearsed(self._skeleton(), asked)
+            held = rehearsed(self._skeleton(), spec)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
             self.note = f"activations estimated: this family's step cannot be rehearsed ({first_line(error)[:80]})"
-            return _estimate(self.shapes.numbers, asked, self.itemsize)
-        remember(asked, self._config, held)
+            return _estimate(self.shapes.numbers, spec, self.itemsize)
+        remember(spec, self._config, held)
         return held
 
     def _place(self, wanted: str, sizes: Mapping[str, int], count: int) -> str:
@@ -217,9 +217,9 @@ class Budget:
         return "host" if has_room else "disk"
 
 
-def _estimate(numbers: Mapping[str, int], asked: Question, itemsize: int) -> StepBytes:
+def _estimate(numbers: Mapping[str, int], spec: StepSpec, itemsize: int) -> StepBytes:
     """By rule of thumb: 34 values a token and hidden unit in a layer (Korthikanti et al. 2022), 2 where recomputed."""
-    tokens, layers = asked.length * asked.batch, numbers["num_hidden_layers"]
+    tokens, layers = spec.length * spec.batch, numbers["num_hidden_layers"]
     a_layer = tokens * numbers["hidden_size"] * itemsize
-    kept = 0 if asked.kind != "train" else layers * (2 if asked.checkpointing else 34)
+    kept = 0 if spec.kind != "train" else layers * (2 if spec.checkpointing else 34)
     return StepBytes(a_layer * (kept + 34) + 12 * tokens * numbers["vocab_size"], a_layer * kept)

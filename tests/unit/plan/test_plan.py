@@ -27,7 +27,7 @@ from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.duration import Duration
 from toolkit.plan.shapes import published
-from toolkit.plan.steps import StepBytes, question
+from toolkit.plan.steps import StepBytes, step_spec
 from toolkit.recipe import Recipe, parse
 
 MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
@@ -169,7 +169,7 @@ def test_evaluation_is_counted_where_the_data_are_known(monkeypatch: pytest.Monk
     asked: list[tuple[str, int, int]] = []
 
     def answer(self: Budget, wanted: Recipe, kind: str) -> StepBytes:
-        found = question(wanted, self.shape_for(wanted), device="cuda", dtype=self.dtype, backend="any", kind=kind)
+        found = step_spec(wanted, self.shape_for(wanted), device="cuda", dtype=self.dtype, backend="any", kind=kind)
         asked.append((kind, found.batch, found.length))
         return StepBytes({"loss": 1, "generate": wanted.eval.batch_size}[kind] << 30)
 
