@@ -18,7 +18,7 @@ from toolkit.offload.place import most_together, resident_bytes, share_of, sprea
 from toolkit.plan.devices import Device
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
-from toolkit.plan.steps import StepBytes, StepShape, StepSpec, recall, rehearsed, remember, step_spec
+from toolkit.plan.steps import StepBytes, StepShape, StepSpec, cache_bytes, cached_bytes, rehearsed, step_spec
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Budget:
             recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
         )
         if spec not in self._held:
-            self._held[spec] = recall(spec, self._config, self._record) or self._rehearse(recipe, spec)
+            self._held[spec] = cached_bytes(spec, self._config, self._record) or self._rehearse(recipe, spec)
         return self._held[spec]
 
     def _rehearse(self, recipe: Recipe, spec: StepSpec) -> StepBytes:
@@ -204,7 +204,7 @@ class Budget:
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
             self.note = f"activations estimated: this family's step cannot be rehearsed ({first_line(error)[:80]})"
             return _estimate(self.shapes.numbers, spec, self.itemsize)
-        remember(spec, self._config, held)
+        cache_bytes(spec, self._config, held)
         return held
 
     def _place(self, wanted: str, sizes: Mapping[str, int], count: int) -> str:

@@ -24,7 +24,7 @@ from toolkit.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["StepBytes", "StepShape", "StepSpec", "recall", "rehearsed", "remember", "step_spec"]
+__all__ = ["StepBytes", "StepShape", "StepSpec", "cache_bytes", "cached_bytes", "rehearsed", "step_spec"]
 
 _REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py", "labels.py")
 """Our sources that a rehearsal runs."""
@@ -126,7 +126,7 @@ def rehearsed(model: PreTrainedModel, spec: StepSpec) -> StepBytes:
     return StepBytes(*rehearsal.rehearse(model, rehearsal.Step(**given)))
 
 
-def recall(spec: StepSpec, model: str, record: Mapping[str, Any]) -> StepBytes | None:
+def cached_bytes(spec: StepSpec, model: str, record: Mapping[str, Any]) -> StepBytes | None:
     """An answer given before: in a published model's record, or in the user's cache. `model`: its config's JSON."""
     found = record.get("steps", {}).get(spec.digest())
     if found is None:
@@ -138,7 +138,7 @@ def recall(spec: StepSpec, model: str, record: Mapping[str, Any]) -> StepBytes |
         return None
 
 
-def remember(spec: StepSpec, model: str, held: StepBytes) -> None:
+def cache_bytes(spec: StepSpec, model: str, held: StepBytes) -> None:
     """Keep an answer in the user's cache, where that can be written."""
     path = _file(spec, model)
     with suppress(OSError):

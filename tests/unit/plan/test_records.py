@@ -15,7 +15,7 @@ from scripts.record_plans import answer, step_specs
 from toolkit.plan import steps
 from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, unfold, versions
 from toolkit.plan.skeletons import shape_of, shapes_of
-from toolkit.plan.steps import StepBytes, recall, remember
+from toolkit.plan.steps import StepBytes, cache_bytes, cached_bytes
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,7 +39,7 @@ def test_recorded_steps_are_rehearsed_again(name: str, number: int) -> None:
     pytest.importorskip("triton")
     short = sorted((spec for spec in step_specs(name).values() if spec.length <= 256), key=lambda spec: spec.lora)
     spec = short[number % len(short)]
-    assert recall(spec, "", read_record(name)) == answer(name, spec)
+    assert cached_bytes(spec, "", read_record(name)) == answer(name, spec)
 
 
 @pytest.mark.parametrize(
@@ -63,25 +63,25 @@ def test_other_versions_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_was_rehearsed_is_cached_for_this_spec_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path))
     spec = next(iter(step_specs(published()[0]).values()))
-    assert recall(spec, "config", {}) is None
-    remember(spec, "config", StepBytes(7, 3))
-    assert recall(spec, "config", {}) == StepBytes(7, 3)
-    assert recall(spec, "another config", {}) is None
-    assert recall(replace(spec, length=spec.length + 1), "config", {}) is None
+    assert cached_bytes(spec, "config", {}) is None
+    cache_bytes(spec, "config", StepBytes(7, 3))
+    assert cached_bytes(spec, "config", {}) == StepBytes(7, 3)
+    assert cached_bytes(spec, "another config", {}) is None
+    assert cached_bytes(replace(spec, length=spec.length + 1), "config", {}) is None
     scaled = replace(spec, lora=json.dumps({**json.loads(spec.lora), "lora_alpha": 1.0}))
-    assert recall(scaled, "config", {}) == StepBytes(7, 3)
+    assert cached_bytes(scaled, "config", {}) == StepBytes(7, 3)
     steps._sources.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(steps, "_REHEARSED", ("ops",))
-        assert recall(spec, "config", {}) is None
+        assert cached_bytes(spec, "config", {}) is None
     steps._sources.cache_clear()
     (file,) = (tmp_path / "steps").iterdir()
     file.write_text("[1")
-    assert recall(spec, "config", {}) is None
+    assert cached_bytes(spec, "config", {}) is None
     file.unlink()
     (tmp_path / "steps").rmdir()
     (tmp_path / "steps").write_text("a file where the folder should be")
-    remember(spec, "config", StepBytes(7, 3))
+    cache_bytes(spec, "config", StepBytes(7, 3))
 
 
 RECIPES = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if re.search(r"-a?\d+b|-lite", path.stem)]
