@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.mtp.cost import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
-from toolkit.offload.place import most_together, resident_bytes, share_of, spread, streamed
+from toolkit.offload.place import most_micro_batches_per_pass, resident_bytes, share_of, spread, streamed
 from toolkit.plan.devices import Device
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
@@ -88,15 +88,15 @@ class Budget:
     def bytes(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> Bytes:
         """Of a recipe with rank and length decided; all stacks resident where no placement is given."""
         placement = placement or self._resident()
-        return self._bytes(recipe, placement, self.together(recipe, placement))
+        return self._bytes(recipe, placement, self.micro_batches_per_pass(recipe, placement))
 
-    def together(self, recipe: Recipe, placement: Mapping[str, str]) -> int:
+    def micro_batches_per_pass(self, recipe: Recipe, placement: Mapping[str, str]) -> int:
         """The most micro-batches that fit when they go through a streamed layer before the next: each waits once."""
-        most = most_together(recipe) if self.counts_steps and streamed(placement) else 1
+        most = most_micro_batches_per_pass(recipe) if self.counts_steps and streamed(placement) else 1
         room = (self._bytes(recipe, placement, count).total <= self.device.memory for count in range(most, 1, -1))
         return next((most - number for number, fits in enumerate(room) if fits), 1)
 
-    def _bytes(self, recipe: Recipe, placement: Mapping[str, str], together: int = 1, *, counts: bool = True) -> Bytes:
+    def _bytes(self, recipe: Recipe, placement: Mapping[str, str], per_pass: int = 1, *, counts: bool = True) -> Bytes:
         counts = counts and self.counts_steps
         return count_bytes(
             self.shapes,
@@ -106,7 +106,7 @@ class Budget:
             itemsize=self.itemsize,
             step=self.step(recipe) if counts else StepBytes(0),
             evaluating=self.evaluating(recipe) if counts else 0,
-            together=together,
+            micro_batches_per_pass=per_pass,
             learning=self._learning(recipe) if counts else 0,
         )
 
@@ -159,15 +159,15 @@ class Budget:
 
     def _least_traffic(self, recipe: Recipe, sizes: Mapping[str, int]) -> dict[str, str]:
         """Fewest layers times passes: more layers streamed leave room for more micro-batches in each pass."""
-        micro, most = recipe.training.gradient_accumulation_steps, most_together(recipe)
+        micro, most = recipe.training.gradient_accumulation_steps, most_micro_batches_per_pass(recipe)
         beside = [self._bytes(recipe, self._resident(), count) for count in range(1, most + 1)]
         rests = [counted.total - counted.experts for counted in beside]
         found: list[tuple[int, int, dict[str, str]]] = []
         for count in range(1, len(sizes) + 1):
             placement = spread(sizes, count, self._place(recipe.placement.experts, sizes, count))
             room = self.device.memory - sum(resident_bytes(sizes, placement))
-            if together := sum(rest <= room for rest in rests):
-                found.append((count * math.ceil(micro / together), count, placement))
+            if per_pass := sum(rest <= room for rest in rests):
+                found.append((count * math.ceil(micro / per_pass), count, placement))
         return min(found, key=lambda each: each[:2])[2]
 
     def step(self, recipe: Recipe) -> StepBytes:

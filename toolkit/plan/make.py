@@ -57,7 +57,7 @@ class Plan:
     folder: Path
     placement: Mapping[str, str] = field(default_factory=dict)
     """MoE layer module name to where its expert stacks live: resident, host or disk."""
-    together: int = 1
+    micro_batches_per_pass: int = 1
     """Micro-batches that go through a streamed layer before the next."""
     device_name: str = ""
     length: int = 0
@@ -115,7 +115,7 @@ class Plan:
             "fits": self.fits,
             "placement": dict(self.placement),
             "streamed_layers": len(streamed(self.placement)),
-            "micro_batches_together": self.together,
+            "micro_batches_per_pass": self.micro_batches_per_pass,
             "step_seconds": self.duration.to_dict() if self.duration else None,
             "disk": dict(self.disk),
             "stored": asdict(self.stored) if self.stored else None,
@@ -159,7 +159,7 @@ def make_plan(
         device.memory,
         Path(recipe.training.output_dir),
         placement,
-        budget.together(recipe, placement),
+        budget.micro_batches_per_pass(recipe, placement),
         device.name,
         chosen.length,
         chosen.labelled,
@@ -190,9 +190,9 @@ def _duration(
         return None
     stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
     adapter = sizes.adapter // 4
-    together = budget.together(recipe, placement)
+    per_pass = budget.micro_batches_per_pass(recipe, placement)
     card, length, labelled = budget.device.card, shape.length, shape.labelled
-    return step_duration(budget.shapes, recipe, card, sizes, stacks, placement, adapter, length, labelled, together)
+    return step_duration(budget.shapes, recipe, card, sizes, stacks, placement, adapter, length, labelled, per_pass)
 
 
 def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:

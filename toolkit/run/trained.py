@@ -177,7 +177,7 @@ def train(
         best=_wanted_best(model, tokenizer, batches, plan),
         advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
         probes=_probes(plan, note),
-        together=plan.together,
+        micro_batches_per_pass=plan.micro_batches_per_pass,
         resume=resumed,
         stop=stop,
         places=batches.places,

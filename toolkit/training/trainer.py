@@ -224,7 +224,7 @@ def train_adapter(
     best: BestAdapter | None = None,
     advice: str = "a smaller training.max_length",
     probes: bool = True,
-    together: int | None = None,
+    micro_batches_per_pass: int | None = None,
     resume: Resume | None = None,
     stop: StopRequest | None = None,
     places: Sequence[str] = (),
@@ -243,7 +243,7 @@ def train_adapter(
         best: what to keep or stop for.
         advice: what to change where memory does not suffice for the longest batch.
         probes: whether that batch goes first. It changes no number; it costs a batch's time.
-        together: micro-batches that go through a streamed layer before the next; None for all of a step.
+        micro_batches_per_pass: those that go through a streamed layer before the next; None for all of a step.
         head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
         resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
         stop: told of signals. places: where each row of `train` came from. parts: trained and saved beside the adapter.
@@ -277,7 +277,7 @@ def train_adapter(
         trainer.score = best.score
         trainer.add_callback(keeper)
     trainer.probe_advice = advice if probes else None
-    trainer.layer_major = None if head else layer_major_for(model, arguments, together)
+    trainer.layer_major = None if head else layer_major_for(model, arguments, micro_batches_per_pass)
     trainer.evaluates_each_epoch = validation is not None and not arguments["eval_steps"]
     guard = StepGuard(most, partial(name_examples, train, places), console.print)
     saved = {**(parts or {}), **({"mtp": head} if head and head_stage == "with" else {})}

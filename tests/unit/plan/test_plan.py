@@ -153,15 +153,15 @@ def test_as_many_micro_batches_go_together_as_fit_with_the_least_traffic() -> No
     kinds = set()
     for memory in range(least - (5 << 30), least, 1 << 28):
         made = planned(memory)
-        away, passes = len(streamed(made.placement)), -(-8 // made.together)
+        away, passes = len(streamed(made.placement)), -(-8 // made.micro_batches_per_pass)
         if not made.fits:
             continue
-        kinds.add(made.together)
+        kinds.add(made.micro_batches_per_pass)
         budget = Budget(MODEL, "main", Device("cuda", "card", memory), made.dtype, made.backend, "auto")
         for count in range(1, 17):  # no other split moves less
             other = spread(dict.fromkeys(made.placement, 0), count, "host")
             if budget.fits(made.recipe, other):
-                assert away * passes <= count * -(-8 // budget.together(made.recipe, other))
+                assert away * passes <= count * -(-8 // budget.micro_batches_per_pass(made.recipe, other))
     assert len(kinds) > 2
 
 
