@@ -18,7 +18,8 @@ from tests.parity.test_training import rows, train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, RecipeError
-from toolkit.offload import int8_folder, load_streamed, stream_of
+from toolkit.offload.attach import load_streamed, stream_of
+from toolkit.offload.cache import int8_folder
 from toolkit.offload.place import spread
 from toolkit.quant import dequantize_state, load_int8
 from toolkit.training.layer_major import LayerMajor

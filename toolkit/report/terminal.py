@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from toolkit.artifact import VerifyReport
 from toolkit.data import Batches, DataReport
-from toolkit.mtp import draft_table
+from toolkit.mtp.measure import draft_table
 from toolkit.plan import Plan
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.report.hints import next_commands

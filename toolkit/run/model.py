@@ -13,7 +13,7 @@ from toolkit.artifact import fetch_adapter, require_base
 from toolkit.checkpoint import identify_base
 from toolkit.data import Batches
 from toolkit.errors import ModelError, RecipeError
-from toolkit.offload import load_streamed
+from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.plan import Plan

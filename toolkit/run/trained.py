@@ -22,7 +22,9 @@ from toolkit.data import Batches, Dialogue
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
 from toolkit.labels import IGNORED
-from toolkit.mtp import MtpHead, head_state, most_answers
+from toolkit.mtp.cost import most_answers
+from toolkit.mtp.export import head_state
+from toolkit.mtp.head import MtpHead
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat

@@ -19,7 +19,7 @@ from toolkit.data import Answer, Dialogue
 from toolkit.data.streamed import Piece
 from toolkit.errors import OnecardError, RecipeError
 from toolkit.evaluate import sampling
-from toolkit.mtp import Speculator
+from toolkit.mtp.decode import Speculator
 from toolkit.serving.screen import Screen, Tell
 
 __all__ = ["BASE", "Conversation", "talk"]

@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from toolkit.offload import ExpertStream, stream_of
+from toolkit.offload.attach import stream_of
+from toolkit.offload.stream import ExpertStream
 
 __all__ = ["LayerMajor", "LayerMajorSteps", "layer_major_for"]
 

@@ -27,8 +27,8 @@ from trl import SFTConfig
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
 from toolkit.labels import IGNORED
-from toolkit.mtp import HeadTraining
 from toolkit.mtp.callback import HeadSteps, learn_after
+from toolkit.mtp.training import HeadTraining
 from toolkit.ops import keep_up_outputs
 from toolkit.ops.document_attention import documents_apart
 from toolkit.ops.label_logits import (
