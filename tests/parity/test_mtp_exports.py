@@ -18,7 +18,7 @@ from tests.parity.families import build, tiny_config
 from tests.parity.native_heads import native_checkpoint, next_token, our_draft, stock, stock_draft
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.export.write import Export, export_adapter
 from toolkit.mtp.build import new_head
 from toolkit.mtp.export import head_state, read_head

@@ -17,7 +17,7 @@ from toolkit.adapters import unmoved_adapters
 from toolkit.artifact import check_folder, read_manifest, write_artifact
 from toolkit.artifact import require_packageable as may_be_packaged
 from toolkit.artifact.manifest import file_entry
-from toolkit.checkpoint import BaseIdentity, config_sha256, files_of, identify_base, license_of
+from toolkit.checkpoint.identity import BaseIdentity, config_sha256, files_of, identify_base, license_of
 from toolkit.data import Batches, Dialogue
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
