@@ -49,7 +49,7 @@ def _main_job(
     from toolkit import run as job
     from toolkit.artifact import check_token
     from toolkit.plan import make_plan
-    from toolkit.ranks import first_tells, join
+    from toolkit.ranks import broadcast, join
     from toolkit.run import RunFolder, check_folder_is_ours, check_writable, fork_recipe
 
     console = quiet_console()
@@ -69,7 +69,7 @@ def _main_job(
     join(made.device)
     run = RunFolder(made.folder)
     with ExitStack() as held:
-        finished = first_tells(partial(_open, made, batches, source if fork else None, held, note))
+        finished = broadcast(partial(_open, made, batches, source if fork else None, held, note))
         if finished is None:
             finished = _train(console, made, batches, tokenizer, run, stop, note)
         else:

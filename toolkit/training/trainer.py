@@ -38,7 +38,7 @@ from toolkit.ops.label_logits import (
     pays_to_keep_logits,
     summed_loss,
 )
-from toolkit.ranks import first_tells, is_first, processes
+from toolkit.ranks import broadcast, is_first, processes
 from toolkit.signals import StopRequest
 from toolkit.training.best import BestAdapter, KeepBest
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
@@ -204,7 +204,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         """As Trainer, with the figures of `score` among the metrics, so that they are logged and callbacks see them."""
         output = super().evaluation_loop(*args, **kwargs)
         if self.score is not None:
-            output.metrics.update({f"eval_{name}": value for name, value in first_tells(self.score).items()})
+            output.metrics.update({f"eval_{name}": value for name, value in broadcast(self.score).items()})
         return output
 
 
