@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from tests.parity.conftest import COMMON, FAMILIES
 from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
-from toolkit.ops.document_attention import documents_apart
+from toolkit.ops.document_attention import per_document_attention
 from toolkit.rehearsal import Step, fake_model, rehearse, run_step
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.model import decoder_layers, depths_of
@@ -119,7 +119,7 @@ def test_fake_attention_holds_what_documents_one_by_one_do(family: str) -> None:
     }
     ledger = Ledger([*adapted.parameters(), *adapted.buffers()])
     decoder_layers(adapted)[2][-1].register_forward_hook(lambda *_: ledger.mark("over"))
-    with documents_apart(adapted) as can, ledger:
+    with per_document_attention(adapted) as can, ledger:
         assert can
         adapted(**inputs, use_cache=False)
     held = ledger.opened["over"]

@@ -18,22 +18,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import can_attend_apart
+from toolkit.architecture import can_attend_per_document
 
-__all__ = ["attend_to_documents", "documents_apart"]
+__all__ = ["attend_to_documents", "per_document_attention"]
 
 _NAME = "onecard_documents"
 
 
 @contextmanager
-def documents_apart(model: PeftModel, implementation: str = _NAME) -> Iterator[bool]:
+def per_document_attention(model: PeftModel, implementation: str = _NAME) -> Iterator[bool]:
     """Within the block, attend document by document where a batch tells their lengths; yields whether it can.
 
     Models on a CPU that compute with transformers' SDPA can, but for those that ask for it by its name.
     Elsewhere nothing changes. `implementation` is the attention's name in transformers' registry.
     """
     base = model.get_base_model()
-    can = base.device.type == "cpu" and can_attend_apart(base)
+    can = base.device.type == "cpu" and can_attend_per_document(base)
     if can:
         base.set_attn_implementation(implementation)
     try:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.architecture import describe
-from toolkit.ops.document_attention import attend_to_documents, documents_apart
+from toolkit.ops.document_attention import attend_to_documents, per_document_attention
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import fake_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -123,8 +123,8 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
             model.enable_input_require_grads()
         known = [*model.parameters(), *model.buffers()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
-        apart = documents_apart(model, _CAUSAL) if step.packed and not step.on_card else nullcontext()
-        with apart, ledger, nullcontext() if step.trains else torch.no_grad():
+        alone = per_document_attention(model, _CAUSAL) if step.packed and not step.on_card else nullcontext()
+        with alone, ledger, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ from toolkit.labels import IGNORED
 from toolkit.mtp.callback import HeadSteps, learn_after
 from toolkit.mtp.training import HeadTraining
 from toolkit.ops import keep_up_outputs
-from toolkit.ops.document_attention import documents_apart
+from toolkit.ops.document_attention import per_document_attention
 from toolkit.ops.label_logits import (
     entropy_and_hits,
     forward_inputs,
@@ -290,8 +290,8 @@ def train_adapter(
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}")
-    apart = _apart(model, console) if arguments["packing"] else nullcontext()
-    with peak_of(device) as peak, apart, trainer.beside or nullcontext():
+    isolated = _isolated(model, console) if arguments["packing"] else nullcontext()
+    with peak_of(device) as peak, isolated, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
         if head is not None and head_stage == "after":
             console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
@@ -331,9 +331,9 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
 
 
 @contextmanager
-def _apart(model: PeftModel, console: Console) -> Iterator[None]:
+def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
     """No packed example sees another within the block, which is proven first."""
-    with documents_apart(model) as alone:
+    with per_document_attention(model) as alone:
         how = ", each attended to alone" if alone else ""
         how += " (with masks of our own)" if isolate_documents(model) else ""
         console.print(f"packing: no example sees another, checked{how}")
