@@ -48,7 +48,7 @@ from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, out_of_memory, probe
 from toolkit.training.progress import MetricsLog, ProgressDisplay, UnmovedAdapters
-from toolkit.training.resumable import Part, ResumableTrainer
+from toolkit.training.resumable import ResumableTrainer, SavedPart
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
@@ -228,7 +228,7 @@ def train_adapter(
     resume: Resume | None = None,
     stop: StopRequest | None = None,
     places: Sequence[str] = (),
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, SavedPart] | None = None,
     head: HeadTraining | None = None,
     head_stage: str = "with",
 ) -> TrainResult:
