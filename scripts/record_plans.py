@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from toolkit.plan.shapes import Shapes, published, versions
+from toolkit.plan.shapes import Shapes, published, rehearsal_versions
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.steps import StepBytes, StepShape, StepSpec, rehearsed, step_spec
 from toolkit.recipe import Recipe, load, parse
@@ -84,7 +84,7 @@ def fresh(name: str, every: int = 1) -> dict[str, Any]:
     steps = {}
     for digest, spec in islice(step_specs(name).items(), 0, None, every):
         steps[digest] = list(astuple(answer(name, spec)))
-    return {"versions": versions(), "shapes": shapes.to_record(), "steps": dict(sorted(steps.items()))}
+    return {"versions": rehearsal_versions(), "shapes": shapes.to_record(), "steps": dict(sorted(steps.items()))}
 
 
 def main() -> int:

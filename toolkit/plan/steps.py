@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.cache import cache_root
 from toolkit.durable import write_text
-from toolkit.plan.shapes import versions
+from toolkit.plan.shapes import rehearsal_versions
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def cache_bytes(spec: StepSpec, model: str, held: StepBytes) -> None:
 
 
 def _file(spec: StepSpec, model: str) -> Path:
-    key = spec.digest(model, json.dumps(versions(), sort_keys=True), _sources())
+    key = spec.digest(model, json.dumps(rehearsal_versions(), sort_keys=True), _sources())
     return cache_root() / "steps" / f"{key}.json"
 
 

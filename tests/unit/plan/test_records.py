@@ -13,7 +13,7 @@ import pytest
 
 from scripts.record_plans import answer, step_specs
 from toolkit.plan import steps
-from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, unfold, versions
+from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, rehearsal_versions, unfold
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.steps import StepBytes, cache_bytes, cached_bytes
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("name", published())
 def test_recorded_shapes_are_those_of_the_installed_versions(name: str) -> None:
     record = read_record(name)
-    assert record, f"recorded with other versions than {versions()}: run scripts/record_plans.py"
+    assert record, f"recorded with other versions than {rehearsal_versions()}: run scripts/record_plans.py"
     recorded = recorded_shapes(record)
     assert recorded is not None
     fresh = shapes_of(shape_of(name))
