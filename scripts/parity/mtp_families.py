@@ -25,7 +25,7 @@ from transformers.utils import logging
 from tests.parity.families import Family, families
 from tests.parity.native_heads import LAYOUTS, layout_of, native_checkpoint, our_draft, stock, stock_draft, trained
 from toolkit.mtp.decode import can_speculate
-from toolkit.mtp.export import read_head
+from toolkit.mtp.head_file import read_head
 from toolkit.mtp.native import load_native, native_keys
 from toolkit.quant import load_int8
 

@@ -18,8 +18,8 @@ from toolkit.errors import ModelError
 from toolkit.mtp.build import new_head
 from toolkit.mtp.decode import Speculator
 from toolkit.mtp.drafts import Draft, HeadDrafter
-from toolkit.mtp.export import head_state, read_head
 from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
+from toolkit.mtp.head_file import head_state, read_head
 from toolkit.mtp.loss import Rows, head_loss
 from toolkit.mtp.measure import measure_drafts, speculator
 from toolkit.mtp.training import HeadTraining

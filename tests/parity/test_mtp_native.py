@@ -12,7 +12,7 @@ from tests.parity.families import build, tiny_config
 from tests.parity.native_heads import native_checkpoint, our_draft, stock, stock_draft, trained
 from toolkit.errors import ModelError
 from toolkit.mtp.decode import can_speculate
-from toolkit.mtp.export import head_state, merged_head_state, read_head
+from toolkit.mtp.head_file import head_state, merged_head_state, read_head
 from toolkit.mtp.native import head_of, load_native, native_keys
 from toolkit.quant import load_int8
 

@@ -18,8 +18,8 @@ from toolkit.labels import IGNORED
 from toolkit.mtp.build import new_head
 from toolkit.mtp.cost import MOST_ANSWERS
 from toolkit.mtp.decode import can_speculate
-from toolkit.mtp.export import read_head
 from toolkit.mtp.head import MtpHead
+from toolkit.mtp.head_file import read_head
 from toolkit.mtp.measure import measure_drafts
 from toolkit.mtp.native import load_native, native_keys
 from toolkit.mtp.own_answers import OwnHidden, learn_own_answers

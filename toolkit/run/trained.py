@@ -23,8 +23,8 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
 from toolkit.labels import IGNORED
 from toolkit.mtp.cost import most_answers
-from toolkit.mtp.export import head_state
 from toolkit.mtp.head import MtpHead
+from toolkit.mtp.head_file import head_state
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
