@@ -172,7 +172,7 @@ class _Sequence:
                 counts.passes += 1
                 counts.tokens += new
                 counts.drafted_seconds += spent
-                self._judge()
+                self._switch_off_if_slower()
             elif not wanted:
                 counts.plain_seconds += spent
                 counts.plain_tokens += new
@@ -185,7 +185,7 @@ class _Sequence:
             return True
         return self.owner.measured and counts.passes >= 2 and counts.plain_tokens < _TRIAL // 2
 
-    def _judge(self) -> None:
+    def _switch_off_if_slower(self) -> None:
         counts = self.owner.counts
         gain = counts.gain()
         if self.owner.measured and counts.passes >= _TRIAL and gain is not None and gain < 1.0:

@@ -199,7 +199,7 @@ def talk(conversation: Conversation, lines: Iterable[str], screen: Screen) -> No
         if command in ("", "/quit"):
             return
         if command.startswith("/"):
-            screen.say(_obey(conversation, command, argument.strip()))
+            screen.say(_run_command(conversation, command, argument.strip()))
         elif conversation.compare:
             with screen.both(BASE, conversation.adapter) as (base, own):
                 conversation.say_to_both(line, base, own)
@@ -208,7 +208,7 @@ def talk(conversation: Conversation, lines: Iterable[str], screen: Screen) -> No
             screen.words("\n")
 
 
-def _obey(conversation: Conversation, command: str, argument: str) -> str:
+def _run_command(conversation: Conversation, command: str, argument: str) -> str:
     """Do what a line that starts with a slash says, and what to tell of it."""
     try:
         match command:

@@ -263,7 +263,7 @@ def _solve(part: _Part) -> tuple[PartError, list[ExpertError]]:
     size = max(1, _GROUP_ELEMENTS // max(mean.numel(), part.stack.weight[0].numel()))
     groups = [range(start, min(start + size, experts)) for start in range(0, experts, size)]
     squares = torch.cat([_solve_group(part, group, mean) for group in groups])
-    return _judge(part, squares.double())
+    return _part_errors(part, squares.double())
 
 
 def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
     return torch.stack([signal, before, torch.where(worse, before, after), worse.float()], dim=-1).cpu()
 
 
-def _judge(part: _Part, squares: torch.Tensor) -> tuple[PartError, list[ExpertError]]:
+def _part_errors(part: _Part, squares: torch.Tensor) -> tuple[PartError, list[ExpertError]]:
     signal, before, after, worse = squares.unbind(-1)
     rounded, compensated = _relative(before, signal), _relative(after, signal)
     rows = part.rows.tolist()
