@@ -163,7 +163,7 @@ class _Sequence:
         while not self._is_over():
             started = time.perf_counter()
             room = owner.max_new_tokens - (len(self.tokens) - self.prompt) - 1
-            wanted = 0 if self._rests() else min(owner.count, room)
+            wanted = 0 if self._skips_drafts() else min(owner.count, room)
             draft = self.drafter.draft(fresh, self.tokens, wanted, self._pick) if wanted else Draft([], [])
             fresh, new = self._check(draft)
             spent = time.perf_counter() - started
@@ -178,7 +178,7 @@ class _Sequence:
                 counts.plain_tokens += new
         return self.tokens[self.prompt :]
 
-    def _rests(self) -> bool:
+    def _skips_drafts(self) -> bool:
         """Whether this round goes without drafts: they did not pay, or the plain way has yet to be timed."""
         counts = self.owner.counts
         if counts.switched_off:

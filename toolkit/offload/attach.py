@@ -39,11 +39,11 @@ class StreamedStacks:
     @contextmanager
     def present(self, weights: ExpertWeights, index_TK: torch.Tensor, *, trains: bool) -> Iterator[ExpertWeights]:
         """`weights` with both stacks filled in, for the block; of the experts in `index_TK` at least."""
-        with self.stream.present(self.layer, self._few(index_TK, trains), trains=trains) as image:
+        with self.stream.present(self.layer, self._experts_to_read(index_TK, trains), trains=trains) as image:
             up, down = self._layout.views(image)
             yield replace(weights, up=replace(weights.up, weight=up), down=replace(weights.down, weight=down))
 
-    def _few(self, index_TK: torch.Tensor, trains: bool) -> list[int] | None:
+    def _experts_to_read(self, index_TK: torch.Tensor, trains: bool) -> list[int] | None:
         """The experts hit, where they are so few that reading just those pays; None for all."""
         if trains or 2 * index_TK.numel() > self._layout.up[0]:
             return None
