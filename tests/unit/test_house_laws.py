@@ -25,25 +25,25 @@ PUBLIC = [path for path in MODULES if path.name == "__init__.py" or not path.nam
 PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 ORDER = (
-    *("errors", "registration", "ranks", "durable", "run_folder", "steps", "downloads", "signals", "recipe", "parts"),
     *(
+        "errors",
+        "compat",
+        "ranks",
+        "durable",
+        "run_folder",
+        "steps",
+        "downloads",
+        "signals",
+        "recipe",
+        "parts",
         "labels",
-        "architecture",
-        "checkpoint",
-        "ops",
-        "quant",
-        "offload",
-        "adapters",
-        "mtp",
-        "rehearsal",
-        "plan",
-        "data",
     ),
+    *("architecture", "checkpoint", "ops", "quant", "offload", "adapters", "mtp", "rehearsal", "plan", "data"),
     *("training", "evaluate", "artifact", "export", "sweep", "report", "run", "serving", "cli"),
 )
 """The rooms of the house; each may import those before it, and no other."""
 APART: dict[str, set[str]] = {
-    "registration": set(),
+    "compat": set(),
     "durable": {"errors"},
     "run_folder": set(),
     "steps": {"errors"},
