@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.conftest import QUICKSTART
 from tests.parity.conftest import EMBEDDED
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.cli import main
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError
 from toolkit.quant import load_int8, quantize_checkpoint, save

@@ -19,7 +19,8 @@ from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint.headers import headers_in
 from toolkit.errors import ModelError
 from toolkit.export.merge import overwrite
-from toolkit.mtp import config_with_head, draft_config, draft_tensors, merged_head_state
+from toolkit.mtp.draft_folder import draft_config, draft_tensors
+from toolkit.mtp.head_file import config_with_head, merged_head_state
 from toolkit.mtp.native import native_keys
 
 __all__ = ["DRAFT_FOLDER", "stitch_head"]

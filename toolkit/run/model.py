@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.artifact import fetch_adapter, require_base
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.checkpoint.remote import fetch
 from toolkit.data import Batches
 from toolkit.errors import ModelError, RecipeError
-from toolkit.offload import load_streamed
+from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.plan import Plan
