@@ -265,7 +265,7 @@ def arms(leaves: list[torch.Tensor], index: torch.Tensor, weights: Weights) -> I
 
 def check_speed(name: str, tokens: int, limits: dict[str, float], until: float) -> dict[str, Any]:
     """One layer's forward and backward by every arm, and what the measured limits would allow."""
-    from toolkit.ops.cost import LayerShape, backward, forward, step_bytes
+    from scripts.benchmarks.kernel_cost import LayerShape, backward, forward, step_bytes
 
     K, E, H, I = LAYERS[name]  # noqa: E741
     shape = LayerShape(name, tokens, K, E, H, I)

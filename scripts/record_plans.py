@@ -22,9 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from toolkit.plan.shapes import Shapes, published, versions
+from toolkit.plan.shapes import Shapes, published, rehearsal_versions
 from toolkit.plan.skeletons import shape_of, shapes_of
-from toolkit.plan.steps import Held, Question, StepShape, question, rehearsed
+from toolkit.plan.steps import StepBytes, StepShape, StepSpec, rehearsed, step_spec
 from toolkit.recipe import Recipe, load, parse
 
 ROOT = Path(__file__).parents[1]
@@ -42,19 +42,19 @@ def recipes(name: str) -> Iterator[Recipe]:
     yield parse(f"model: {{model_name_or_path: {name}}}\ndata: {{train: none}}\n")
 
 
-def questions(name: str) -> dict[str, Question]:
+def step_specs(name: str) -> dict[str, StepSpec]:
     """All that the record answers, by digest."""
-    found: dict[str, Question] = {}
+    found: dict[str, StepSpec] = {}
     for recipe in recipes(name):
         for length, r, kept, device in _choices(recipe):
-            asked = question(
+            spec = step_spec(
                 _changed(recipe, r, length, kept),
                 StepShape(length, length - 1),
                 device=device,
                 dtype="bfloat16" if device == "cuda" else "float32",
                 backend="onecard_triton" if device == "cuda" else "onecard_per_expert",
             )
-            found[asked.digest()] = asked
+            found[spec.digest()] = spec
     return found
 
 
@@ -73,18 +73,18 @@ def _changed(recipe: Recipe, r: int, length: int, kept: bool) -> Recipe:
     return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": r}), "training": training})
 
 
-def answer(name: str, asked: Question) -> Held:
+def answer(name: str, spec: StepSpec) -> StepBytes:
     """Rehearsed now."""
-    return rehearsed(shape_of(name, attn_implementation=asked.attn), asked)
+    return rehearsed(shape_of(name, attn_implementation=spec.attn), spec)
 
 
 def fresh(name: str, every: int = 1) -> dict[str, Any]:
     """A model's record, or only every so many of its steps."""
     shapes: Shapes = shapes_of(shape_of(name))
     steps = {}
-    for digest, asked in islice(questions(name).items(), 0, None, every):
-        steps[digest] = list(astuple(answer(name, asked)))
-    return {"versions": versions(), "shapes": shapes.to_record(), "steps": dict(sorted(steps.items()))}
+    for digest, spec in islice(step_specs(name).items(), 0, None, every):
+        steps[digest] = list(astuple(answer(name, spec)))
+    return {"versions": rehearsal_versions(), "shapes": shapes.to_record(), "steps": dict(sorted(steps.items()))}
 
 
 def main() -> int:

@@ -5,16 +5,16 @@
 
 `run_recipe` is what `onecard train` does, and gives the same folder. Its steps, one by one, are in `toolkit.run`.
 
-The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch. From
-here on transformers' `from_pretrained` knows our int8 checkpoints, whichever of the two was imported first.
+The names are imported when they are first used, so that reading a recipe, or `onecard --help`, costs no torch.
+transformers' `from_pretrained` reads our int8 checkpoints after `register()`, which is called here where transformers
+is imported already.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
-
-from toolkit.registration import register
 
 __all__ = [
     "Finished",
@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "load_recipe",
     "make_plan",
+    "register",
     "run_recipe",
     "verify",
 ]
@@ -35,6 +36,7 @@ _HOMES = {
     "Recipe": ("toolkit.recipe", "Recipe"),
     "load_recipe": ("toolkit.recipe", "load"),
     "make_plan": ("toolkit.plan", "make_plan"),
+    "register": ("toolkit.quant", "register"),
     "run_recipe": ("toolkit.run.job", "run"),
     "verify": ("toolkit.artifact", "verify_artifact"),
 }
@@ -47,4 +49,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-register(lambda: import_module("toolkit.quant").Int8Config)
+if "transformers" in sys.modules:
+    __getattr__("register")()

@@ -38,7 +38,7 @@ __all__ = [
     "Linear",
     "auto_class",
     "bare_modules",
-    "can_attend_apart",
+    "can_attend_per_document",
     "describe",
     "expert_parameters",
     "is_experts",
@@ -111,7 +111,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     return next((cls for cls in classes if type(config) in cls._model_mapping), AutoModelForCausalLM)
 
 
-def can_attend_apart(model: PreTrainedModel) -> bool:
+def can_attend_per_document(model: PreTrainedModel) -> bool:
     """Whether packed documents may be attended to one by one, under another attention's name than "sdpa".
 
     So it is where transformers' SDPA computes, in a model of one part, and no forward compares that name: sparse

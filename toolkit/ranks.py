@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from toolkit.errors import OnecardError, ResourceError
 
-__all__ = ["all_say", "first_one_first", "first_tells", "is_first", "join", "processes"]
+__all__ = ["all_gather", "broadcast", "first_one_first", "is_first", "join", "processes"]
 
 _Told = TypeVar("_Told")
 
@@ -69,7 +69,7 @@ def _meet() -> None:
         PartialState().wait_for_everyone()
 
 
-def first_tells(find: Callable[[], _Told]) -> _Told:
+def broadcast(find: Callable[[], _Told]) -> _Told:
     """What `find` gives in the first process, in all of them; it is called nowhere else.
 
     Raises:
@@ -92,7 +92,7 @@ def first_tells(find: Callable[[], _Told]) -> _Told:
     return result
 
 
-def all_say(here: _Told) -> list[_Told]:
+def all_gather(here: _Told) -> list[_Told]:
     """What each process has `here`, in all of them."""
     if processes() == 1:
         return [here]

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from toolkit.errors import InterruptedRunError, PreemptedError
-from toolkit.ranks import all_say
+from toolkit.ranks import all_gather
 
 __all__ = ["StopRequest", "signals_heeded"]
 
@@ -38,7 +38,7 @@ class StopRequest:
 
     def requested_anywhere(self) -> bool:
         """Whether a signal came to any process of the run, which is then taken for this one's; all must ask."""
-        self._number = max(number or 0 for number in all_say(self._number)) or None
+        self._number = max(number or 0 for number in all_gather(self._number)) or None
         return self.requested
 
     @contextmanager

@@ -39,8 +39,8 @@ def main() -> None:
     model, _ = load_int8(arguments.model, experts="none", linears="none")
     architecture = describe(model)
     found: dict[str, list[list[float]]] = {name: [] for name in ARMS}
-    for step in walk(model, decoder_layers(architecture), make_batches(held_out, model.device)):
-        for _, weight, moment in _parts(model, step, architecture):
+    for visit in walk(model, decoder_layers(architecture), make_batches(held_out, model.device)):
+        for _, weight, moment in _parts(model, visit, architecture):
             for name, row in _arms(weight.float(), moment).items():
                 found[name].append(row)
     size = f"{len(held_out)} examples, {sum(map(len, held_out))} tokens, {len(found['every row'])} parts"

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.architecture import describe
-from toolkit.offload import load_streamed, stream_of
+from toolkit.offload.attach import load_streamed, stream_of
 from toolkit.recipe import TrainingSection
 from toolkit.training import RunContext, train_adapter
 

@@ -46,7 +46,11 @@ from rich.console import Console
 
 from toolkit import run as job
 from toolkit.evaluate import answer_ids
-from toolkit.mtp import HeadTraining, MtpHead, learn_own_answers, measure_drafts, new_head
+from toolkit.mtp.build import new_head
+from toolkit.mtp.head import MtpHead
+from toolkit.mtp.measure import measure_drafts
+from toolkit.mtp.own_answers import learn_own_answers
+from toolkit.mtp.training import HeadTraining
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 from toolkit.training import RunContext, train_adapter

@@ -30,7 +30,7 @@ from rich.console import Console
 from turns import KEEP_FREED_MEMORY, turn
 
 from toolkit import run as job
-from toolkit.mtp import HeadTraining
+from toolkit.mtp.training import HeadTraining
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 from toolkit.training import RunContext, train_adapter

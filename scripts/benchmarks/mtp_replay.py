@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from toolkit.mtp import MtpHead, Trunk
-from toolkit.mtp.head import capture_hidden
+from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
 from toolkit.mtp.loss import Chain, Rows
 
 __all__ = ["Replay", "Texts"]

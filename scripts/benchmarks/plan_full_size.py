@@ -25,7 +25,7 @@ from toolkit.plan.memory import stack_bytes
 from toolkit.plan.shapes import published
 from toolkit.plan.skeletons import shape_of
 from toolkit.recipe import parse
-from toolkit.rehearsal import Step, imagined_model, run_step
+from toolkit.rehearsal import Step, fake_model, run_step
 
 CASES = ((512, 16, True, 0.0), (2048, 8, True, 0.5), (4096, 32, True, 0.0), (1024, 16, False, 0.25))
 """Tokens, rank, recomputed or kept, share of MoE layers streamed."""
@@ -48,7 +48,7 @@ def compare(name: str, length: int, r: int, checkpointing: bool, share: float) -
         lora=recipe.lora.model_dump(exclude={"adapter_name_or_path"}),
     )  # fmt: skip
     began = time.perf_counter()
-    model = imagined_model(shape_of(name), step)
+    model = fake_model(shape_of(name), step)
     standing = sum(p.numel() * p.element_size() for p in model.parameters())
     stacks = sum(stack_bytes(budget.shapes, "int8", budget.itemsize).values())
     standing -= stacks - planned.experts - planned.slots

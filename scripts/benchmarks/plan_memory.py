@@ -171,7 +171,8 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
     from transformers import AutoTokenizer
 
     from toolkit.adapters import attach_lora
-    from toolkit.mtp import HeadTraining, new_head
+    from toolkit.mtp.build import new_head
+    from toolkit.mtp.training import HeadTraining
     from toolkit.training import RunContext, train_adapter
     from toolkit.training.memory import anonymous_memory, peak_of
 
@@ -217,7 +218,7 @@ def _own_answers(case: Case, head: Any, tokenizer: Any) -> None:
     import torch
 
     from toolkit.evaluate import answer_ids
-    from toolkit.mtp import OwnHidden, learn_own_answers
+    from toolkit.mtp.own_answers import OwnHidden, learn_own_answers
 
     generator, hidden = torch.Generator().manual_seed(2), OwnHidden(head.model)
     prompts = torch.randint(3, 2000, (case.answers, PROMPT), generator=generator).tolist()
@@ -253,7 +254,7 @@ def _write(case: Case, folder: str) -> None:
     import torch
 
     from toolkit.architecture import auto_class
-    from toolkit.offload import int8_folder
+    from toolkit.offload.cache import int8_folder
 
     name = str(Path(folder) / "model")
     auto_class(_config(case)).from_config(_config(case)).save_pretrained(name)
@@ -262,7 +263,7 @@ def _write(case: Case, folder: str) -> None:
 
 def _streamed(folder: str, placement: Any) -> Any:
     """The same with streamed stacks; nothing else is left mapped."""
-    from toolkit.offload import load_streamed
+    from toolkit.offload.attach import load_streamed
 
     model, _ = load_streamed(str(Path(folder) / "model"), placement, cache=Path(folder) / "cache",
                              experts_implementation="onecard_per_expert")  # fmt: skip
@@ -342,7 +343,7 @@ def _load_libraries() -> None:
     import bitsandbytes  # noqa: F401
     import torch
 
-    import toolkit.offload
+    import toolkit.offload.attach
     import toolkit.rehearsal
     import toolkit.training  # noqa: F401
 

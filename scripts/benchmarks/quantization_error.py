@@ -31,7 +31,7 @@ from toolkit.ops.experts import ExpertStack, expert_weights
 from toolkit.quant import load_int8
 from toolkit.quant.gptq.calibrate import compensate_model, make_batches
 from toolkit.quant.gptq.error_feedback import row_errors
-from toolkit.quant.gptq.observe import ExpertInputs, Step, decoder_layers, observe, walk
+from toolkit.quant.gptq.observe import ExpertInputs, LayerVisit, decoder_layers, observe, walk
 
 Models = dict[str, PreTrainedModel]
 Weights = tuple[torch.Tensor, ...]
@@ -95,23 +95,23 @@ def _layer_errors(
 ) -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
     """Each layer's name, the mean error of its parts and that of its whole output, by model."""
     architecture = describe(original)
-    for step in walk(original, decoder_layers(architecture), make_batches(examples, original.device)):
-        parts = list(_parts(original, step, architecture))
+    for visit in walk(original, decoder_layers(architecture), make_batches(examples, original.device)):
+        parts = list(_parts(original, visit, architecture))
         errors = {}
         for name, model in models.items():
             each = [_relative(weight, _weights(model, part), moment) for part, weight, moment in parts]
             errors[name] = sum(each) / len(each)
-        yield step.name, errors, _output_errors(original, models, step)
+        yield visit.name, errors, _output_errors(original, models, visit)
 
 
-def _output_errors(original: PreTrainedModel, models: Models, step: Step) -> dict[str, float]:
+def _output_errors(original: PreTrainedModel, models: Models, visit: LayerVisit) -> dict[str, float]:
     """|L̂(x) - L(x)| / |L(x) - x| over the real rows x, the layer called just as the fp32 model calls it."""
     squares, change = dict.fromkeys(models, 0.0), 0.0
-    for real, call in step.passes:
+    for real, call in visit.passes:
         x, wanted = call.args[0], _rows(call(), real)
         change += float((wanted - _rows(x, real)).square().sum())
         for name, model in models.items():
-            found = model.get_submodule(step.name)(*call.args, **call.keywords)
+            found = model.get_submodule(visit.name)(*call.args, **call.keywords)
             squares[name] += float((_rows(found, real) - wanted).square().sum())
     return {name: (square / change) ** 0.5 for name, square in squares.items()}
 
@@ -122,13 +122,13 @@ def _rows(output: Any, real: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(
-    model: PreTrainedModel, step: Step, architecture: Architecture
+    model: PreTrainedModel, visit: LayerVisit, architecture: Architecture
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Name, weights [E, O, I] and moments [E, I, I] of every linear and expert stack in a decoder layer."""
-    inside = f"{step.name}."
+    inside = f"{visit.name}."
     linears = [name for name in architecture.linear_names(*LINEAR_ROLES) if name.startswith(inside)]
     layers = [layer for layer in architecture.layers if layer.name.startswith(inside)]
-    seen = observe(model, step, linears, [layer.name for layer in layers])
+    seen = observe(model, visit, linears, [layer.name for layer in layers])
     for name in linears:
         if seen.linears[name].rows:
             yield name, _weights(model, name), seen.linears[name].moment[None]

@@ -25,7 +25,7 @@ from scripts.benchmarks.large_step import disk_rate, drop_cache
 from scripts.make_qwen3_30b_shape import write
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe, skeleton
-from toolkit.offload import load_streamed, stream_of
+from toolkit.offload.attach import load_streamed, stream_of
 from toolkit.offload.place import spread
 from toolkit.ops import keep_up_outputs
 from toolkit.quant import load_int8

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from toolkit.ops.cost import LayerShape, Work, backward, forward
+from scripts.benchmarks.kernel_cost import LayerShape, Work, backward, forward
 from toolkit.ops.triton import kernels
 from toolkit.ops.triton.tiles import INTERPRETED, Tile
 from toolkit.plan.cards import CARDS

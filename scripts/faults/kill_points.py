@@ -94,7 +94,7 @@ def _adapted() -> Any:
 
 def _package(place: Path) -> None:
     from toolkit.artifact import write_artifact
-    from toolkit.checkpoint import identify_base
+    from toolkit.checkpoint.identity import identify_base
 
     model, tokenizer = _adapted()
     write_artifact(

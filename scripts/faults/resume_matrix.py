@@ -30,8 +30,9 @@ from transformers import AutoTokenizer, set_seed
 
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe, skeleton
-from toolkit.mtp import HeadTraining, new_head
-from toolkit.offload import load_streamed
+from toolkit.mtp.build import new_head
+from toolkit.mtp.training import HeadTraining
+from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import spread
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection

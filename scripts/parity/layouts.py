@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.parity.families import build, families, tiny_config
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, RecipeError
 from toolkit.export import FORMATS
 from toolkit.export.write import export_adapter

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from toolkit import run as job
-from toolkit.mtp import Counts, speculator
+from toolkit.mtp.decode import Counts
+from toolkit.mtp.measure import speculator
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 

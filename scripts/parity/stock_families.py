@@ -30,7 +30,7 @@ from second_environment import python_with  # noqa: E402
 from tests.parity.families import families  # noqa: E402
 from toolkit.artifact import read_manifest  # noqa: E402
 from toolkit.artifact.manifest import write_json  # noqa: E402
-from toolkit.checkpoint import identify_base  # noqa: E402
+from toolkit.checkpoint.identity import identify_base  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 

@@ -19,9 +19,11 @@ from transformers.modeling_layers import MtpModel
 
 from tests.parity.families import build, tiny_config
 from toolkit.adapters import attach_lora
-from toolkit.mtp import HeadDrafter, HeadTraining, MtpHead, Trunk, config_with_head, head_state
-from toolkit.mtp.head import capture_hidden
+from toolkit.mtp.drafts import HeadDrafter
+from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
+from toolkit.mtp.head_file import config_with_head, head_state
 from toolkit.mtp.native import prepared
+from toolkit.mtp.training import HeadTraining
 
 __all__ = [
     "LAYOUTS",

@@ -177,7 +177,7 @@ def test_walking_gives_each_layer_what_the_model_gives_it(checkpoint: Path) -> N
         model(batch.ids)
     for handle in handles:
         handle.remove()
-    found = [step.passes[0][1]() for step in walk(model, layers, [batch])]
+    found = [visit.passes[0][1]() for visit in walk(model, layers, [batch])]
     assert len(found) == len(wanted) == len(modules)
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.equal(ours, theirs)

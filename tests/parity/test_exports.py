@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from toolkit.adapters import attach_lora
 from toolkit.artifact import read_manifest, write_artifact
 from toolkit.artifact.manifest import write_json
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, RecipeError
 from toolkit.export import export_adapter
 from toolkit.quant import load_int8

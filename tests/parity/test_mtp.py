@@ -15,21 +15,14 @@ from tests.parity.conftest import EMBEDDED
 from tests.parity.test_training import train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
-from toolkit.mtp import (
-    HeadDrafter,
-    HeadTraining,
-    MtpHead,
-    Speculator,
-    Trunk,
-    head_state,
-    measure_drafts,
-    new_head,
-    read_head,
-    speculator,
-)
-from toolkit.mtp.drafts import Draft
-from toolkit.mtp.head import capture_hidden
+from toolkit.mtp.build import new_head
+from toolkit.mtp.decode import Speculator
+from toolkit.mtp.drafts import Draft, HeadDrafter
+from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
+from toolkit.mtp.head_file import head_state, read_head
 from toolkit.mtp.loss import Rows, head_loss
+from toolkit.mtp.measure import measure_drafts, speculator
+from toolkit.mtp.training import HeadTraining
 from toolkit.quant import load_int8
 
 

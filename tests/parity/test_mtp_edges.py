@@ -14,8 +14,11 @@ from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
 from tests.parity.families import build
 from toolkit.adapters import attach_lora
 from toolkit.evaluate import answer_ids
-from toolkit.mtp import HeadTraining, MtpHead, OwnHidden, Trunk, learn_own_answers, new_head, speculator
-from toolkit.mtp.own_answers import _padded, _words
+from toolkit.mtp.build import new_head
+from toolkit.mtp.head import MtpHead, Trunk
+from toolkit.mtp.measure import speculator
+from toolkit.mtp.own_answers import OwnHidden, _padded, _words, learn_own_answers
+from toolkit.mtp.training import HeadTraining
 from toolkit.quant import load_int8
 
 PROMPTS = [[5 + (3 * n + k * (1 + n % 4)) % 80 for k in range(14 + n % 7)] for n in range(5)]

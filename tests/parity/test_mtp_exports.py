@@ -18,9 +18,11 @@ from tests.parity.families import build, tiny_config
 from tests.parity.native_heads import native_checkpoint, next_token, our_draft, stock, stock_draft
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.export.write import Export, export_adapter
-from toolkit.mtp import head_state, load_native, native_keys, new_head, read_head
+from toolkit.mtp.build import new_head
+from toolkit.mtp.head_file import head_state, read_head
+from toolkit.mtp.native import load_native, native_keys
 from toolkit.quant import load_int8
 
 

@@ -15,7 +15,7 @@ from tests.parity.conftest import EMBEDDED
 from tests.parity.native_heads import native_checkpoint
 from toolkit import run as job
 from toolkit.errors import RecipeError
-from toolkit.mtp import HEAD_FILE
+from toolkit.mtp.head_file import HEAD_FILE
 from toolkit.plan import make_plan
 from toolkit.recipe import Recipe
 from toolkit.run import Trained

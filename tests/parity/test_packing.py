@@ -24,7 +24,7 @@ from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.errors import ModelError
 from toolkit.ops import reference
-from toolkit.ops.document_attention import _attention, documents_apart
+from toolkit.ops.document_attention import _attention, per_document_attention
 from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.registry import _forward_with
 from toolkit.quant import load_int8
@@ -175,7 +175,7 @@ def test_attending_document_by_document_changes_no_number(adapted: PeftModel, tm
         return [logits.detach(), *torch.autograd.grad((logits * probe).sum(), factors)]
 
     whole, implementation = outcome(), adapted.config._attn_implementation
-    with documents_apart(adapted) as can:
+    with per_document_attention(adapted) as can:
         assert can == (implementation == "sdpa")
         apart = outcome()
     assert adapted.config._attn_implementation == implementation
@@ -193,7 +193,7 @@ def test_sparse_attention_that_asks_for_sdpa_by_name_stays_sparse() -> None:
     adapted = attach_lora(model, r=2)
     ids = torch.tensor([documents(3)[1]])
     sparse = adapted(input_ids=ids, use_cache=False).logits
-    with documents_apart(adapted) as can:
+    with per_document_attention(adapted) as can:
         assert not can
         assert torch.equal(adapted(input_ids=ids, use_cache=False).logits, sparse)
     model.set_attn_implementation("onecard_documents")

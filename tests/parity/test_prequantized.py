@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.conftest import QUICKSTART
 from tests.parity.conftest import EMBEDDED
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.cli import main
 from toolkit.errors import HubError, ModelError, RecipeError, ResourceError
 from toolkit.quant import load_int8, quantize_checkpoint, save
@@ -100,10 +100,16 @@ def test_save_pretrained_of_an_int8_model_writes_the_same_tensors(checkpoint: Pa
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), rounded)
 
 
-@pytest.mark.parametrize(
-    "imports", ["import transformers, toolkit", "import toolkit, transformers", "import toolkit.quant, transformers"]
-)
-def test_plain_from_pretrained_needs_one_import_and_keeps_the_dtype(stored: Path, imports: str) -> None:
+REGISTERED = [
+    "import transformers, toolkit",
+    "import toolkit, transformers; toolkit.register()",
+    "import toolkit; toolkit.register(); toolkit.register()",
+    "import toolkit.quant, transformers",
+]
+
+
+@pytest.mark.parametrize("imports", REGISTERED)
+def test_plain_from_pretrained_needs_one_call_and_keeps_the_dtype(stored: Path, imports: str) -> None:
     program = f"""
 {imports}
 import torch
@@ -112,10 +118,26 @@ model = AutoModelForCausalLM.from_pretrained({str(stored)!r}, dtype=torch.bfloat
 assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.int8
 assert model.model.layers[0].mlp.experts.gate_up_proj_scale.dtype == torch.float32
 assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+assert not hasattr(model.config, "transformers_weights")
 print(model(torch.arange(5)[None]).logits.isfinite().all().item())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("imports", ["import transformers", "import toolkit"])
+def test_without_it_transformers_refuses_and_says_what_is_missing(stored: Path, imports: str) -> None:
+    program = f"{imports}\nfrom transformers import AutoModelForCausalLM as M\nM.from_pretrained({str(stored)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("call toolkit.register() before from_pretrained")
+
+
+def test_the_card_says_first_what_it_needs(stored: Path) -> None:
+    _, head, text = (stored / "README.md").read_text().split("---\n")
+    assert "license" not in head
+    assert "toolkit.register()" in "\n".join(text.splitlines()[:9])
+    assert text.startswith(f"# {EMBEDDED.name} in int8\n")
 
 
 def test_weights_are_mapped_from_the_files_and_not_copied(stored: Path) -> None:
@@ -243,6 +265,6 @@ def test_a_float_checkpoint_with_a_shard_missing_or_a_wrong_shape_leaves_nothing
         with pytest.raises(ModelError, match=words):
             quantize_checkpoint(str(folder), tmp_path / "int8")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors is missing"):
+    with pytest.raises(ModelError, match=r"lacks the weights file model\.safetensors"):
         quantize_checkpoint(str(folder), tmp_path / "int8")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

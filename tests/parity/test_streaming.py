@@ -18,7 +18,8 @@ from tests.parity.test_training import rows, train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, RecipeError
-from toolkit.offload import int8_folder, load_streamed, stream_of
+from toolkit.offload.attach import load_streamed, stream_of
+from toolkit.offload.cache import int8_folder
 from toolkit.offload.place import spread
 from toolkit.quant import dequantize_state, load_int8
 from toolkit.training.layer_major import LayerMajor
@@ -79,10 +80,10 @@ def test_traffic_is_two_passes_a_step_however_many_micro_batches(tmp_path: Path)
     layers = 6
     checkpoint = deep_checkpoint(tmp_path / "deep", layers)
     moved, adapters = [], []
-    for micro_batches, together in ((2, None), (4, None), (4, 2)):
-        folder = tmp_path / f"{micro_batches} {together}"
+    for micro_batches, per_pass in ((2, None), (4, None), (4, 2)):
+        folder = tmp_path / f"{micro_batches} {per_pass}"
         changes = {"gradient_accumulation_steps": micro_batches, "packing": False, "max_steps": 3}
-        adapted, _, adapter = train(load(checkpoint, tmp_path), folder, **changes, together=together)
+        adapted, _, adapter = train(load(checkpoint, tmp_path), folder, **changes, micro_batches_per_pass=per_pass)
         adapters.append(adapter)
         stream = stream_of(adapted)
         assert stream is not None

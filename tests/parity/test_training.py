@@ -39,7 +39,8 @@ def rows(count: int = 12, *, masked: bool = False) -> Dataset:
 
 def train_adapted(adapted: PeftModel, folder: Path, data: Dataset, *held_out: Dataset, **changes: Any) -> TrainResult:
     """The trainer on an adapted model, as a recipe with `ARGUMENTS` and these changes; some go to the trainer."""
-    given = {name: changes.pop(name) for name in ("head", "head_stage", "probes", "together") if name in changes}
+    names = ("head", "head_stage", "probes", "micro_batches_per_pass")
+    given = {name: changes.pop(name) for name in names if name in changes}
     arguments = TrainingSection(**{**ARGUMENTS, **changes}).model_dump(exclude={"output_dir"})
     return train_adapter(
         adapted,

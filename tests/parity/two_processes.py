@@ -14,7 +14,7 @@ import torch
 
 from toolkit.cli import main
 from toolkit.errors import DataError
-from toolkit.ranks import first_one_first, first_tells, is_first
+from toolkit.ranks import broadcast, first_one_first, is_first
 
 
 def train() -> None:
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     train()
     train()
     try:
-        first_tells(mistake)
+        broadcast(mistake)
     except DataError as error:
         with first_one_first():
             print(f"{os.environ['RANK']}: {error}", flush=True)

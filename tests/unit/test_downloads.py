@@ -12,8 +12,8 @@ from rich.console import Console
 
 from tests.hub_stand_in import serve_this_process
 from toolkit import downloads, steps
+from toolkit.checkpoint.remote import fetch
 from toolkit.errors import HubError
-from toolkit.quant import fetch
 
 
 def test_bars_of_the_hub_become_counts(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

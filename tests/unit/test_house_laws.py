@@ -27,7 +27,7 @@ PROGRAMS = sorted(path for folder in ("toolkit", "scripts", "tests") for path in
 ORDER = (
     *(
         "errors",
-        "registration",
+        "compat",
         "ranks",
         "durable",
         "run_folder",
@@ -36,22 +36,23 @@ ORDER = (
         "signals",
         "recipe",
         "parts",
-        "architecture",
+        "labels",
     ),
-    *("checkpoint", "ops", "quant", "offload", "adapters", "mtp", "rehearsal", "plan", "data", "training", "evaluate"),
-    *("artifact", "export", "sweep", "report", "run", "serving", "cli"),
+    *("architecture", "checkpoint", "ops", "quant", "offload", "adapters", "mtp", "rehearsal", "plan", "data"),
+    *("training", "evaluate", "artifact", "export", "sweep", "report", "run", "serving", "cli"),
 )
 """The rooms of the house; each may import those before it, and no other."""
 APART: dict[str, set[str]] = {
-    "registration": set(),
+    "compat": set(),
     "durable": {"errors"},
     "run_folder": set(),
     "steps": {"errors"},
     "recipe": {"errors"},
     "parts": set(),
-    "ops": {"errors", "parts", "architecture"},
+    "labels": set(),
+    "ops": {"errors", "parts", "labels", "architecture"},
     "offload": set(ORDER[: ORDER.index("offload")]),
-    "data": {"errors", "ranks", "durable", "steps", "downloads", "recipe"},
+    "data": {"errors", "ranks", "durable", "steps", "downloads", "recipe", "labels"},
 }
 """Rooms that may import less than what stands before them."""
 MAY_IMPORT = {room: APART.get(room, set(ORDER[:place])) for place, room in enumerate(ORDER)}

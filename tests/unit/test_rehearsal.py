@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from tests.parity.conftest import COMMON, FAMILIES
 from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
-from toolkit.ops.document_attention import documents_apart
-from toolkit.rehearsal import Step, imagined_model, rehearse, run_step
+from toolkit.ops.document_attention import per_document_attention
+from toolkit.rehearsal import Step, fake_model, rehearse, run_step
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.model import decoder_layers, depths_of
 
@@ -56,7 +56,7 @@ def test_a_few_layers_tell_all(family: str, checkpointing: bool) -> None:
     step = Step(1, 48, 20, torch.float32, checkpointing, True, False)
     model = skeleton(family, num_hidden_layers=10)
     assert depths_of(model).short + depths_of(model).period < 10
-    whole = run_step(imagined_model(model, step), step, FakeTensorMode(allow_non_fake_inputs=True))
+    whole = run_step(fake_model(model, step), step, FakeTensorMode(allow_non_fake_inputs=True))
     assert rehearse(skeleton(family, num_hidden_layers=10), step) == (whole.peak, whole.saved, whole.bare)
     assert 0 < whole.saved < whole.bare <= whole.peak
 
@@ -71,7 +71,7 @@ def test_a_card_is_rehearsed_without_one(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_imagined_experts_hold_what_real_ones_do() -> None:
+def test_fake_experts_hold_what_real_ones_do() -> None:
     """The engine's own storages, with numbers and without, for a layer that autograd keeps."""
     from toolkit.ops import split_int8 as digits
     from toolkit.ops import stack
@@ -79,11 +79,11 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
     from toolkit.ops.int8 import quantize
     from toolkit.ops.per_expert import expert_layer
 
-    def held(imagined: bool) -> int:
+    def held(fake: bool) -> int:
         torch.manual_seed(0)
-        with FakeTensorMode(allow_non_fake_inputs=True) if imagined else warnings.catch_warnings():
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else warnings.catch_warnings():
             stacks = [torch.randn(4, 32, 16), torch.randn(4, 16, 16)]
-            parts = [(s.to(torch.int8), s[:, :, 0].contiguous()) if imagined else quantize(s) for s in stacks]
+            parts = [(s.to(torch.int8), s[:, :, 0].contiguous()) if fake else quantize(s) for s in stacks]
             up, down = (ExpertStack(*part, None, False) for part in parts)
             weights = ExpertWeights(up, down, lambda y: y[:, :16] * y[:, 16:])
             x = torch.randn(64, 16).requires_grad_()
@@ -102,12 +102,12 @@ def test_imagined_experts_hold_what_real_ones_do() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
-def test_imagined_attention_holds_what_documents_one_by_one_do(family: str) -> None:
+def test_fake_attention_holds_what_documents_one_by_one_do(family: str) -> None:
     """No mask is kept for backward and no head repeated, since the run finds that each document's mask is causal."""
     lengths, sizes = (200, 184), {"num_key_value_heads": 2, "max_position_embeddings": 512}
     step = Step(1, sum(lengths), 20, torch.float32, False, False, False, experts="none", linears="none")
-    nothing = imagined_model(skeleton(family, **sizes), step)
-    imagined = run_step(nothing, step, FakeTensorMode(allow_non_fake_inputs=True))
+    nothing = fake_model(skeleton(family, **sizes), step)
+    fake = run_step(nothing, step, FakeTensorMode(allow_non_fake_inputs=True))
 
     model = tiny(family, "cpu", **sizes).requires_grad_(False)
     model.set_experts_implementation("onecard_per_expert")
@@ -119,8 +119,20 @@ def test_imagined_attention_holds_what_documents_one_by_one_do(family: str) -> N
     }
     ledger = Ledger([*adapted.parameters(), *adapted.buffers()])
     decoder_layers(adapted)[2][-1].register_forward_hook(lambda *_: ledger.mark("over"))
-    with documents_apart(adapted) as can, ledger:
+    with per_document_attention(adapted) as can, ledger:
         assert can
         adapted(**inputs, use_cache=False)
     held = ledger.opened["over"]
-    assert abs(imagined.saved - held) <= 0.01 * held
+    assert abs(fake.saved - held) <= 0.01 * held
+
+
+def test_a_tile_is_as_large_as_in_trls_fused_head() -> None:
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from toolkit.rehearsal import loss
+
+    assert (loss._TILE_TOKENS, loss._TILE_WORDS) == (
+        chunked_logprob.TOKEN_CHUNK_SIZE,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+    )

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from toolkit.checkpoint.headers import read_header
 from toolkit.errors import ModelError, first_line
 
 __all__ = ["check_adapter_files", "check_patterns"]
@@ -71,18 +70,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _most_rows(path: Path) -> int:
     """The largest number of rows of an A in the file, whose header is read and nothing else."""
     _require_plain(path, None)
-    try:
-        with path.open("rb") as stream:
-            if int.from_bytes(stream.read(8), "little") > _MOST_HEADER_BYTES:
-                raise ModelError(f"{path}: its header is larger than any adapter's; do not use this file")
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{path}: not a safetensors file ({first_line(error)[:120]}); copy it again") from None
+    header = read_header(path, "copy it again", _MOST_HEADER_BYTES)
+    shapes = {name: tensor.shape for name, tensor in header.items() if "lora_" in name and tensor.shape}
     # An embedding's A lies the other way round.
-    rows = [
-        max(shape) if "embedding" in name else shape[0] for name, shape in shapes.items() if "lora_" in name and shape
-    ]
+    rows = [max(shape) if "embedding" in name else shape[0] for name, shape in shapes.items()]
     if not rows:
         raise ModelError(f"{path}: holds no LoRA tensor")
     return int(max(rows))

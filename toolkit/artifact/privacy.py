@@ -16,6 +16,7 @@ from typing import Any
 from toolkit.artifact.allowed import Known, leaves
 from toolkit.artifact.manifest import file_entry
 from toolkit.artifact.redact import SECRET
+from toolkit.checkpoint.headers import raw_header
 from toolkit.data.problems import InvalidRow
 from toolkit.data.sources import open_source
 from toolkit.data.speakers import as_turns
@@ -131,9 +132,7 @@ def _answers(row: Mapping[str, Any]) -> Iterator[str]:
 def _text(path: Path) -> str:
     """A file's text, of JSON what its strings say; of tensors, the header, where names and metadata are."""
     if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            text = file.read(min(size, 64 << 20)).decode("utf-8", errors="replace")
+        text = raw_header(path).decode("utf-8", errors="replace")
     else:
         text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix not in (".json", ".safetensors") or path.name in _VOCABULARY:

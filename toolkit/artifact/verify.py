@@ -31,6 +31,7 @@ from toolkit.artifact.manifest import (
     load_adapter_config,
     read_manifest,
 )
+from toolkit.checkpoint.headers import read_header
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, first_line
 
@@ -263,8 +264,7 @@ def _side(name: str) -> str:
 
 
 def _read_shapes(folder: Path) -> Shapes:
-    with _open_weights(folder) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {name: tensor.shape for name, tensor in read_header(folder / ADAPTER_WEIGHTS, "copy it again").items()}
 
 
 @contextmanager

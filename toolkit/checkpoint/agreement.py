@@ -16,9 +16,8 @@ from transformers.core_model_loading import WeightConverter, convert_and_load_st
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.formats import METHOD, declared_format
 from toolkit.errors import ModelError
-from toolkit.registration import METHOD
 
 __all__ = ["refuse_wrong_shapes"]
 

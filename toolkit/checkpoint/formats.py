@@ -9,12 +9,21 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import ModelError
-from toolkit.registration import METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["SOURCES", "declared_format"]
+__all__ = ["METHOD", "REQUIRES", "SOURCES", "declared_format"]
+
+METHOD = "onecard_int8"
+"""`quantization_config.quant_method` of our int8 checkpoints."""
+
+REQUIRES = "onecard's int8 weights; call toolkit.register() before from_pretrained"
+"""Stands as `transformers_weights` in the config.json of an int8 checkpoint.
+
+transformers only warns of a format that it does not know and would take the integers for weights. What names no file
+there it refuses, and quotes it.
+"""
 
 SOURCES = ("fp8", "mxfp8", "mxfp4")
 """Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""

@@ -1,26 +1,33 @@
-"""What a checkpoint's safetensors headers say of every tensor, in a folder, in the Hub's cache, or on the Hub.
+"""What a safetensors file's header says of its tensors: the one place that reads one.
 
-`safetensors.safe_open` maps a file and says nothing of its size; a plan needs a shard that was cut short to be named.
+`safetensors.safe_open` says whether a header is valid, but not where a tensor's bytes lie, and of a file that was cut
+short not by how much. No weight is read.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["Header", "check_shards", "stored_headers", "whole_snapshot"]
+__all__ = ["Header", "Placed", "headers_in", "raw_header", "read_header"]
 
-_MOST_HEADER_BYTES = 100 << 20
+_MOST_BYTES = 100 << 20
+"""Of a header; safetensors reads none that is longer."""
+_WRONG = (
+    *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),  # an endless number, brackets without end
+)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors header says of one tensor."""
+    """What a header says of one tensor; `dtype` as safetensors calls it."""
 
     name: str
     dtype: str
@@ -28,74 +35,58 @@ class Header:
     bytes: int
 
 
-def stored_headers(name_or_path: str, revision: str = "main") -> list[Header]:
-    """Of every tensor in the checkpoint; of one on the Hub nothing but the headers is fetched.
+@dataclass(frozen=True)
+class Placed(Header):
+    """Of a tensor in a file that is here: its bytes begin at `offset` of `path`."""
+
+    path: Path
+    offset: int
+
+
+def raw_header(path: Path, most: int = _MOST_BYTES) -> bytes:
+    """The JSON that a file begins with, as it stands there and at most `most` bytes of it; nothing is checked."""
+    with path.open("rb") as stream:
+        return stream.read(min(int.from_bytes(stream.read(8), "little"), most))
+
+
+def read_header(path: Path, advice: str = "download it again", most: int = _MOST_BYTES) -> dict[str, Placed]:
+    """The tensors of a file by name, in the header's order. Made for files of strangers too.
+
+    Args:
+        advice: what to do about a file that is wrong, for the error. most: bytes that its header may have.
 
     Raises:
-        ModelError: no safetensors there, or a shard is missing or damaged. HubError: the Hub does not give them.
+        ModelError: not a safetensors file, one cut short, or one whose header safetensors itself refuses.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return check_shards(folder)
-    from toolkit.checkpoint.remote import hub_headers
-
-    return list(hub_headers(name_or_path, revision))
-
-
-def whole_snapshot(name: str, revision: str = "main") -> Path | None:
-    """The folder of a whole checkpoint in the Hub's cache, None where it is not there; asks nobody.
-
-    The cache's place is spelt out as huggingface_hub finds it: a plan does not wait for that import.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = Path(os.environ.get("HF_HOME") or Path(caches) / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
-    named = cache / "refs" / revision
-    commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
-    folder = cache / "snapshots" / commit
     try:
-        return folder if check_shards(folder) else None
-    except ModelError:  # not downloaded yet, or not to the end
-        return None
+        size, text = path.stat().st_size, raw_header(path, most + 1)
+        if len(text) > most:
+            raise ValueError(f"its header is longer than {most} bytes")
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        found = {name: _placed(name, entry, path, 8 + len(text)) for name, entry in header.items()}
+        whole = max((tensor.offset + tensor.bytes for tensor in found.values()), default=8 + len(text))
+        if whole == size:
+            with safe_open(path, framework="np"):
+                return found
+    except _WRONG as error:
+        raise ModelError(f"{path}: not a safetensors file ({first_line(error)[:120]}); {advice}") from None
+    raise ModelError(f"{path}: damaged, {size} bytes where its header says {whole}; {advice}")
 
 
-def check_shards(folder: Path) -> list[Header]:
-    """What the headers say of every tensor in a local checkpoint, after checking that its files are there and whole.
+def headers_in(folder: Path, advice: str = "download it again") -> dict[str, Placed]:
+    """The tensors of every safetensors file of a folder, by name.
 
     Raises:
-        ModelError: a shard is missing, cut short or not safetensors; or there is none at all.
+        ModelError: as `read_header`.
     """
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index}: not an index of shards ({first_line(error)}); download it again") from None
-    if missing := sorted({*map(str, listed)} - {file.name for file in files}):
-        raise ModelError(f"{folder}: lacks the shard {missing[0]} ({len(missing)} missing); download it again")
-    if not files:
-        raise ModelError(f"{folder}: no .safetensors file in this folder; other formats are not read")
-    return [entry for file in files for entry in _read_header(file)]
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in read_header(path, advice).items()
+    }
 
 
-def _read_header(file: Path) -> list[Header]:
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(_MOST_HEADER_BYTES, size):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        whole = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = [_header(name, entry) for name, entry in entries.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: not a safetensors file ({first_line(error)}); download it again") from None
-    if whole != size:
-        raise ModelError(f"{file}: damaged, {size} bytes where its header says {whole}; download it again")
-    return found
-
-
-def _header(name: str, entry: dict[str, Any]) -> Header:
+def _placed(name: str, entry: dict[str, Any], path: Path, begin: int) -> Placed:
     first, last = entry["data_offsets"]
-    return Header(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), last - first)
+    return Placed(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), last - first, path, begin + first)

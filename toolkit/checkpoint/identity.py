@@ -18,14 +18,17 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from toolkit.checkpoint.files import shards_of
+from toolkit.checkpoint.formats import METHOD
 from toolkit.errors import ModelError
-from toolkit.registration import METHOD
 from toolkit.steps import advance, part
 
 __all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "files_of", "identify_base", "license_of"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SAYS_NOTHING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+_SAYS_NOTHING = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "transformers_weights"}
+)
 """Of a config.json: where it came from, and how its files are stored; the run's own dtype is bound apart."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -129,30 +132,12 @@ def files_of(name_or_path: str, revision: str = "main") -> Path | None:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest, shards = hashlib.sha256(), _shards(folder)
+    digest, shards = hashlib.sha256(), shards_of(folder)
     with part("hash the base"):
         for number, name in enumerate(shards, 1):
             digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
             advance(number, len(shards), "files")
     return digest.hexdigest()
-
-
-def _shards(folder: Path) -> list[str]:
-    """The files transformers would read: the index's shards, else the single file. Other files beside them are not."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        names = ["model.safetensors"]
-    else:
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ModelError(f"{index}: not a safetensors index: download the checkpoint again") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(
-                f"{folder}: weights file {name!r} is missing: onecard reads complete safetensors checkpoints"
-            )
-    return names
 
 
 def _file_sha256(path: Path) -> str:

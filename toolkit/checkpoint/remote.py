@@ -1,4 +1,4 @@
-"""What a plan asks the Hub: a config, and the headers of safetensors files.
+"""What is asked of the Hub: a config, the headers of safetensors files, a whole checkpoint.
 
 transformers has one reason for all failures. Apart from the rest, because the Hub's client takes half a second to load.
 """
@@ -6,6 +6,7 @@ transformers has one reason for all failures. Apart from the rest, because the H
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from huggingface_hub.errors import (
@@ -19,10 +20,12 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from toolkit.checkpoint.files import BESIDE, listed
 from toolkit.checkpoint.headers import Header
+from toolkit.downloads import download
 from toolkit.errors import HubError, ModelError, first_line
 
-__all__ = ["ask_hub", "hub_headers"]
+__all__ = ["ask_hub", "fetch", "hub_headers"]
 
 
 def hub_headers(name_or_path: str, revision: str) -> Iterable[Header]:
@@ -61,3 +64,21 @@ def ask_hub(name: str, revision: str) -> None:
         raise HubError(f"{name}: the Hub does not give it: {first_line(error)}") from None
     except ValueError:
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name)") from None
+
+
+def fetch(name_or_path: str, revision: str = "main") -> Path:
+    """The checkpoint's folder, downloaded where it is a Hub name: its shards and what lies beside them, no other form.
+
+    Raises:
+        ModelError: no such folder and no Hub name, or a damaged index. HubError: the Hub does not give it.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise ModelError(f"{name_or_path}: no such folder, and not a Hub name (owner/name)")
+    try:
+        folder = download(name_or_path, BESIDE, revision=revision)
+        # Some repositories hold other forms of the same weights, in folders or under other names.
+        return download(name_or_path, listed(folder), revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as error:
+        raise HubError(f"{name_or_path}: cannot be downloaded: {first_line(error)}") from None

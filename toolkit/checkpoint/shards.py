@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from toolkit.checkpoint.files import shards_of
 from toolkit.errors import ModelError, first_line
 
 __all__ = ["Shards", "targets"]
@@ -30,7 +29,7 @@ class Shards:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
-        self.files = [folder / file for file in _files(name, folder)]
+        self.files = [folder / file for file in shards_of(folder, name)]
         self._stack = ExitStack()
         self._opened: dict[str, Any] = {}
 
@@ -56,6 +55,11 @@ class Shards:
         return tuple(self._opened)
 
     @property
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor with its shape."""
+        return ((key, tuple(self.slice(key).get_shape())) for key in self._opened)
+
+    @property
     def bytes(self) -> int:
         """On disk."""
         return sum(path.stat().st_size for path in self.files)
@@ -79,17 +83,3 @@ def targets(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str])
         target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         result[key] = key if target not in state and key in state else target
     return result
-
-
-def _files(name: str, folder: Path) -> list[str]:
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = [SAFE_WEIGHTS_NAME]
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"{index}: not a safetensors index; download the checkpoint again") from None
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
-            raise ModelError(f"{name}: weights file {file} is missing; onecard reads complete safetensors checkpoints")
-    return files

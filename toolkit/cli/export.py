@@ -45,7 +45,7 @@ _USED_BY = {
     "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
     "per-expert": ("vllm serve BASE --enable-lora --lora-modules mine={0}",),
     "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
-    "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `import toolkit`",),
+    "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `toolkit.register()`",),
     "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
 }
 """Who opens a layout, with the folder to come."""

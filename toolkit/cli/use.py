@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from toolkit.mtp import Speculator
+    from toolkit.mtp.decode import Speculator
     from toolkit.plan import Plan
 
 __all__ = ["chat", "evaluate", "generate", "report", "serve"]
@@ -60,7 +60,7 @@ def evaluate(
         _benchmark(run, overrides, base, [name.strip() for name in lm_eval.split(",")], tasks, limit, json_)
         return
     from toolkit import run as job
-    from toolkit.mtp import HEAD_FILE
+    from toolkit.mtp.head_file import HEAD_FILE
     from toolkit.report import terminal as show
 
     console = quiet_console()
@@ -260,7 +260,8 @@ def _drafts(
 ) -> Speculator:
     """What decodes with the artifact's head, or with what followed the same words before where it has none."""
     from toolkit import run as job
-    from toolkit.mtp import HEAD_FILE, speculator
+    from toolkit.mtp.head_file import HEAD_FILE
+    from toolkit.mtp.measure import speculator
 
     artifact = artifact_of(run)
     head = job.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None

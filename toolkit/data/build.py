@@ -54,7 +54,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Batches:
-    """Masked examples, not yet packed: columns `input_ids` and `labels`, both (T,), labels -100 where not trained."""
+    """Masked examples, not packed yet: columns `input_ids` and `labels`, both (T,), IGNORED where not trained."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None

@@ -122,10 +122,10 @@ def find_padding(rows: Iterable[Mapping[str, Any]]) -> Padding | None:
             root.see(values)
         except RecursionError:  # Arrow writes nothing of that depth
             return None
-        if not root.uniform or (number % _BATCH == 0 and root.children and _hopeless(root)):
+        if not root.uniform or (number % _BATCH == 0 and root.children and _none_is_uniform(root)):
             return None
     return Padding(root) if root.proves() else None
 
 
-def _hopeless(root: _Struct) -> bool:
+def _none_is_uniform(root: _Struct) -> bool:
     return not any(child.uniform for child in root.children.values())

@@ -18,7 +18,7 @@ from rich.text import Text
 from toolkit.data.build import Batches
 from toolkit.data.dialogue import Dialogue
 from toolkit.data.report import DataReport, SplitReport
-from toolkit.data.token_table import IGNORED
+from toolkit.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

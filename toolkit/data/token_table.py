@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from toolkit.data.encode import Encoded
 from toolkit.data.scratch import no_room, scratch_folder
+from toolkit.labels import IGNORED
 
-__all__ = ["IGNORED", "Places", "count_trained", "sequence_lengths", "token_table"]
+__all__ = ["Places", "count_trained", "sequence_lengths", "token_table"]
 
-IGNORED = -100
 """The label of a token that is not trained; torch's cross entropy skips it."""
 _CHUNK = 512
 _MOST_IN_MEMORY = 64 << 20
@@ -61,7 +61,7 @@ class Places(Sequence[str]):
 
 
 def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Dataset, Places]:
-    """The columns `input_ids` and `labels`, both (T,), labels -100 where not trained; and the places.
+    """The columns `input_ids` and `labels`, both (T,), IGNORED where not trained; and the places.
 
     Arrow lists made from arrays take a tenth of Python integers. In batches, since one list array holds at most 2³¹
     tokens. The fingerprint is a hash of the content: `Dataset` would pickle all of it to make one.

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
 from toolkit.evaluate.generate import answer
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
-from toolkit.ops.label_logits import labelled_logits
+from toolkit.labels import IGNORED
+from toolkit.ops.label_logits import label_logits, summed_loss
 from toolkit.steps import advance, part
 
 __all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "score_now"]
@@ -178,14 +178,14 @@ def held_out_loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -
         batch = order[start : start + batch_size]
         width = max(len(row["input_ids"]) for row in batch)
         ids = torch.zeros((len(batch), width), dtype=torch.long, device=model.device)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for index, row in enumerate(batch):
             length = len(row["input_ids"])
             ids[index, :length], labels[index, :length] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
             mask[index, :length] = 1
         given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        logits, targets, _ = labelled_logits(model, given, labels)
-        total += float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        logits, targets, _ = label_logits(model, given, labels)
+        total += float(summed_loss(logits, targets))
         count += len(targets)
         advance(start + len(batch), len(order), "sequences")
     return total / max(1, count)

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from toolkit.adapters.layouts import Factors
 from toolkit.artifact.manifest import write_json
+from toolkit.checkpoint.files import write_index
 from toolkit.errors import ModelError
 from toolkit.quant.source import SourceWeights
 
@@ -57,8 +58,7 @@ def merge_dequantised(
     for path in beside:
         shutil.copyfile(path, folder / path.name)
     _plain_config(folder / "config.json")
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_index(folder, weight_map, size)
     return changed
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.adapters.layouts import Factors, deltas
-from toolkit.checkpoint.offsets import overwrite, places_of
+from toolkit.checkpoint.files import beside
+from toolkit.checkpoint.headers import headers_in
 from toolkit.checkpoint.shards import Shards, targets
 from toolkit.errors import ModelError
 from toolkit.export.dequantised import merge_dequantised
@@ -27,9 +28,7 @@ from toolkit.quant.load import read_config, storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
-__all__ = ["merge_checkpoint", "merged_difference"]
-
-_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+__all__ = ["merge_checkpoint", "merged_difference", "overwrite"]
 
 
 def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
@@ -45,21 +44,21 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
             "it was made from with --base FOLDER"
         )
     if wanted.source is not None:
-        return merge_dequantised(base, adapter, skeleton, folder, _beside(base))
+        return merge_dequantised(base, adapter, skeleton, folder, beside(base))
     with Shards(str(base), base) as shards:
         names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
         _copy(base, [path.name for path in shards.files], folder)
-    places = places_of(folder)
+    places = headers_in(folder)
     changed = 0
     with ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("r+b")) for path in {place[0] for place in places.values()}}
+        files = {path: stack.enter_context(path.open("r+b")) for path in {place.path for place in places.values()}}
         originals = {path: stack.enter_context(safe_open(base / path.name, framework="pt")) for path in files}
         for number, factors in enumerate(adapter, 1):
             group = [key for key, target in names.items() if target == factors.parameter]
             for key, delta in deltas(factors, skeleton):
                 stored = _key(key, group, factors.parameter)
-                path, offset = places[stored]
-                _overwrite(files[path], offset, originals[path].get_tensor(stored), delta, stored)
+                place = places[stored]
+                _add(files[place.path], place.offset, originals[place.path].get_tensor(stored), delta, stored)
                 changed += 1
             advance(number, 2 * len(adapter), "tensors")
     return changed
@@ -87,14 +86,18 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
     return worst, steps
 
 
+def overwrite(file: BinaryIO, offset: int, tensor: Tensor) -> None:
+    """Write a tensor's bytes over those at `offset`; its dtype and shape must be of the tensor that is there.
+
+    safetensors itself writes whole files only.
+    """
+    file.seek(offset)
+    file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
 def _copy(base: Path, shards: Sequence[str], folder: Path) -> None:
-    for name in sorted({*(path.name for path in _beside(base)), *shards}):
+    for name in sorted({*(path.name for path in beside(base)), *shards}):
         shutil.copyfile(base / name, folder / name)
-
-
-def _beside(base: Path) -> list[Path]:
-    """Tokenizer, templates, configs and licence."""
-    return sorted({path for pattern in _BESIDE for path in base.glob(pattern) if path.is_file()})
 
 
 def _key(key: str, group: Sequence[str], parameter: str) -> str:
@@ -107,7 +110,7 @@ def _key(key: str, group: Sequence[str], parameter: str) -> str:
     raise ModelError(f"{parameter}: the checkpoint has no {key} that the adapter could be merged into")
 
 
-def _overwrite(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
+def _add(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
     if original.shape != delta.shape or not original.is_floating_point():
         raise ModelError(f"{key}: {tuple(original.shape)} in the checkpoint, {tuple(delta.shape)} in the adapter")
     overwrite(file, offset, (original.float() + delta).to(original.dtype))

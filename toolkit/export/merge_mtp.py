@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolkit.artifact.manifest import write_json
-from toolkit.checkpoint.offsets import overwrite, places_of
+from toolkit.checkpoint.headers import headers_in
 from toolkit.errors import ModelError
-from toolkit.mtp import config_with_head, draft_config, draft_tensors, merged_head_state
+from toolkit.export.merge import overwrite
+from toolkit.mtp.draft_folder import draft_config, draft_tensors
+from toolkit.mtp.head_file import config_with_head, merged_head_state
 from toolkit.mtp.native import native_keys
 
 __all__ = ["DRAFT_FOLDER", "stitch_head"]
@@ -54,15 +56,15 @@ def stitch_head(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> str:
 
 def _write_into(folder: Path, state: dict[str, Tensor]) -> None:
     """Over the base's tensors of the same names, in their dtype."""
-    places = places_of(folder)
+    places = headers_in(folder)
     for name, tensor in state.items():
-        path, offset = places[name]
+        path = places[name].path
         with safe_open(path, framework="pt") as opened:
             before = opened.get_tensor(name)
         if before.shape != tensor.shape:
             raise ModelError(f"{path}: {name} is {tuple(before.shape)}, in the head {tuple(tensor.shape)}")
         with path.open("r+b") as file:
-            overwrite(file, offset, tensor.to(before.dtype))
+            overwrite(file, places[name].offset, tensor.to(before.dtype))
 
 
 def _declare(folder: Path, layers: int) -> None:
@@ -92,7 +94,7 @@ def _write_draft(folder: Path, skeleton: PreTrainedModel, state: dict[str, Tenso
 
 def _ends(skeleton: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """Embedding and output head of the merged checkpoint, under the names that the draft's loader knows."""
-    places = places_of(folder)
+    places = headers_in(folder)
     names = {id(module): name for name, module in skeleton.named_modules()}
     found = {}
     wanted = {"model.embed_tokens": skeleton.get_input_embeddings(), "lm_head": skeleton.get_output_embeddings()}
@@ -100,6 +102,6 @@ def _ends(skeleton: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
         key = f"{names[id(module)]}.weight"
         if key not in places:  # tied to the embedding
             key = f"{names[id(wanted['model.embed_tokens'])]}.weight"
-        with safe_open(places[key][0], framework="pt") as opened:
+        with safe_open(places[key].path, framework="pt") as opened:
             found[f"{ours}.weight"] = opened.get_tensor(key).clone()
     return found

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -31,6 +31,7 @@ from toolkit.artifact.manifest import (
 from toolkit.artifact.stops import declare_stops, put_stops, read_stops
 from toolkit.artifact.tokenizer import put_tokenizer, token_text
 from toolkit.artifact.verify import require_base, verify_artifact
+from toolkit.checkpoint.headers import read_header
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.export.gguf import modelfile, read_gguf, write_gguf
@@ -113,8 +114,7 @@ def _record(export: Export, artifact: Path, folder: Path, name: str) -> None:
 
 
 def _servers(folder: Path, skeleton: PreTrainedModel) -> dict[str, list[str]]:
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    shapes = {key: tensor.shape for key, tensor in read_header(folder / ADAPTER_WEIGHTS).items()}
     experts = max(layer.num_experts for layer in describe(skeleton).layers)
     return server_problems(shapes, load_adapter_config(folder), experts)
 

@@ -30,7 +30,7 @@ __all__ = ["new_head"]
 _OUTPUTS = {"o_proj", "out_proj", "dense", "wo"}
 """Names of the last projection of an attention block."""
 
-_SOFTLY = 0.1
+_OUTPUT_SCALE = 0.1
 """Measured on the embedded model, KL after 80 steps: at full strength 1.7, at a tenth 1.08, random attention 1.10."""
 
 
@@ -69,7 +69,7 @@ def _layer(config: Any, layer: nn.Module, final_norm: nn.Module, copied: bool, r
         _copy_tensors(norm, final_norm)
     if copied:
         _copy_tensors(made.mtp_block, layer)
-        _quieten(made.mtp_block)
+        _scale_down_outputs(made.mtp_block)
     else:
         _copy_buffers(made.mtp_block, layer)
         for norm in (m for n, m in made.mtp_block.named_modules() if "norm" in n.rpartition(".")[2]):
@@ -137,11 +137,11 @@ def _copy_tensors(target: nn.Module, source: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _quieten(block: nn.Module) -> None:
+def _scale_down_outputs(block: nn.Module) -> None:
     """Attention that knows what to look for and says it softly: its input is far smaller than the last layer's was."""
     for name, module in block.named_modules():
         if name.rpartition(".")[2] in _OUTPUTS and isinstance(module, nn.Linear):
-            module.weight.mul_(_SOFTLY)
+            module.weight.mul_(_OUTPUT_SCALE)
 
 
 def _copy_buffers(target: nn.Module, source: nn.Module) -> None:

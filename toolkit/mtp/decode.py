@@ -163,7 +163,7 @@ class _Sequence:
         while not self._is_over():
             started = time.perf_counter()
             room = owner.max_new_tokens - (len(self.tokens) - self.prompt) - 1
-            wanted = 0 if self._rests() else min(owner.count, room)
+            wanted = 0 if self._skips_drafts() else min(owner.count, room)
             draft = self.drafter.draft(fresh, self.tokens, wanted, self._pick) if wanted else Draft([], [])
             fresh, new = self._check(draft)
             spent = time.perf_counter() - started
@@ -172,20 +172,20 @@ class _Sequence:
                 counts.passes += 1
                 counts.tokens += new
                 counts.drafted_seconds += spent
-                self._judge()
+                self._switch_off_if_slower()
             elif not wanted:
                 counts.plain_seconds += spent
                 counts.plain_tokens += new
         return self.tokens[self.prompt :]
 
-    def _rests(self) -> bool:
+    def _skips_drafts(self) -> bool:
         """Whether this round goes without drafts: they did not pay, or the plain way has yet to be timed."""
         counts = self.owner.counts
         if counts.switched_off:
             return True
         return self.owner.measured and counts.passes >= 2 and counts.plain_tokens < _TRIAL // 2
 
-    def _judge(self) -> None:
+    def _switch_off_if_slower(self) -> None:
         counts = self.owner.counts
         gain = counts.gain()
         if self.owner.measured and counts.passes >= _TRIAL and gain is not None and gain < 1.0:

@@ -92,7 +92,7 @@ def draft_tensors(
     child = _dense_child(skeleton)
     named = {name: tensor for key, tensor in state.items() for name in [_renamed(key, child)]}
     for layer in sorted({name.split(".")[2] for name in state}, key=int):
-        named |= _nothing(f"model.layers.{layer}.mlp", told, next(iter(state.values())).dtype)
+        named |= _zero_experts(f"model.layers.{layer}.mlp", told, next(iter(state.values())).dtype)
     try:
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             raise ValueError("its attention sees a window, the carrier's everything")
@@ -135,7 +135,7 @@ def _renamed(name: str, child: str) -> str:
     return re.sub(rf"^(model\.layers\.\d+\.){re.escape(child)}\.", r"\1mlp.shared_experts.", name)
 
 
-def _nothing(block: str, told: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _zero_experts(block: str, told: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Routed experts that add nothing, and a router that does not care."""
     hidden, inner = told["hidden_size"], told["moe_intermediate_size"]
     shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}

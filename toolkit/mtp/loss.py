@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from toolkit.labels import IGNORED
 from toolkit.mtp.head import MtpHead, Trunk, causal_mask
 
 __all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "rows_at_once", "weights_of_depths"]
@@ -33,8 +34,8 @@ _DECAY = 0.8
 class Rows:
     """A batch as the head sees it.
 
-    labels_BL: -100 where nothing is trained. documents_BL numbers the packed documents; valid_BL is false for padding.
-    lengths are those of the documents of a single packed row, for attention that takes documents one by one.
+    labels_BL: IGNORED where nothing is trained. documents_BL numbers the packed documents; valid_BL is false for
+    padding. lengths are those of the documents of a single packed row, for attention that takes documents one by one.
     """
 
     tokens_BL: torch.Tensor
@@ -65,7 +66,7 @@ class Rows:
         if ahead >= found.shape[1]:
             return found
         same = self.documents_BL[:, ahead:] == self.documents_BL[:, :-ahead]
-        found[:, :-ahead] = same & (self.labels_BL[:, ahead:] != -100)
+        found[:, :-ahead] = same & (self.labels_BL[:, ahead:] != IGNORED)
         if self.valid_BL is not None:
             found[:, :-ahead] &= self.valid_BL[:, ahead:].bool()
         return found

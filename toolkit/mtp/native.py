@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,6 +31,7 @@ from transformers.modeling_layers import MtpModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
+from toolkit.checkpoint.headers import headers_in
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import MtpHead
 from toolkit.ops import DEFAULT_BACKEND
@@ -55,13 +56,8 @@ def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str =
     """
     text = config.get_text_config()
     pattern = re.compile(_pattern(text.num_hidden_layers))
-    files: dict[str, Path] = {}
-    for shard in sorted(_folder(folder, revision).glob("*.safetensors")):
-        try:
-            with safe_open(shard, framework="pt") as opened:
-                files |= dict.fromkeys(filter(pattern.search, list(opened.keys())), shard)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{shard}: {first_line(error)}; download it again") from None
+    tensors = headers_in(_folder(folder, revision))
+    files = {key: tensor.path for key, tensor in tensors.items() if pattern.search(key)}
     if not files:
         return None
     declared = getattr(text, "num_mtp_layers", None) or getattr(text, "mtp_num_hidden_layers", None)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
+from toolkit.labels import IGNORED
 from toolkit.mtp.cost import MOST_STATES
 from toolkit.mtp.head import Trunk, capture_hidden, every_hidden
 from toolkit.mtp.loss import rows_at_once
@@ -54,7 +55,7 @@ def learn_own_answers(
         source: the model's hidden states of these very answers, kept as they were written or read by another head.
     """
     rows = {
-        number: ([*prompt, *answer], [-100] * len(prompt) + list(answer))
+        number: ([*prompt, *answer], [IGNORED] * len(prompt) + list(answer))
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         if len(answer) > 1
     }
@@ -86,7 +87,7 @@ def _words(
     wanted[torch.randperm(size, generator=random)[:_OTHERS]] = True
     for batch in batches:
         inputs = _padded([rows[index] for index in batch], trunk.weight.device)
-        places = inputs["labels"][:, 1:] != -100
+        places = inputs["labels"][:, 1:] != IGNORED
         wanted[inputs["labels"][:, 1:][places].cpu()] = True
         for hidden in source.of(batch, inputs)[:, :-1][places].split(rows_at_once(trunk)):
             wanted[trunk.logits(hidden).topk(min(_CANDIDATES, size)).indices.flatten().cpu()] = True
@@ -170,7 +171,7 @@ def _batches(rows: Mapping[int, Row], tokens: int, random: torch.Generator) -> I
 def _padded(batch: Sequence[Row], device: torch.device) -> dict[str, torch.Tensor]:
     shape = len(batch), max(len(ids) for ids, _ in batch)
     ids, mask = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
-    labels = torch.full(shape, -100)
+    labels = torch.full(shape, IGNORED)
     for number, (row, targets) in enumerate(batch):
         ids[number, : len(row)], labels[number, : len(row)] = torch.tensor(row), torch.tensor(targets)
         mask[number, : len(row)] = 1

@@ -17,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.errors import DivergedError, ModelError
+from toolkit.labels import IGNORED
 from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
 from toolkit.mtp.loss import Rows, Teacher, head_loss
+from toolkit.ops.label_logits import labels_ahead
 
 __all__ = ["HeadResult", "HeadTraining"]
 
@@ -174,8 +176,7 @@ class HeadTraining:
 
 def _teacher(logits_MV: torch.Tensor, rows: Rows) -> Teacher | None:
     """Logits of the labelled positions, found again by row: those that predict a label, in order."""
-    labelled = torch.zeros_like(rows.labels_BL, dtype=torch.bool)
-    labelled[:, :-1] = rows.labels_BL[:, 1:] != -100
+    labelled = labels_ahead(rows.labels_BL) != IGNORED
     if int(labelled.sum()) != len(logits_MV):
         return None
     index = torch.full_like(rows.labels_BL, -1)

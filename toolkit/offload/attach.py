@@ -39,11 +39,11 @@ class StreamedStacks:
     @contextmanager
     def present(self, weights: ExpertWeights, index_TK: torch.Tensor, *, trains: bool) -> Iterator[ExpertWeights]:
         """`weights` with both stacks filled in, for the block; of the experts in `index_TK` at least."""
-        with self.stream.present(self.layer, self._few(index_TK, trains), trains=trains) as image:
+        with self.stream.present(self.layer, self._experts_to_read(index_TK, trains), trains=trains) as image:
             up, down = self._layout.views(image)
             yield replace(weights, up=replace(weights.up, weight=up), down=replace(weights.down, weight=down))
 
-    def _few(self, index_TK: torch.Tensor, trains: bool) -> list[int] | None:
+    def _experts_to_read(self, index_TK: torch.Tensor, trains: bool) -> list[int] | None:
         """The experts hit, where they are so few that reading just those pays; None for all."""
         if trains or 2 * index_TK.numel() > self._layout.up[0]:
             return None
@@ -104,7 +104,7 @@ def stream_experts(
     stream = ExpertStream(sizes, filler, device)
     for name, layout in files.layouts.items():
         module = model.get_submodule(name)
-        _hollow(module, layers[name], layout, device)
+        _register_placeholders(module, layers[name], layout, device)
         module.__dict__[SOURCE] = StreamedStacks(stream, name, layout)
         module.register_state_dict_post_hook(_Stored(folder, files, layers[name]))
     if device.type != "cpu":
@@ -123,7 +123,7 @@ def _arena(files: FromFiles, placement: Mapping[str, str]) -> HostArena:
     return HostArena(files, [layer for layer in files.layouts if placement[layer] == "host"])
 
 
-def _hollow(module: nn.Module, layer: ExpertLayer, layout: Layout, device: torch.device) -> None:
+def _register_placeholders(module: nn.Module, layer: ExpertLayer, layout: Layout, device: torch.device) -> None:
     """One byte that looks like a whole stack: PEFT and accelerate read shapes, dtypes and devices off parameters."""
     for name, shape in ((layer.up, layout.up), (layer.down, layout.down)):
         if tuple(getattr(module, name).shape) != shape:

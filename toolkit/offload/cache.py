@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from toolkit.checkpoint.cache import cache_root
-from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.formats import METHOD, declared_format
+from toolkit.checkpoint.headers import raw_header
+from toolkit.checkpoint.remote import fetch
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config
-from toolkit.quant.save import fetch
-from toolkit.registration import METHOD
 
 __all__ = ["int8_folder"]
 
@@ -58,8 +58,8 @@ def fingerprint(folder: Path, *more: str) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
+        digest.update(raw_header(path))
         with path.open("rb") as file:
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
             for number in range(_SAMPLES):
                 file.seek(size * number // _SAMPLES)
                 digest.update(file.read(_SAMPLE))

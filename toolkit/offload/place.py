@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from toolkit.recipe import Recipe
 
-__all__ = ["SLOTS", "most_together", "resident_bytes", "share_of", "spread", "streamed"]
+__all__ = ["SLOTS", "most_micro_batches_per_pass", "resident_bytes", "share_of", "spread", "streamed"]
 
 SLOTS = 2
 """Device buffers that streamed layers pass through: one is computed with while the next one is filled."""
@@ -44,7 +44,7 @@ def share_of(layers: Mapping[str, int], share: float) -> int:
     return math.ceil(share * len(layers))
 
 
-def most_together(recipe: Recipe) -> int:
+def most_micro_batches_per_pass(recipe: Recipe) -> int:
     """Micro-batches of an optimizer step that may go through a streamed layer before the next; 1 is the usual order.
 
     Dropout draws random numbers in order, offloaded activations and a head know one micro-batch at a time.

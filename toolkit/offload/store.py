@@ -9,7 +9,6 @@ against 1.9 with mapped pages, two readers each).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,14 @@ from typing import Protocol
 
 import torch
 
+from toolkit.checkpoint.headers import Placed, headers_in
 from toolkit.errors import ModelError, ResourceError
 
 __all__ = ["Filler", "FromFiles", "HostArena", "Layout", "Piece", "Staged"]
 
 _CHUNK = 8 << 20
 _READERS = 2
+_ADVICE = "write the int8 checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class FromFiles:
     """
 
     def __init__(self, folder: Path, stacks: Mapping[str, tuple[str, str]]) -> None:
-        entries = _entries(folder)
-        self._where = {layer: [_int8(folder, entries, name) for name in names] for layer, names in stacks.items()}
+        headers = headers_in(folder, _ADVICE)
+        self._where = {layer: [_int8(folder, headers, name) for name in names] for layer, names in stacks.items()}
         self.layouts = {layer: Layout(up[2], down[2]) for layer, (up, down) in self._where.items()}
         self._files = {path: os.open(path, os.O_RDONLY) for where in self._where.values() for path, *_ in where}
         self._readers = ThreadPoolExecutor(_READERS, "onecard-stack-reader")
@@ -185,30 +186,11 @@ class Staged:
 _Where = tuple[Path, int, tuple[int, ...]]
 
 
-def _entries(folder: Path) -> dict[str, tuple[Path, int, dict[str, object]]]:
-    """Tensor name to file, offset of the file's data, and header entry."""
-    found: dict[str, tuple[Path, int, dict[str, object]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length < path.stat().st_size else None
-        except (OSError, ValueError):
-            header = None
-        if not isinstance(header, dict):
-            raise ModelError(f"{path}: not a safetensors file; write the int8 checkpoint again")
-        found |= {name: (path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
-    return found
-
-
-def _int8(folder: Path, entries: Mapping[str, tuple[Path, int, dict[str, object]]], name: str) -> _Where:
-    if name not in entries or entries[name][2]["dtype"] != "I8":
-        raise ModelError(f"{folder}: {name} is not there in int8; write the int8 checkpoint again")
-    path, data, entry = entries[name]
-    offsets, shape = entry["data_offsets"], entry["shape"]
-    assert isinstance(offsets, list)
-    assert isinstance(shape, list)
-    return path, data + int(offsets[0]), tuple(int(size) for size in shape)
+def _int8(folder: Path, headers: Mapping[str, Placed], name: str) -> _Where:
+    if name not in headers or headers[name].dtype != "I8":
+        raise ModelError(f"{folder}: {name} is not there in int8; {_ADVICE}")
+    tensor = headers[name]
+    return tensor.path, tensor.offset, tensor.shape
 
 
 def _chunks(piece: Piece) -> Iterator[Piece]:

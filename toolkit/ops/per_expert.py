@@ -78,10 +78,10 @@ class _ExpertLayer(torch.autograd.Function):
         ctx.weights, ctx.scalings = weights, scalings
         routing, out_TH = _routing(index_TK, weights), torch.zeros_like(x_TH)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
-        digits = up.digits(x_TH)
+        split_rows = up.split_rows(x_TH)
 
         def compute(block: RowBlock) -> torch.Tensor:
-            y_NO = up.forward(block.gather(x_TH), block, digits)
+            y_NO = up.forward(block.gather(x_TH), block, split_rows)
             if kept_SO is not None and block.is_within(kept_SO):
                 kept_SO[block.rows] = block.strip(y_NO)
             y_NH = down.forward(weights.gate(y_NO), block)
@@ -148,7 +148,7 @@ def _run(
     device: torch.device,
 ) -> None:
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_imagined)
+        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_fake)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Routing", "RowBlock", "Segment", "is_imagined"]
+__all__ = ["Routing", "RowBlock", "Segment", "is_fake"]
 
 _BUSY = 2
 """How many times its even share a busy expert is taken to have, where there are no numbers to route by."""
@@ -96,11 +96,11 @@ class Routing:
 
     def __init__(self, index_TK: torch.Tensor, num_experts: int, most_rows: int) -> None:
         flat = index_TK.flatten()
-        self.is_imagined = is_imagined(index_TK)
-        """No numbers: blocks stand for any routing, and threads must not leave the mode that imagines."""
+        self.is_fake = is_fake(index_TK)
+        """No numbers: blocks stand for any routing, and threads must not leave the fake mode."""
         self._order = flat.argsort(stable=True)
         token = self._order // index_TK.shape[1]
-        counts = _imagined_counts(index_TK, num_experts) if self.is_imagined else _counts(flat, num_experts)
+        counts = _fake_counts(index_TK, num_experts) if self.is_fake else _counts(flat, num_experts)
         self.idle = [expert for expert, count in enumerate(counts) if not count]
         """Experts that nobody chose."""
         self.blocks = list(_blocks(counts, token, most_rows))
@@ -114,7 +114,7 @@ class Routing:
         return torch.empty_like(like_TK).flatten().index_copy_(0, self._order, values_S).view_as(like_TK)
 
 
-def is_imagined(tensor: torch.Tensor) -> bool:
+def is_fake(tensor: torch.Tensor) -> bool:
     """Whether it has a shape and no numbers (`FakeTensorMode`): the plan rehearses a step that way to count bytes."""
     return isinstance(tensor, FakeTensor)
 
@@ -124,7 +124,7 @@ def _counts(flat_S: torch.Tensor, num_experts: int) -> list[int]:
     return counts
 
 
-def _imagined_counts(index_TK: torch.Tensor, num_experts: int) -> list[int]:
+def _fake_counts(index_TK: torch.Tensor, num_experts: int) -> list[int]:
     """Rows of as many busy experts as fill two blocks: what all of them hold at once, blocks being let go one after the
     other, is no more."""
     tokens, slots = index_TK.shape

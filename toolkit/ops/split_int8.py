@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Digits", "can_multiply", "multiply", "multiply_each"]
+__all__ = ["SplitRows", "can_multiply", "multiply", "multiply_each"]
 
 _DIGITS = 3
 _BITS = 8
@@ -62,31 +62,31 @@ def multiply(x_NI: torch.Tensor, stored_PQ: torch.Tensor, *, transposed: bool) -
 
 
 @dataclass(frozen=True)
-class Digits:
+class SplitRows:
     """Rows as digits [N, 3, I], the highest first, and what the lowest one is worth, [N, 1]."""
 
     digits: torch.Tensor
     unit_N1: torch.Tensor
 
     @classmethod
-    def of(cls, x_NI: torch.Tensor) -> Digits:
+    def of(cls, x_NI: torch.Tensor) -> SplitRows:
         """Of rows that several products take."""
         rows, inputs = x_NI.shape
         whole = cls(x_NI.new_empty(rows, _DIGITS, inputs, dtype=torch.int8), x_NI.new_empty(rows, 1))
         _write_digits(x_NI, whole.digits, whole.unit_N1)
         return whole
 
-    def gather(self, index_N: torch.Tensor) -> Digits:
+    def gather(self, index_N: torch.Tensor) -> SplitRows:
         """Those rows."""
-        return Digits(self.digits.index_select(0, index_N), self.unit_N1.index_select(0, index_N))
+        return SplitRows(self.digits.index_select(0, index_N), self.unit_N1.index_select(0, index_N))
 
 
 def multiply_each(
-    x_NI: torch.Tensor | Digits, parts: Sequence[tuple[slice, torch.Tensor]], width: int, *, transposed: bool
+    x_NI: torch.Tensor | SplitRows, parts: Sequence[tuple[slice, torch.Tensor]], width: int, *, transposed: bool
 ) -> torch.Tensor:
     """The same of rows that have a weight of their own each: `parts` are runs of them, one after the other."""
-    known = x_NI if isinstance(x_NI, Digits) else None
-    like = x_NI.unit_N1 if isinstance(x_NI, Digits) else x_NI
+    known = x_NI if isinstance(x_NI, SplitRows) else None
+    like = x_NI.unit_N1 if isinstance(x_NI, SplitRows) else x_NI
     result = like.new_empty(like.shape[0], width)
     for (start, stop), pieces in _chunks(parts):
         if known:
@@ -141,7 +141,7 @@ def _even(count: int, about: int) -> int:
 
 
 def _digits(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Digits`, in memory that the thread's next call overwrites."""
+    """As `SplitRows`, in memory that the thread's next call overwrites."""
     rows, inputs = x_NI.shape
     digits, unit_N1 = _room("digits", (rows, _DIGITS, inputs), torch.int8), x_NI.new_empty(rows, 1)
     _write_digits(x_NI, digits, unit_N1)

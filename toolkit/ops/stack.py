@@ -16,8 +16,8 @@ import torch
 
 from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
-from toolkit.ops.rows import RowBlock, Segment, is_imagined
-from toolkit.ops.split_int8 import Digits, can_multiply, multiply_each
+from toolkit.ops.rows import RowBlock, Segment, is_fake
+from toolkit.ops.split_int8 import SplitRows, can_multiply, multiply_each
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
 
@@ -62,13 +62,13 @@ class Products:
         """I."""
         return self.stack.weight.shape[1 if self.stack.is_transposed else 2]
 
-    def digits(self, x_TI: torch.Tensor) -> Digits | None:
+    def split_rows(self, x_TI: torch.Tensor) -> SplitRows | None:
         """Of all tokens at once, where products take digits: a token has several experts."""
-        return Digits.of(x_TI) if can_multiply(x_TI, self.stack.weight) else None
+        return SplitRows.of(x_TI) if can_multiply(x_TI, self.stack.weight) else None
 
-    def forward(self, x_NI: torch.Tensor, block: RowBlock, digits: Digits | None = None) -> torch.Tensor:
-        """x Wᵀ + b and the update: [N, O]. `digits`: of all tokens, where they are known."""
-        factor = x_NI if digits is None else digits.gather(block.token)
+    def forward(self, x_NI: torch.Tensor, block: RowBlock, split_rows: SplitRows | None = None) -> torch.Tensor:
+        """x Wᵀ + b and the update: [N, O]. `split_rows`: of all tokens, where they are known."""
+        factor = x_NI if split_rows is None else split_rows.gather(block.token)
         y_NO = self._product(factor, block, self.outputs, transposed=not self.stack.is_transposed)
         low_NR = None if self.A is None else self._low(x_NI, self.A, block)
         for segment in block.segments:
@@ -134,10 +134,10 @@ class Products:
                 torch.mul(segment.of(grad_NO), scale, out=segment.of(scaled))
         return self._product(scaled, block, self.inputs, transposed=self.stack.is_transposed)
 
-    def _product(self, x: torch.Tensor | Digits, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
+    def _product(self, x: torch.Tensor | SplitRows, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
         """x times its experts' stored weights [P, Q], or times their transposes, scale left out: [N, width]."""
         stored = self.stack.weight
-        if isinstance(x, Digits) or can_multiply(x, stored):
+        if isinstance(x, SplitRows) or can_multiply(x, stored):
             parts = [(segment.rows, stored[segment.expert]) for segment in block.segments]
             return multiply_each(x, parts, width, transposed=transposed)
         result = x.new_empty(x.shape[0], width)
@@ -159,7 +159,7 @@ class Products:
             yield slice(0, weight.shape[0]), weight
             return
         step = max(1, _BUFFER // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
-        elements, reuses = min(step, weight.shape[0]) * weight.shape[1], not is_imagined(weight)
+        elements, reuses = min(step, weight.shape[0]) * weight.shape[1], not is_fake(weight)
         buffer = _buffer(elements, dtype, weight.device) if reuses else weight.new_empty(elements, dtype=dtype)
         for start in range(0, weight.shape[0], step):
             rows = slice(start, min(start + step, weight.shape[0]))

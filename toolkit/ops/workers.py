@@ -40,7 +40,7 @@ def run_in_order(
     The first exception of any thread is raised here, once all have stopped.
     """
     threads = min(torch.get_num_threads(), len(tasks)) if parallel else 1
-    line, inference = _Line(tasks, compute, collect), torch.is_inference_mode_enabled()
+    line, inference = _OrderedTasks(tasks, compute, collect), torch.is_inference_mode_enabled()
     if threads <= 1:
         line.work(inference)
         return
@@ -56,7 +56,7 @@ def run_in_order(
             other.result()
 
 
-class _Line(Generic[Task, Result]):
+class _OrderedTasks(Generic[Task, Result]):
     """Tasks handed out one by one, results let through in order."""
 
     def __init__(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.formats import declared_format
-from toolkit.checkpoint.headers import stored_headers
+from toolkit.checkpoint.whole import stored_headers
 from toolkit.parts import LINEAR_ROLES, Architecture
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.mtp.cost import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
-from toolkit.offload.place import most_together, resident_bytes, share_of, spread, streamed
+from toolkit.offload.place import most_micro_batches_per_pass, resident_bytes, share_of, spread, streamed
 from toolkit.plan.devices import Device
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
-from toolkit.plan.steps import Held, Question, StepShape, question, recall, rehearsed, remember
+from toolkit.plan.steps import StepBytes, StepShape, StepSpec, cache_bytes, cached_bytes, rehearsed, step_spec
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Budget:
     """Longest sequence and labels of the data at hand; without it every position of `max_length` carries a label."""
     note: str = ""
     """Why activations are estimated, where they are not counted."""
-    _held: dict[Question, Held] = field(default_factory=dict)
+    _held: dict[StepSpec, StepBytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._record = read_record(self.name) if is_published(self.name, self.revision) else {}
@@ -88,15 +88,15 @@ class Budget:
     def bytes(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> Bytes:
         """Of a recipe with rank and length decided; all stacks resident where no placement is given."""
         placement = placement or self._resident()
-        return self._bytes(recipe, placement, self.together(recipe, placement))
+        return self._bytes(recipe, placement, self.micro_batches_per_pass(recipe, placement))
 
-    def together(self, recipe: Recipe, placement: Mapping[str, str]) -> int:
+    def micro_batches_per_pass(self, recipe: Recipe, placement: Mapping[str, str]) -> int:
         """The most micro-batches that fit when they go through a streamed layer before the next: each waits once."""
-        most = most_together(recipe) if self.counts_steps and streamed(placement) else 1
+        most = most_micro_batches_per_pass(recipe) if self.counts_steps and streamed(placement) else 1
         room = (self._bytes(recipe, placement, count).total <= self.device.memory for count in range(most, 1, -1))
         return next((most - number for number, fits in enumerate(room) if fits), 1)
 
-    def _bytes(self, recipe: Recipe, placement: Mapping[str, str], together: int = 1, *, counts: bool = True) -> Bytes:
+    def _bytes(self, recipe: Recipe, placement: Mapping[str, str], per_pass: int = 1, *, counts: bool = True) -> Bytes:
         counts = counts and self.counts_steps
         return count_bytes(
             self.shapes,
@@ -104,9 +104,9 @@ class Budget:
             placement,
             device=self.device.kind,
             itemsize=self.itemsize,
-            step=self.step(recipe) if counts else Held(0),
+            step=self.step(recipe) if counts else StepBytes(0),
             evaluating=self.evaluating(recipe) if counts else 0,
-            together=together,
+            micro_batches_per_pass=per_pass,
             learning=self._learning(recipe) if counts else 0,
         )
 
@@ -159,18 +159,18 @@ class Budget:
 
     def _least_traffic(self, recipe: Recipe, sizes: Mapping[str, int]) -> dict[str, str]:
         """Fewest layers times passes: more layers streamed leave room for more micro-batches in each pass."""
-        micro, most = recipe.training.gradient_accumulation_steps, most_together(recipe)
+        micro, most = recipe.training.gradient_accumulation_steps, most_micro_batches_per_pass(recipe)
         beside = [self._bytes(recipe, self._resident(), count) for count in range(1, most + 1)]
         rests = [counted.total - counted.experts for counted in beside]
         found: list[tuple[int, int, dict[str, str]]] = []
         for count in range(1, len(sizes) + 1):
             placement = spread(sizes, count, self._place(recipe.placement.experts, sizes, count))
             room = self.device.memory - sum(resident_bytes(sizes, placement))
-            if together := sum(rest <= room for rest in rests):
-                found.append((count * math.ceil(micro / together), count, placement))
+            if per_pass := sum(rest <= room for rest in rests):
+                found.append((count * math.ceil(micro / per_pass), count, placement))
         return min(found, key=lambda each: each[:2])[2]
 
-    def step(self, recipe: Recipe) -> Held:
+    def step(self, recipe: Recipe) -> StepBytes:
         """What a training step holds."""
         return self._answer(recipe, "train")
 
@@ -189,22 +189,22 @@ class Budget:
             return StepShape(length, length - 1 if length > 1 else 1)
         return StepShape(*(min(size, length) for size in vars(self.shape).values()))
 
-    def _answer(self, recipe: Recipe, kind: str) -> Held:
-        asked = question(
+    def _answer(self, recipe: Recipe, kind: str) -> StepBytes:
+        spec = step_spec(
             recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
         )
-        if asked not in self._held:
-            self._held[asked] = recall(asked, self._config, self._record) or self._rehearse(recipe, asked)
-        return self._held[asked]
+        if spec not in self._held:
+            self._held[spec] = cached_bytes(spec, self._config, self._record) or self._rehearse(recipe, spec)
+        return self._held[spec]
 
-    def _rehearse(self, recipe: Recipe, asked: Question) -> Held:
+    def _rehearse(self, recipe: Recipe, spec: StepSpec) -> StepBytes:
         try:
-            held = rehearsed(self._skeleton(), asked)
+            held = rehearsed(self._skeleton(), spec)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
             self.note = f"activations estimated: this family's step cannot be rehearsed ({first_line(error)[:80]})"
-            return _estimate(self.shapes.numbers, asked, self.itemsize)
-        remember(asked, self._config, held)
+            return _estimate(self.shapes.numbers, spec, self.itemsize)
+        cache_bytes(spec, self._config, held)
         return held
 
     def _place(self, wanted: str, sizes: Mapping[str, int], count: int) -> str:
@@ -217,9 +217,9 @@ class Budget:
         return "host" if has_room else "disk"
 
 
-def _estimate(numbers: Mapping[str, int], asked: Question, itemsize: int) -> Held:
+def _estimate(numbers: Mapping[str, int], spec: StepSpec, itemsize: int) -> StepBytes:
     """By rule of thumb: 34 values a token and hidden unit in a layer (Korthikanti et al. 2022), 2 where recomputed."""
-    tokens, layers = asked.length * asked.batch, numbers["num_hidden_layers"]
+    tokens, layers = spec.length * spec.batch, numbers["num_hidden_layers"]
     a_layer = tokens * numbers["hidden_size"] * itemsize
-    kept = 0 if asked.kind != "train" else layers * (2 if asked.checkpointing else 34)
-    return Held(a_layer * (kept + 34) + 12 * tokens * numbers["vocab_size"], a_layer * kept)
+    kept = 0 if spec.kind != "train" else layers * (2 if spec.checkpointing else 34)
+    return StepBytes(a_layer * (kept + 34) + 12 * tokens * numbers["vocab_size"], a_layer * kept)

@@ -56,13 +56,13 @@ def step_duration(
     adapter: int,
     length: int,
     labelled: int,
-    together: int = 1,
+    micro_batches_per_pass: int = 1,
 ) -> Duration:
     """Of all micro-batches of one optimizer step.
 
     Args:
         stacks: MoE layer to bytes. adapter: trained parameters. labelled: positions of a sequence with a target.
-        together: micro-batches that share a streamed layer.
+        micro_batches_per_pass: micro-batches that share a streamed layer.
     """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
@@ -79,7 +79,7 @@ def step_duration(
     limits = {
         "arithmetic": arithmetic,
         "memory": moved / (card.memory_rate * 1e9),
-        "bus": 2 * math.ceil(micro / together) * away / (card.pcie_rate * 1e9),
+        "bus": 2 * math.ceil(micro / micro_batches_per_pass) * away / (card.pcie_rate * 1e9),
     }
     afterwards = _own_answers(shapes, recipe, card, weights, away, length)
     return Duration(**limits, estimate=_likely(limits), afterwards=afterwards)

@@ -61,7 +61,7 @@ class Plan:
     folder: Path
     placement: Mapping[str, str] = field(default_factory=dict)
     """MoE layer module name to where its expert stacks live: resident, host or disk."""
-    together: int = 1
+    micro_batches_per_pass: int = 1
     """Micro-batches that go through a streamed layer before the next."""
     device_name: str = ""
     length: int = 0
@@ -119,7 +119,7 @@ class Plan:
             "fits": self.fits,
             "placement": dict(self.placement),
             "streamed_layers": len(streamed(self.placement)),
-            "micro_batches_together": self.together,
+            "micro_batches_per_pass": self.micro_batches_per_pass,
             "step_seconds": self.duration.to_dict() if self.duration else None,
             "disk": dict(self.disk),
             "stored": asdict(self.stored) if self.stored else None,
@@ -165,7 +165,7 @@ def make_plan(
         memory=device.memory,
         folder=Path(recipe.training.output_dir),
         placement=placement,
-        together=budget.together(recipe, placement),
+        micro_batches_per_pass=budget.micro_batches_per_pass(recipe, placement),
         device_name=device.name,
         length=chosen.length,
         labelled=chosen.labelled,
@@ -196,9 +196,9 @@ def _duration(
         return None
     stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
     adapter = sizes.adapter // 4
-    together = budget.together(recipe, placement)
+    per_pass = budget.micro_batches_per_pass(recipe, placement)
     card, length, labelled = budget.device.card, shape.length, shape.labelled
-    return step_duration(budget.shapes, recipe, card, sizes, stacks, placement, adapter, length, labelled, together)
+    return step_duration(budget.shapes, recipe, card, sizes, stacks, placement, adapter, length, labelled, per_pass)
 
 
 def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:

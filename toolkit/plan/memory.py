@@ -15,7 +15,7 @@ from toolkit.mtp.cost import HEAD_BYTES, head_bytes
 from toolkit.offload.place import resident_bytes
 from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.shapes import Shapes
-from toolkit.plan.steps import Held
+from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
 
 __all__ = ["Bytes", "count_bytes", "stack_bytes"]
@@ -91,16 +91,17 @@ def count_bytes(
     *,
     device: str,
     itemsize: int,
-    step: Held,
+    step: StepBytes,
     evaluating: int = 0,
-    together: int = 1,
+    micro_batches_per_pass: int = 1,
     learning: int = 0,
 ) -> Bytes:
     """All groups.
 
     Args:
         learning: what a head holds while it learns: beside what the micro-batch has saved, or once the steps are over.
-        step: what a micro-batch holds. together: how many of them go through a streamed layer before the next.
+        step: what a micro-batch holds.
+        micro_batches_per_pass: how many of them go through a streamed layer before the next.
         evaluating: most bytes of a pass over held-out examples.
     """
     architecture, parameters = shapes.architecture, shapes.parameters
@@ -111,8 +112,9 @@ def count_bytes(
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
     gradients = 4 * adapter
-    held = _held(step, gradients, recipe.training.gradient_accumulation_steps, together, len(architecture.layers))
-    held = max(held, learning + together * step.saved if learning and recipe.mtp.reads_data else 0)
+    micro, per_pass = recipe.training.gradient_accumulation_steps, micro_batches_per_pass
+    held = _held(step, gradients, micro, per_pass, len(architecture.layers))
+    held = max(held, learning + per_pass * step.saved if learning and recipe.mtp.reads_data else 0)
     held = max(held, gradients + _optimizer_scratch(recipe, device, adapter))
     head = _head(shapes, recipe)
     if head and not recipe.mtp.reads_data:  # it learns when the steps are over: one is the peak, or the other
@@ -131,19 +133,19 @@ def count_bytes(
         mtp=head,
         activations=activations,
         evaluation=evaluation,
-        workspace=_WORKSPACE[device] + (together * _A_THREAD if device == "cpu" and together > 1 else 0),
+        workspace=_WORKSPACE[device] + (per_pass * _A_THREAD if device == "cpu" and per_pass > 1 else 0),
         slack=int(_SLACK[device] * (gradients + activations + evaluation)),
         libraries=_LIBRARIES[device],
     )
 
 
-def _held(step: Held, gradients: int, micro: int, together: int, layers: int) -> int:
+def _held(step: StepBytes, gradients: int, micro: int, per_pass: int, layers: int) -> int:
     """Most bytes of gradients and activations: later micro-batches have the gradients of earlier ones beside them.
 
     Where all go together, only the last layer's are there when the others compute their loss.
     """
-    before = 0 if micro == 1 else gradients // layers if together == micro else gradients
-    return max(step.peak, before + (step.bare or step.peak)) + (together - 1) * step.saved
+    before = 0 if micro == 1 else gradients // layers if per_pass == micro else gradients
+    return max(step.peak, before + (step.bare or step.peak)) + (per_pass - 1) * step.saved
 
 
 def _head(shapes: Shapes, recipe: Recipe) -> int:

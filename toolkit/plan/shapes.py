@@ -25,10 +25,10 @@ __all__ = [
     "published_config",
     "read_record",
     "recorded_shapes",
+    "rehearsal_versions",
     "stated_billions",
     "stored_method",
     "unfold",
-    "versions",
 ]
 
 _FOLDER = Path(__file__).parent / "published"
@@ -132,7 +132,7 @@ def is_published(name: str, revision: str) -> bool:
     return revision == "main" and not Path(name).exists() and _file(name).is_file()
 
 
-def versions() -> dict[str, str]:
+def rehearsal_versions() -> dict[str, str]:
     """What a record depends on: releases of torch, transformers and peft, whatever they were built for."""
     return {package: _version(package) for package in _STACKED}
 
@@ -141,7 +141,7 @@ def read_record(name: str) -> dict[str, Any]:
     """The record of a published model (`scripts/record_plans.py` writes it); empty where it is of other versions."""
     path = _FOLDER / "records" / _file(name).name
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record if record.get("versions") == versions() else {}
+    return record if record.get("versions") == rehearsal_versions() else {}
 
 
 def recorded_shapes(record: Mapping[str, Any]) -> Shapes | None:

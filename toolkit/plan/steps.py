@@ -1,7 +1,7 @@
 """What a step holds: asked of a record that comes with the package, of the user's cache, and else of a rehearsal.
 
 A rehearsal runs the step on tensors without memory (`toolkit.rehearsal`) and takes seconds; its answer depends on
-nothing but the question, the installed versions and our own sources.
+nothing but the spec, the installed versions and our own sources.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.cache import cache_root
 from toolkit.durable import write_text
-from toolkit.plan.shapes import versions
+from toolkit.plan.shapes import rehearsal_versions
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Held", "Question", "StepShape", "question", "recall", "rehearsed", "remember"]
+__all__ = ["StepBytes", "StepShape", "StepSpec", "cache_bytes", "cached_bytes", "rehearsed", "step_spec"]
 
-_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py")
+_REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py", "labels.py")
 """Our sources that a rehearsal runs."""
 _SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
 """Of the adapter: no byte depends on them."""
@@ -48,7 +48,7 @@ class StepShape:
 
 
 @dataclass(frozen=True)
-class Held:
+class StepBytes:
     """Bytes beyond what stands: the most at once, gradients among them; those of a micro-batch that waits; and the most
     at once beside gradients of micro-batches before."""
 
@@ -58,7 +58,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Question:
+class StepSpec:
     """All that decides a step's bytes but the model. `kind`: train, loss (held out) or generate (prompt and answer)."""
 
     kind: str
@@ -78,14 +78,14 @@ class Question:
     """The recipe's section, JSON."""
 
     def digest(self, *more: str) -> str:
-        """16 hex digits of the question, and of what else it depends on."""
+        """16 hex digits of the spec, and of what else it depends on."""
         lora = {key: value for key, value in json.loads(self.lora).items() if key not in _SCALES}
         return sha256(json.dumps([{**asdict(self), "lora": lora}, *more], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def question(
+def step_spec(
     recipe: Recipe, shape: StepShape, *, device: str, dtype: str, backend: str, kind: str = "train"
-) -> Question:
+) -> StepSpec:
     """What a recipe with rank and length decided asks. `device` is cuda or cpu."""
     training, lora = recipe.training, recipe.lora
     batch, length, labelled = training.per_device_train_batch_size, shape.length, shape.labelled
@@ -95,7 +95,7 @@ def question(
     if kind == "generate":
         batch, length, labelled = recipe.eval.batch_size, shape.prompt + recipe.eval.max_new_tokens, 1
     trains = kind == "train"
-    return Question(
+    return StepSpec(
         kind=kind,
         batch=batch,
         length=length,
@@ -113,41 +113,41 @@ def question(
     )
 
 
-def rehearsed(model: PreTrainedModel, asked: Question) -> Held:
+def rehearsed(model: PreTrainedModel, spec: StepSpec) -> StepBytes:
     """The answer of a rehearsal; the skeleton `model` is used up."""
     import torch
 
     from toolkit import rehearsal
 
-    given = {**asdict(asked), "dtype": getattr(torch, asked.dtype), "lora": json.loads(asked.lora)}
+    given = {**asdict(spec), "dtype": getattr(torch, spec.dtype), "lora": json.loads(spec.lora)}
     del given["attn"]
-    if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be imagined
+    if find_spec("triton") is None:  # a card elsewhere has it; here its kernels cannot even be rehearsed
         given["backend"] = "onecard_per_expert"
-    return Held(*rehearsal.rehearse(model, rehearsal.Step(**given)))
+    return StepBytes(*rehearsal.rehearse(model, rehearsal.Step(**given)))
 
 
-def recall(asked: Question, model: str, record: Mapping[str, Any]) -> Held | None:
+def cached_bytes(spec: StepSpec, model: str, record: Mapping[str, Any]) -> StepBytes | None:
     """An answer given before: in a published model's record, or in the user's cache. `model`: its config's JSON."""
-    found = record.get("steps", {}).get(asked.digest())
+    found = record.get("steps", {}).get(spec.digest())
     if found is None:
         with suppress(OSError, ValueError):
-            found = json.loads(_file(asked, model).read_text(encoding="utf-8"))
+            found = json.loads(_file(spec, model).read_text(encoding="utf-8"))
     try:
-        return Held(*map(int, found))
+        return StepBytes(*map(int, found))
     except TypeError:  # none, or a damaged file
         return None
 
 
-def remember(asked: Question, model: str, held: Held) -> None:
+def cache_bytes(spec: StepSpec, model: str, held: StepBytes) -> None:
     """Keep an answer in the user's cache, where that can be written."""
-    path = _file(asked, model)
+    path = _file(spec, model)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(astuple(held)))
 
 
-def _file(asked: Question, model: str) -> Path:
-    key = asked.digest(model, json.dumps(versions(), sort_keys=True), _sources())
+def _file(spec: StepSpec, model: str) -> Path:
+    key = spec.digest(model, json.dumps(rehearsal_versions(), sort_keys=True), _sources())
     return cache_root() / "steps" / f"{key}.json"
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit.checkpoint.formats import declared_format
-from toolkit.checkpoint.headers import Header, check_shards, whole_snapshot
+from toolkit.checkpoint.formats import METHOD, declared_format
+from toolkit.checkpoint.headers import Header
+from toolkit.checkpoint.whole import stored_headers, whole_snapshot
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
 from toolkit.plan.shapes import Shapes, is_published, stored_method
-from toolkit.registration import METHOD
 
 __all__ = ["Stored", "what_is_stored"]
 
@@ -47,7 +47,7 @@ def what_is_stored(budget: Budget) -> Stored:
         return Stored(_reckoned(budget.shapes, stored_method(name)))
     declared = None if is_published(name, revision) else declared_format(name, budget.model.config)
     try:
-        headers = check_shards(folder) if folder else _on_the_hub(name, revision)
+        headers = stored_headers(folder or name, revision)
     except HubError:
         note = "download: reckoned at 16 bit a parameter, since the Hub does not give the headers now"
         return Stored(_reckoned(budget.shapes, None), note=note)
@@ -60,13 +60,7 @@ def what_is_stored(budget: Budget) -> Stored:
     return Stored(sum(dtypes.values()), dict(dtypes), folder is not None, is_int8)
 
 
-def _on_the_hub(name: str, revision: str) -> list[Header]:
-    from toolkit.checkpoint.remote import hub_headers
-
-    return list(hub_headers(name, revision))
-
-
-def _refuse_wrong_shapes(budget: Budget, headers: list[Header]) -> None:
+def _refuse_wrong_shapes(budget: Budget, headers: Sequence[Header]) -> None:
     from toolkit.checkpoint.agreement import refuse_wrong_shapes
 
     refuse_wrong_shapes(budget.name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))

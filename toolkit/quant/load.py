@@ -15,12 +15,11 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
-from toolkit.checkpoint.formats import declared_format
+from toolkit.checkpoint.formats import METHOD, declared_format
 from toolkit.errors import ModelError, first_line
 from toolkit.ops.experts import expert_weights
 from toolkit.ops.int8 import dequantize
 from toolkit.quant.quantizer import Int8Config
-from toolkit.registration import METHOD
 
 __all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
 

@@ -22,19 +22,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from toolkit.architecture import LINEAR_ROLES, describe, strip_index
+from toolkit.checkpoint.formats import METHOD
 from toolkit.ops import DEFAULT_BACKEND
 from toolkit.ops.int8 import Int8Linear
 from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
-from toolkit.registration import METHOD, make_room
 
-__all__ = ["Int8Config", "Int8Quantizer"]
-
-"""What int8 experts compute with where the caller names no backend of ours; `toolkit.ops` registers it."""
-
-make_room(AUTO_QUANTIZATION_CONFIG_MAPPING)
+__all__ = ["Int8Config", "Int8Quantizer", "register"]
 
 
-@register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
     """What is stored in 8 bit: `experts` int8 or none, `linears` int8, bnb or none.
 
@@ -54,7 +49,6 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.source = None if source is None else dict(source)
 
 
-@register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     """Declares the int8 parameters before weights load; rounds float ones as they arrive, takes int8 ones as such."""
 
@@ -80,7 +74,12 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return device_map
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Make int8 experts compute with our backend, whatever transformers would have chosen for float ones."""
+        """Make int8 experts compute with our backend, whatever transformers would have chosen for float ones.
+
+        This is the last that a quantizer sees of the config before the files are looked for.
+        """
+        if self.is_stored_int8:
+            config.__dict__.pop("transformers_weights", None)  # `REQUIRES`, which says that we were missing
         if self.quantization_config.experts == "int8" and not str(config._experts_implementation).startswith(
             "onecard_"
         ):
@@ -206,3 +205,16 @@ def _declare_stacks(experts: nn.Module, names: tuple[str, ...]) -> None:
         scale = torch.empty((stack.shape[0], stack.shape[outputs]), dtype=torch.float32, device=stack.device)
         setattr(experts, name, nn.Parameter(stored, requires_grad=False))
         setattr(experts, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+
+def register() -> None:
+    """Enter our int8 format into transformers' tables, so that its `from_pretrained` reads our checkpoints.
+
+    Done when this module is imported; again does nothing.
+    """
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(Int8Config)
+        register_quantizer(METHOD)(Int8Quantizer)
+
+
+register()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -24,26 +23,40 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from toolkit.architecture import auto_class
 from toolkit.checkpoint.agreement import refuse_wrong_shapes
+from toolkit.checkpoint.files import INDEX, SINGLE, beside, write_index
+from toolkit.checkpoint.formats import REQUIRES
+from toolkit.checkpoint.identity import license_of
+from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.shards import Shards, targets
-from toolkit.downloads import download
 from toolkit.durable import staged_folder
-from toolkit.errors import HubError, ModelError, RecipeError, ResourceError, first_line
+from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.steps import advance, part
 
-__all__ = ["WrittenCheckpoint", "fetch", "quantize_checkpoint", "refuse_existing"]
+__all__ = ["WrittenCheckpoint", "quantize_checkpoint", "refuse_existing"]
 
 _SMALL = 128 << 20
 """Bytes up to which layers share a shard."""
 
-_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_OURS = {"config.json", "model.safetensors.index.json"}
+
+_CARD = """# {name} in int8
+
+transformers reads these weights once onecard has told it how; without that it refuses them:
+
+```python
+import toolkit
+
+toolkit.register()
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+Expert stacks and linears are int8 with one fp32 scale for each output row; everything else is as in the original.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def quantize_checkpoint(
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
 
     It loads bit-identically to `load_int8(name_or_path)`: with `load_int8(folder)`, or with plain `from_pretrained`
-    once `toolkit.quant` is imported.
+    after `toolkit.register()`, which config.json and the card beside it ask for.
 
     Args:
         folder: must not exist.
@@ -99,12 +112,12 @@ def quantize_checkpoint(
             rounded = {} if compensated is None else int8_state(compensated)
             skeleton = _skeleton(name_or_path, config)
             if wanted.source is None:
-                shapes = ((key, tuple(shards.slice(key).get_shape())) for key in shards.keys)
-                refuse_wrong_shapes(name_or_path, skeleton, shapes)
+                refuse_wrong_shapes(name_or_path, skeleton, shards.shapes)
             written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
             config.quantization_config = wanted
             config.save_pretrained(workplace)
             _copy_rest(source, workplace)
+            _say_what_it_needs(workplace, Path(name_or_path).name, license_of(str(source)))
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({first_line(error)}); free space on the disk") from None
     return WrittenCheckpoint(str(target), *written)
@@ -125,22 +138,6 @@ class _WriterQuantizer(Int8Quantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None: as in the file."""
         return super().get_new_dtype(converter, param, self.dtype)
-
-
-def fetch(name_or_path: str, revision: str) -> Path:
-    """The checkpoint's folder, downloaded where it is a Hub name."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise ModelError(f"{name_or_path}: no such folder, and not a Hub name (owner/name)")
-    try:
-        folder = download(name_or_path, _BESIDE, revision=revision)
-        # Some repositories hold other forms of the same weights, in folders or under other names.
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        shards = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
-        return download(name_or_path, sorted(set(shards)), revision=revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, KeyError) as error:
-        raise HubError(f"{name_or_path}: cannot be downloaded: {first_line(error)}") from None
 
 
 def _skeleton(name: str, config: PretrainedConfig) -> PreTrainedModel:
@@ -177,7 +174,7 @@ def _write_weights(
         done = {parameters[key] for key in keys} & rounded.keys()
         unread = {key: shards.slice(key) for key in keys if parameters[key] not in done}
         tensors = (_convert(name, model, unread, loading) if unread else {}) | _with_scales(done, rounded)
-        file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else "model.safetensors"
+        file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else SINGLE
         if number == len(bins):  # the other parameters that one tensor of the checkpoint becomes
             tensors |= _with_scales(rounded.keys() - weight_map.keys() - tensors.keys(), rounded)
         _save(tensors, workplace / file)
@@ -187,8 +184,7 @@ def _write_weights(
         progress(number, len(bins))
     _refuse_missing(name, model, weight_map)
     if len(bins) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (workplace / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(workplace, weight_map, total)
     left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))
     return len(bins), total, shards.bytes, left_out
 
@@ -270,9 +266,18 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise ResourceError(f"{path.parent}: cannot be written: {first_line(error)}; free space on the disk") from None
 
 
+def _say_what_it_needs(workplace: Path, name: str, license: str | None) -> None:
+    """In config.json, for who loads it without us, and in a card, for who reads."""
+    path = workplace / "config.json"
+    config = json.loads(path.read_bytes()) | {"transformers_weights": REQUIRES}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    head = {"library_name": "transformers", "tags": ["onecard", "int8"]} | ({"license": license} if license else {})
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    (workplace / "README.md").write_text("\n".join(["---", *lines, "---", _CARD.format(name=name)]), encoding="utf-8")
+
+
 def _copy_rest(source: Path, workplace: Path) -> None:
     """Tokenizer, templates, generation config and licence, byte by byte."""
-    for pattern in _BESIDE:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _OURS:
-                shutil.copyfile(path, workplace / path.name)
+    for path in beside(source):
+        if path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, workplace / path.name)

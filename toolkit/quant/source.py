@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from toolkit.architecture import auto_class
+from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.shards import Shards, targets
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import read_config, storage
@@ -54,7 +52,7 @@ class SourceWeights:
             self._model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
         self._quantizer = _multiplied_out(self._model, declared.source)
         self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
-        with Shards(name_or_path, _folder(name_or_path, revision)) as shards:
+        with Shards(name_or_path, fetch(name_or_path, revision)) as shards:
             # safetensors keeps a file mapped as long as a slice of it lives.
             self._slices = {key: shards.slice(key) for key in shards.keys}
         self._targets = targets(self._model, self._mapping, self._slices)
@@ -103,21 +101,6 @@ class SourceWeights:
         missing = sorted(key for key in info.missing_keys if key.startswith(f"{name}."))
         if bad := [*missing, *(key for key, *_ in info.mismatched_keys), *info.conversion_errors]:
             raise ModelError(f"{self.name}: cannot read {bad[0]} as its config says; download the checkpoint again")
-
-
-def _folder(name_or_path: str, revision: str) -> Path:
-    """Where the shards that transformers would load lie, the folder itself or one of the Hub's cache."""
-    if index := _cached(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision):
-        get_checkpoint_shard_files(name_or_path, index, revision=revision)  # downloads what is not there
-        return Path(index).parent
-    if single := _cached(name_or_path, SAFE_WEIGHTS_NAME, revision):
-        return Path(single).parent
-    raise ModelError(f"{name_or_path}: no safetensors weights there; other formats are not read")
-
-
-def _cached(name_or_path: str, file: str, revision: str) -> str | None:
-    found: str | None = cached_file(name_or_path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return found
 
 
 def _multiplied_out(model: PreTrainedModel, source: Mapping[str, Any] | None) -> Int8Quantizer | None:

@@ -1,5 +1,5 @@
 """A training step on tensors that have shapes and no memory, so that a plan counts activations."""
 
-from toolkit.rehearsal.step import Step, imagined_model, rehearse, run_step
+from toolkit.rehearsal.step import Step, fake_model, rehearse, run_step
 
-__all__ = ["Step", "imagined_model", "rehearse", "run_step"]
+__all__ = ["Step", "fake_model", "rehearse", "run_step"]

@@ -1,7 +1,7 @@
-"""The loss of a training step as the trainer computes it, on tensors without numbers.
+"""The loss of a training step by the trainer's own functions, on tensors without numbers.
 
-On a CPU that is `toolkit.ops.label_logits` and its cross entropy, or TRL's tiles where the logits would be too many;
-on a card always TRL's tiles, whose kernel cannot run here, so that its buffers are allocated in its stead.
+On a CPU that is `toolkit.ops.label_logits`, or TRL's tiles where the logits would be too many; on a card always TRL's
+tiles, whose kernel cannot run here, so that its buffers are allocated in its stead.
 """
 
 # torch types an autograd function's result as Any.
@@ -9,24 +9,28 @@ on a card always TRL's tiles, whose kernel cannot run here, so that its buffers 
 
 from __future__ import annotations
 
-import inspect
 from importlib import import_module
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
 
-__all__ = ["imagined_loss"]
+from toolkit.ops.label_logits import (
+    can_keep_logits,
+    entropy_and_hits,
+    forward_inputs,
+    label_logits,
+    pays_to_keep_logits,
+    summed_loss,
+)
 
-_MOST_LOGITS = 1 << 28
-"""As in `toolkit.training.trainer`."""
+__all__ = ["fake_loss"]
 
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 """A tile of logits in TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py`)."""
 
 
-def imagined_loss(
+def fake_loss(
     model: PeftModel, inputs: dict[str, torch.Tensor], labelled: int, *, balanced: bool, on_card: bool, trains: bool
 ) -> torch.Tensor:
     """A loss that backward can start from.
@@ -35,27 +39,20 @@ def imagined_loss(
         inputs: `input_ids`, `labels` and what else the forward takes. labelled: positions with a label, in a sequence.
         trains: whether it is the trainer's; held-out examples are judged by whole logits, on a card too.
     """
-    labels, base = inputs.pop("labels"), model.get_base_model()
-    keeps = "logits_to_keep" in inspect.signature(type(base).forward).parameters
-    labelled = labelled if keeps else labels.shape[1] - 1
-    given: dict[str, Any] = {**inputs, "use_cache": False, **({"output_router_logits": True} if balanced else {})}
-    head = model.get_output_embeddings().weight
-    size = labels.shape[0] * labelled * head.shape[0] * base.dtype.itemsize
-    if trains and (on_card or not keeps or size > _MOST_LOGITS):
+    labels, given = inputs.pop("labels"), forward_inputs(inputs, balanced=balanced)
+    labelled = labelled if can_keep_logits(model) else labels.shape[1] - 1
+    if trains and (on_card or not pays_to_keep_logits(model, len(labels), labelled)):
+        base = model.get_base_model()
         outputs = base.base_model(**given)
         hidden = outputs.last_hidden_state[:, :-1][:, :labelled].flatten(0, 1)
-        tiled: torch.Tensor = _Tiles.apply(hidden, head, on_card)
+        tiled: torch.Tensor = _Tiles.apply(hidden, model.get_output_embeddings().weight, on_card)
         return tiled.sum() + _balance(base, outputs, balanced)
-    outputs = model(**given, **({"logits_to_keep": torch.zeros(labelled, dtype=torch.long)} if keeps else {}))
-    targets = labels[:, :labelled].flatten()
-    logits = outputs.logits[:, :labelled].reshape(-1, head.shape[0])[torch.ones(len(targets), dtype=torch.long)]
-    loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum")
+    logits, targets, outputs = label_logits(model, given, labels, labelled)
+    loss = summed_loss(logits, targets)
     if balanced and outputs.get("aux_loss") is not None:
         loss = loss + outputs.aux_loss
-    if not trains:
-        return loss
-    log_probabilities = logits.detach().float().log_softmax(-1)
-    (log_probabilities.exp() * log_probabilities).sum()
+    if trains:
+        entropy_and_hits(logits.detach(), targets)
     return loss
 
 

@@ -17,15 +17,15 @@ from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import can_attend_apart, describe
+from toolkit.architecture import describe
+from toolkit.ops.document_attention import attend_to_documents, per_document_attention
 from toolkit.rehearsal.ledger import Ledger
-from toolkit.rehearsal.loss import imagined_loss
+from toolkit.rehearsal.loss import fake_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
 
-__all__ = ["Step", "imagined_model", "rehearse", "run_step"]
+__all__ = ["Step", "fake_model", "rehearse", "run_step"]
 
 _CAUSAL = "onecard_rehearsal"
 """The name under which attention of documents on their own is known to transformers, and the mark of a causal mask."""
@@ -89,14 +89,14 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
         model: a skeleton on meta, which is used up.
     """
     depths = depths_of(model)
-    peft_model = imagined_model(model, step)
-    imagination = FakeTensorMode(allow_non_fake_inputs=True)
+    peft_model = fake_model(model, step)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     truncate(peft_model, depths.short + depths.period)
-    longer = run_step(peft_model, step, imagination)
+    longer = run_step(peft_model, step, fake_mode)
     if not depths.period:
         return longer.peak, longer.saved, longer.bare
     truncate(peft_model, depths.short)
-    short = run_step(peft_model, step, imagination)
+    short = run_step(peft_model, step, fake_mode)
     saved = short.saved + depths.repeats * (longer.saved - short.saved)
     highest, bare = (
         _extrapolated(*each, depths) for each in ((short.peaks, longer.peaks), (short.bares, longer.bares))
@@ -104,7 +104,7 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
     return highest, saved, bare
 
 
-def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
+def fake_model(model: PreTrainedModel, step: Step) -> PeftModel:
     """The skeleton as the run will have it, on meta still."""
     for parameter in model.parameters():  # buffers keep their own dtype, as they do when weights are loaded
         parameter.data = parameter.data.to(step.dtype)
@@ -112,20 +112,19 @@ def imagined_model(model: PreTrainedModel, step: Step) -> PeftModel:
     return adapted(model, step.lora, experts=step.experts, linears=step.linears, keep_up=kept, backend=step.backend)
 
 
-def run_step(model: PeftModel, step: Step, imagination: FakeTensorMode) -> Counted:
+def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted:
     """One step of the model as it stands, counted."""
-    with imagination:
+    with fake_mode:
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")
         model.train(step.trains)
-        if _apart(model, step):
-            model.get_base_model().set_attn_implementation(_CAUSAL)
         if step.checkpointing:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         known = [*model.parameters(), *model.buffers()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
-        with ledger, nullcontext() if step.trains else torch.no_grad():
+        alone = per_document_attention(model, _CAUSAL) if step.packed and not step.on_card else nullcontext()
+        with alone, ledger, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
@@ -145,7 +144,7 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
             if step.kind == "generate":
                 model(**inputs, use_cache=True, logits_to_keep=1)
                 return
-            loss = imagined_loss(
+            loss = fake_loss(
                 model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card, trains=step.trains
             )
         for handle in handles:
@@ -195,11 +194,6 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _apart(model: PeftModel, step: Step) -> bool:
-    """Whether documents are attended to one by one, as `toolkit.ops.document_attention` does."""
-    return step.packed and not step.on_card and can_attend_apart(model.get_base_model())
-
-
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """transformers' own, with a note on what a run finds by looking at its numbers: it cuts nothing but the future."""
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
@@ -217,10 +211,9 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `toolkit.ops.document_attention`: a causal mask is not used, and the documents' outputs are put together."""
-    unused = hasattr(attention_mask, _CAUSAL) and kwargs.get("position_bias") is None
-    mask = None if unused else attention_mask
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0].clone(), None
+    """A sequence as one document, which holds what several do; a mask's mark says whether it is just causal."""
+    whole, is_causal = [query.shape[2]], hasattr(attention_mask, _CAUSAL)
+    return attend_to_documents(module, query, key, value, attention_mask, whole, lambda _: is_causal, **kwargs)
 
 
 AttentionInterface.register(_CAUSAL, _attention)

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from toolkit.artifact import runs_near
 from toolkit.durable import write_text
 from toolkit.errors import ModelError
-from toolkit.mtp import draft_table
+from toolkit.mtp.measure import draft_table
 from toolkit.report import charts
 from toolkit.run_folder import RunFolder
 from toolkit.training.progress import held_out_scores

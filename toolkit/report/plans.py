@@ -52,7 +52,8 @@ def show_plan(console: Console, made: Plan) -> None:
 def _lines(made: Plan) -> list[str]:
     lines = []
     if away := [place for place in made.placement.values() if place != "resident"]:
-        beside = f", {made.together} micro-batches in a pass" if made.together > 1 else ""
+        per_pass = made.micro_batches_per_pass
+        beside = f", {per_pass} micro-batches in a pass" if per_pass > 1 else ""
         lines.append(f"streamed: experts of {len(away)} of {len(made.placement)} layers, from {away[0]}{beside}")
     if time := made.duration:
         which = max(("arithmetic", "memory", "bus"), key=lambda name: getattr(time, name))

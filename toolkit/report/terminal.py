@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from toolkit.artifact import VerifyReport
 from toolkit.data import DataReport
-from toolkit.mtp import draft_table
+from toolkit.mtp.measure import draft_table
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.report.hints import next_commands
 from toolkit.report.plans import mib, table_of

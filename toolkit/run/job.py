@@ -20,7 +20,7 @@ from toolkit.artifact import check_token
 from toolkit.data import Batches
 from toolkit.durable import write_text
 from toolkit.plan import Plan, make_plan
-from toolkit.ranks import first_one_first, first_tells, is_first, join
+from toolkit.ranks import broadcast, first_one_first, is_first, join
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
 from toolkit.report.page import write_page
@@ -81,7 +81,7 @@ def run(
     with listening(console), ExitStack() as held:
         prepared = prepare(recipe, fork)
         folder = RunFolder(prepared.plan.folder)
-        summary = first_tells(partial(_open, prepared, held, note))
+        summary = broadcast(partial(_open, prepared, held, note))
         if summary is None:
             summary = _finish(prepared, console, stop, note)
         else:

@@ -10,14 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
 from toolkit.artifact import fetch_adapter, require_base
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
+from toolkit.checkpoint.remote import fetch
 from toolkit.data import Batches
 from toolkit.errors import ModelError, RecipeError
-from toolkit.offload import load_streamed
+from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.plan import Plan
-from toolkit.quant import fetch, load_int8, measure
+from toolkit.quant import load_int8, measure
 from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
 from toolkit.quant.gptq.keep import read_compensated, write_compensated
 from toolkit.ranks import first_one_first, join

@@ -11,22 +11,19 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches
-from toolkit.data.token_table import IGNORED, sequence_lengths
+from toolkit.data.token_table import sequence_lengths
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer_ids
-from toolkit.mtp import (
-    MOST_ANSWERS,
-    HeadTraining,
-    MtpHead,
-    OwnHidden,
-    can_speculate,
-    learn_own_answers,
-    load_native,
-    measure_drafts,
-    native_keys,
-    new_head,
-    read_head,
-)
+from toolkit.labels import IGNORED
+from toolkit.mtp.build import new_head
+from toolkit.mtp.cost import MOST_ANSWERS
+from toolkit.mtp.decode import can_speculate
+from toolkit.mtp.head import MtpHead
+from toolkit.mtp.head_file import read_head
+from toolkit.mtp.measure import measure_drafts
+from toolkit.mtp.native import load_native, native_keys
+from toolkit.mtp.own_answers import OwnHidden, learn_own_answers
+from toolkit.mtp.training import HeadTraining
 from toolkit.plan import Plan
 from toolkit.ranks import processes
 from toolkit.steps import part

@@ -17,12 +17,14 @@ from toolkit.adapters import unmoved_adapters
 from toolkit.artifact import check_folder, read_manifest, write_artifact
 from toolkit.artifact import require_packageable as may_be_packaged
 from toolkit.artifact.manifest import file_entry
-from toolkit.checkpoint import BaseIdentity, config_sha256, files_of, identify_base, license_of
+from toolkit.checkpoint.identity import BaseIdentity, config_sha256, files_of, identify_base, license_of
 from toolkit.data import Batches, Dialogue
-from toolkit.data.token_table import IGNORED
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import LOSS, Comparison, find_metric, score_now
-from toolkit.mtp import MtpHead, head_state, most_answers
+from toolkit.labels import IGNORED
+from toolkit.mtp.cost import most_answers
+from toolkit.mtp.head import MtpHead
+from toolkit.mtp.head_file import head_state
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
@@ -174,7 +176,7 @@ def train(
         best=_wanted_best(model, tokenizer, batches, plan),
         advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
         probes=_probes(plan, note),
-        together=plan.together,
+        micro_batches_per_pass=plan.micro_batches_per_pass,
         resume=resumed,
         stop=stop or StopRequest(),
         places=batches.places,

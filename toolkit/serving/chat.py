@@ -19,7 +19,7 @@ from toolkit.data import Answer, Dialogue
 from toolkit.data.streamed import Piece
 from toolkit.errors import OnecardError, RecipeError
 from toolkit.evaluate import sampling
-from toolkit.mtp import Speculator
+from toolkit.mtp.decode import Speculator
 from toolkit.serving.screen import Screen, Tell
 
 __all__ = ["BASE", "Conversation", "talk"]
@@ -40,7 +40,7 @@ _LEADS = {
 """What is told between two parts of an answer."""
 
 
-class _Teller(BaseStreamer):  # type: ignore[misc]
+class _AnswerStreamer(BaseStreamer):  # type: ignore[misc]
     """Hands an answer on as it comes, its thought apart; what may become a mark or a call waits."""
 
     def __init__(self, dialogue: Dialogue, prompt_ids: Sequence[int], tell: Tell, *, skip_prompt: bool) -> None:
@@ -169,7 +169,7 @@ class Conversation:
             assert self.make_drafts is not None
             self._drafts = self.make_drafts()
         prompt = self._prompt()
-        teller = _Teller(self.dialogue, prompt, tell, skip_prompt=False)
+        teller = _AnswerStreamer(self.dialogue, prompt, tell, skip_prompt=False)
         (written,) = self._drafts.generate([prompt], told=lambda new: teller.put(torch.tensor(new)))
         teller.end()
         return self.dialogue.read(written, prompt)
@@ -186,7 +186,7 @@ class Conversation:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.dialogue.tokens.eos,
-            streamer=_Teller(self.dialogue, prompt, tell, skip_prompt=True),
+            streamer=_AnswerStreamer(self.dialogue, prompt, tell, skip_prompt=True),
             **sampling(self.temperature),
         )
         return self.dialogue.read(output[0, ids.shape[1] :].tolist(), prompt)
@@ -199,7 +199,7 @@ def talk(conversation: Conversation, lines: Iterable[str], screen: Screen) -> No
         if command in ("", "/quit"):
             return
         if command.startswith("/"):
-            screen.say(_obey(conversation, command, argument.strip()))
+            screen.say(_run_command(conversation, command, argument.strip()))
         elif conversation.compare:
             with screen.both(BASE, conversation.adapter) as (base, own):
                 conversation.say_to_both(line, base, own)
@@ -208,7 +208,7 @@ def talk(conversation: Conversation, lines: Iterable[str], screen: Screen) -> No
             screen.words("\n")
 
 
-def _obey(conversation: Conversation, command: str, argument: str) -> str:
+def _run_command(conversation: Conversation, command: str, argument: str) -> str:
     """Do what a line that starts with a slash says, and what to tell of it."""
     try:
         match command:

@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from toolkit.offload import ExpertStream, stream_of
+from toolkit.offload.attach import stream_of
+from toolkit.offload.stream import ExpertStream
 
 __all__ = ["LayerMajor", "LayerMajorSteps", "layer_major_for"]
 
@@ -33,11 +34,12 @@ class LayerMajor(Generic[Result]):
 
     Args:
         stream: its `gate` is taken while tasks run.
-        together: most tasks side by side, whose activations are alive together; the next ones follow. None for all.
+        micro_batches_per_pass: most tasks side by side, whose activations are alive together; the next ones follow.
+            None for all.
     """
 
-    def __init__(self, stream: ExpertStream, together: int | None = None) -> None:
-        self._stream, self._together = stream, together
+    def __init__(self, stream: ExpertStream, micro_batches_per_pass: int | None = None) -> None:
+        self._stream, self._per_pass = stream, micro_batches_per_pass
         self._turn = Condition()
         self._pool = ThreadPoolExecutor(1)
         self._threads = 1
@@ -49,7 +51,7 @@ class LayerMajor(Generic[Result]):
         A task runs until it asks for another layer than the current one; when all have come so far, the layer that the
         first of them waits for becomes the current one.
         """
-        size = self._together or max(1, len(tasks))
+        size = self._per_pass or max(1, len(tasks))
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
         return [result for group in groups for result in self._run(group)]
 
@@ -158,9 +160,9 @@ class LayerMajorSteps:
 
 
 def layer_major_for(
-    model: nn.Module, arguments: Mapping[str, Any], together: int | None = None
+    model: nn.Module, arguments: Mapping[str, Any], micro_batches_per_pass: int | None = None
 ) -> LayerMajor[torch.Tensor] | None:
-    """What runs an optimizer step's micro-batches, `together` at a time; None where the ordinary order is right.
+    """What runs an optimizer step's micro-batches, so many at a time; None where the ordinary order is right.
 
     That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
     moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
@@ -170,7 +172,7 @@ def layer_major_for(
     pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
     if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
         return None
-    return None if together == 1 else LayerMajor(stream, together)
+    return None if micro_batches_per_pass == 1 else LayerMajor(stream, micro_batches_per_pass)
 
 
 def _draws_random_numbers(model: Any) -> bool:

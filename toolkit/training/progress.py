@@ -19,7 +19,7 @@ from toolkit.adapters import unmoved_adapters
 from toolkit.durable import sync
 from toolkit.errors import ResourceError
 
-__all__ = ["MetricsLog", "ProgressDisplay", "StillAdapters", "held_out_scores", "peak_memory"]
+__all__ = ["MetricsLog", "ProgressDisplay", "UnmovedAdapters", "held_out_scores", "peak_memory"]
 
 _PLAIN_SECONDS = 5.0
 _NOT_SCORES = {
@@ -87,7 +87,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             raise ResourceError(f"{self.path}: cannot be written ({error.strerror}); {_RERUN}") from None
 
 
-class StillAdapters(TrainerCallback):  # type: ignore[misc]
+class UnmovedAdapters(TrainerCallback):  # type: ignore[misc]
     """Names the adapters that have not moved after some steps, while there is time to do something about it."""
 
     after = 10

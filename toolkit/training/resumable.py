@@ -27,13 +27,13 @@ from toolkit.training.divergence import StepGuard
 from toolkit.training.progress import MetricsLog
 from toolkit.training.state import flatten, random_state, restore_random_state, unflatten
 
-__all__ = ["Part", "ResumableTrainer"]
+__all__ = ["ResumableTrainer", "SavedPart"]
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, TRAINER_STATE = "optimizer", "state", "trainer_state.json"
 
 
-class Part(Protocol):
+class SavedPart(Protocol):
     """Something beside the adapter that is trained and saved with it, such as a `torch.nn.Module`."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         metrics: MetricsLog,
         *,
         resume: Resume,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, SavedPart],
         guard: StepGuard,
         stop: StopRequest,
     ) -> None:

@@ -20,19 +20,25 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
-from toolkit.mtp import HeadTraining
+from toolkit.labels import IGNORED
 from toolkit.mtp.callback import HeadSteps, learn_after
+from toolkit.mtp.training import HeadTraining
 from toolkit.ops import keep_up_outputs
-from toolkit.ops.document_attention import documents_apart
-from toolkit.ops.label_logits import can_keep_logits, labelled_logits
-from toolkit.ranks import first_tells, is_first, processes
+from toolkit.ops.document_attention import per_document_attention
+from toolkit.ops.label_logits import (
+    entropy_and_hits,
+    forward_inputs,
+    label_logits,
+    pays_to_keep_logits,
+    summed_loss,
+)
+from toolkit.ranks import broadcast, is_first, processes
 from toolkit.signals import StopRequest
 from toolkit.training.best import BestAdapter, KeepBest
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
@@ -41,16 +47,14 @@ from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, out_of_memory, probe
-from toolkit.training.progress import MetricsLog, ProgressDisplay, StillAdapters
-from toolkit.training.resumable import Part, ResumableTrainer
+from toolkit.training.progress import MetricsLog, ProgressDisplay, UnmovedAdapters
+from toolkit.training.resumable import ResumableTrainer, SavedPart
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
 
 _NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
-_MOST_LOGITS = 1 << 28
-"""Bytes of logits that may exist at once on a CPU before they are computed in chunks."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         """Figures of the model as it stands that an evaluation has beside the loss."""
         self.probe_advice = context.advice if context.probes else None
         """What to change where the longest batch does not fit; None runs no probe."""
-        self.layer_major = None if head else layer_major_for(trl["model"], arguments, context.together)
+        self.layer_major = None if head else layer_major_for(trl["model"], arguments, context.micro_batches_per_pass)
         self.evaluates_each_epoch = trl["eval_dataset"] is not None and not arguments["eval_steps"]
         beside = context.head_beside
         self.beside = HeadSteps(beside, arguments["learning_rate"]) if beside else None
@@ -144,7 +148,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         def step() -> None:
             model.train()
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
+                loss = self.compute_loss(model, batch, num_items_in_batch=(batch["labels"] != IGNORED).sum())
             self.accelerator.backward(loss)
 
         def forget() -> None:
@@ -160,19 +164,17 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
         """TRL's way needs less memory where many positions are labelled, and is as fast on a card."""
-        if labels.device.type != "cpu" or self.wants_trls_balance or not can_keep_logits(self.model):
+        if labels.device.type != "cpu" or self.wants_trls_balance:
             return False
-        positions = int((labels[:, 1:] != -100).any(0).sum())
-        size = labels.shape[0] * positions * self.model.get_output_embeddings().weight.shape[0]
-        return bool(size * self.model.dtype.itemsize <= _MOST_LOGITS)
+        positions = int((labels[:, 1:] != IGNORED).any(0).sum())
+        return pays_to_keep_logits(self.model, len(labels), positions)
 
     def _labelled_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor | None:
         """As TRL computes it, and the same metrics; None where the family gives no load-balancing loss of its own."""
-        given = {**inputs, "use_cache": False, **({"output_router_logits": True} if self.aux_loss_enabled else {})}
-        labels = given.pop("labels")
-        logits, targets, outputs = labelled_logits(model, given, labels)
+        given = forward_inputs(inputs, balanced=self.aux_loss_enabled)
+        logits, targets, outputs = label_logits(model, given, inputs["labels"])
         self._logits = None if self.beside is None else logits.detach()
         balance = getattr(outputs, "aux_loss", None)
         if self.aux_loss_enabled and balance is None:
@@ -180,7 +182,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             return None
         metrics = self._metrics["train" if self.model.training else "eval"]
         count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        loss: torch.Tensor = cross_entropy(logits.float(), targets, reduction="sum") / count
+        loss = summed_loss(logits, targets) / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if balance is not None and self.aux_loss_enabled:
@@ -191,9 +193,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         return loss
 
     def _count_hits(self, logits: torch.Tensor, targets: torch.Tensor, metrics: dict[str, list[float]]) -> None:
-        log_probabilities = logits.float().log_softmax(-1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum()
-        hits = (log_probabilities.argmax(-1) == targets).sum()
+        entropy, hits = entropy_and_hits(logits, targets)
         sums = torch.stack([entropy, hits.to(entropy.dtype), torch.tensor(float(len(targets)))])
         entropies, right, count = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
         metrics["entropy"].append(entropies / max(1.0, count))
@@ -212,7 +212,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         """As Trainer, with the figures of `score` among the metrics, so that they are logged and callbacks see them."""
         output = super().evaluation_loop(*args, **kwargs)
         if self.score is not None:
-            output.metrics.update({f"eval_{name}": value for name, value in first_tells(self.score).items()})
+            output.metrics.update({f"eval_{name}": value for name, value in broadcast(self.score).items()})
         return output
 
 
@@ -228,7 +228,7 @@ class RunContext:
         best: what to keep or stop for.
         advice: what to change where memory does not suffice for the longest batch.
         probes: whether that batch goes first. It changes no number; it costs a batch's time.
-        together: micro-batches that go through a streamed layer before the next; None for all of a step.
+        micro_batches_per_pass: those that go through a streamed layer before the next; None for all of a step.
         resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
         stop: told of signals. places: where each training row came from. parts: trained and saved beside the adapter.
         head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
@@ -244,11 +244,11 @@ class RunContext:
     best: BestAdapter | None = None
     advice: str = "a smaller training.max_length"
     probes: bool = True
-    together: int | None = None
+    micro_batches_per_pass: int | None = None
     resume: Resume | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     places: Sequence[str] = ()
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, SavedPart] = field(default_factory=dict)
     head: HeadTraining | None = None
     head_stage: str = "with"
 
@@ -304,15 +304,15 @@ def train_adapter(
     guard = StepGuard(arguments["max_nonfinite_steps"], partial(name_examples, train, context.places), console.print)
     saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
     trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
-    trainer.add_callback(StillAdapters(console))
+    trainer.add_callback(UnmovedAdapters(console))
     if context.train_router and not trainer.aux_loss_enabled:
         console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
     if trainer.beside:
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}")
-    apart = _apart(model, console) if arguments["packing"] else nullcontext()
-    with peak_of(device) as peak, apart, trainer.beside or nullcontext():
+    isolated = _isolated(model, console) if arguments["packing"] else nullcontext()
+    with peak_of(device) as peak, isolated, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
         if head is not None and context.head_stage == "after":
             console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
@@ -352,9 +352,9 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
 
 
 @contextmanager
-def _apart(model: PeftModel, console: Console) -> Iterator[None]:
+def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
     """No packed example sees another within the block, which is proven first."""
-    with documents_apart(model) as alone:
+    with per_document_attention(model) as alone:
         how = ", each attended to alone" if alone else ""
         how += " (with masks of our own)" if isolate_documents(model) else ""
         console.print(f"packing: no example sees another, checked{how}")

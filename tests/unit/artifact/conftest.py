@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from toolkit.artifact import write_artifact
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 
 BASE = Path(__file__).parents[3] / "recipes/quickstart/nano-qwen3moe-2m"
 RECIPE = """\

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.unit.artifact.conftest import BASE
 from toolkit.artifact import require_packageable
-from toolkit.checkpoint import files_of, identify_base, license_of
+from toolkit.checkpoint.identity import files_of, identify_base, license_of
 from toolkit.errors import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -21,7 +21,7 @@ from toolkit.artifact import (
     verify_artifact,
 )
 from toolkit.artifact.manifest import file_entry, write_json
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, RecipeError
 
 Write = Callable[..., Path]

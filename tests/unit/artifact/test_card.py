@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from tests.unit.artifact.conftest import BASE
 from toolkit.artifact import model_card
-from toolkit.checkpoint import BaseIdentity
+from toolkit.checkpoint.identity import BaseIdentity
 from toolkit.recipe import parse
 
 HUB = BaseIdentity("owner/nano-moe", "0" * 40, "f" * 64)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.unit.artifact.conftest import BASE, RECIPE
 from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact
 from toolkit.artifact.manifest import write_json
-from toolkit.checkpoint import identify_base, license_of
+from toolkit.checkpoint.identity import identify_base, license_of
 from toolkit.errors import ModelError
 
 Write = Callable[..., Path]

@@ -15,7 +15,7 @@ from tests.unit.artifact.conftest import BASE
 from tests.unit.quant.test_storage import fp8_pair, mxfp4_pair
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError
 from toolkit.export import export_adapter
 from toolkit.quant import load_int8, quantize_checkpoint

@@ -26,7 +26,7 @@ Adapter = tuple[dict[str, tuple[int, ...]], dict[str, Any]]
 def adapter(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Adapter:
     """Keys and configuration of an export without routers, which SGLang takes no adapter on."""
     from toolkit.artifact import write_artifact
-    from toolkit.checkpoint import identify_base
+    from toolkit.checkpoint.identity import identify_base
 
     folder = tmp_path_factory.mktemp("served")
     write_artifact(

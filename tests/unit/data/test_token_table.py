@@ -19,8 +19,9 @@ from trl import pack_dataset
 
 from toolkit.data import scratch, token_table
 from toolkit.data.encode import Encoded
-from toolkit.data.token_table import IGNORED, count_trained, sequence_lengths
+from toolkit.data.token_table import count_trained, sequence_lengths
 from toolkit.errors import ResourceError
+from toolkit.labels import IGNORED
 
 MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=12)
 

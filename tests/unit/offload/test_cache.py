@@ -15,8 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.parity.conftest import COMMON
 from toolkit.checkpoint.cache import cache_root
-from toolkit.offload import int8_folder
-from toolkit.offload.cache import fingerprint
+from toolkit.offload.cache import fingerprint, int8_folder
 
 WRITE = """
 import os, signal, sys

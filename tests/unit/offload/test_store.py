@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.errors import ModelError, ResourceError
-from toolkit.offload import ExpertStream
 from toolkit.offload.store import FromFiles
+from toolkit.offload.stream import ExpertStream
 
 UP, DOWN = (4, 6, 5), (4, 5, 3)
 STACKS = {"a": ("a.up", "a.down"), "b": ("b.up", "b.down")}

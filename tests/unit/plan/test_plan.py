@@ -27,7 +27,7 @@ from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.duration import Duration
 from toolkit.plan.shapes import published
-from toolkit.plan.steps import Held, question
+from toolkit.plan.steps import StepBytes, step_spec
 from toolkit.recipe import Recipe, parse
 
 MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
@@ -42,12 +42,12 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's bytes by a rule that is quick: its own tests rehearse."""
 
-    def step(self: Budget, wanted: Recipe) -> Held:
+    def step(self: Budget, wanted: Recipe) -> StepBytes:
         assert isinstance(wanted.training.max_length, int)
         assert isinstance(wanted.lora.r, int)
         kept = 1 if wanted.training.gradient_checkpointing else 8
         saved = kept * wanted.training.max_length * (1 << 18)
-        return Held(saved + wanted.lora.r * (40 << 20), saved, saved)
+        return StepBytes(saved + wanted.lora.r * (40 << 20), saved, saved)
 
     monkeypatch.setattr(Budget, "step", step)
 
@@ -132,7 +132,7 @@ def test_micro_batches_that_wait_are_counted_where_layers_are_streamed() -> None
 
 def test_later_micro_batches_have_the_gradients_of_earlier_ones_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def counted(bare: int, micro: int) -> int:
-        monkeypatch.setattr(Budget, "step", lambda *_: Held(1 << 30, 0, bare))
+        monkeypatch.setattr(Budget, "step", lambda *_: StepBytes(1 << 30, 0, bare))
         made = make_plan(
             recipe(training={"gradient_accumulation_steps": micro}), device=Device("cpu", "cpu", 1 << 40, None, 1 << 40)
         )
@@ -153,25 +153,25 @@ def test_as_many_micro_batches_go_together_as_fit_with_the_least_traffic() -> No
     kinds = set()
     for memory in range(least - (5 << 30), least, 1 << 28):
         made = planned(memory)
-        away, passes = len(streamed(made.placement)), -(-8 // made.together)
+        away, passes = len(streamed(made.placement)), -(-8 // made.micro_batches_per_pass)
         if not made.fits:
             continue
-        kinds.add(made.together)
+        kinds.add(made.micro_batches_per_pass)
         budget = Budget(MODEL, "main", Device("cuda", "card", memory), made.dtype, made.backend, "auto")
         for count in range(1, 17):  # no other split moves less
             other = spread(dict.fromkeys(made.placement, 0), count, "host")
             if budget.fits(made.recipe, other):
-                assert away * passes <= count * -(-8 // budget.together(made.recipe, other))
+                assert away * passes <= count * -(-8 // budget.micro_batches_per_pass(made.recipe, other))
     assert len(kinds) > 2
 
 
 def test_evaluation_is_counted_where_the_data_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int, int]] = []
 
-    def answer(self: Budget, wanted: Recipe, kind: str) -> Held:
-        found = question(wanted, self.shape_for(wanted), device="cuda", dtype=self.dtype, backend="any", kind=kind)
+    def answer(self: Budget, wanted: Recipe, kind: str) -> StepBytes:
+        found = step_spec(wanted, self.shape_for(wanted), device="cuda", dtype=self.dtype, backend="any", kind=kind)
         asked.append((kind, found.batch, found.length))
-        return Held({"loss": 1, "generate": wanted.eval.batch_size}[kind] << 30)
+        return StepBytes({"loss": 1, "generate": wanted.eval.batch_size}[kind] << 30)
 
     monkeypatch.setattr(Budget, "_answer", answer)
     device = Device("cuda", "card", 12 << 30)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.record_plans import answer, questions
+from scripts.record_plans import answer, step_specs
 from toolkit.plan import steps
-from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, unfold, versions
+from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, rehearsal_versions, unfold
 from toolkit.plan.skeletons import shape_of, shapes_of
-from toolkit.plan.steps import Held, recall, remember
+from toolkit.plan.steps import StepBytes, cache_bytes, cached_bytes
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("name", published())
 def test_recorded_shapes_are_those_of_the_installed_versions(name: str) -> None:
     record = read_record(name)
-    assert record, f"recorded with other versions than {versions()}: run scripts/record_plans.py"
+    assert record, f"recorded with other versions than {rehearsal_versions()}: run scripts/record_plans.py"
     recorded = recorded_shapes(record)
     assert recorded is not None
     fresh = shapes_of(shape_of(name))
     assert recorded.to_dict() == fresh.to_dict()
     assert list(recorded.parameters) == list(fresh.parameters)
-    assert record["steps"].keys() & questions(name).keys()
+    assert record["steps"].keys() & step_specs(name).keys()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -37,9 +37,9 @@ def test_recorded_shapes_are_those_of_the_installed_versions(name: str) -> None:
 def test_recorded_steps_are_rehearsed_again(name: str, number: int) -> None:
     """Another one of each model: card and CPU, kept and recomputed; `scripts/record_plans.py --check` does them all."""
     pytest.importorskip("triton")
-    short = sorted((asked for asked in questions(name).values() if asked.length <= 256), key=lambda asked: asked.lora)
-    asked = short[number % len(short)]
-    assert recall(asked, "", read_record(name)) == answer(name, asked)
+    short = sorted((spec for spec in step_specs(name).values() if spec.length <= 256), key=lambda spec: spec.lora)
+    spec = short[number % len(short)]
+    assert cached_bytes(spec, "", read_record(name)) == answer(name, spec)
 
 
 @pytest.mark.parametrize(
@@ -60,30 +60,28 @@ def test_other_versions_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_record(published()[0]) == {}
 
 
-def test_what_was_rehearsed_is_remembered_for_this_question_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_was_rehearsed_is_cached_for_this_spec_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path))
-    asked = next(iter(questions(published()[0]).values()))
-    assert recall(asked, "config", {}) is None
-    remember(asked, "config", Held(7, 3))
-    assert recall(asked, "config", {}) == Held(7, 3)
-    assert recall(asked, "another config", {}) is None
-    assert recall(replace(asked, length=asked.length + 1), "config", {}) is None
-    scaled = replace(asked, lora=json.dumps({**json.loads(asked.lora), "lora_alpha": 1.0}))
-    assert recall(scaled, "config", {}) == Held(7, 3)
+    spec = next(iter(step_specs(published()[0]).values()))
+    assert cached_bytes(spec, "config", {}) is None
+    cache_bytes(spec, "config", StepBytes(7, 3))
+    assert cached_bytes(spec, "config", {}) == StepBytes(7, 3)
+    assert cached_bytes(spec, "another config", {}) is None
+    assert cached_bytes(replace(spec, length=spec.length + 1), "config", {}) is None
+    scaled = replace(spec, lora=json.dumps({**json.loads(spec.lora), "lora_alpha": 1.0}))
+    assert cached_bytes(scaled, "config", {}) == StepBytes(7, 3)
     steps._sources.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(steps, "_REHEARSED", ("ops",))
-        assert recall(asked, "config", {}) is None
+        assert cached_bytes(spec, "config", {}) is None
     steps._sources.cache_clear()
     (file,) = (tmp_path / "steps").iterdir()
     file.write_text("[1")
-    assert recall(asked, "config", {}) is None
+    assert cached_bytes(spec, "config", {}) is None
     file.unlink()
     (tmp_path / "steps").rmdir()
     (tmp_path / "steps").write_text("a file where the folder should be")
-    remember(asked, "config", Held(7, 3))
+    cache_bytes(spec, "config", StepBytes(7, 3))
 
 
 RECIPES = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if re.search(r"-a?\d+b|-lite", path.stem)]

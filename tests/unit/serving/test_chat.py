@@ -21,10 +21,11 @@ from toolkit.adapters import attach_lora
 from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import answer
-from toolkit.mtp import Speculator, speculator
+from toolkit.mtp.decode import Speculator
+from toolkit.mtp.measure import speculator
 from toolkit.quant import load_int8
 from toolkit.serving import Conversation, Screen, talk
-from toolkit.serving.chat import _Teller
+from toolkit.serving.chat import _AnswerStreamer
 
 QUESTION = "Which category is it: oak - a tree?"
 
@@ -94,7 +95,7 @@ def test_thought_text_and_calls_are_told_apart() -> None:
         ("a <think", "a <think"),
     ):
         words: list[str] = []
-        teller = _Teller(
+        teller = _AnswerStreamer(
             dialogue, dialogue.prompt_ids([{"role": "user", "content": "q"}]), words.append, skip_prompt=False
         )
         for token in dialogue.tokens.of([text])[0]:

@@ -23,7 +23,7 @@ from tests.faults.conftest import MODEL, Run, onecard
 from tests.unit.documentation.commands import ROOT, shown_in
 from tests.unit.serving.test_chat import QUESTION, adapted, plain_dialogue
 from toolkit.artifact import write_artifact
-from toolkit.checkpoint import identify_base
+from toolkit.checkpoint.identity import identify_base
 from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer, require_harness

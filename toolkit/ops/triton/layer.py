@@ -21,10 +21,10 @@ import torch
 from toolkit.errors import ModelError
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.presence import present
-from toolkit.ops.rows import is_imagined
+from toolkit.ops.rows import is_fake
 from toolkit.ops.triton import products
 from toolkit.ops.triton.gates import GateForm, recognize
-from toolkit.ops.triton.routing import Routing, route
+from toolkit.ops.triton.routing import SortedRows, route
 from toolkit.ops.triton.tiles import INTERPRETED
 
 __all__ = ["Stack", "Weights", "expert_layer", "expert_layer_w8a8"]
@@ -119,7 +119,7 @@ def _apply(
 ) -> torch.Tensor:
     if x_TH.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"the Triton experts compute in fp32, bf16 or fp16, not {x_TH.dtype}; use onecard_per_expert")
-    if x_TH.device.type != "cuda" and not INTERPRETED and not is_imagined(x_TH):
+    if x_TH.device.type != "cuda" and not INTERPRETED and not is_fake(x_TH):
         raise ModelError(f"the Triton experts need a CUDA card, not {x_TH.device.type}; use onecard_per_expert")
     form = recognize(weights.gate, _outputs(weights.up), x_TH.device)
     factors = [factor for lora in loras for factor in ((None, None) if lora is None else (lora.A, lora.B))]
@@ -217,7 +217,7 @@ class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, weights: Weights, grad_TH: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, kept_SO, index_TK, *routing = saved
-        rows = Routing(*routing)
+        rows = SortedRows(*routing)
         up = _Projection(weights.up, up_A, up_B, ctx.scalings[0], rows.offset, ctx.is_int8)
         down = _Projection(weights.down, down_A, down_B, ctx.scalings[1], rows.offset, ctx.is_int8)
         low_up_SR = up.low(x_TH, rows.token)
@@ -243,7 +243,7 @@ class _Down:
 
     weights: Weights
     projection: _Projection
-    rows: Routing
+    rows: SortedRows
     weight_S: torch.Tensor
     index_TK: torch.Tensor
     grad_TH: torch.Tensor

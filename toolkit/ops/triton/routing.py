@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Routing", "route"]
+__all__ = ["SortedRows", "route"]
 
 
 @dataclass(frozen=True)
-class Routing:
+class SortedRows:
     """S = T·K rows sorted by expert, tokens ascending in each.
 
     token [S]: the token of a sorted row. slot [S]: its place in the flattened [T, K]. place [T, K]: the sorted row of a
@@ -27,7 +27,7 @@ class Routing:
     offset: torch.Tensor
 
 
-def route(index_TK: torch.Tensor, num_experts: int) -> Routing:
+def route(index_TK: torch.Tensor, num_experts: int) -> SortedRows:
     """Sort the slots by expert. Numbers from `num_experts` on (other devices' experts) sort last and count nothing."""
     flat = index_TK.reshape(-1)
     ordered, slot = flat.sort(stable=True)
@@ -36,4 +36,4 @@ def route(index_TK: torch.Tensor, num_experts: int) -> Routing:
     place[slot] = torch.arange(slot.shape[0], device=flat.device, dtype=torch.int32)
     place = torch.where(flat < num_experts, place, -1).view(index_TK.shape)
     token = slot.div(index_TK.shape[1], rounding_mode="floor").int()
-    return Routing(token, slot, place, offset.int())
+    return SortedRows(token, slot, place, offset.int())

@@ -24,7 +24,7 @@ from toolkit.errors import ModelError
 from toolkit.ops.experts import ExpertStack, expert_weights
 from toolkit.ops.int8 import Int8Linear, quantize
 from toolkit.quant.gptq.error_feedback import blend, compensate, row_errors
-from toolkit.quant.gptq.observe import Batch, ExpertInputs, LinearInputs, Step, decoder_layers, observe, walk
+from toolkit.quant.gptq.observe import Batch, ExpertInputs, LayerVisit, LinearInputs, decoder_layers, observe, walk
 from toolkit.quant.gptq.search import effort_for
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
@@ -118,9 +118,9 @@ def compensate_model(
     parts: list[PartError] = []
     experts: list[ExpertError] = []
     depth = len({layer.name for layer in architecture.layers})
-    for number, step in enumerate(walk(model, decoder_layers(architecture), batches), 1):
+    for number, visit in enumerate(walk(model, decoder_layers(architecture), batches), 1):
         # In a call of its own: a part left in a variable here would keep its weights through the next layer.
-        for total, group in _solve_layer(model, step, architecture, source):
+        for total, group in _solve_layer(model, visit, architecture, source):
             parts.append(total)
             experts += group if total.experts > 1 else ()
         advance(number, max(number, depth), "layers")
@@ -187,27 +187,27 @@ class _Part:
 
 
 def _solve_layer(
-    model: nn.Module, step: Step, architecture: Architecture, source: SourceWeights
+    model: nn.Module, visit: LayerVisit, architecture: Architecture, source: SourceWeights
 ) -> list[tuple[PartError, list[ExpertError]]]:
-    return [_solve(part) for part in _parts(model, step, architecture, source)]
+    return [_solve(part) for part in _parts(model, visit, architecture, source)]
 
 
-def _parts(model: nn.Module, step: Step, architecture: Architecture, source: SourceWeights) -> Iterator[_Part]:
+def _parts(model: nn.Module, visit: LayerVisit, architecture: Architecture, source: SourceWeights) -> Iterator[_Part]:
     """Every int8 part of one decoder layer that a token reached. A part must be solved before the next is asked for."""
-    inside = f"{step.name}."
+    inside = f"{visit.name}."
     linears = [linear.name for linear in architecture.linears if linear.name.startswith(inside)]
     linears = [name for name in linears if isinstance(model.get_submodule(name), Int8Linear)]
     layers = [layer for layer in architecture.layers if layer.name.startswith(inside)]
     layers = [layer for layer in layers if expert_weights(model.get_submodule(layer.name)).up.scale is not None]
     if not linears and not layers:
         return
-    seen = observe(model, step, linears, [layer.name for layer in layers])
-    with source.layer(step.name) as weights:
+    seen = observe(model, visit, linears, [layer.name for layer in layers])
+    with source.layer(visit.name) as weights:
         for name in linears:
-            yield _linear_part(step.name, name, model.get_submodule(name), weights, seen.linears[name])
+            yield _linear_part(visit.name, name, model.get_submodule(name), weights, seen.linears[name])
         for layer in layers:
             yield from _expert_parts(
-                step.name, layer, model.get_submodule(layer.name), weights, seen.experts[layer.name]
+                visit.name, layer, model.get_submodule(layer.name), weights, seen.experts[layer.name]
             )
 
 
@@ -263,7 +263,7 @@ def _solve(part: _Part) -> tuple[PartError, list[ExpertError]]:
     size = max(1, _GROUP_ELEMENTS // max(mean.numel(), part.stack.weight[0].numel()))
     groups = [range(start, min(start + size, experts)) for start in range(0, experts, size)]
     squares = torch.cat([_solve_group(part, group, mean) for group in groups])
-    return _judge(part, squares.double())
+    return _part_errors(part, squares.double())
 
 
 def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
     return torch.stack([signal, before, torch.where(worse, before, after), worse.float()], dim=-1).cpu()
 
 
-def _judge(part: _Part, squares: torch.Tensor) -> tuple[PartError, list[ExpertError]]:
+def _part_errors(part: _Part, squares: torch.Tensor) -> tuple[PartError, list[ExpertError]]:
     signal, before, after, worse = squares.unbind(-1)
     rounded, compensated = _relative(before, signal), _relative(after, signal)
     rows = part.rows.tolist()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from toolkit.checkpoint.headers import read_header
 from toolkit.durable import replaced_file
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.quant.gptq.calibrate import Compensation, ExpertError, PartError
@@ -54,12 +55,11 @@ def read_compensated(model: nn.Module, path: Path, base: str) -> Compensation:
             int8; the model is untouched.
     """
     targets = int8_state(model)
+    shapes = {name: tensor.shape for name, tensor in read_header(path, "remove it to compensate again").items()}
+    if shapes != {name: tuple(value.shape) for name, value in targets.items()}:
+        raise ModelError(f"{path}: of another model than the one loaded; remove it to compensate again")
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
-            if shapes != {name: list(value.shape) for name, value in targets.items()}:
-                raise ModelError(f"{path}: of another model than the one loaded; remove it to compensate again")
             if file.metadata()["base"] != base:
                 raise ModelError(
                     f"{path}: rounded from other weights than the base that is loaded; give the base of this run, or "

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from toolkit.architecture import Architecture
 from toolkit.errors import ModelError
 
-__all__ = ["Batch", "ExpertInputs", "LinearInputs", "Observed", "Step", "decoder_layers", "observe", "walk"]
+__all__ = ["Batch", "ExpertInputs", "LayerVisit", "LinearInputs", "Observed", "decoder_layers", "observe", "walk"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerVisit:
     """One decoder layer, and a pass through it for every batch: which rows are real, and the call to make."""
 
     name: str
@@ -103,12 +103,12 @@ def decoder_layers(architecture: Architecture) -> re.Pattern[str]:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, step: Step, linears: Sequence[str], experts: Sequence[str]) -> Observed:
-    """Run a step and sum up what these linears and experts modules inside its layer are given."""
+def observe(model: nn.Module, visit: LayerVisit, linears: Sequence[str], experts: Sequence[str]) -> Observed:
+    """Make a visit, and sum up what these linears and experts modules inside its layer are given."""
     modules = {name: model.get_submodule(name) for name in (*linears, *experts)}
     seen_linears = {name: LinearInputs.of(cast(nn.Linear, modules[name])) for name in linears}
     seen_experts = {name: ExpertInputs() for name in experts}
-    for real, call in step.passes:
+    for real, call in visit.passes:
         with ExitStack() as hooks:
             for name in linears:
                 hooks.enter_context(_before(modules[name], _feed(seen_linears[name], real)))
@@ -119,7 +119,7 @@ def observe(model: nn.Module, step: Step, linears: Sequence[str], experts: Seque
 
 
 @torch.no_grad()
-def walk(model: PreTrainedModel, layers: re.Pattern[str], batches: Sequence[Batch]) -> Iterator[Step]:
+def walk(model: PreTrainedModel, layers: re.Pattern[str], batches: Sequence[Batch]) -> Iterator[LayerVisit]:
     """Yield the decoder layers in the order in which the model runs them.
 
     A layer may be changed while it is held: the next one's inputs are computed when it is asked for, with the layers as
@@ -135,7 +135,7 @@ def walk(model: PreTrainedModel, layers: re.Pattern[str], batches: Sequence[Batc
     for calls in zip(*traces, strict=True):
         name = calls[0].name
         bound = [partial(modules[name], x, *call.args, **call.kwargs) for call, x in zip(calls, hidden, strict=True)]
-        yield Step(name, [(batch.real, run) for batch, run in zip(batches, bound, strict=True)])
+        yield LayerVisit(name, [(batch.real, run) for batch, run in zip(batches, bound, strict=True)])
         hidden = [_hidden(run()) for run in bound]
 
 

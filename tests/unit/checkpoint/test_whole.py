@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.parity.conftest import EMBEDDED
-from toolkit.checkpoint.headers import whole_snapshot
+from toolkit.checkpoint.whole import whole_snapshot
 
 PLACES = ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME")
 
