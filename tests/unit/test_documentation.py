@@ -100,6 +100,17 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(named) == [path.name for path in sorted(DOCS.glob("*.md"))]
 
 
+@pytest.mark.parametrize("page", PAGES[-2:], ids=lambda page: page.name)
+def test_links_outside_of_the_site_lead_somewhere(page: Path) -> None:
+    """Those within it fail its build."""
+    for name, heading in re.findall(r"\]\(([\w./-]+)#?([\w-]*)\)", page.read_text(encoding="utf-8")):
+        target = page.parent / name
+        assert target.exists(), name
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in map(anchor, headings), heading
+
+
 @pytest.mark.parametrize("name", pages_of("How to"))
 def test_a_how_to_opens_with_its_command_and_measures_nothing(name: str) -> None:
     text = (DOCS / name).read_text(encoding="utf-8")
