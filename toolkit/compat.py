@@ -216,7 +216,7 @@ SEAMS = (
     *_at("transformers.integrations.moe", "architecture ops", "to know an experts module, and to gate", "_apply_gate"),
     *_at(
         "transformers.integrations.sdpa_attention",
-        "ops rehearsal",
+        "ops",
         "to attend to documents apart",
         "sdpa_attention_forward",
     ),
@@ -229,7 +229,7 @@ SEAMS = (
     *_at("transformers.masking_utils", "ops rehearsal", "to attend to documents apart", "sdpa_mask"),
     *_at(
         "trl.trainer.sft_trainer",
-        "evaluate rehearsal training",
+        "evaluate ops training",
         "to ask for the load-balancing loss, or not",
         "output_router_logits",
     ),

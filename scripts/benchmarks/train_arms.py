@@ -153,7 +153,8 @@ class Ours(Arm):
         """The summed loss of all examples, packed and padded, through the trainer's own batches."""
         from rich.console import Console
 
-        from toolkit.training.trainer import AdapterTrainer, RunContext, sft_config
+        from toolkit.training.context import RunContext
+        from toolkit.training.trainer import AdapterTrainer, sft_config
 
         found = {}
         for name, packing in (("packed", True), ("padded", False)):

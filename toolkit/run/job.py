@@ -146,7 +146,8 @@ def _finish(
     text = json.dumps(summary, indent=2)
     write_page(folder.path, text)
     write_text(folder.summary, text)
-    return summary
+    finished: dict[str, Any] = json.loads(text)
+    return finished
 
 
 def _once(console: Console) -> Callable[[str], None]:

@@ -8,9 +8,9 @@ block-diagonal mask for every attention backend.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from toolkit.architecture import describe
 from toolkit.errors import DivergedError, ResourceError, first_line
 from toolkit.labels import IGNORED
 from toolkit.mtp.callback import HeadSteps, learn_after
-from toolkit.mtp.training import HeadTraining
 from toolkit.ops import keep_up_outputs
 from toolkit.ops.document_attention import per_document_attention
 from toolkit.ops.label_logits import (
@@ -39,16 +38,16 @@ from toolkit.ops.label_logits import (
     summed_loss,
 )
 from toolkit.ranks import broadcast, is_first, processes
-from toolkit.signals import StopRequest
-from toolkit.training.best import BestAdapter, KeepBest
+from toolkit.training.best import KeepBest
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
+from toolkit.training.context import RunContext
 from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
 from toolkit.training.probe import longest_rows, out_of_memory, probe
 from toolkit.training.progress import MetricsLog, ProgressDisplay, UnmovedAdapters
-from toolkit.training.resumable import ResumableTrainer, SavedPart
+from toolkit.training.resumable import ResumableTrainer
 
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
@@ -214,48 +213,6 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         if self.score is not None:
             output.metrics.update({f"eval_{name}": value for name, value in broadcast(self.score).items()})
         return output
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """Everything that training depends on beside the model and the data.
-
-    Args:
-        folder: checkpoints. metrics: the JSON-lines file.
-        arguments: fields of the recipe's training section, by TRL's names.
-        device: cpu or cuda. dtype: float32, bfloat16 or float16, of the computation.
-        train_router: whether the load-balancing loss applies.
-        best: what to keep or stop for.
-        advice: what to change where memory does not suffice for the longest batch.
-        probes: whether that batch goes first. It changes no number; it costs a batch's time.
-        micro_batches_per_pass: those that go through a streamed layer before the next; None for all of a step.
-        resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
-        stop: told of signals. places: where each training row came from. parts: trained and saved beside the adapter.
-        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
-    """
-
-    folder: Path
-    metrics: Path
-    arguments: Mapping[str, Any]
-    device: str
-    dtype: str
-    console: Console
-    train_router: bool = True
-    best: BestAdapter | None = None
-    advice: str = "a smaller training.max_length"
-    probes: bool = True
-    micro_batches_per_pass: int | None = None
-    resume: Resume | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
-    places: Sequence[str] = ()
-    parts: Mapping[str, SavedPart] = field(default_factory=dict)
-    head: HeadTraining | None = None
-    head_stage: str = "with"
-
-    @property
-    def head_beside(self) -> HeadTraining | None:
-        """The head, where it learns in the adapter's steps."""
-        return self.head if self.head_stage == "with" else None
 
 
 def train_adapter(
