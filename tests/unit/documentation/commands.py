@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parents[3]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 PLACEHOLDERS = {
     "RECIPE": "recipes/quickstart.yaml",
@@ -52,6 +52,7 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
         r"onecard quantize .*--recipe",
         "tests/parity/test_compensated_base.py::test_quantize_with_a_recipe_writes_the_compensated_integers",
     ),
+    (r"mkdocs build", "tests/unit/test_documentation.py::test_it_builds_without_warnings"),
     (r"onecard --install-completion", f"{_SHELL}::test_completion_is_installed"),
     (r"bash scripts/setup\.sh", f"{_SHELL}::test_setup_leaves_a_current_environment_alone"),
     (r"bash scripts/test\.sh", f"{_SHELL}::test_the_checks_run_and_take_arguments"),

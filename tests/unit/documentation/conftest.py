@@ -46,6 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             text = re.sub(rf"\n{section}:\n", f"\n{section}:\n  {key}: {value}\n", text)
         path.write_text(text, encoding="utf-8")
         assert load(path).training.max_steps == 2
+    own = (data / "dialog.train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    (tmp_path / "mine.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
     (tmp_path / "runs").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "my_task.yaml").write_text("task: my_task\n")
@@ -112,7 +114,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
                 assert not missing, missing
             case ["accelerate", "launch", *arguments]:
                 accelerate_takes(arguments)
-            case ["pip", "install", name]:
+            case ["pip", "install", name, *_]:
                 extras(name)
             case [path, *arguments] if path.endswith(".py"):
                 script(Path(path), arguments)
@@ -163,10 +165,10 @@ def accelerate_takes(arguments: list[str]) -> None:
 
 
 def extras(name: str) -> None:
-    """The extras of `onecard[a,b]` are ours."""
+    """The extras of `onecard[a,b]` are ours; `.` is this folder."""
     import tomllib
 
     known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    asked = re.fullmatch(r"onecard\[([\w,-]+)\]|[\w-]+", name)
+    asked = re.fullmatch(r"onecard\[([\w,-]+)\]|[\w-]+|\.", name)
     assert asked is not None, name
     assert set((asked[1] or "").split(",")) - {""} <= known.keys(), name

@@ -5,7 +5,10 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import re
+import runpy
 import shlex
+import shutil
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -35,7 +38,8 @@ from toolkit.steps import Steps
 __all__ = ["onecard"]
 VERBS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 HOW_TO = ROOT / "docs" / "verbs.md"
-WALKED = ("verbs.md", "tutorial.md")
+README = ROOT / "README.md"
+WALKED = ("verbs.md", "quickstart.md")
 ON_THEIR_OWN = {"serve", "sweep"}
 """Verbs with a test of their own: one does not end, one begins a cluster."""
 QUESTION = "Which category is it: oak - a tree?"
@@ -201,9 +205,25 @@ def test_the_commands_of_the_other_pages_run(
     assert all(found["base"] != found["adapted"] for found in asked)
 
 
-def test_the_tutorial_runs(walk: Walk, folder: Path) -> None:
-    steps = [each for each in shown_in(ROOT / "docs" / "tutorial.md") if is_walked(each)]
+def test_the_quickstart_runs(walk: Walk, folder: Path) -> None:
+    steps = [each for each in shown_in(ROOT / "docs" / "quickstart.md") if is_walked(each)]
     for command in steps:
         walk.run(command)
     assert len(steps) >= 9
     assert (folder / "runs" / "tutorial" / "report.html").is_file()
+
+
+def test_the_python_of_the_pages_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order that makes a run first: the page of the Python interface, then those that open its adapter."""
+    blocks = 0
+    for page in (ROOT / "docs" / "python.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "export.md", README):
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            (folder / "block.py").write_text(code, encoding="utf-8")
+            runpy.run_path(str(folder / "block.py"))
+            blocks += 1
+        if not (folder / "runs" / "run").exists():
+            shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / "run")
+    assert blocks == len([0 for page in PAGES for _ in re.findall("```python\n", page.read_text(encoding="utf-8"))])
+    said = capsys.readouterr().out
+    assert "runs/quickstart/adapter" in said
+    assert "did you mean learning_rate" in said

@@ -92,7 +92,7 @@ def test_setup_installs_where_versions_have_changed(repository: Path) -> None:
 
 def test_finetune_trains(repository: Path) -> None:
     words = ["recipes/quickstart.yaml", "training.seed=1", "training.output_dir=runs/seed1"]
-    assert any(each.words[2:] == words for each in shown_in(ROOT / "README.md"))
+    assert any(each.words[2:] == words for each in shown_in(ROOT / "docs" / "results.md"))
     done = shell(repository, "bash", "scripts/finetune.sh", *words)
     assert done.returncode == 0, done.stderr
     summary = json.loads((repository / "runs" / "seed1" / "summary.json").read_text())

@@ -60,12 +60,12 @@ def test_without_ray_one_line_says_what_to_install(onecard: Run, recipe: Path, m
 
 
 def test_the_sweeps_of_the_documentation_on_ray(onecard: Run, folder: Path) -> None:
-    """The commands of docs/sweep.md and docs/verbs.md, on a recipe that is cut: of six trials one is trained by Ray.
+    """The commands of docs/sweep.md, results.md and verbs.md, on a cut recipe: of six trials one is trained by Ray.
 
     One fails; four are finished already, by a run and copies of it.
     """
     pytest.importorskip("ray")
-    pages = (ROOT / "docs" / "sweep.md", ROOT / "docs" / "verbs.md")
+    pages = [ROOT / "docs" / name for name in ("sweep.md", "results.md", "verbs.md")]
     shown = [each.words[1:] for page in pages for each in shown_in(page) if each.text.startswith("onecard sweep")]
     cut = {"training.max_steps=60": "training.max_steps=2", "eval.max_samples=100": "eval.max_samples=4"}
     plain, full, short = ([cut.get(word, word) for word in words] for words in shown)
