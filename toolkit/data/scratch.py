@@ -40,13 +40,23 @@ def scratch_folder() -> Path:
     try:
         for old in scratch_parent().glob(f"{_PREFIX}*"):
             _remove_left_behind(old)
-        folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=scratch_parent())
-        lock = os.open(folder.name, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the process ends, however it does
+        folder = _locked_folder()
     except OSError as error:
         raise no_room(error) from None
     _KEPT.append(folder)
     return Path(folder.name)
+
+
+def _locked_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder whose lock is held until the process ends, however it does."""
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=scratch_parent(), ignore_cleanup_errors=True)
+        try:
+            fcntl.flock(os.open(folder.name, os.O_RDONLY), fcntl.LOCK_EX)
+        except FileNotFoundError:
+            continue
+        if Path(folder.name).is_dir():  # else another process took it for left behind before it was locked
+            return folder
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
