@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.hub_stand_in import HubStandIn, serve  # noqa: E402
+from tests.harness.hub_stand_in import HubStandIn, serve  # noqa: E402
 
 QUICKSTART = ROOT / "recipes" / "quickstart"
 DATA = QUICKSTART / "data" / "category.train.jsonl"

@@ -41,7 +41,7 @@ class Seam:
                 return None
         rooms = ", ".join(f"toolkit/{room}" for room in self.used_by)
         return (
-            f"{self.library} {version(self.library)}: {self.name} is gone, which {rooms} needs {self.why}; install the "
+            f"{self.library} {version(self.library)}: {self.name} is gone, used in {rooms} {self.why}; install the "
             f"{self.library} that pyproject.toml names"
         )
 

@@ -46,7 +46,7 @@ class Row:
 
 def row(family: str, folder: Path) -> Row:
     """Both sides of one family, on a checkpoint made in `folder`."""
-    from tests.parity.families import build, tiny_config
+    from tests.harness.families import build, tiny_config
     from toolkit.errors import OnecardError
 
     build(tiny_config(family)).save_pretrained(folder)
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="only these families")
     parser.add_argument("--json", action="store_true", help="rows and totals as JSON on stdout")
     options = parser.parse_args(arguments)
-    from tests.parity.families import families
+    from tests.harness.families import families
 
     wanted = options.model_types or [family.model_type for family in families()]
     _quiet()

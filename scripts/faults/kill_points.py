@@ -21,7 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tests.faults.faulty import FAULTS, Scenario, preloaded, try_every
+from tests.harness.faulty import FAULTS, Scenario, preloaded, try_every
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart"
@@ -236,7 +236,7 @@ class _Hub:
     """A Hub on localhost that the forks talk to."""
 
     def __init__(self) -> None:
-        from tests.hub_stand_in import HubStandIn
+        from tests.harness.hub_stand_in import HubStandIn
 
         self.server = HubStandIn()
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

@@ -21,7 +21,7 @@ from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.parity.families import build, families, tiny_config
+from tests.harness.families import build, families, tiny_config
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
 from toolkit.checkpoint.identity import identify_base

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 from layouts import family_parser, make_adapter  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
-from tests.parity.families import families  # noqa: E402
+from tests.harness.families import families  # noqa: E402
 from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402

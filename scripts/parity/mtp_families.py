@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers.utils import logging
 
-from tests.parity.families import Family, families
-from tests.parity.native_heads import LAYOUTS, layout_of, native_checkpoint, our_draft, stock, stock_draft, trained
+from tests.harness.families import Family, families
+from tests.harness.native_heads import LAYOUTS, layout_of, native_checkpoint, our_draft, stock, stock_draft, trained
 from toolkit.mtp.decode import can_speculate
 from toolkit.mtp.head_file import read_head
 from toolkit.mtp.native import load_native, native_keys

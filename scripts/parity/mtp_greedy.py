@@ -43,7 +43,7 @@ BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "gen
 
 def write_native(family: str, out: Path, taught: int) -> None:
     """A checkpoint of this family, a head in it, four times as wide as those of the tests, taught for some steps."""
-    from tests.parity.native_heads import native_checkpoint
+    from tests.harness.native_heads import native_checkpoint
 
     words = len(json.loads((NANO / "tokenizer.json").read_text())["model"]["vocab"]) + 64
     native_checkpoint(family, out, changes={"vocab_size": words, "hidden_size": 128})

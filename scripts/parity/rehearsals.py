@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.parity.families import families, tiny_config
+from tests.harness.families import families, tiny_config
 from toolkit.errors import ModelError
 from toolkit.plan import Device, StepShape
 from toolkit.plan.budget import Budget

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 from layouts import family_parser, make_adapter  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
-from tests.parity.families import families  # noqa: E402
+from tests.harness.families import families  # noqa: E402
 from toolkit.artifact import read_manifest  # noqa: E402
 from toolkit.artifact.manifest import write_json  # noqa: E402
 from toolkit.checkpoint.identity import identify_base  # noqa: E402

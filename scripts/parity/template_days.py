@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.faults.faulty import compiler  # noqa: E402
+from tests.harness.faulty import compiler  # noqa: E402
 
 __all__ = ["Days", "Done", "dictate"]
 

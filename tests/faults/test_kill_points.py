@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.faulty import compiler
+from tests.harness.faulty import compiler
 
 ROOT = Path(__file__).parents[2]
 

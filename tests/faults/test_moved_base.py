@@ -22,7 +22,7 @@ CLIENT = """
 import contextlib, io, json, os, sys
 from pathlib import Path
 from safetensors.torch import load, save
-from tests.hub_stand_in import serve
+from tests.harness.hub_stand_in import serve
 
 place, model = Path(sys.argv[1]), Path(sys.argv[2])
 content = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.faults.conftest import MODEL, Run, onecard, recipe
-from tests.parity.families import build, tiny_config
+from tests.harness.families import build, tiny_config
 from toolkit import run as job
 from toolkit.errors import ModelError
 from toolkit.plan import make_plan

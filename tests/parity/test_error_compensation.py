@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.parity.families import Family, build, families, tiny_config
+from tests.harness.families import Family, build, families, tiny_config
 from tests.parity.test_every_family import REFUSED
 from toolkit import run as job
 from toolkit.architecture import describe

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from tests.parity.families import STOCK_LOSES_KEYS, Family, build, families, marked_folders, tiny_config
+from tests.harness.families import STOCK_LOSES_KEYS, Family, build, families, marked_folders, tiny_config
 from toolkit.adapters import AdapterCoverage, adapter_coverage, attach_lora, load_adapter
 from toolkit.architecture import auto_class, describe, skeleton
 from toolkit.errors import ModelError

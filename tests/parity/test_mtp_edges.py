@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
+from tests.harness.families import build
 from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
-from tests.parity.families import build
 from toolkit.adapters import attach_lora
 from toolkit.evaluate import answer_ids
 from toolkit.mtp.build import new_head

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
+from tests.harness.families import build, tiny_config
+from tests.harness.native_heads import native_checkpoint, next_token, our_draft, stock, stock_draft
 from tests.parity.conftest import EMBEDDED
-from tests.parity.families import build, tiny_config
-from tests.parity.native_heads import native_checkpoint, next_token, our_draft, stock, stock_draft
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
 from toolkit.checkpoint.identity import identify_base

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.harness.native_heads import native_checkpoint
 from tests.parity.conftest import EMBEDDED
-from tests.parity.native_heads import native_checkpoint
 from toolkit import run as job
 from toolkit.errors import RecipeError
 from toolkit.mtp.head_file import HEAD_FILE

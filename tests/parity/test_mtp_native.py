@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.parity.families import build, tiny_config
-from tests.parity.native_heads import native_checkpoint, our_draft, stock, stock_draft, trained
+from tests.harness.families import build, tiny_config
+from tests.harness.native_heads import native_checkpoint, our_draft, stock, stock_draft, trained
 from toolkit.errors import ModelError
 from toolkit.mtp.decode import can_speculate
 from toolkit.mtp.head_file import head_state, merged_head_state, read_head

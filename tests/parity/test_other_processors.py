@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults.faulty import compiler
+from tests.harness.faulty import compiler
 
 ROOT = Path(__file__).parents[2]
 INTEL = "int mkl_serv_intel_cpu(void) { return 1; }\nint mkl_serv_intel_cpu_true(void) { return 1; }\n"

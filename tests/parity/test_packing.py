@@ -18,8 +18,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from tests.harness.families import tiny_config
 from tests.parity.conftest import EMBEDDED
-from tests.parity.families import tiny_config
 from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.errors import ModelError

@@ -13,7 +13,7 @@ import pytest
 from scripts.parity.template_days import Days
 from scripts.parity.template_masks import trl_families
 from scripts.parity.template_runs import NAMES, STEPS, run_family
-from tests.faults.faulty import compiler
+from tests.harness.faulty import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler here, and no ziglang package, for the clock")
 

@@ -65,7 +65,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_what_moved_is_one_readable_line(library: str, name: str, there: bool) -> None:
     line = Seam(library, name, ("quant", "mtp"), "to open doors").check()
     wanted = (
-        f"sesame 9.9.9: {name} is gone, which toolkit/quant, toolkit/mtp needs to open doors; install the sesame that "
+        f"sesame 9.9.9: {name} is gone, used in toolkit/quant, toolkit/mtp to open doors; install the sesame that "
         "pyproject.toml names"
     )
     assert line == (None if there else wanted)

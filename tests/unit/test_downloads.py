@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.hub_stand_in import serve_this_process
+from tests.harness.hub_stand_in import serve_this_process
 from toolkit import downloads, steps
 from toolkit.checkpoint.remote import fetch
 from toolkit.errors import HubError

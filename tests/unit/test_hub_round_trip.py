@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.faults.conftest import MODEL, recipe
-from tests.hub_stand_in import HEAD, HubStandIn, serve
+from tests.harness.hub_stand_in import HEAD, HubStandIn, serve
 
 __all__ = ["recipe"]
 

@@ -22,6 +22,16 @@ _QUESTION, _BEGINNING = "Hello!", "Once upon a time"
 _OF_THE_CALL = frozenset({"add_generation_prompt", "conversation", "return_dict", "return_tensors", "tokenize"})
 
 
+_PLAIN = "from peft import PeftModel\nfrom transformers import {}\n"
+_INT8 = """import toolkit
+from toolkit.adapters import load_adapter
+from transformers import {}
+
+# onecard reads the base's int8 weights, to which PEFT by itself would add its updates without their scales.
+toolkit.register()
+"""
+
+
 def loading_section(
     base: BaseIdentity, config: Mapping[str, Any], chat: Mapping[str, Any], *, has_template: bool = False
 ) -> str:
@@ -127,13 +137,13 @@ def _python(base: BaseIdentity, chat: Mapping[str, Any]) -> str:
     comment = "" if base.revision else "  # your folder with this model"
     ends = bool(chat.get("stop_token_ids"))
     limit = "generation_config=generation" if ends else "max_new_tokens=64"
+    names = f"AutoModelForCausalLM, AutoTokenizer{', GenerationConfig' if ends else ''}"
     return (
-        "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', GenerationConfig' if ends else ''}\n\n"
+        (_INT8 if base.is_int8 else _PLAIN).format(names) + "\n"
         f"base = {json.dumps(base.name)}{comment}\n"
-        'adapter = "."  # this folder, or its repository on the Hub\n'
+        f'adapter = "."  # this folder{"" if base.is_int8 else ", or its repository on the Hub"}\n'
         f'model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="auto")\n'
-        "model = PeftModel.from_pretrained(model, adapter)\n"
+        f"model = {'load_adapter' if base.is_int8 else 'PeftModel.from_pretrained'}(model, adapter)\n"
         "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
         + ("# What ends an answer is in the adapter's generation_config.json, not in the base's.\n" if ends else "")
         + ("generation = GenerationConfig.from_pretrained(adapter, max_new_tokens=64)\n" if ends else "")

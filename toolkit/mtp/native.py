@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -32,6 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
 from toolkit.checkpoint.headers import headers_in
+from toolkit.checkpoint.remote import fetch
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import MtpHead
 from toolkit.ops import DEFAULT_BACKEND
@@ -52,11 +52,11 @@ def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str =
     """The keys of the head in a checkpoint, or None where there is none. Reads the shards' headers.
 
     Raises:
-        ModelError: a shard is damaged.
+        ModelError: a shard is damaged. HubError: the checkpoint cannot be downloaded.
     """
     text = config.get_text_config()
     pattern = re.compile(_pattern(text.num_hidden_layers))
-    tensors = headers_in(_folder(folder, revision))
+    tensors = headers_in(fetch(str(folder), revision))
     files = {key: tensor.path for key, tensor in tensors.items() if pattern.search(key)}
     if not files:
         return None
@@ -154,15 +154,6 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def _folder(name: str | Path, revision: str) -> Path:
-    path = Path(name)
-    return (
-        path
-        if path.is_dir()
-        else Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.safetensors*"]))
-    )
 
 
 def _pattern(num_hidden_layers: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,13 @@ def test_a_base_that_was_not_rounded_is_not_called_8_bit() -> None:
     for words in ("held in 8 bit", "the same 8 bits", "8-bit base"):
         assert words in card(results=results)
         assert words not in plain.partition("## The recipe")[0] + plain.partition("## Limits")[2]
+
+
+def test_an_int8_base_is_loaded_by_what_can_read_it() -> None:
+    code = re.search(r"```python\n(.*?)```", card(base=replace(HUB, is_int8=True)), re.DOTALL)
+    assert code is not None
+    assert code[1].index("toolkit.register()") < code[1].index("from_pretrained") < code[1].index("load_adapter(model")
+    assert "PeftModel" not in code[1]
 
 
 def test_the_loading_code_runs_as_printed(pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_stand_in import serve
+from tests.harness.hub_stand_in import serve
 from toolkit.artifact import verify_artifact
 
 REFUSED = ("401", "403", "409", "412")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.families import build, tiny_config
+from tests.harness.families import build, tiny_config
 from toolkit.adapters.layouts import Factors, pieces
 from toolkit.architecture import describe
 from toolkit.errors import ModelError

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub_stand_in import HEAD, HubStandIn, serve
+from tests.harness.hub_stand_in import HEAD, HubStandIn, serve
 from toolkit.artifact import check_token, push_artifact, read_manifest, training_answers
 from toolkit.artifact.manifest import file_entry, write_json
 from toolkit.errors import HubError, ModelError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tests.hub_stand_in import HubStandIn, serve_this_process
+from tests.harness.hub_stand_in import HubStandIn, serve_this_process
 from tests.unit.documentation.commands import ROOT
 from toolkit.cli import app
 from toolkit.recipe import load

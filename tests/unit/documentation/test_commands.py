@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from tests.faults.conftest import Run, onecard
-from tests.hub_stand_in import HubStandIn
+from tests.harness.hub_stand_in import HubStandIn
 from tests.unit.documentation.commands import (
     ELSEWHERE,
     FOREIGN,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.families import build, tiny_config
+from tests.harness.families import build, tiny_config
 from tests.unit.documentation.commands import PAGES, ROOT, shown_in, source_of
 from tests.unit.documentation.environments import PEERS, STOCK, llama_stand_in, stock_environment, vllm_stand_in
 from tests.unit.documentation.script_rows import ROWS, Row

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from tests.faults.conftest import Run, onecard
-from tests.hub_stand_in import HubStandIn
+from tests.harness.hub_stand_in import HubStandIn
 from tests.unit.documentation.commands import ROOT
 
 __all__ = ["onecard"]

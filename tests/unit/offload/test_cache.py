@@ -21,7 +21,7 @@ WRITE = """
 import os, signal, sys
 from pathlib import Path
 from toolkit.errors import OnecardError
-from toolkit.offload import int8_folder
+from toolkit.offload.cache import int8_folder
 from toolkit.quant import save
 if sys.argv[3] == "kill":
     save._copy_rest = lambda *args: os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.faults.conftest import MODEL
-from tests.parity.families import build, tiny_config
+from tests.harness.families import build, tiny_config
 from toolkit.architecture import describe, skeleton
 from toolkit.errors import HubError, ModelError
 from toolkit.plan import audit

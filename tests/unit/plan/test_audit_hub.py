@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 from tests.faults.conftest import MODEL
-from tests.hub_stand_in import HubStandIn, serve
+from tests.harness.hub_stand_in import HubStandIn, serve
 from toolkit.plan import audit
 
 # huggingface_hub reads its switches at import, so one process of its own makes all the calls, through the command.

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
+from tests.harness.families import build
 from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
-from tests.parity.families import build
 from toolkit.mtp.build import new_head
 from toolkit.mtp.cost import HEAD_BYTES, head_step_bytes, own_step_bytes
 from toolkit.plan import Plan, make_plan

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from tests.parity.families import build, tiny_config
+from tests.harness.families import build, tiny_config
 from toolkit.adapters import attach_lora
 from toolkit.mtp.drafts import HeadDrafter
 from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
