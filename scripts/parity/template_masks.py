@@ -43,6 +43,7 @@ __all__ = ["main", "measured", "trl_examples", "trl_families"]
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
 SIDE = Path(__file__).resolve().parents[2] / "tests/parity/templates/trl.json"
+WHO = ("right", "ours", "TRL")
 COLUMNS = ("rows", "turns", "trained", "history", "ender", "over")
 
 
@@ -65,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.templates or family.name in options.templates:
             table[family.name] = sides = _compared(family)
             _print(family.name, sides)
+    if len(table) > 1:
+        _print("all", {who: sum((sides[who] for sides in table.values()), Counter()) for who in WHO})
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))
     return 0
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _print(name: str, sides: dict[str, Counter[str]]) -> None:
     right = sides["right"]
-    for who in ("right", "ours", "TRL"):
+    for who in WHO:
         side = sides[who]
         whose = f"{name} | {right['rows']}, {right['turns']}" if who == "right" else " | "
         shown = f"{side['rows']} | {side['trained']} | {side['history']} | {side['ender']} | {side['over']}"

@@ -227,6 +227,7 @@ ROWS = (
         "trl --only chat_templates/qwen3 --case plain thought",
         (r"^chat_templates/qwen3 +2 exact ", r"^2 exact; 2 renderable; 2 exact of renderable$"),
     ),
+    Row("parity/template_masks.py", "qwen3", (r"^\| qwen3 \| 30, 54 \| right \| 30 \| ", r"^\|  \|  \| TRL \| ")),
     Row("parity/mtp_greedy.py", "--native glm4_moe {place}/native --taught 2", (r"^step 2 of 2: loss \d",)),
     Row("parity/rehearsals.py", "qwen3_moe", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
     Row("parity/rehearsals.py", "qwen3_moe --card", (r"^qwen3_moe +rehearsed: ", r"^1 rehearsed of 1 families$")),
