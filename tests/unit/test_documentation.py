@@ -111,6 +111,14 @@ def test_links_outside_of_the_site_lead_somewhere(page: Path) -> None:
             assert heading in map(anchor, headings), heading
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(
+        r"\b(?:toolkit|tests|scripts|recipes)/[\w./-]+\.(?:py|sh|yaml|jsonl)\b", page.read_text(encoding="utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 @pytest.mark.parametrize("name", pages_of("How to"))
 def test_a_how_to_opens_with_its_command_and_measures_nothing(name: str) -> None:
     text = (DOCS / name).read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             text = re.sub(rf"\n{section}:\n", f"\n{section}:\n  {key}: {value}\n", text)
         path.write_text(text, encoding="utf-8")
         assert load(path).training.max_steps == 2
-    own = (data / "dialog.train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    own = (data / "dialog.train.jsonl").read_text(encoding="utf-8").splitlines()[:120]
     (tmp_path / "mine.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
     (tmp_path / "runs").mkdir()
     (tmp_path / "folder").mkdir()
