@@ -188,12 +188,17 @@ def test_files_stay_short_and_are_named_for_what_they_hold(path: Path) -> None:
         assert len(path.read_text().splitlines()) <= 400
 
 
+_LONG = {"grouped_gemm_kernel", "build_batches"}
+"""A kernel is one piece; the other takes each field of the recipe's data section by name."""
+
+
 def test_functions_stay_short() -> None:
     nodes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text()))]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
-    assert statistics.median(lengths) <= 10
-    assert statistics.quantiles(lengths, n=10)[-1] <= 40
+    lengths = {node: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    assert statistics.median(lengths.values()) <= 7
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 20
+    assert {node.name for node, length in lengths.items() if length > 60} == _LONG
 
 
 # Families whose names are words of their own: accessibility attributes, beam search, a stone.

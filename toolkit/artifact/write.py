@@ -115,14 +115,7 @@ def write_artifact(
     """
     folder = Path(folder)
     theirs = _base_folder(model, base, base_folder)
-    facts: dict[str, Any] = {
-        "base": asdict(base),
-        "recipe": _portable_recipe(recipe_yaml),
-        "results": figures(results),
-        "coverage": portable(coverage),
-        "versions": dict(versions or stack_versions()),
-        **({"chat": _portable_chat(chat)} if chat else {}),
-    }
+    facts = {**_facts(base, recipe_yaml, results, coverage, chat), "versions": dict(versions or stack_versions())}
     check_folder(folder, base=base, recipe_yaml=recipe_yaml)
     try:
         with staged_folder(folder, replace=True) as staging:
@@ -143,6 +136,23 @@ def write_artifact(
             f"{folder}: cannot write the artifact: {reason}; free space or choose another folder"
         ) from None
     return folder
+
+
+def _facts(
+    base: BaseIdentity,
+    recipe_yaml: str,
+    results: Mapping[str, Any],
+    coverage: Mapping[str, Any],
+    chat: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the manifest says of the run, without secrets and local paths."""
+    return {
+        "base": asdict(base),
+        "recipe": _portable_recipe(recipe_yaml),
+        "results": figures(results),
+        "coverage": portable(coverage),
+        **({"chat": _portable_chat(chat)} if chat else {}),
+    }
 
 
 def stack_versions() -> dict[str, str]:

@@ -161,32 +161,21 @@ def train(
     if plan.backend == ROUNDED_ROWS:
         looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
-    recipe, run = plan.recipe, RunFolder(plan.folder)
-    tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
     head = make_head(model, plan)
     context = RunContext(
-        folder=run.checkpoints,
-        metrics=run.metrics,
-        arguments={**recipe.training.model_dump(exclude={"output_dir"}), **tracking},
-        device=plan.device,
-        dtype=plan.dtype,
+        **_settings(plan),
         console=console,
-        train_router=recipe.lora.router,
         best=_wanted_best(model, tokenizer, batches, plan),
-        advice=plan.changes[0].what if plan.changes else nearest_change(recipe),
         probes=_probes(plan, note),
-        micro_batches_per_pass=plan.micro_batches_per_pass,
         resume=resumed,
         stop=stop or StopRequest(),
         places=batches.places,
-        head=head if recipe.mtp.reads_data else None,
-        head_stage=recipe.mtp.stage,
+        head=head if plan.recipe.mtp.reads_data else None,
     )
     training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
     counts = coverage(model, plan)
     _require_moved(model, counts, training)
-    if head is not None and most_answers(recipe):
+    if head is not None and most_answers(plan.recipe):
         teach_own_answers(head, tokenizer, batches, plan, console)
     return Trained(
         model=model,
@@ -198,6 +187,24 @@ def train(
         drafting=None if head is None else {"training": head.result().to_dict()},
         chat=batches.form.to_dict(),
     )
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What the plan alone says of a `RunContext`."""
+    recipe, run = plan.recipe, RunFolder(plan.folder)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    tracking = {"report_to": list(recipe.tracking.report_to), "run_name": recipe.tracking.run_name or plan.folder.name}
+    return {
+        "folder": run.checkpoints,
+        "metrics": run.metrics,
+        "arguments": {**recipe.training.model_dump(exclude={"output_dir"}), **tracking},
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "train_router": recipe.lora.router,
+        "advice": plan.changes[0].what if plan.changes else nearest_change(recipe),
+        "micro_batches_per_pass": plan.micro_batches_per_pass,
+        "head_stage": recipe.mtp.stage,
+    }
 
 
 @part("compare", drawn=False)

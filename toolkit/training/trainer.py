@@ -233,32 +233,17 @@ def train_adapter(
         ResourceError: the longest batch does not fit, or memory or disk ran out.
         PreemptedError, InterruptedRunError: a signal came; the run is saved.
     """
-    arguments, console, device, head = context.arguments, context.console, context.device, context.head
-    best = context.best
+    console, head, best = context.console, context.head, context.best
     resume = context.resume or Resume(
         {}, newest_checkpoint(context.folder, lambda why: console.print(f"checkpoint skipped: {why}"))
     )
-    keep_up_outputs(model, arguments["gradient_checkpointing"])
-    log = MetricsLog(context.metrics, device)
-    balanced = context.train_router and _name_experts_for_trl(model)
-    config = sft_config(context, train_router=balanced, evaluates=validation is not None)
-    trainer = AdapterTrainer(
-        context,
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
-    )
-    if processes() > 1:
-        sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
-        console.print(f"processes: {processes()}, {sequences} sequences in a step")
-    trainer.remove_callback(PrinterCallback)
+    log = MetricsLog(context.metrics, context.device)
+    trainer = _trainer(model, tokenizer, train, validation, context, log)
     keeper = KeepBest(best, model) if best else None
     if keeper:
         trainer.add_callback(keeper)
-    guard = StepGuard(arguments["max_nonfinite_steps"], partial(name_examples, train, context.places), console.print)
+    places = partial(name_examples, train, context.places)
+    guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
     saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
     trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
     trainer.add_callback(UnmovedAdapters(console))
@@ -268,8 +253,8 @@ def train_adapter(
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}")
-    isolated = _isolated(model, console) if arguments["packing"] else nullcontext()
-    with peak_of(device) as peak, isolated, trainer.beside or nullcontext():
+    isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
+    with peak_of(context.device) as peak, isolated, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
         if head is not None and context.head_stage == "after":
             console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
@@ -290,6 +275,35 @@ def train_adapter(
         skipped=guard.skipped,
         planned_steps=trainer.state.max_steps,
     )
+
+
+def _trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    context: RunContext,
+    log: MetricsLog,
+) -> AdapterTrainer:
+    """TRL's trainer with what the context asks for, before a checkpoint is read into it."""
+    arguments, console = context.arguments, context.console
+    keep_up_outputs(model, arguments["gradient_checkpointing"])
+    balanced = context.train_router and _name_experts_for_trl(model)
+    config = sft_config(context, train_router=balanced, evaluates=validation is not None)
+    trainer = AdapterTrainer(
+        context,
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
+    )
+    if processes() > 1:
+        sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+        console.print(f"processes: {processes()}, {sequences} sequences in a step")
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
