@@ -23,6 +23,10 @@ from toolkit.quant.gptq.calibrate import Compensation, ExpertError, PartError
 __all__ = ["int8_state", "read_compensated", "write_compensated"]
 
 
+_ABOUT = "onecard"
+"""The key of a file's metadata that says what it is of."""
+
+
 def int8_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A bare model's int8 weights and their scales, by parameter name; nothing is copied."""
     state = model.state_dict()
@@ -41,7 +45,9 @@ def write_compensated(model: nn.Module, report: Compensation, path: Path, base: 
     tensors = {name: value.cpu().contiguous() for name, value in int8_state(model).items()}
     try:
         with replaced_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"base": base, "report": json.dumps(report.to_dict())})
+            # One key: safetensors writes several in another order each time, and equal files should be equal bytes.
+            about = json.dumps({"base": base, "report": report.to_dict()})
+            save_file(tensors, temporary, metadata={_ABOUT: about})
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"{path}: cannot be written: {first_line(error)}; free space on the disk") from None
 
@@ -60,16 +66,25 @@ def read_compensated(model: nn.Module, path: Path, base: str) -> Compensation:
         raise ModelError(f"{path}: of another model than the one loaded; remove it to compensate again")
     try:
         with safe_open(path, framework="pt") as file:
-            if file.metadata()["base"] != base:
+            about = _about(file.metadata())
+            if about["base"] != base:
                 raise ModelError(
                     f"{path}: rounded from other weights than the base that is loaded; give the base of this run, or "
                     "remove it to compensate again"
                 )
             for name, value in targets.items():
                 value.copy_(file.get_tensor(name))
-            return _report(json.loads(file.metadata()["report"]))
+            return _report(about["report"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ModelError(f"{path}: damaged: {first_line(error)}; remove it to compensate again") from None
+
+
+def _about(metadata: dict[str, str]) -> dict[str, Any]:
+    """Base and report; files of before December 2026 have a key for each."""
+    if _ABOUT in metadata:
+        found: dict[str, Any] = json.loads(metadata[_ABOUT])
+        return found
+    return {"base": metadata["base"], "report": json.loads(metadata["report"])}
 
 
 def _report(found: dict[str, Any]) -> Compensation:
