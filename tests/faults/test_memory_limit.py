@@ -21,7 +21,7 @@ STACKS = 96 << 20
 PROGRAM = """
 import contextlib, io, json, resource, sys
 from pathlib import Path
-from toolkit import run as job
+from toolkit.run import job
 from toolkit.cli import main
 
 stacks, load = int(sys.argv.pop(1)), job.load

@@ -9,7 +9,6 @@ import pytest
 
 from tests.faults.conftest import MODEL, Run
 from tests.faults.test_wrong_input import fails, own_model, spoil
-from toolkit import run as job
 from toolkit.artifact import verify_artifact
 from toolkit.artifact import write as writing
 from toolkit.errors import ModelError
@@ -22,7 +21,7 @@ def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(plan: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(job, "load", load)
+    monkeypatch.setattr("toolkit.run.job.load", load)
 
 
 def test_a_base_whose_template_names_a_folder_is_trained_packaged_and_pushed(
