@@ -49,5 +49,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-if "transformers" in sys.modules:
+if sys.modules.get("transformers"):
     __getattr__("register")()

@@ -29,6 +29,9 @@ class HubStandIn(ThreadingHTTPServer):
     the bytes by file.
     """
 
+    request_queue_size = 128
+    """Clients that may wait at once: beyond the usual five, Linux resets connections on a busy machine."""
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, Any]] = {}

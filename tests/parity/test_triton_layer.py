@@ -295,7 +295,7 @@ def test_rounded_rows_are_refused_where_they_raise_the_loss(checkpoint: Path, mo
     assert 0 < abs(rounded - wanted) < 0.005 * wanted
     losses = {"onecard_triton": 2.0, "onecard_triton_w8a8": 2.02}
     monkeypatch.setattr(
-        "toolkit.run.judge.held_out_loss", lambda model, *_: losses[model.config._experts_implementation]
+        "toolkit.run.evaluation.held_out_loss", lambda model, *_: losses[model.config._experts_implementation]
     )
     with pytest.raises(RecipeError, match=r"held-out loss 2\.0200 against 2\.0000"):
         require_harmless_rounding(model, sequences, 2)

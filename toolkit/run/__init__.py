@@ -2,9 +2,9 @@
 
 from toolkit.run.chat_form import dialogue, record_form, stop_as_trained
 from toolkit.run.data import build_batches, load_tokenizer, step_shape
+from toolkit.run.evaluation import evaluate, look_at_experts, require_harmless_rounding
 from toolkit.run.folder import check_folder_is_ours, check_writable, open_run, require_disk
 from toolkit.run.fork import copy_start, fork_recipe
-from toolkit.run.judge import evaluate, look_at_experts, require_harmless_rounding
 from toolkit.run.lock import owned
 from toolkit.run.model import attach, compensate, coverage, load, reopen
 from toolkit.run.mtp import evaluate_head, make_head, own_answers, reopen_head, step_tokens, teach_own_answers

@@ -17,7 +17,7 @@ from toolkit.errors import ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric
 from toolkit.plan import Plan, StepShape
 from toolkit.run.chat_form import declared_stops, recorded_form
-from toolkit.run.judge import general_text, held_out
+from toolkit.run.evaluation import general_text, held_out
 from toolkit.run.mtp import own_prompts
 from toolkit.steps import part
 

@@ -29,8 +29,8 @@ from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.ranks import is_first
 from toolkit.recipe import dump, flat
 from toolkit.run.chat_form import stop_as_trained
+from toolkit.run.evaluation import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.run.folder import require_disk
-from toolkit.run.judge import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
 from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
 from toolkit.run.resume import bind, data_sha256, find_resume, tokenizer_sha256, versions
