@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -56,7 +55,7 @@ def run(data: Path, output: Path, overrides: list[str]) -> int:
         assert child.stdout is not None
         with most_anonymous(child.pid) as most:
             for line in child.stdout:
-                if text := re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip():
+                if text := line.rstrip():
                     print(f"{time.monotonic() - begun:8.1f} s {most[0] / MIB:8.0f} MiB  {text}", flush=True)
             child.wait()
         print(f"{time.monotonic() - begun:8.1f} s {most[0] / MIB:8.0f} MiB  ended", flush=True)

@@ -155,7 +155,7 @@ def test_other_content_under_the_same_name_is_refused(
 def test_another_version_is_refused_and_a_patch_is_listed(
     onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit.run import versions
+    from toolkit.run.resume import versions
 
     monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": "7.0.0"})
     status, _, err = onecard("train", cut_off / "recipe.yaml")

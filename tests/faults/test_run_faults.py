@@ -213,7 +213,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_what_a_kill_leaves_before_the_recipe_is_there_is_no_obstacle(tmp_path: Path) -> None:
     from toolkit.errors import RecipeError
-    from toolkit.run import check_folder_is_ours
+    from toolkit.run.folder import check_folder_is_ours
 
     (tmp_path / LOCK).touch()
     (tmp_path / ".recipe.yaml.tmp").touch()

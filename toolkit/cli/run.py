@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from toolkit.cli.options import Json, Overrides, RecipePath, emit, load_recipe, plain_console, quiet_console
 from toolkit.report.hints import next_commands
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["plan", "preview", "train"]
 

@@ -8,14 +8,13 @@ says what stands around each part.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.calls import CallForm, call_turn, learn_calls
 from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, thought_of, without_thought
-from toolkit.data.streamed import AnswerStream, Marks, Piece
+from toolkit.data.streamed import Answer, AnswerStream, Marks
 from toolkit.data.template import end_of_open_tag
 from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
@@ -23,35 +22,11 @@ from toolkit.data.turns import TurnReader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "AnswerReader"]
+__all__ = ["AnswerReader"]
 
 _THOUGHT, _CONTENT = "onecardprobethought", "onecardprobecontent"
 _TAG, _END = "<think>", "</think>"
 _ASKED: Message = {"role": "user", "content": "onecardprobeasked"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer: `text` is what counts, `thought` what led to it, `calls` are functions with arguments."""
-
-    text: str
-    thought: str = ""
-    calls: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def judged(self) -> str:
-        """Text and calls, for comparing answers; calls as JSON, a line each."""
-        calls = [json.dumps(call, ensure_ascii=False, sort_keys=True) for call in self.calls]
-        return "\n".join(part for part in (self.text, *calls) if part)
-
-    def message(self) -> Message:
-        """As a turn of the conversation that goes on."""
-        turn: Message = {"role": "assistant", "content": self.text}
-        if self.thought:
-            turn[THOUGHT_FIELDS[0]] = self.thought
-        if self.calls:
-            turn[CALLS] = [{"type": "function", "function": dict(call)} for call in self.calls]
-        return turn
 
 
 @dataclass(frozen=True)
@@ -94,7 +69,7 @@ class AnswerReader:
     def stream(self, prompt: str) -> AnswerStream:
         """Reads an answer to `prompt` as it comes."""
         return AnswerStream(
-            lambda text, ended: self._begun(text, prompt, ended=ended), lambda text: _piece(self._read(text, prompt))
+            lambda text, ended: self._begun(text, prompt, ended=ended), lambda text: self._read(text, prompt)
         )
 
     def _read(self, text: str, prompt: str) -> Answer:
@@ -102,7 +77,7 @@ class AnswerReader:
         theirs = self._by_schema(text, prompt) if self._described is not None else None
         return ours if theirs is None or _finds_less(theirs, ours) else theirs
 
-    def _begun(self, text: str, prompt: str, *, ended: bool) -> Piece:
+    def _begun(self, text: str, prompt: str, *, ended: bool) -> Answer:
         """What no further words take back; a thought that nobody opened is text here, since it has been sent."""
         stop, around = self._reader.stops.first(text), self._around
         if not (ended or stop):
@@ -110,13 +85,13 @@ class AnswerReader:
         text = _after(text.partition(stop)[0] if stop else text, around.header)
         found = self._thought(text, prompt)
         if found is None and not ended and not around.before_thought.strip() and any(around.after_thought):
-            return Piece()  # all of it may be a thought
+            return Answer("")  # all of it may be a thought
         thought, rest = found or ("", text)
         calls: tuple[Mapping[str, Any], ...] = ()
         if around.calls:
             said = _after(rest, around.before_text)
             rest, calls = around.calls.read(rest) if ended else (around.calls.before(said), ())
-        return Piece(self._plain(thought), self._plain(_after(rest, around.before_text)), calls)
+        return Answer(self._plain(_after(rest, around.before_text)), self._plain(thought), calls)
 
     def _plain(self, text: str) -> str:
         """Without special tokens."""
@@ -211,10 +186,6 @@ def _finds_less(one: Answer, other: Answer) -> bool:
     if one.calls and other.calls:
         return bool(other.text) and not one.text and one.thought == other.thought
     return bool(other.calls)
-
-
-def _piece(answer: Answer) -> Piece:
-    return Piece(answer.thought, answer.text, answer.calls)
 
 
 def _after(text: str, header: str) -> str:

@@ -172,7 +172,7 @@ def build_batches(
     _refuse_endless(done, training.where, dialogue)
     held_done = None
     if held is not None:
-        every = range(len(held.examples))
+        every = np.arange(len(held.examples))
         held_done = _encode(held, encoder, on_invalid, every, every, hold_out=True)
         if group_by is not None:
             on_both = group_overlap(done.examples, held_done.examples)
@@ -183,17 +183,17 @@ def build_batches(
     return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
 
 
-def _order(count: int, *, drawn: bool, seed: int) -> Sequence[int] | NDArray[np.int64]:
+def _order(count: int, *, drawn: bool, seed: int) -> NDArray[np.int64]:
     # A stream of its own: the held-out groups are drawn with the bare seed.
-    return np.random.default_rng((seed, 1)).permutation(count) if drawn else range(count)
+    return np.random.default_rng((seed, 1)).permutation(count) if drawn else np.arange(count)
 
 
 def _encode(
     split: Split,
     encoder: Encoder,
     on_invalid: Literal["error", "drop"],
-    drawn: Sequence[int] | NDArray[np.int64],
-    order: Sequence[int] | NDArray[np.int64],
+    drawn: NDArray[np.int64],
+    order: NDArray[np.int64],
     *,
     most: int | None = None,
     keep_order: bool = False,
@@ -205,45 +205,38 @@ def _encode(
     """
     problems, drops = Problems(), Counter(split.drops)
     rows = Spool[EncodedRow](_memory_of, pack=pack_row, unpack=unpack_row)
-    # Of each kept one, its place in `drawn`, its number in the split, and that of its tokens in `rows`.
-    places, indices, numbers = array("q"), array("q"), array("q")
-    repeated = not isinstance(drawn, range)
-    found = np.full(len(split.examples), _UNSEEN, dtype=np.int64)  # of each example, its number in `rows`
-    seen = 0
+    number = np.full(len(split.examples), _UNSEEN, dtype=np.int64)  # of each example in `rows`
+    places = array("q")  # in `drawn`, of those that are kept
+    seen = distinct = 0
     while seen < len(order) and (most is None or len(places) < most):
-        chunk = [int(place) for place in order[seen : seen + min(_CHUNK, most - len(places) if most else _CHUNK)]]
+        chunk = order[seen : seen + min(_CHUNK, most - len(places) if most else _CHUNK)]
         seen += len(chunk)
         advance(seen, len(order), "examples")
-        fresh = [i for i in dict.fromkeys(int(drawn[place]) for place in chunk) if found[i] == _UNSEEN]
-        encoded = encoder.encode([split.examples[i] for i in fresh], hold_out=hold_out)
+        fresh = [index for index in dict.fromkeys(drawn[chunk].tolist()) if number[index] == _UNSEEN]
+        encoded = encoder.encode([split.examples[index] for index in fresh], hold_out=hold_out)
         for index, result in zip(fresh, encoded, strict=True):
-            found[index] = len(rows) if isinstance(result, EncodedRow) else _UNUSABLE
+            number[index] = len(rows) if isinstance(result, EncodedRow) else _UNUSABLE
             if isinstance(result, EncodedRow):
                 rows.append(result)
+                distinct += len(result.examples)
             elif result.reason in (TOO_LONG, CUT_OFF):
                 drops[result.reason] += 1
             else:
                 problems.add(index, split.examples[index].place, result)
-        for place in chunk:
-            if (number := int(found[drawn[place]])) != _UNUSABLE:
-                places.append(place)
-                indices.append(int(drawn[place]))
-                numbers.append(number)
+        places.extend(chunk[number[drawn[chunk]] != _UNUSABLE].tolist())
     problems.settle(on_invalid, split.rows)
     drops += problems.reasons
     if seen < len(order):
-        drops[BEYOND] += int((found[np.unique(drawn)] == _UNSEEN).sum()) if repeated else len(order) - seen
+        drops[BEYOND] += int((number[np.unique(drawn)] == _UNSEEN).sum())
     if not places:
         left = f"no example left for {split.name} of {split.rows} rows ({counted(drops)})"
         chief = max(drops, key=lambda reason: drops[reason], default="")
         raise DataError(f"{split.where}: {left}{_REMEDIES.get(chief, problems.advice)}")
-    by_place = np.argsort(np.asarray(places)) if keep_order else np.arange(len(places))
-    kept = View(rows, np.asarray(numbers)[by_place])
-    summary = _summary(split.rows, kept, drops)
-    # The first of them all, each example once: weights repeat what stands in `rows`.
-    distinct = (each for row in rows for each in row.examples)
-    more = summary.examples - sum(len(row.examples) for row in rows) if repeated else 0
-    return _Done(View(split.examples, np.asarray(indices)[by_place]), kept, summary, copies(distinct), more)
+    kept = drawn[np.sort(places) if keep_order else np.asarray(places)]
+    kept_rows = View(rows, number[kept])
+    summary = _summary(split.rows, kept_rows, drops)
+    again = copies(each for row in rows for each in row.examples)
+    return _Done(View(split.examples, kept), kept_rows, summary, again, summary.examples - distinct)
 
 
 def _memory_of(row: EncodedRow) -> int:

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit.data.answers import Answer, AnswerReader
+from toolkit.data.answers import AnswerReader
 from toolkit.data.conversation import Message, text_of
 from toolkit.data.problems import InvalidRow
 from toolkit.data.stops import any_of
-from toolkit.data.streamed import AnswerStream, Piece
+from toolkit.data.streamed import Answer, AnswerStream
 from toolkit.data.template import ChatTemplate
 from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
@@ -157,5 +157,5 @@ class Dialogue:
         return self.read(ids, prompt_ids).judged
 
 
-def _bare(special: re.Pattern[str], text: str) -> Piece:
-    return Piece(text=special.sub("", text).strip())
+def _bare(special: re.Pattern[str], text: str) -> Answer:
+    return Answer(special.sub("", text).strip())

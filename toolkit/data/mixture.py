@@ -96,7 +96,7 @@ def require_removed(reading: Reading, where: str) -> None:
 
 def draw(
     examples: Sequence[Example], sources: Sequence[DataSource], seed: int
-) -> tuple[Sequence[int] | NDArray[np.int64], Counter[str]]:
+) -> tuple[NDArray[np.int64], Counter[str]]:
     """Which of `examples` one epoch sees, in the order of an epoch that is not shuffled, and what is not drawn.
 
     A set of weight w is seen w times: its whole part over and over, and of the rest that share of its examples, drawn
@@ -104,7 +104,7 @@ def draw(
     each has been seen.
     """
     if all(source.weight == 1 and source.max_samples is None for source in sources) and len(sources) == 1:
-        return range(len(examples)), Counter()
+        return np.arange(len(examples)), Counter()
     drops: Counter[str] = Counter()
     members = np.asarray([example.source for example in examples])
     drawn, places = [], []

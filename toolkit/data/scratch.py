@@ -30,37 +30,29 @@ def scratch_parent() -> Path:
     return Path(tempfile.gettempdir())
 
 
-@cache
 def scratch_folder() -> Path:
-    """A folder for this process's large files; those of processes that were killed are removed first.
+    """A folder for this process's large files, removed at its end; those of killed processes are removed first.
 
     Raises:
         ResourceError: it cannot be made.
     """
+    return Path(_locked_folder().name)
+
+
+@cache  # which keeps it until the process ends
+def _locked_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder whose lock is held until the process ends, however it does."""
     try:
         for old in scratch_parent().glob(f"{_PREFIX}*"):
             _remove_left_behind(old)
-        folder = _locked_folder()
+        while True:
+            folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=scratch_parent(), ignore_cleanup_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                fcntl.flock(os.open(folder.name, os.O_RDONLY), fcntl.LOCK_EX)
+            if Path(folder.name).is_dir():  # else another process took it for left behind before it was locked
+                return folder
     except OSError as error:
         raise no_room(error) from None
-    _KEPT.append(folder)
-    return Path(folder.name)
-
-
-def _locked_folder() -> tempfile.TemporaryDirectory[str]:
-    """A new folder whose lock is held until the process ends, however it does."""
-    while True:
-        folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=scratch_parent(), ignore_cleanup_errors=True)
-        try:
-            fcntl.flock(os.open(folder.name, os.O_RDONLY), fcntl.LOCK_EX)
-        except FileNotFoundError:
-            continue
-        if Path(folder.name).is_dir():  # else another process took it for left behind before it was locked
-            return folder
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""What is in it is removed with its last reference, at the end of the process."""
 
 
 def _remove_left_behind(folder: Path) -> None:

@@ -6,23 +6,41 @@ mark (`</thi`, `<tool_`) is held back until it is one or none, and so is all fro
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AnswerStream", "Marks", "Piece"]
+from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message
+
+__all__ = ["Answer", "AnswerStream", "Marks"]
 
 _BEGINS = re.compile(r"(?:^|(?<=\s)|(?=<))\S")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What an answer has more than before; `calls` come with its end."""
+class Answer:
+    """An answer, or what has come of one: `text` counts, `thought` led to it, `calls` are functions with arguments."""
 
+    text: str
     thought: str = ""
-    text: str = ""
     calls: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def judged(self) -> str:
+        """Text and calls, for comparing answers; calls as JSON, a line each."""
+        calls = [json.dumps(call, ensure_ascii=False, sort_keys=True) for call in self.calls]
+        return "\n".join(part for part in (self.text, *calls) if part)
+
+    def message(self) -> Message:
+        """As a turn of the conversation that goes on."""
+        turn: Message = {"role": "assistant", "content": self.text}
+        if self.thought:
+            turn[THOUGHT_FIELDS[0]] = self.thought
+        if self.calls:
+            turn[CALLS] = [{"type": "function", "function": dict(call)} for call in self.calls]
+        return turn
 
 
 class Marks:
@@ -52,29 +70,29 @@ class AnswerStream:
         read: the whole answer, read at once.
     """
 
-    def __init__(self, begun: Callable[[str, bool], Piece], read: Callable[[str], Piece]) -> None:
+    def __init__(self, begun: Callable[[str, bool], Answer], read: Callable[[str], Answer]) -> None:
         self._begun, self._read = begun, read
         self._written = ""
-        self._sent = Piece()
+        self._sent = Answer("")
 
-    def feed(self, text: str) -> Piece:
+    def feed(self, text: str) -> Answer:
         """What these further words add."""
         self._written += text
         return self._more(self._begun(self._written, False))
 
-    def end(self) -> Piece:
+    def end(self) -> Answer:
         """What was held back, and the calls."""
         whole = self._read(self._written)
         if not (whole.thought.startswith(self._sent.thought) and whole.text.startswith(self._sent.text)):
             whole = self._begun(self._written, True)
         return self._more(whole)
 
-    def _more(self, now: Piece) -> Piece:
+    def _more(self, now: Answer) -> Answer:
         sent = self._sent
         thought = now.thought if now.thought.startswith(sent.thought) else sent.thought
         text = now.text if now.text.startswith(sent.text) else sent.text
-        self._sent = Piece(thought, text)
-        return Piece(thought[len(sent.thought) :], text[len(sent.text) :], now.calls)
+        self._sent = Answer(text, thought)
+        return Answer(text[len(sent.text) :], thought[len(sent.thought) :], now.calls)
 
 
 def _bare(text: str) -> str:

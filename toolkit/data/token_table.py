@@ -10,7 +10,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,9 +22,8 @@ from toolkit.data.encode import Encoded
 from toolkit.data.scratch import no_room, scratch_folder
 from toolkit.labels import IGNORED
 
-__all__ = ["Places", "count_trained", "sequence_lengths", "token_table"]
+__all__ = ["count_trained", "sequence_lengths", "token_table"]
 
-"""The label of a token that is not trained; torch's cross entropy skips it."""
 _CHUNK = 512
 _MOST_IN_MEMORY = 64 << 20
 """Bytes of a table from which on it is a file."""
@@ -34,34 +33,8 @@ _LIST = pa.list_(pa.int32())
 _SCHEMA = pa.schema({"input_ids": _LIST, "labels": _LIST, "place": pa.string()})
 
 
-class Places(Sequence[str]):
-    """Where each example came from, `file:line`."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place: str = self._column[index].as_py()
-        return place
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Places) and self._column.equals(other._column)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Dataset, Places]:
-    """The columns `input_ids` and `labels`, both (T,), IGNORED where not trained; and the places.
+def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Dataset, Sequence[str]]:
+    """The columns `input_ids` and `labels`, both (T,), IGNORED where not trained; and where each example came from.
 
     Arrow lists made from arrays take a tenth of Python integers. In batches, since one list array holds at most 2³¹
     tokens. The fingerprint is a hash of the content: `Dataset` would pickle all of it to make one.
@@ -78,8 +51,11 @@ def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Datas
         table = datasets.table.InMemoryTable.from_batches(list(batches), _SCHEMA)
     else:
         table = _mapped(batches)
-    rows = datasets.Dataset(table.select(["input_ids", "labels"]), fingerprint=digest.hexdigest())
-    return rows, Places(table.column("place"))
+    rows, places = (
+        datasets.Dataset(table.select(names), fingerprint=digest.hexdigest())
+        for names in (["input_ids", "labels"], ["place"])
+    )
+    return rows, places["place"]
 
 
 def _batch(chunk: list[Encoded], digest: Any) -> pa.RecordBatch:

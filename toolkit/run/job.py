@@ -53,7 +53,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class _Prepared:
     """What is known before the model is loaded."""
 
     plan: Plan
@@ -79,7 +79,7 @@ def run(
     console = console or Console(quiet=True)
     note = _once(console)
     with listening(console), ExitStack() as held:
-        prepared = prepare(recipe, fork)
+        prepared = _prepare(recipe, fork)
         folder = RunFolder(prepared.plan.folder)
         summary = broadcast(partial(_open, prepared, held, note))
         if summary is None:
@@ -89,7 +89,7 @@ def run(
     return Finished(folder.path, folder.adapter, summary)
 
 
-def prepare(recipe: Recipe, fork: bool) -> Prepared:
+def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
     source = RunFolder(Path(recipe.training.output_dir))
     check_writable(source.path)
@@ -104,10 +104,10 @@ def prepare(recipe: Recipe, fork: bool) -> Prepared:
     plan = make_plan(recipe, shape=step_shape(batches, first))
     check_folder_is_ours(plan.folder)
     join(plan.device)
-    return Prepared(plan, tokenizer, batches, source if fork else None)
+    return _Prepared(plan, tokenizer, batches, source if fork else None)
 
 
-def _open(prepared: Prepared, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
+def _open(prepared: _Prepared, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
     """Take the run folder, which is `held` from now on; the summary, where the run in it is finished."""
     plan = prepared.plan
     held.enter_context(owned(plan.folder))
@@ -119,7 +119,7 @@ def _open(prepared: Prepared, held: ExitStack, note: Callable[[str], None]) -> d
 
 
 def _finish(
-    prepared: Prepared, console: Console, stop: StopRequest | None, note: Callable[[str], None]
+    prepared: _Prepared, console: Console, stop: StopRequest | None, note: Callable[[str], None]
 ) -> dict[str, Any]:
     """Everything from the loaded model to the summary; empty in other processes than the first."""
     plan, batches = prepared.plan, prepared.batches

@@ -16,7 +16,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from toolkit.adapters import add_adapter
 from toolkit.data import Answer, Dialogue
-from toolkit.data.streamed import Piece
 from toolkit.errors import OnecardError, RecipeError
 from toolkit.evaluate import sampling
 from toolkit.mtp.decode import Speculator
@@ -68,9 +67,9 @@ class _AnswerStreamer(BaseStreamer):  # type: ignore[misc]
         self._show(self._stream.feed(text[self._read :]))
         self._read = len(text)
 
-    def _show(self, piece: Piece) -> None:
-        calls = Answer("", calls=piece.calls).judged
-        for part, words in (("thought", piece.thought), ("text", piece.text), ("calls", calls)):
+    def _show(self, more: Answer) -> None:
+        calls = Answer("", calls=more.calls).judged
+        for part, words in (("thought", more.thought), ("text", more.text), ("calls", calls)):
             if words:
                 self._tell(_LEADS.get((self._told, part), "") + words)
                 self._told = part

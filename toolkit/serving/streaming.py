@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data import Dialogue
-from toolkit.data.streamed import AnswerStream, Piece
+from toolkit.data.streamed import Answer, AnswerStream
 
 if TYPE_CHECKING:
     from transformers.cli.serving.utils import GenerationState
@@ -73,9 +73,9 @@ def reading_state(dialogue: Dialogue) -> GenerationState:
     return State()
 
 
-def _events(piece: Piece) -> Iterator[Event]:
-    for field, text in (("reasoning_content", piece.thought), ("content", piece.text)):
+def _events(more: Answer) -> Iterator[Event]:
+    for field, text in (("reasoning_content", more.thought), ("content", more.text)):
         if text:
             yield {"type": "region_chunk", "field": field, "text": text}
-    for call in piece.calls:
+    for call in more.calls:
         yield {"type": "region_close", "field": "tool_calls", "value": {"type": "function", "function": dict(call)}}

@@ -103,3 +103,14 @@ def pristine(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, tmp_path_fa
 def artifact(pristine: Path, tmp_path: Path) -> Path:
     """A copy of a good artifact, to be damaged."""
     return Path(shutil.copytree(pristine, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def of_base(write: Callable[..., Path], base: Path) -> Callable[..., Path]:
+    """`of_base(folder, **changes)`: the artifact of a run on the test's own `base`."""
+
+    def made(folder: Path, **changes: Any) -> Path:
+        facts = {"base": identify_base(str(base)), "base_folder": base, **changes}
+        return write(folder, tokenizer=AutoTokenizer.from_pretrained(base), **facts)
+
+    return made

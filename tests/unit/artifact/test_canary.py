@@ -39,17 +39,6 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def of_base(write: Write, base: Path) -> Write:
-    """`of_base(folder, **changes)`: the artifact of a run on that base."""
-
-    def made(folder: Path, **changes: Any) -> Path:
-        facts = {"base": identify_base(str(base)), "base_folder": base, **changes}
-        return write(folder, tokenizer=AutoTokenizer.from_pretrained(base), **facts)
-
-    return made
-
-
 def recipe(**data: Any) -> dict[str, Any]:
     return {"model.model_name_or_path": "owner/name", **{f"data.{name}": value for name, value in data.items()}}
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.unit.artifact.conftest import BASE, RECIPE
 from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact
 from toolkit.artifact.manifest import write_json
-from toolkit.checkpoint.identity import identify_base, license_of
+from toolkit.checkpoint.identity import license_of
 from toolkit.errors import ModelError
 
 Write = Callable[..., Path]
@@ -42,15 +42,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat_template.jinja").write_text(template + "{% if shout %}{{ mode }}{% endif %}")
     write_json(folder / "generation_config.json", {"eos_token_id": 2, "pad_token_id": 0, "repetition_penalty": 1.0})
     return folder
-
-
-@pytest.fixture
-def of_base(write: Write, base: Path) -> Write:
-    def made(folder: Path, **changes: Any) -> Path:
-        facts = {"base": identify_base(str(base)), "base_folder": base, **changes}
-        return write(folder, tokenizer=AutoTokenizer.from_pretrained(base), **facts)
-
-    return made
 
 
 def test_the_manifest_has_it_and_verify_accepts_it(of_base: Write, base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import trl
 
 from toolkit.data import Answer, ChatForm, Dialogue, InvalidRow
 from toolkit.data.conversation import text_of, thought_of
-from toolkit.data.formats import SHAPES
+from toolkit.data.formats import SHAPES, Example
+from toolkit.data.turns import Turn
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = sorted(p for p in PUBLISHED.glob("*.jinja") if not p.stem.endswith("_training"))
@@ -70,24 +71,27 @@ def dialogue_under(template: Path, tokenizer_with: Any, *, known: bool) -> Dialo
     return Dialogue(tok, ChatForm(stop_token_ids=tuple(tok.convert_tokens_to_ids(stops))), chat_template=text)
 
 
+def turns_of(dialogue: Dialogue, messages: list[dict[str, Any]]) -> list[tuple[Example, Turn]]:
+    """The row as an example, with each of its answers; none where the template has no calls, or no thoughts."""
+    example = SHAPES["messages"].parse({"messages": json.loads(json.dumps(messages)), "tools": [SCHEMA]})
+    wanted = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+    try:
+        return [(example, turn) for turn in dialogue.reader.read(example, wanted)]
+    except InvalidRow:
+        return []
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_every_part_of_an_answer_is_read_back(template: Path, tokenizer_with: Any) -> None:
     dialogue, read = dialogue_under(template, tokenizer_with, known=False), 0
-    for messages in ROWS.values():
-        example = SHAPES["messages"].parse({"messages": json.loads(json.dumps(messages)), "tools": [SCHEMA]})
-        wanted = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
-        try:
-            turns = dialogue.reader.read(example, wanted)
-        except InvalidRow:  # a template without calls, or without thoughts
-            continue
-        for turn in turns:
-            said = example.messages[turn.index]
-            prompt, ids = (dialogue.tokens.of([text])[0] for text in (turn.prompt, turn.target))
-            found = dialogue.read(ids, prompt)
-            assert found.text == text_of(said.get("content")).strip()
-            assert found.thought == thought_of(said).strip()
-            assert [dict(call) for call in found.calls] == [call["function"] for call in said.get("tool_calls", [])]
-            read += 1
+    for example, turn in (found for messages in ROWS.values() for found in turns_of(dialogue, messages)):
+        said = example.messages[turn.index]
+        prompt, ids = (dialogue.tokens.of([text])[0] for text in (turn.prompt, turn.target))
+        found = dialogue.read(ids, prompt)
+        assert found.text == text_of(said.get("content")).strip()
+        assert found.thought == thought_of(said).strip()
+        assert [dict(call) for call in found.calls] == [call["function"] for call in said.get("tool_calls", [])]
+        read += 1
     assert read, "nothing was read"
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.data.test_answers import PUBLISHED, ROWS, SCHEMA, TEMPLATES, USER, called, dialogue_under
-from toolkit.data import Answer, ChatForm, Dialogue, InvalidRow
-from toolkit.data.formats import SHAPES
-from toolkit.data.streamed import Marks, Piece
+from tests.unit.data.test_answers import PUBLISHED, ROWS, TEMPLATES, USER, called, dialogue_under, turns_of
+from toolkit.data import Answer, ChatForm, Dialogue
+from toolkit.data.streamed import Marks
 
 LONG = {"content": "It is 4, as 2 < 3 and {so on}.\n\nIs it? Yes.", "reasoning_content": "Two:\n\n- 2 < 3\n- so 4"}
 CALLS = {"content": "Look:", "tool_calls": called("Rome", "Oslo")}
@@ -22,7 +20,7 @@ MORE = {
 }
 
 
-def sent(dialogue: Dialogue, text: str, prompt: list[int], size: int = 1) -> list[Piece]:
+def sent(dialogue: Dialogue, text: str, prompt: list[int], size: int = 1) -> list[Answer]:
     """What is sent of a text that comes `size` tokens at a time; the last is what its end sends."""
     stream, ids = dialogue.stream(prompt), dialogue.tokens.of([text])[0]
     parts = [dialogue.tokens.decode(ids[at : at + size]) for at in range(0, len(ids), size)]
@@ -30,7 +28,7 @@ def sent(dialogue: Dialogue, text: str, prompt: list[int], size: int = 1) -> lis
     return [*map(stream.feed, parts), stream.end()]
 
 
-def joined(pieces: list[Piece]) -> Answer:
+def joined(pieces: list[Answer]) -> Answer:
     assert not any(piece.calls for piece in pieces[:-1])
     return Answer("".join(p.text for p in pieces), "".join(p.thought for p in pieces), pieces[-1].calls)
 
@@ -39,13 +37,7 @@ def joined(pieces: list[Piece]) -> Answer:
 def test_what_is_sent_is_what_is_read(template: Path, tokenizer_with: Any) -> None:
     dialogue, read = dialogue_under(template, tokenizer_with, known=False), 0
     for kind, messages in {**ROWS, **MORE}.items():
-        example = SHAPES["messages"].parse({"messages": json.loads(json.dumps(messages)), "tools": [SCHEMA]})
-        wanted = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
-        try:
-            turns = dialogue.reader.read(example, wanted)
-        except InvalidRow:  # a template without calls, or without thoughts
-            continue
-        for turn in turns:
+        for _, turn in turns_of(dialogue, messages):
             prompt = dialogue.tokens.of([turn.prompt])[0]
             whole = dialogue.read(dialogue.tokens.of([turn.target])[0], prompt)
             for size in (1, 3):

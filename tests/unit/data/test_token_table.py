@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scratch, "scratch_parent", lambda: tmp_path / "away")
     with pytest.raises(ResourceError, match="away: no room for the examples"):
-        scratch.scratch_folder.__wrapped__()
+        scratch._locked_folder.__wrapped__()
 
 
 WAIT = "import time; from toolkit.data.scratch import scratch_folder as f; print(f(), flush=True); time.sleep({})"
