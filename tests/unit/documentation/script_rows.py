@@ -25,6 +25,11 @@ class Row:
 KILLS = "tests/faults/test_kill_points.py"
 TRAIN, HELD_OUT = "{place}/train.jsonl", "{place}/held-out.jsonl"
 ROWS = (
+    Row(
+        "benchmarks/tokenise.py",
+        "{place}/train.jsonl --repeats 1",
+        (r"^train\.jsonl: 24 rows, [\d.]+ s, [\d,]+ rows/s$",),
+    ),
     Row("benchmarks/data_memory.py", "{place}/rows --rows 300", (r"^ +[\d.]+ s +\d+ MiB  ended$",)),
     Row("faults/corruptions.py", "--count 20", (r"^20 of 20 corruptions seen, 0 whole checkpoints refused$",)),
     Row(
