@@ -270,6 +270,7 @@ SEAMS = (
     ),
     # transformers and TRL: the trainer
     *_at("transformers.trainer_callback", "training", "to take the trainer's own printing away", "PrinterCallback"),
+    *_at("transformers.training_args.TrainingArguments", "training", "to use one card of several", "_n_gpu"),
     *_at("transformers.trainer.Trainer", "training", "to see gradients before the optimizer does", "_clip_grad_norm"),
     *_at(
         "transformers.trainer.Trainer",

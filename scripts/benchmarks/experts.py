@@ -310,11 +310,11 @@ def main() -> int:
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """With what all comparisons with peers can be asked."""
-    from toolkit.plan import BACKENDS
+    from toolkit.plan import PER_EXPERT
 
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--backend", default=BACKENDS["cpu"], help="ours, by its name in toolkit.ops")
+    parser.add_argument("--backend", default=PER_EXPERT, help="ours, by its name in toolkit.ops")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory runs out")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")

@@ -40,7 +40,7 @@ def layer(script: Any) -> Any:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_ours_and_stock_compute_the_same_layer(script: Any, layer: Any, implementation: str) -> None:
-    arms, backend = script("expert_arms"), script("toolkit.plan").BACKENDS["cpu"]
+    arms, backend = script("expert_arms"), script("toolkit.plan").PER_EXPERT
     ours, stock = arms.ours(layer).results(backend), arms.stock(layer).results(implementation)
     assert ours.keys() == stock.keys()
     for name, want in stock.items():

@@ -104,11 +104,16 @@ class ExpertStream:
                 self._free.wait()
 
     def _all_slots(self) -> list[_Slot]:
-        """Made when first used, and touched, so that no page of them is ever fresh again."""
+        """Made when first used, and touched, so that no page of them is ever fresh again.
+
+        The zeros are queued on the computing stream: a copy on another one may come only after them.
+        """
         if not self._slots:
             count = min(SLOTS, len(self.layers))
             with torch.inference_mode(False):
                 images = [torch.zeros(self._size, dtype=torch.int8, device=self._device) for _ in range(count)]
+            for image in images:
+                self._filler.release(image)
             self._slots = [_Slot(image) for image in images]
         return self._slots
 

@@ -93,7 +93,7 @@ class Budget:
     def micro_batches_per_pass(self, recipe: Recipe, placement: Mapping[str, str]) -> int:
         """The most micro-batches that fit when they go through a streamed layer before the next: each waits once."""
         most = most_micro_batches_per_pass(recipe) if self.counts_steps and streamed(placement) else 1
-        room = (self._bytes(recipe, placement, count).total <= self.device.memory for count in range(most, 1, -1))
+        room = (self._bytes(recipe, placement, count).total <= self.device.free for count in range(most, 1, -1))
         return next((most - number for number, fits in enumerate(room) if fits), 1)
 
     def _bytes(self, recipe: Recipe, placement: Mapping[str, str], per_pass: int = 1, *, counts: bool = True) -> Bytes:
@@ -136,7 +136,7 @@ class Budget:
 
     def fits(self, recipe: Recipe, placement: Mapping[str, str] | None = None) -> bool:
         """Whether the device has the bytes. What stands is looked at first: counting a step may take seconds."""
-        placement, memory = placement or self._resident(), self.device.memory
+        placement, memory = placement or self._resident(), self.device.free
         return self._bytes(recipe, placement, counts=False).total <= memory and (
             self._bytes(recipe, placement).total <= memory
         )
@@ -165,7 +165,7 @@ class Budget:
         found: list[tuple[int, int, dict[str, str]]] = []
         for count in range(1, len(sizes) + 1):
             placement = spread(sizes, count, self._place(recipe.placement.experts, sizes, count))
-            room = self.device.memory - sum(resident_bytes(sizes, placement))
+            room = self.device.free - sum(resident_bytes(sizes, placement))
             if per_pass := sum(rest <= room for rest in rests):
                 found.append((count * math.ceil(micro / per_pass), count, placement))
         return min(found, key=lambda each: each[:2])[2]

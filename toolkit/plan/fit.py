@@ -54,7 +54,7 @@ def cheapest_changes(recipe: Recipe, budget: Budget) -> tuple[Change, ...]:
     found: list[Change] = []
     for what, costs, changed in _candidates(recipe, budget):
         total = budget.bytes(changed, budget.place(changed)).total
-        if total <= budget.device.memory and what not in {change.what for change in found}:
+        if total <= budget.device.free and what not in {change.what for change in found}:
             found.append(Change(what, costs, total))
         if len(found) == _MOST:
             break

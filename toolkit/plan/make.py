@@ -6,7 +6,7 @@ what the plan says can be held against what a run measures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,20 +22,22 @@ from toolkit.plan.fit import Change, cheapest_changes, settle
 from toolkit.plan.memory import Bytes, stack_bytes
 from toolkit.plan.steps import StepShape
 from toolkit.plan.stored import Stored, what_is_stored
+from toolkit.ranks import processes
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "ROUNDED_ROWS", "Plan", "make_plan"]
+__all__ = ["PER_EXPERT", "ROUNDED_ROWS", "TRITON", "Plan", "default_backend", "default_dtype", "make_plan"]
 
-BACKENDS: Mapping[str, str] = {
-    "cpu": "onecard_per_expert",
-    "cuda": "onecard_triton" if find_spec("triton") else "onecard_per_expert",
-}
-"""The expert backend of each device type, by the name it is registered under."""
+PER_EXPERT, TRITON = "onecard_per_expert", "onecard_triton"
+"""The expert backends by the names they are registered under (`toolkit.ops`): any device, cards with Triton."""
 
-_ELSEWHERE = {"cpu": "onecard_per_expert", "cuda": "onecard_triton"}
+_TENSOR_CORES = (8, 0)
+"""Compute capability from which Triton multiplies 16-bit numbers on tensor cores, and bfloat16 is more than an
+emulation (docs/cards.md)."""
+_WORTH_TELLING = 256 << 20
+"""Bytes in use by other programs from which they are named."""
 
 ROUNDED_ROWS = "onecard_triton_w8a8"
 """The backend that rounds rows to int8 as well."""
@@ -58,12 +60,15 @@ class Plan:
     architecture: Architecture
     bytes: Bytes
     memory: int
+    """Bytes that the run can have of the device."""
     folder: Path
     placement: Mapping[str, str] = field(default_factory=dict)
     """MoE layer module name to where its expert stacks live: resident, host or disk."""
     micro_batches_per_pass: int = 1
     """Micro-batches that go through a streamed layer before the next."""
     device_name: str = ""
+    taken: int = 0
+    """Bytes of the device that other programs hold."""
     length: int = 0
     """Tokens of the sequence that `bytes` are for: the longest of the data where they were looked at."""
     labelled: int = 0
@@ -95,9 +100,10 @@ class Plan:
         if self.fits:
             return
         advice = f"; cheapest: {self.changes[0].what}" if self.changes else "; take a smaller model or a larger device"
+        taken = f" free, other programs hold {self.taken / 2**30:.1f}" if self.taken >= _WORTH_TELLING else ""
         raise ResourceError(
             f"{self.model}: training needs {self.bytes.total / 2**30:.1f} GiB, {self.device_name or self.device} has "
-            f"{self.memory / 2**30:.1f} GiB{advice}"
+            f"{self.memory / 2**30:.1f} GiB{taken}{advice}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def make_plan(
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     backend = _backend(recipe, device)
     _check_name(name)
-    dtype = _dtype(recipe.model.dtype, device.kind)
+    dtype = default_dtype(device) if recipe.model.dtype == "auto" else recipe.model.dtype
     budget = Budget(name, revision, device, dtype, backend, recipe.model.attn_implementation, for_training, shape)
     stored = what_is_stored(budget)
     recipe, notes = settle(recipe, budget)
@@ -162,7 +168,8 @@ def make_plan(
         backend=backend,
         architecture=budget.shapes.architecture,
         bytes=sizes,
-        memory=device.memory,
+        memory=device.free,
+        taken=device.taken,
         folder=Path(recipe.training.output_dir),
         placement=placement,
         micro_batches_per_pass=budget.micro_batches_per_pass(recipe, placement),
@@ -174,7 +181,41 @@ def make_plan(
         stored=stored,
     )
     changes = cheapest_changes(recipe, budget) if for_training and not made.fits else ()
-    return replace(made, changes=changes, notes=(*notes, *filter(None, [budget.note, stored.note])))
+    told = (*notes, *_about(device, dtype), *filter(None, [budget.note, stored.note]))
+    return replace(made, changes=changes, notes=told)
+
+
+def default_dtype(device: Device) -> str:
+    """What `model.dtype: auto` is there."""
+    if device.kind != "cuda":
+        return "float32"
+    return "float16" if _is_before_tensor_cores(device) else "bfloat16"
+
+
+def default_backend(device: Device) -> str:
+    """The expert backend there: torch for a card comes with Triton, so a card elsewhere is taken to have it."""
+    if device.kind != "cuda" or _is_before_tensor_cores(device) or (device.is_here and not find_spec("triton")):
+        return PER_EXPERT
+    return TRITON
+
+
+def _is_before_tensor_cores(device: Device) -> bool:
+    return device.kind == "cuda" and device.capability is not None and device.capability < _TENSOR_CORES
+
+
+def _about(device: Device, dtype: str) -> Iterator[str]:
+    """What there is to say about the device itself."""
+    if device.visible > 1 and processes() == 1:
+        yield (
+            f"{device.visible} cards are visible and one is used, the first; CUDA_VISIBLE_DEVICES chooses another, "
+            "accelerate launch uses several"
+        )
+    if device.taken >= _WORTH_TELLING:
+        yield f"other programs hold {device.taken / 2**30:.1f} of the card's {device.memory / 2**30:.1f} GiB"
+    if _is_before_tensor_cores(device):
+        number = "sm_{}{}".format(*device.capability or ())
+        slow = "; model.dtype=bfloat16 is emulated there, float16 is not" if dtype == "bfloat16" else ""
+        yield f"{number}: experts are computed one by one, Triton has no 16-bit tensor cores before sm_80{slow}"
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -218,10 +259,11 @@ def _backend(recipe: Recipe, device: Device) -> str:
     if device.kind != "cuda" and recipe.training.activation_offloading:
         raise RecipeError("training.activation_offloading: activations are in host memory already; remove the line")
     if recipe.quantization.activations == "none":
-        # torch for a card comes with Triton: a plan for one that is elsewhere takes it to be there.
-        return BACKENDS[device.kind] if device.is_here else _ELSEWHERE[device.kind]
-    if device.kind != "cuda" or (device.is_here and not find_spec("triton")):
-        raise RecipeError("quantization.activations: int8 rows need a CUDA card and Triton; set it to none")
+        return default_backend(device)
+    if default_backend(device) != TRITON:
+        raise RecipeError(
+            "quantization.activations: int8 rows need a CUDA card from sm_80 on, and Triton; set it to none"
+        )
     return ROUNDED_ROWS
 
 
@@ -237,9 +279,3 @@ def _check_name(name: str) -> None:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name){hint}")
-
-
-def _dtype(wanted: str, device: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "bfloat16" if device == "cuda" else "float32"

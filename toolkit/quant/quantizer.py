@@ -122,6 +122,19 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         wrapped = [self._rounding(entry) for entry in weight_conversions]
         return [*wrapped, *(self._plain(name) for name in sorted(set(_bare(model))))]
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes an element that transformers still has to make room for on a card: none of what is reserved already.
+
+        transformers allocates the sum beforehand, to hand it out while loading; our results lie elsewhere.
+        """
+        if self.workspace.has_reserved(param_name):
+            return 0.0
+        module_name, _, leaf = param_name.rpartition(".")
+        if leaf == "weight" and type(model.get_submodule(module_name)).__name__ == "Linear8bitLt":
+            return 1.0
+        size: float = super().param_element_size(model, param_name, param)
+        return size
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Leave what goes through our rounding as it is in the file: a page of it, not a copy."""
         for operation in getattr(converter, "operations", ()):

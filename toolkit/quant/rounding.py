@@ -58,6 +58,10 @@ class Workspace:
                     self._results[f"{module_name}.{name}"] = self._new(parameter, getattr(module, f"{name}_scale"))
                     self._due += parameter.numel()
 
+    def has_reserved(self, name: str) -> bool:
+        """Whether a parameter, int8 or the scales of one, is allocated and not filled yet."""
+        return name in self._results or name.removesuffix("_scale") in self._results
+
     def result(self, model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The int8 tensor and scales to fill for a parameter."""
         reserved = self._results.pop(name, None)

@@ -19,13 +19,11 @@ from huggingface_hub import constants
 from rich.console import Console
 
 from toolkit.artifact import stack_versions
-from toolkit.plan import BACKENDS, device_memory
+from toolkit.plan import Device, default_backend, default_dtype, device_memory, unusable_card
 from toolkit.report.hints import next_commands
 
 __all__ = ["facts", "machine"]
 
-_BF16 = 80
-"""Compute capability from which bfloat16 is fast."""
 _DISK = 40 << 30
 
 
@@ -88,29 +86,40 @@ def _free(folder: Path) -> int:
 
 
 def _used(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    device = "cuda" if found["cards"] else "cpu"
-    has_card = device == "cuda"
+    device = next(map(_device, found["cards"]), Device("cpu", "cpu", found["memory"], is_here=True))
+    has_card, dtype, experts = device.kind == "cuda", default_dtype(device), default_backend(device)
+    why = {
+        "bfloat16": "fast there",
+        "float16": f"{device.name} has no bfloat16",
+        "float32": "a CPU is no faster in 16 bit",
+    }
     choices = {
-        "device": (device, "the first card" if has_card else "torch sees no card"),
-        "dtype": ("bfloat16" if has_card else "float32", "fast there" if has_card else "a CPU is no faster in 16 bit"),
+        "device": (device.kind, "the first card" if has_card else "torch sees no card"),
+        "dtype": (dtype, why[dtype]),
         "experts": (
-            BACKENDS[device],
-            "its kernels read int8 on the card" if "triton" in BACKENDS[device] else "expert by expert through BLAS",
+            experts,
+            "its kernels read int8 on the card"
+            if "triton" in experts
+            else "expert by expert through " + ("cuBLAS: no Triton, or a card before sm_80" if has_card else "BLAS"),
         ),
         "optimizer": ("adamw_torch", "unless training.optim says otherwise; paged_adamw_8bit needs a quarter"),
     }
     return {what: {"choice": choice, "why": why} for what, (choice, why) in choices.items()}
 
 
+def _device(card: Mapping[str, Any]) -> Device:
+    capability = int(card["sm"][:-1]), int(card["sm"][-1])
+    return Device("cuda", card["name"], card["memory"], is_here=True, capability=capability)
+
+
 def _hints(found: Mapping[str, Any]) -> Iterator[str]:
     """What would help, each with the next step."""
-    if found["driver"] and not found["cards"]:
-        yield "a driver, but torch sees no card: bash scripts/setup.sh installs torch's CUDA build"
+    if (problem := unusable_card()) is not None:
+        yield problem
     if found["cards"] and not importlib.util.find_spec("triton"):
         yield "no triton, so experts are computed one by one: pip install 'onecard[gpu]'"
-    for card in found["cards"]:
-        if int(card["sm"]) < _BF16:
-            yield f"{card['name']}: bfloat16 is slow before sm_80; set model.dtype=float16"
+    if len(found["cards"]) > 1:
+        yield "a run uses the first card; CUDA_VISIBLE_DEVICES chooses another, accelerate launch uses several"
     if found["hub_cache"]["free"] < _DISK:
         free = found["hub_cache"]["free"] / 2**30
         yield f"{free:.0f} GiB free in {found['hub_cache']['path']}: a 16-bit checkpoint of 7 B needs 14; set HF_HOME"

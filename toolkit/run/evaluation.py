@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.data import Batches, Dialogue
 from toolkit.durable import write_text
 from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss, read_windows
-from toolkit.plan import BACKENDS as PLANNED
-from toolkit.plan import ROUNDED_ROWS, Plan
+from toolkit.plan import ROUNDED_ROWS, TRITON, Plan
 from toolkit.run.chat_form import stop_as_trained
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
@@ -62,7 +61,7 @@ def look_at_experts(model: PeftModel, batches: Batches, plan: Plan) -> dict[str,
 
 
 def require_harmless_rounding(
-    model: PeftModel, sequences: Dataset, batch_size: int, plain: str = PLANNED["cuda"], rounded: str = ROUNDED_ROWS
+    model: PeftModel, sequences: Dataset, batch_size: int, plain: str = TRITON, rounded: str = ROUNDED_ROWS
 ) -> None:
     """Raise `RecipeError` where int8 rows raise the loss on these examples too far; the model then computes with them.
 

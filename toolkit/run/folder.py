@@ -15,7 +15,7 @@ from toolkit.run.resume import refuse_changes
 from toolkit.run_folder import RunFolder
 from toolkit.training.checkpoint import every_checkpoint
 
-__all__ = ["check_folder_is_ours", "check_writable", "open_run", "read_recipe", "require_disk"]
+__all__ = ["check_folder_is_ours", "check_writable", "open_run", "read_recipe", "require_disk", "with_decided"]
 
 _FIRST = {LOCK, ".recipe.yaml.tmp"}
 """What lies in a run folder before its recipe does; a kill may leave it there."""
@@ -68,10 +68,9 @@ def open_run(path: Path, recipe: Recipe, note: Callable[[str], None] = lambda li
     """
     run = RunFolder(path)
     check_folder_is_ours(path)
-    started = run.adapter.exists() or any(every_checkpoint(run.checkpoints))
     found = changes(flat(read_recipe(run.recipe)), flat(recipe)) if run.recipe.is_file() else []
     try:
-        if started:
+        if _has_started(run):
             refuse_changes(path, found, note)
             if any(change.effect is Effect.LENGTH for change in found):
                 run.summary.unlink(missing_ok=True)
@@ -83,6 +82,24 @@ def open_run(path: Path, recipe: Recipe, note: Callable[[str], None] = lambda li
     except OSError as error:
         raise ResourceError(f"training.output_dir: {path} cannot be written ({error.strerror})") from None
     return run
+
+
+def with_decided(recipe: Recipe) -> Recipe:
+    """The recipe with what its run has decided for `auto` when it began: other memory may be free today."""
+    run = RunFolder(Path(recipe.training.output_dir))
+    if not (run.recipe.is_file() and _has_started(run)):
+        return recipe
+    before = read_recipe(run.recipe)
+    if recipe.lora.r == "auto":
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": before.lora.r})})
+    if recipe.training.max_length == "auto":
+        length = {"max_length": before.training.max_length}
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=length)})
+    return recipe
+
+
+def _has_started(run: RunFolder) -> bool:
+    return run.adapter.exists() or any(every_checkpoint(run.checkpoints))
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -28,7 +28,7 @@ from toolkit.report.pictures import run_pictures
 from toolkit.report.plans import show_plan
 from toolkit.run.chat_form import record_form
 from toolkit.run.data import build_batches, load_tokenizer, step_shape
-from toolkit.run.folder import check_folder_is_ours, check_writable, open_run
+from toolkit.run.folder import check_folder_is_ours, check_writable, open_run, with_decided
 from toolkit.run.fork import copy_start, fork_recipe
 from toolkit.run.lock import owned
 from toolkit.run.model import attach, compensate, coverage, load
@@ -93,6 +93,7 @@ def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
     source = RunFolder(Path(recipe.training.output_dir))
     check_writable(source.path)
+    recipe = with_decided(recipe)
     recipe = fork_recipe(recipe) if fork else recipe
     if recipe.hub.push_to_hub:
         check_token(recipe.hub.hub_token)

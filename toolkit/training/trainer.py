@@ -351,7 +351,7 @@ def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> S
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
     max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
     when = "steps" if evaluates and eval_steps else "no"  # at an epoch's end the trainer looks itself, before saving
-    return SFTConfig(
+    config = SFTConfig(
         **given,
         output_dir=str(context.folder),
         max_steps=max_steps or -1,
@@ -376,3 +376,5 @@ def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> S
         # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
         ddp_find_unused_parameters=False,
     )
+    config._n_gpu = min(config.n_gpu, 1)  # else a Trainer that sees two cards copies the model to both by itself
+    return config

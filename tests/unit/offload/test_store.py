@@ -84,15 +84,17 @@ class Recorded:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.threads: set[str] = set()
+        self.released: list[int] = []
 
     def fill(self, image: torch.Tensor, layer: str, experts: Sequence[int] | None) -> int:
+        assert image.data_ptr() in self.released, "the slot's zeros may still be under way"
         self.asked.append(layer)
         self.threads.add(threading.current_thread().name)
         image.fill_(int(layer))
         return 1
 
     def release(self, image: torch.Tensor) -> None:
-        pass
+        self.released.append(image.data_ptr())
 
 
 def visits(stream: ExpertStream, order: Sequence[int], *, trains: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, modeling_utils
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
@@ -301,3 +301,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_int8(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_card_is_asked_for_no_weight_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes room for all that it will load; what our rounding has reserved by then is not part of it."""
+    folder, counted = tiny(tmp_path / "source", "qwen3_moe"), {}
+    expand = modeling_utils.expand_device_map
+
+    def count(model: Any, device_map: dict[str, Any], quantizer: Any) -> None:
+        on_card = dict.fromkeys(expand({"": 0}, list(model.state_dict())), torch.device("cuda", 0))
+        counted["bytes"] = modeling_utils.get_total_byte_count(model, on_card, quantizer)[torch.device("cuda", 0)]
+
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", count)
+    model, _ = load_int8(str(folder))
+    floats = sum(p.nbytes for n, p in model.state_dict().items() if p.is_floating_point() and not n.endswith("_scale"))
+    assert counted["bytes"] == floats
+    model.save_pretrained(tmp_path / "int8")
+    load_int8(str(tmp_path / "int8"))
+    assert counted["bytes"] == sum(p.nbytes for p in model.state_dict().values())  # nothing of it is reserved before

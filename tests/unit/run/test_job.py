@@ -16,6 +16,7 @@ from tests.faults.conftest import MODEL, Run, onecard, recipe
 from tests.harness.families import build, tiny_config
 from toolkit import run as job
 from toolkit.errors import ModelError
+from toolkit.run.folder import open_run, with_decided
 from toolkit.run_folder import RunFolder
 
 __all__ = ["onecard", "recipe"]
@@ -84,3 +85,17 @@ def test_a_base_that_should_be_compensated_is_not_adapted_without(recipe: Path, 
 
 def test_every_public_name_is_there() -> None:
     assert all(getattr(toolkit, name) is not None for name in toolkit.__all__)
+
+
+def test_auto_stays_what_it_was_when_the_run_began(recipe: Path, tmp_path: Path) -> None:
+    """Whatever fits today: other programs may hold more or less of the memory."""
+    auto = ["lora.r=auto", "training.max_length=auto", f"training.output_dir={tmp_path}/run"]
+    written = RunFolder(tmp_path / "run")
+    settled = toolkit.load_recipe(recipe, ["lora.r=4", "training.max_length=96", auto[-1]])
+    open_run(written.path, settled)
+    asked = toolkit.load_recipe(recipe, auto)
+    assert with_decided(asked) == asked  # nothing is trained yet
+    written.adapter.mkdir()
+    decided = with_decided(asked)
+    assert (decided.lora.r, decided.training.max_length) == (4, 96)
+    assert with_decided(toolkit.load_recipe(recipe, ["lora.r=2", *auto[1:]])).lora.r == 2
