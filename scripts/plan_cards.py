@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from toolkit.offload.place import streamed
-from toolkit.plan import Device, make_plan
+from toolkit.plan import choose_device, make_plan
 from toolkit.plan.cards import CARDS
 from toolkit.recipe import load
 
@@ -27,8 +27,8 @@ RECIPES = ("olmoe-1b-7b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "gpt-oss-20b"
 
 def cell(name: str, card: str) -> tuple[str, float]:
     """What the plan says for a card, and its need in GiB."""
-    recipe, device = load(ROOT / "recipes" / f"{name}.yaml", note=lambda _: None), CARDS[card]
-    made = make_plan(recipe, device=Device("cuda", card, device.memory, device))
+    recipe = load(ROOT / "recipes" / f"{name}.yaml", note=lambda _: None)
+    made = make_plan(recipe, device=choose_device(card))
     need, away = made.bytes.total / 2**30, len(streamed(made.placement))
     if not made.fits:
         return (f"no: {made.changes[0].what}" if made.changes else "no"), need
@@ -56,13 +56,13 @@ def main() -> None:
     parser.add_argument("--seconds", action="store_true", help="time the whole command")
     given = parser.parse_args()
     timed, cards = given.seconds, given.cards
-    sizes = sorted({CARDS[name].memory_gib for name in cards})
-    groups = {size: [name for name in cards if CARDS[name].memory_gib == size] for size in sizes}
-    heads = [f"{size} GiB: {' '.join(name.removeprefix('rtx-') for name in groups[size])}" for size in sizes]
+    sizes = sorted({CARDS[name].size for name in cards})
+    groups = {size: [name for name in cards if CARDS[name].size == size] for size in sizes}
+    heads = [f"{size} GB: {' '.join(name.removeprefix('rtx-') for name in groups[size])}" for size in sizes]
     print("| recipe | need GiB | " + " | ".join(heads) + (" | plan, s |" if timed else " |"))
     print("|---" * (len(sizes) + 2 + timed) + "|")
     for name in given.recipes:
-        cells = [cell(name, groups[size][-1]) for size in sizes]
+        cells = [cell(name, min(groups[size], key=lambda each: CARDS[each].memory)) for size in sizes]
         row = [name, f"{cells[-1][1]:.1f}", *(text for text, _ in cells), *([wall(name, cards)] if timed else [])]
         print(f"| {' | '.join(row)} |", flush=True)
 

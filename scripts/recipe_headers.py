@@ -13,10 +13,11 @@ import re
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from toolkit.offload.place import streamed
-from toolkit.plan import Device, Plan, make_plan
+from toolkit.plan import Plan, choose_device, make_plan
 from toolkit.plan.cards import CARDS, Card
 from toolkit.recipe import Recipe, load
 
@@ -36,7 +37,7 @@ def recipes() -> list[Path]:
 def header(path: Path) -> str:
     """The comment lines that the plan gives."""
     recipe = load(path, note=lambda _: None)
-    plans = {size: plan_for(recipe, cards[0]) for size, cards in by_size().items()}
+    plans = {size: plan_for(recipe, cards) for size, cards in by_size().items()}
     whole = [size for size, made in plans.items() if made.fits and not streamed(made.placement)]
     first = whole[0] if whole else max(plans)
     sentences = [
@@ -49,14 +50,14 @@ def header(path: Path) -> str:
 
 
 def by_size() -> dict[int, list[Card]]:
-    """Cards by GiB, small ones first."""
-    sizes = sorted({card.memory_gib for card in CARDS.values()})
-    return {s: [c for c in CARDS.values() if c.memory_gib == s] for s in sizes if s >= SMALLEST}
+    """Cards by the GB they are sold with, small ones first; in each, as they are listed: slow ones first."""
+    sizes = sorted({card.size for card in CARDS.values()})
+    return {s: [c for c in CARDS.values() if c.size == s] for s in sizes if s >= SMALLEST}
 
 
-def plan_for(recipe: Recipe, card: Card) -> Plan:
-    """The plan on one card."""
-    return make_plan(recipe, device=Device("cuda", card.name, card.memory, card))
+def plan_for(recipe: Recipe, cards: list[Card]) -> Plan:
+    """The plan on the first of them, with the memory of the one that has least."""
+    return make_plan(recipe, device=replace(choose_device(cards[0].name), memory=min(card.memory for card in cards)))
 
 
 def named(size: int) -> str:

@@ -6,7 +6,8 @@
 #
 # finetune.sh and test.sh call it at every start; where nothing changed it only compares a checksum. pip's own
 # configuration (mirrors, proxies, wheel folders) holds. ONECARD_TORCH_INDEX names an index to take torch from, such as
-# https://download.pytorch.org/whl/cu128; without it, the CPU build where there is no NVIDIA card, else pip's choice.
+# https://download.pytorch.org/whl/cu130. Without it: the CPU build where there is no NVIDIA card; where there is one,
+# pip's choice, which is built for CUDA 13 and needs driver 580, or torch's build for CUDA 12 where the driver is older.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -14,6 +15,7 @@ extra=${1:-run}
 venv=$root/.venv
 log=$root/.venv/setup.log
 cpu_index=https://download.pytorch.org/whl/cpu
+cuda_12_index=https://download.pytorch.org/whl/cu126
 
 say() { printf 'onecard: %s\n' "$*" >&2; }
 die() { # STATUS MESSAGE: the command's own exit codes, 2 usage and 5 resources
@@ -23,15 +25,47 @@ die() { # STATUS MESSAGE: the command's own exit codes, 2 usage and 5 resources
 
 has_card() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 
+# The CUDA version that the driver can do, such as 12.8; nothing where nvidia-smi does not say.
+driver_cuda() {
+    nvidia-smi 2>/dev/null | grep -o -m 1 -E 'CUDA[A-Za-z ]*Version: *[0-9]+\.[0-9]+' | grep -o -E '[0-9.]+$' || true
+}
+
+# The newest card's compute capability in tenths, such as 89 for 8.9.
+capability() {
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d '. ' | sort -n | tail -n 1 || true
+}
+
+# The index that this machine's driver asks for; nothing where pip's choice suits it.
+driver_index() {
+    local cuda
+    cuda=$(driver_cuda)
+    if [ "${cuda%%.*}" = 12 ]; then printf '%s' "$cuda_12_index"; fi
+}
+
+# Before anything is installed: what no build of this torch can use.
+require_driver() {
+    local cuda card
+    cuda=$(driver_cuda) card=$(capability)
+    [ -z "${ONECARD_TORCH_INDEX:-}" ] && [ -n "$cuda" ] || return 0
+    if [ "${cuda%%.*}" -lt 12 ]; then
+        die 5 "the NVIDIA driver is for CUDA $cuda, torch needs 12 or 13; install driver 580 or later (525 for CUDA 12)"
+    elif [ "${cuda%%.*}" = 12 ] && [ "${card:-0}" -gt 90 ]; then
+        die 5 "the NVIDIA driver is for CUDA $cuda, torch's build for CUDA 12 lacks sm_$card; install driver 580 or later"
+    fi
+}
+
 # The folder is part of it: an environment that was moved or copied still runs the code of the old place.
 fingerprint() { { cat constraints.txt pyproject.toml; printf '%s' "$root"; } | sha256sum; }
 
-# A build for the CPU is replaced once a card appears; a CUDA build serves both, so it stays when the card is away.
+# A build for the CPU is replaced once a card appears, and one that was chosen for the driver when that asks for another;
+# a CUDA build serves both, so it stays when the card is away.
 is_other_torch_due() {
     if [ -n "${ONECARD_TORCH_INDEX:-}" ]; then
         [ "$(cat "$venv/onecard-index" 2>/dev/null)" != "$ONECARD_TORCH_INDEX" ]
+    elif [ "$(cat "$venv/onecard-build" 2>/dev/null)" = cpu ]; then
+        { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; } && has_card
     else
-        [ "$(cat "$venv/onecard-build" 2>/dev/null)" = cpu ] && { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; } && has_card
+        [ -e "$venv/onecard-driver-index" ] && has_card && [ "$(cat "$venv/onecard-driver-index")" != "$(driver_index)" ]
     fi
 }
 
@@ -89,6 +123,7 @@ answers() {
 
 install_torch() { # cpu|cuda
     local build=$1 index=${ONECARD_TORCH_INDEX:-}
+    if [ -z "$index" ] && [ "$build" = cuda ]; then index=$(driver_index); fi
     # Only Linux has a default build that brings CUDA along.
     if [ -z "$index" ] && [ "$build" = cpu ] && [ "$(uname -s)" = Linux ]; then
         if answers "$cpu_index"; then
@@ -103,7 +138,10 @@ install_torch() { # cpu|cuda
 
 install() {
     local build=cpu extras=
-    if has_card; then build=cuda extras=gpu; fi
+    if has_card; then
+        build=cuda extras=gpu
+        require_driver
+    fi
     if [ "$extra" = dev ]; then extras=dev${extras:+,$extras}; fi
     : >"$log"
     : >"$venv/onecard-unfinished"
@@ -121,6 +159,8 @@ install() {
     rm -f -- "$venv"/onecard-run "$venv"/onecard-dev
     printf '%s' "$build" >"$venv/onecard-build"
     printf '%s' "${ONECARD_TORCH_INDEX:-}" >"$venv/onecard-index"
+    rm -f -- "$venv/onecard-driver-index"
+    if [ "$build" = cuda ] && [ -z "${ONECARD_TORCH_INDEX:-}" ]; then driver_index >"$venv/onecard-driver-index"; fi
     fingerprint >"$venv/onecard-$extra"
     rm -f -- "$venv/onecard-unfinished"
     say "ready"

@@ -17,7 +17,7 @@ from scripts import make_quickstart_thoughts
 from toolkit.data import build_batches
 from toolkit.data.formats import SHAPES
 from toolkit.offload.place import streamed
-from toolkit.plan import Device, Plan, make_plan
+from toolkit.plan import Plan, choose_device, make_plan
 from toolkit.plan.cards import CARDS
 from toolkit.plan.shapes import published
 from toolkit.recipe import source
@@ -110,8 +110,7 @@ def test_every_task_has_a_recipe_for_a_published_checkpoint() -> None:
 def planned(card: str, model: str, *sections: str) -> Plan:
     """The plan of a recipe without its data; many share one."""
     name = next(name for name in FOR_A_CARD if planned_by(name) == (model, *sections))
-    found = CARDS[card]
-    return make_plan(source.load(RECIPES / name), device=Device("cuda", found.name, found.memory, found))
+    return make_plan(source.load(RECIPES / name), device=choose_device(card))
 
 
 def planned_by(name: str) -> tuple[str, ...]:

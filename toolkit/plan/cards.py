@@ -3,7 +3,8 @@
 Peaks follow from the number of multiprocessors and the boost clock: on GeForce, in all three generations, one does 512
 bf16 operations a clock with fp32 sums (half of what it does with fp16 sums) and 2,048 int8 operations. The products
 agree with the peaks that the white papers print: 71, 165.2 and 209.5 TFLOP/s for the 3090, 4090 and 5090. Each figure
-was also found in a second place, which docs/planning.md names.
+was also found in a second place, which docs/planning.md names. Memory is what CUDA reports on Linux, from public logs:
+docs/planning.md says which.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ _GENERATION_4_X16, _GENERATION_4_X8, _GENERATION_5_X16 = 31.5, 15.75, 63.0
 
 @dataclass(frozen=True)
 class Card:
-    """One card. Clock in GHz, memory in GiB, memory and PCIe rates in GB/s (each direction), dense operations."""
+    """One card. Size in GB as it is sold, memory in MiB as CUDA reports it, clock in GHz, memory and PCIe rates in GB/s
+    (each direction), dense operations."""
 
     name: str
-    memory_gib: int
+    size: int
+    memory_mib: int
     multiprocessors: int
     clock: float
     memory_rate: float
@@ -38,8 +41,8 @@ class Card:
 
     @property
     def memory(self) -> int:
-        """Bytes; the driver and the display take some of them."""
-        return self.memory_gib << 30
+        """Bytes that a Linux driver of today lets programs see: less than what is printed on the box."""
+        return self.memory_mib << 20
 
     @property
     def bf16_tflops(self) -> float:
@@ -60,19 +63,19 @@ class Card:
 CARDS: Mapping[str, Card] = {
     card.name: card
     for card in (
-        Card("rtx-3060-12gb", 12, 28, 1.777, 360, _GENERATION_4_X16, (8, 6), _PAGE_30),
-        Card("rtx-3060-ti", 8, 38, 1.665, 448, _GENERATION_4_X16, (8, 6), _PAGE_30),
-        Card("rtx-3070", 8, 46, 1.725, 448, _GENERATION_4_X16, (8, 6), _AMPERE),
-        Card("rtx-3080", 10, 68, 1.710, 760, _GENERATION_4_X16, (8, 6), _AMPERE),
-        Card("rtx-3090", 24, 82, 1.695, 936, _GENERATION_4_X16, (8, 6), _AMPERE),
-        Card("rtx-4060-ti-16gb", 16, 34, 2.535, 288, _GENERATION_4_X8, (8, 9), _PAGE_40),
-        Card("rtx-4070", 12, 46, 2.475, 504, _GENERATION_4_X16, (8, 9), _PAGE_40),
-        Card("rtx-4070-ti-super", 16, 66, 2.610, 672, _GENERATION_4_X16, (8, 9), _PAGE_40),
-        Card("rtx-4080", 16, 76, 2.505, 717, _GENERATION_4_X16, (8, 9), _ADA),
-        Card("rtx-4090", 24, 128, 2.520, 1008, _GENERATION_4_X16, (8, 9), _ADA),
-        Card("rtx-5070-ti", 16, 70, 2.452, 896, _GENERATION_5_X16, (12, 0), _BLACKWELL),
-        Card("rtx-5080", 16, 84, 2.617, 960, _GENERATION_5_X16, (12, 0), _BLACKWELL),
-        Card("rtx-5090", 32, 170, 2.407, 1792, _GENERATION_5_X16, (12, 0), _BLACKWELL),
+        Card("rtx-3060-12gb", 12, 11906, 28, 1.777, 360, _GENERATION_4_X16, (8, 6), _PAGE_30),
+        Card("rtx-3060-ti", 8, 7833, 38, 1.665, 448, _GENERATION_4_X16, (8, 6), _PAGE_30),
+        Card("rtx-3070", 8, 7819, 46, 1.725, 448, _GENERATION_4_X16, (8, 6), _AMPERE),
+        Card("rtx-3080", 10, 9875, 68, 1.710, 760, _GENERATION_4_X16, (8, 6), _AMPERE),
+        Card("rtx-3090", 24, 24123, 82, 1.695, 936, _GENERATION_4_X16, (8, 6), _AMPERE),
+        Card("rtx-4060-ti-16gb", 16, 15944, 34, 2.535, 288, _GENERATION_4_X8, (8, 9), _PAGE_40),
+        Card("rtx-4070", 12, 11864, 46, 2.475, 504, _GENERATION_4_X16, (8, 9), _PAGE_40),
+        Card("rtx-4070-ti-super", 16, 15934, 66, 2.610, 672, _GENERATION_4_X16, (8, 9), _PAGE_40),
+        Card("rtx-4080", 16, 15945, 76, 2.505, 717, _GENERATION_4_X16, (8, 9), _ADA),
+        Card("rtx-4090", 24, 24080, 128, 2.520, 1008, _GENERATION_4_X16, (8, 9), _ADA),
+        Card("rtx-5070-ti", 16, 15808, 70, 2.452, 896, _GENERATION_5_X16, (12, 0), _BLACKWELL),
+        Card("rtx-5080", 16, 15820, 84, 2.617, 960, _GENERATION_5_X16, (12, 0), _BLACKWELL),
+        Card("rtx-5090", 32, 32086, 170, 2.407, 1792, _GENERATION_5_X16, (12, 0), _BLACKWELL),
     )
 }
 """By the name that `--device` takes."""

@@ -90,6 +90,51 @@ def test_setup_installs_where_versions_have_changed(repository: Path) -> None:
     assert shell(repository, "bash", "scripts/setup.sh", "all").returncode == 2
 
 
+SMI = """\
+#!/bin/sh
+case "$*" in
+    -L) echo "GPU 0: NVIDIA GeForce RTX" ;;
+    *compute_cap*) echo "{capability}" ;;
+    *) printf '| NVIDIA-SMI 1.2  Driver Version: 1.2  CUDA Version: {cuda}  |\\n' ;;
+esac
+"""
+CUDA_12 = "https://download.pytorch.org/whl/cu126"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "index", "told"),
+    [
+        ("13.0", "8.6", None, ""),
+        ("12.4", "8.9", CUDA_12, ""),
+        ("12.8", "12.0", None, "CUDA 12.8, torch's build for CUDA 12 lacks sm_120; install driver 580 or later"),
+        ("11.8", "8.6", None, "for CUDA 11.8, torch needs 12 or 13; install driver 580 or later"),
+    ],
+)
+def test_setup_takes_the_torch_that_the_driver_can_run(
+    repository: Path, cuda: str, capability: str, index: str | None, told: str
+) -> None:
+    venv, own = repository / ".venv", {"ONECARD_TORCH_INDEX": ""}
+    hand_on(venv / "bin" / "nvidia-smi", SMI.format(cuda=cuda, capability=capability))
+    (venv / "onecard-dev").unlink()
+    own["PATH"] = f"{venv / 'bin'}:/usr/bin:/bin"
+    done = shell(repository, "bash", "scripts/setup.sh", **own)
+    asked = (venv / "asked").read_text() if (venv / "asked").exists() else ""
+    if told:
+        assert (done.returncode, asked) == (5, "")
+        assert told in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        return
+    assert done.returncode == 0, done.stderr
+    assert (f"--extra-index-url {index} torch" in asked) == (index is not None)
+    assert ("extra-index-url" in asked) == (index is not None)
+    lines = len(asked.splitlines())
+    shell(repository, "bash", "scripts/setup.sh", **own)
+    assert len((venv / "asked").read_text().splitlines()) == lines  # nothing more to do
+    hand_on(venv / "bin" / "nvidia-smi", SMI.format(cuda="12.6" if index is None else "13.1", capability=capability))
+    shell(repository, "bash", "scripts/setup.sh", **own)  # another driver
+    assert "uninstall -q -y torch" in (venv / "asked").read_text()
+
+
 def test_finetune_trains(repository: Path) -> None:
     words = ["recipes/quickstart.yaml", "training.seed=1", "training.output_dir=runs/seed1"]
     assert any(each.words[2:] == words for each in shown_in(ROOT / "docs" / "results.md"))
