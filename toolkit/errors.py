@@ -23,8 +23,10 @@ __all__ = [
     "PreemptedError",
     "RecipeError",
     "ResourceError",
+    "card_failed",
     "did_you_mean",
     "first_line",
+    "out_of_memory",
 ]
 
 
@@ -94,3 +96,20 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's message that says something, for use inside one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, by a card, by the system to torch, or to Python."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported here
+        return True
+    words = str(error)
+    return (
+        "not enough memory" in words
+        or "STATUS_ALLOC_FAILED" in words
+        or ("alloc" in words.lower() and "memory" in words.lower())
+    )
+
+
+def card_failed(error: BaseException) -> bool:
+    """Whether a card reported an error after which this process cannot use it any more."""
+    return not out_of_memory(error) and (type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from tests.faults.conftest import Run
 from tests.faults.test_wrong_input import fails
 from toolkit.errors import DivergedError, InterruptedRunError, PreemptedError, ResourceError
+from toolkit.quant.quantizer import Int8Quantizer
 from toolkit.run.lock import LOCK, owned
 from toolkit.signals import StopRequest, signals_heeded
 from toolkit.training.divergence import StepGuard
@@ -140,6 +143,35 @@ def test_memory_that_runs_out_is_one_line_with_what_is_kept(
     assert (status, out) == (5, "")
     assert f"step {step}: out of memory" in err.splitlines()[-1]
     assert then in err.splitlines()[-1]
+
+
+def failed_card() -> None:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for it in CUDA's docs")
+
+
+def test_a_card_that_fails_is_one_line_and_its_run_goes_on(
+    onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = ["training.save_steps=1", "training.max_steps=3", "eval.enabled=false"]
+    with monkeypatch.context() as broken:
+        in_step(broken, 3, failed_card)
+        status, out, err = onecard("train", recipe, *quick)
+    assert (status, out) == (5, "")
+    assert "the card failed: CUDA error: an illegal memory access was encountered; rerun" in err.splitlines()[-1]
+    status, _, err = onecard("train", recipe, *quick)
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("fault", "said"), [(no_memory, "out of memory: CUDA out"), (failed_card, "the card failed")])
+def test_what_the_machine_refuses_while_loading_is_not_said_of_the_checkpoint(
+    onecard: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], said: str
+) -> None:
+    monkeypatch.setattr(Int8Quantizer, "update_weight_conversions", lambda *args: fault())
+    status, out, err = onecard("train", recipe)
+    assert (status, out) == (5, "")
+    assert said in err.splitlines()[-1]
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str) -> None:

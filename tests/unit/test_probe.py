@@ -11,9 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from toolkit.errors import ResourceError
+from toolkit.errors import ResourceError, out_of_memory
 from toolkit.training.memory import anonymous_memory, peak_of
-from toolkit.training.probe import longest_rows, out_of_memory, probe
+from toolkit.training.probe import longest_rows, probe
 
 
 def draw() -> tuple[float, float, float]:

@@ -88,14 +88,17 @@ def main() -> None:
 
 def _explain(error: Exception) -> tuple[str, int]:
     """What to print for an error, and the exit code."""
-    from toolkit.errors import OnecardError, first_line
+    from toolkit.errors import OnecardError, card_failed, first_line, out_of_memory
 
     if hasattr(error, "format_message"):
         return _usage(error), 2
     if isinstance(error, OnecardError):
         return f"{error}{_reach(str(error))}", error.exit_code
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return f"out of memory: {first_line(error)}; lower training.max_length or lora.r", 5
+    if card_failed(error):
+        again = "rerun the same command, a run goes on from its last checkpoint"
+        return f"the card failed: {first_line(error)}; {again}; CUDA_LAUNCH_BLOCKING=1 with --debug shows where", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}", 5
     return f"unexpected: {type(error).__name__}: {first_line(error)}; --debug shows where", 1
@@ -125,8 +128,16 @@ def _fail(message: str, code: int, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
+        _print_memory()
     print(f"onecard: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _print_memory() -> None:
+    """What torch's allocator holds on the card, where one is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        print(torch.cuda.memory_summary(abbreviated=True), file=sys.stderr)
 
 
 def _hush() -> None:

@@ -80,13 +80,16 @@ def dequantize(stored: torch.Tensor, scale: torch.Tensor, input_dim: int = -1) -
 
 
 def product(x: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x [..., in] times an int8 weight [out, in] with its scales [out]: [..., out], in x's dtype."""
-    return _times(x, stored, transposed=True).mul_(scale.to(x.dtype))
+    """x [..., in] times an int8 weight [out, in] with its scales [out]: [..., out], in x's dtype.
+
+    Scales stay in fp32: rounded to bf16 each would put its own row off by up to 0.2%, always in the same direction.
+    """
+    return _times(x, stored, transposed=True).mul_(scale)
 
 
 def input_gradient(grad: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The gradient of `product`'s x [..., in] from that of its result [..., out]."""
-    return _times(grad * scale.to(grad.dtype), stored, transposed=False)
+    return _times(torch.mul(grad, scale, out=torch.empty_like(grad)), stored, transposed=False)
 
 
 def _times(x: torch.Tensor, stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:

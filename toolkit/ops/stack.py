@@ -74,7 +74,7 @@ class Products:
         for segment in block.segments:
             expert, mine_NO = segment.expert, segment.of(y_NO)
             if self.stack.scale is not None:
-                mine_NO.mul_(self.stack.scale[expert].to(y_NO.dtype))
+                mine_NO.mul_(self.stack.scale[expert])
             if self.stack.bias is not None:
                 mine_NO.add_(self.stack.bias[expert].to(y_NO.dtype))
             if low_NR is not None and self.B is not None:
@@ -130,8 +130,7 @@ class Products:
         if self.stack.scale is not None:
             scaled = torch.empty_like(grad_NO)
             for segment in block.segments:
-                scale = self.stack.scale[segment.expert].to(grad_NO.dtype)
-                torch.mul(segment.of(grad_NO), scale, out=segment.of(scaled))
+                torch.mul(segment.of(grad_NO), self.stack.scale[segment.expert], out=segment.of(scaled))
         return self._product(scaled, block, self.inputs, transposed=self.stack.is_transposed)
 
     def _product(self, x: torch.Tensor | SplitRows, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:

@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 
 from toolkit.data.token_table import sequence_lengths
-from toolkit.errors import ResourceError
+from toolkit.errors import ResourceError, out_of_memory
 
-__all__ = ["longest_rows", "out_of_memory", "probe", "same_random_numbers"]
+__all__ = ["longest_rows", "probe", "same_random_numbers"]
 
 
 def longest_rows(dataset: Dataset, count: int) -> list[int]:
@@ -48,17 +48,9 @@ def probe(
                 raise
             raise ResourceError(
                 f"out of memory before step 1, with the longest batch ({tokens} tokens); cheapest: {advice}"
-            ) from None
+            ) from error
         finally:
             forget()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused, by a card, by the system to torch, or to Python."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = str(error)
-    return "not enough memory" in words or ("alloc" in words.lower() and "memory" in words.lower())
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from toolkit.architecture import describe
-from toolkit.errors import DivergedError, ResourceError, first_line
+from toolkit.errors import DivergedError, ResourceError, first_line, out_of_memory
 from toolkit.labels import IGNORED
 from toolkit.mtp.callback import HeadSteps, learn_after
 from toolkit.ops import keep_up_outputs
@@ -45,7 +45,7 @@ from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
 from toolkit.training.memory import peak_of
 from toolkit.training.packing import isolate_documents
-from toolkit.training.probe import longest_rows, out_of_memory, probe
+from toolkit.training.probe import longest_rows, probe
 from toolkit.training.progress import MetricsLog, ProgressDisplay, UnmovedAdapters
 from toolkit.training.resumable import ResumableTrainer
 
@@ -319,7 +319,7 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
         raise ResourceError(
             f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); {then}; a smaller "
             "training.max_length, training.per_device_train_batch_size or lora.r needs less"
-        ) from None
+        ) from error
 
 
 @contextmanager

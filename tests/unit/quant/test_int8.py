@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from toolkit.ops.int8 import Int8Linear, dequantize, quantize
+from toolkit.ops.int8 import Int8Linear, dequantize, input_gradient, product, quantize
 
 
 @pytest.mark.parametrize("input_dim", [-1, -2])
@@ -74,3 +74,13 @@ def test_an_empty_twin_keeps_the_device_and_is_a_linear() -> None:
     assert isinstance(twin, nn.Linear)
     assert twin.weight.is_meta
     assert twin.weight_scale.shape == (4,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_is_not_rounded_to_sixteen_bit(dtype: torch.dtype) -> None:
+    """Each product of one stored value is rounded once: a rounded scale would put a whole row off by the same share."""
+    stored, scale = quantize(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+    picked = product(torch.eye(32, dtype=dtype), stored, scale)
+    assert torch.equal(picked, (stored.double() * scale.double()[:, None]).t().to(dtype))
+    back = input_gradient(torch.eye(64, dtype=dtype) * 3, stored, scale)
+    assert torch.equal(back, ((3 * scale.double()).to(dtype).double()[:, None] * stored.double()).to(dtype))
