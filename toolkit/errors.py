@@ -13,6 +13,8 @@ OnecardError
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "DataError",
     "DivergedError",
@@ -112,4 +114,5 @@ def out_of_memory(error: BaseException) -> bool:
 
 def card_failed(error: BaseException) -> bool:
     """Whether a card reported an error after which this process cannot use it any more."""
-    return not out_of_memory(error) and (type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error))
+    said = re.search(r"CUDA error|\[CUDA\]: .*(illegal|misaligned|unspecified launch failure|assert)", str(error))
+    return not out_of_memory(error) and (type(error).__name__ == "AcceleratorError" or said is not None)

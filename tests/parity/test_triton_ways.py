@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from toolkit.ops.triton import launch, tune
 from toolkit.ops.triton.launch import Product, chunked, fused
@@ -104,6 +107,35 @@ def test_what_other_processes_chose_meanwhile_stays(tmp_path: Path) -> None:
     assert tune.Choices(path).get("our kind") == "b"
 
 
+def test_a_tile_that_does_not_compile_is_left_out(tmp_path: Path) -> None:
+    def clock(option: Callable[[], torch.Tensor]) -> float:
+        if option() == "a":
+            raise PTXASError("too much data")
+        if option() == "b":
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        return 1.0
+
+    assert tune.choose("kind", OPTIONS, tune.Choices(tmp_path / "choices.json"), clock) == "c"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+)
+def test_a_card_that_fails_while_ways_are_timed_is_not_a_slow_way(tmp_path: Path, error: Exception) -> None:
+    choices = tune.Choices(tmp_path / "choices.json")
+
+    def clock(option: Callable[[], torch.Tensor]) -> float:
+        raise error
+
+    with pytest.raises(type(error), match="illegal memory"):
+        tune.choose("kind", OPTIONS, choices, clock)
+    assert choices.get("kind") is None
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '{"kind": "gone"}', "\x00"])
 def test_a_damaged_or_outdated_file_is_timed_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "choices.json"
@@ -128,4 +160,8 @@ def test_where_nothing_runs_the_default_says_why(tmp_path: Path) -> None:
 def test_kinds_differ_where_speed_does() -> None:
     kinds = [tune.kind_of(product(*flags), "card") for flags in itertools.product([False, True], repeat=2)]
     assert len(set(kinds)) == 4
-    assert kinds[0] == "card, float32, int8, rows 8, E 5, N 24, K 40, R 3, gathered"
+    assert kinds[0] == "card, float32, int8, rows 16, E 5, N 24, K 40, R 3, gathered"
+    few, many, more = (tune.kind_of(replace(product(False, False), row=torch.zeros(rows)), "card") for rows in (
+        E, E * 300, E * 9000))  # fmt: skip
+    assert few == kinds[0]  # the smallest tile has 16 rows
+    assert many == more != few

@@ -50,7 +50,7 @@ APART: dict[str, set[str]] = {
     "recipe": {"errors"},
     "parts": set(),
     "labels": set(),
-    "ops": {"errors", "parts", "labels", "architecture"},
+    "ops": {"errors", "steps", "parts", "labels", "architecture"},
     "offload": set(ORDER[: ORDER.index("offload")]),
     "data": {"errors", "ranks", "durable", "steps", "downloads", "recipe", "labels"},
 }

@@ -6,9 +6,12 @@ depends on the card and the shape, so `tune.py` times both. Neither has run on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +20,7 @@ from torch.nn import functional
 from toolkit.ops.triton import kernels
 from toolkit.ops.triton.tiles import INTERPRETED, Tile, default_tile, power_of_two
 
-__all__ = ["Product", "chunked", "fused"]
+__all__ = ["Product", "chunked", "compile_tiles", "fused"]
 
 _CHUNK_BYTES = 64 << 20
 """Dequantised weights at a time: little beside a layer's rows, and within a large card's second-level cache."""
@@ -69,22 +72,45 @@ class Product:
 
 def fused(product: Product, tile: Tile | None = None) -> torch.Tensor:
     """By the kernel, with this tile or the default one."""
-    p, out = product, product.empty()
+    out = product.empty()
+    if out.numel():
+        grid, arguments, options = _call(product, out, tile or _default(product))
+        kernels.grouped_gemm_kernel[grid](*arguments, **options)
+    return out
+
+
+def compile_tiles(product: Product, tiles: Sequence[Tile]) -> None:
+    """Compile the kernel for several tiles at a time. One that does not compile says so when it is used."""
+    out, threads = product.empty(), min(len(tiles), len(os.sched_getaffinity(0)))
     if not out.numel():
-        return out
+        return
+    with ThreadPoolExecutor(threads) as executor, triton.AsyncCompileMode(executor, ignore_errors=True):
+        for tile in tiles:
+            grid, arguments, options = _call(product, out, tile)
+            kernels.grouped_gemm_kernel.warmup(*arguments, grid=grid, **options)
+
+
+def _default(p: Product) -> Tile:
+    return default_tile(max(1, p.rows // p.experts), p.outputs, p.x.element_size())
+
+
+def _call(p: Product, out: torch.Tensor, tile: Tile) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """The kernel's grid, arguments and options."""
     E, N, K = p.experts, p.outputs, p.x.shape[-1]
-    tile = default_tile(max(1, p.rows // E), N, p.x.element_size()) if tile is None else tile
     # Every tile but one an expert is full, so this bound needs no look at the routing.
     tiles = min(triton.cdiv(p.rows, tile.m) + E, p.rows)
     factor_strides = (0, 0, 0) if p.factor is None else _strides(p.factor, p.is_factor_swapped)
-    kernels.grouped_gemm_kernel[(tiles * triton.cdiv(N, tile.n),)](
+    arguments = (
         p.x.contiguous(), p.row, p.offset, p.weight, p.scale, p.bias, p.x_unit, p.low, p.factor, p.addend,
         out, N, K, p.rank, *_strides(p.weight, p.is_swapped), *factor_strides,
-        E=E, BLOCK_E=power_of_two(E, least=1), SCALE_ON_INPUT=p.is_scale_on_input and p.scale is not None,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, BLOCK_R=power_of_two(p.rank, most=64), GROUP_N=tile.group,
-        EVEN_K=K % tile.k == 0, UPCAST=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out
+    options = {
+        "E": E, "BLOCK_E": power_of_two(E, least=1), "SCALE_ON_INPUT": p.is_scale_on_input and p.scale is not None,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": power_of_two(p.rank, most=64),
+        "GROUP_N": tile.group, "EVEN_K": K % tile.k == 0, "UPCAST": INTERPRETED,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    return (tiles * triton.cdiv(N, tile.n),), arguments, options
 
 
 def _strides(stack: torch.Tensor, is_swapped: bool) -> tuple[int, int, int]:

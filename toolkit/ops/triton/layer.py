@@ -13,6 +13,7 @@ Checked in Triton's interpreter and by its compiler; never yet run on a card (`s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -194,6 +195,8 @@ class _ExpertLayer(torch.autograd.Function):
         routing = route(index_TK, weights.up.weight.shape[0])
         # Not among the saved tensors: a stack may be streamed in again before backward, and hooks must not copy it.
         ctx.weights, ctx.form, ctx.scalings, ctx.is_int8 = weights, form, scalings, is_int8
+        # torch calls backward in a thread of its own, which knows nothing of the progress that is shown.
+        ctx.context = None if torch.compiler.is_compiling() else copy_context()
         up = _Projection(there.up, up_A, up_B, scalings[0], routing.offset, is_int8)
         down = _Projection(there.down, down_A, down_B, scalings[1], routing.offset, is_int8)
         y_SO = up.forward(x_TH, routing.token, up.low(x_TH, routing.token))
@@ -211,8 +214,12 @@ class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors  # once only: under gradient checkpointing this is what computes the layer again
-        with present(ctx.weights, saved[7], trains=True) as there:
-            return _ExpertLayer._gradients(ctx, there, grads[0], *saved)
+
+        def gradients() -> tuple[torch.Tensor | None, ...]:
+            with present(ctx.weights, saved[7], trains=True) as there:
+                return _ExpertLayer._gradients(ctx, there, grads[0], *saved)
+
+        return gradients() if ctx.context is None else ctx.context.run(gradients)
 
     @staticmethod
     def _gradients(ctx: Any, weights: Weights, grad_TH: torch.Tensor, *saved: Any) -> tuple[torch.Tensor | None, ...]:

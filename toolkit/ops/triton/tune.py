@@ -10,19 +10,26 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
 import torch
 import triton
+from triton.errors import TritonError
 
-from toolkit.ops.triton.launch import Product, chunked, fused
+from toolkit.errors import card_failed
+from toolkit.ops.triton.launch import Product, chunked, compile_tiles, fused
 from toolkit.ops.triton.tiles import Tile, candidates, power_of_two
+from toolkit.steps import part
 
-__all__ = ["CHUNKED", "Choices", "choose", "kind_of", "milliseconds", "run", "ways"]
+__all__ = ["CHUNKED", "Choices", "choose", "kind_of", "milliseconds", "run", "ways", "without_timing"]
 
 CHUNKED = "chunked"
+_FEWEST_ROWS, _MOST_ROWS = 16, 256
+"""Rows an expert beyond which no other tile is worth it: the smallest tile has 16, the largest 128."""
 
 
 class Choices:
@@ -62,24 +69,49 @@ def _choices() -> Choices:
 
 
 def run(product: Product) -> torch.Tensor:
-    """The product by the way that was fastest on this card; in the interpreter by the kernel."""
-    if product.x.device.type != "cuda":
+    """The product by the way that was fastest on this card; in the interpreter by the kernel.
+
+    Only products with int8 weights are worth the timing: the low-rank ones beside them are small.
+    """
+    if product.x.device.type != "cuda" or product.weight.dtype != torch.int8:
         return fused(product)
+    if (number := _untimed.get()) is not None:
+        tiles = _tiles(product)
+        return fused(product, tiles[min(number, len(tiles) - 1)])
     if torch.cuda.is_current_stream_capturing():  # a graph cannot wait, so nothing is timed and the kernel it is
         return fused(product)
-    options = ways(product)
-    way = choose(kind_of(product, _card(product.x.device.index)), options, _choices(), milliseconds)
+    kind, options = kind_of(product, _card(product.x.device.index)), ways(product)
+    way = _choices().get(kind)
+    if way not in options:
+        with part("choose kernels"):
+            compile_tiles(product, _tiles(product))
+            way = choose(kind, options, _choices(), milliseconds)
     return options[way]()
+
+
+@contextmanager
+def without_timing(number: int = 0) -> Iterator[None]:
+    """Within the block every product takes its tile of this number, the default one first, and nothing is timed."""
+    token = _untimed.set(number)
+    try:
+        yield
+    finally:
+        _untimed.reset(token)
+
+
+_untimed: ContextVar[int | None] = ContextVar("untimed", default=None)
 
 
 def ways(product: Product) -> dict[str, Callable[[], torch.Tensor]]:
     """All ways by name, the default first."""
-    rows = max(1, product.rows // product.experts)
-    tiles = candidates(rows, product.outputs, product.x.element_size())
-    options = {str(tile): _by_tile(product, tile) for tile in tiles}
+    options = {str(tile): _by_tile(product, tile) for tile in _tiles(product)}
     if product.x_unit is None and product.weight.dtype == torch.int8:
         options[CHUNKED] = lambda: chunked(product)
     return options
+
+
+def _tiles(product: Product) -> list[Tile]:
+    return candidates(max(1, product.rows // product.experts), product.outputs, product.x.element_size())
 
 
 def _by_tile(product: Product, tile: Tile) -> Callable[[], torch.Tensor]:
@@ -100,8 +132,10 @@ def choose(
     for name, option in options.items():
         try:
             times[name] = timer(option)
-        except (RuntimeError, triton.runtime.errors.OutOfResources):
-            continue  # too large for this card, or a shape that torch's product does not take
+        except (RuntimeError, TritonError) as error:
+            # Too large for this card, not to be compiled for it, or a shape that torch's product does not take.
+            if card_failed(error):
+                raise
     if not times:
         return next(iter(options))  # which then says itself why it fails
     best = min(times, key=times.__getitem__)
@@ -112,7 +146,7 @@ def choose(
 def kind_of(product: Product, card: str) -> str:
     """What decides speed: card, types, sizes, how the weight lies, what is fused; rows an expert in powers of two."""
     p = product
-    rows = power_of_two(max(1, p.rows // p.experts), least=1)
+    rows = power_of_two(p.rows // p.experts, least=_FEWEST_ROWS, most=_MOST_ROWS)
     parts = (
         card, p.x.dtype, p.weight.dtype, f"rows {rows}", f"E {p.experts}", f"N {p.outputs}", f"K {p.x.shape[-1]}",
         f"R {p.rank}", "input scale" if p.is_scale_on_input else "", "swapped" if p.is_swapped else "",
