@@ -6,6 +6,7 @@ row otherwise among more rows: there a neighbour's change may show as rounding, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.harness.families import tiny_config
 from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.errors import ModelError
-from toolkit.ops import reference
-from toolkit.ops.document_attention import _attention, per_document_attention
+from toolkit.ops import document_attention, reference
+from toolkit.ops.document_attention import _attention, keep_lengths, per_document_attention
 from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.registry import _forward_with
 from toolkit.quant import load_int8
@@ -221,6 +223,102 @@ def test_each_document_is_really_attended_to_alone(monkeypatch: pytest.MonkeyPat
     _attention(torch.nn.Module(), query, query, query, causal, cu_seq_lens_q=torch.tensor([0, 6]))
     _attention(torch.nn.Module(), query, query, query, causal)
     assert seen == [(6, True), (6, True)]
+
+
+def varlen_of_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, *rest: Any,
+                    scale: float | None, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:  # fmt: skip
+    """What torch's kernel computes on a card, in plain fp32: [L, heads, d] of documents between `bounds`."""
+    assert rest[1:] == (int(bounds.diff().max()),) * 2
+    outputs = []
+    for start, end in itertools.pairwise(bounds.tolist()):
+        q, k, v = (part[start:end].transpose(0, 1)[None].float() for part in (query, key, value))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if window_size[0] < 0 else seen.triu(-window_size[0])
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outputs.append(attend(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1))
+    return torch.cat(outputs).to(query.dtype)
+
+
+@pytest.fixture
+def card_like(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Attention as on a card, with its kernel played on the CPU; grows by the window of each launch."""
+    windows: list[int] = []
+
+    def launch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        windows.append(kwargs["window_size"][0])
+        return varlen_of_torch(*args, **kwargs)
+
+    monkeypatch.setattr(document_attention, "varlen_attn", launch)
+    monkeypatch.setattr(document_attention, "_takes_one_by_one", lambda query: False)
+    return windows
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("heads", "width"), [((4, 4), (16, 16)), ((4, 2), (24, 16)), ((2, 2), (12, 12))])
+def test_documents_in_one_launch_are_what_the_mask_makes_of_them(
+    card_like: list[int], window: int | None, heads: tuple[int, int], width: tuple[int, int]
+) -> None:
+    """Equal heads, grouped ones with narrower values as in latent attention, and a width no kernel takes."""
+    lengths, generator = [5, 9, 2], torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, 5, 14, 16], dtype=torch.int32)
+    query, key, value = (
+        torch.randn(1, each, 16, wide, generator=generator).bfloat16()
+        for each, wide in zip((heads[0], heads[1], heads[1]), (width[0], width[0], width[1]), strict=True)
+    )
+    mask = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool().tril()[None, None]
+    mask = mask if window is None else mask & torch.ones(16, 16, dtype=torch.bool).triu(-(window - 1))
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads[0] // heads[1]
+    given = {"cu_seq_lens_q": bounds, "sliding_window": window, "scaling": 0.2}
+    ours, _ = _attention(module, query, key, value, mask, **given)
+    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.2)
+    assert ours.shape == wanted.shape
+    assert (ours - wanted).abs().max() < 0.02
+    fits = width[0] % 8 == 0
+    assert card_like == ([-1 if window is None else window - 1] if fits else [])
+
+
+def test_a_mask_is_looked_at_once_for_each_longer_document(
+    card_like: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    is_causal = document_attention._is_causal
+
+    def look(mask: torch.Tensor, window: int | None = None) -> bool:
+        looked.append(mask.shape[-1])
+        return is_causal(mask, window)
+
+    monkeypatch.setattr(document_attention, "_is_causal", look)
+    module = torch.nn.Module()
+    part = torch.randn(1, 2, 12, 8).bfloat16()
+
+    def attend(*lengths: int, mask: torch.Tensor) -> None:
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        _attention(module, part, part, part, mask, cu_seq_lens_q=bounds, sliding_window=4)
+
+    narrow = torch.ones(12, 12, dtype=torch.bool).tril().triu(-3)[None, None]
+    attend(3, 3, 3, 3, mask=narrow)  # no document is longer than the window yet
+    attend(2, 2, 4, 4, mask=narrow)
+    attend(4, 4, 4, mask=narrow)
+    assert (looked, card_like) == ([3, 4], [-1, -1, -1])
+    attend(5, 7, mask=narrow)
+    attend(6, 6, mask=narrow)
+    assert looked == [3, 4, 7, 7]
+    assert card_like[3:] == [3, 3]
+    other = narrow.clone()
+    other[..., 1] = False
+    attend(10, 2, mask=other)  # neither form: the whole row goes by its mask, from now on
+    attend(2, 10, mask=other)
+    assert len(card_like) == 5
+
+
+def test_lengths_stay_on_the_host() -> None:
+    """A batch that tells them is never asked for numbers that lie on a card."""
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    keep_lengths({"cu_seq_lens_q": bounds}, [3, 5])
+    assert document_attention._lengths(bounds) == [3, 5]
+    bounds.diff = lambda: pytest.fail("asked")  # type: ignore[method-assign]
+    assert document_attention._lengths(bounds) == [3, 5]
 
 
 class _Recurrent(torch.nn.Module):

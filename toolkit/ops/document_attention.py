@@ -1,39 +1,50 @@
-"""Attention of packed documents one by one, on a CPU: nothing is computed that the mask would throw away.
+"""Attention of packed documents one by one: nothing is computed that the mask would throw away.
 
-A block-diagonal mask over L tokens costs L² whatever is in it; ten documents of L/10 tokens need a tenth of that.
-FlashAttention does so on cards; for CPUs transformers has nothing, so its own SDPA function is called document by
-document here.
+A block-diagonal mask over L tokens costs L² whatever is in it; ten documents of L/10 tokens need a tenth of that. On a
+CPU transformers' own SDPA function is called document by document. On a card torch's variable-length attention takes
+all of them at once; transformers reaches it only where the package flash-attn is installed.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.architecture import can_attend_per_document
 
-__all__ = ["attend_to_documents", "per_document_attention"]
+__all__ = ["attend_to_documents", "attend_together", "can_attend_together", "keep_lengths", "per_document_attention"]
 
 _NAME = "onecard_documents"
+_LENGTHS = "onecard_lengths"
+"""Attribute of a batch's cumulative lengths: the same as numbers on the host, which then never waits for a card."""
+_TENSOR_CORES = (8, 0)
+"""Compute capability from which torch has FlashAttention's kernels."""
+_WIDEST, _MULTIPLE = 256, 8
+"""Head dimensions that those take."""
 
 
 @contextmanager
 def per_document_attention(model: PeftModel, implementation: str = _NAME) -> Iterator[bool]:
     """Within the block, attend document by document where a batch tells their lengths; yields whether it can.
 
-    Models on a CPU that compute with transformers' SDPA can, but for those that ask for it by its name.
-    Elsewhere nothing changes. `implementation` is the attention's name in transformers' registry.
+    Models that compute with transformers' SDPA can, but for those that ask for it by its name; on a card in 16 bit
+    alone. Elsewhere nothing changes. `implementation` is the attention's name in transformers' registry.
     """
     base = model.get_base_model()
-    can = base.device.type == "cpu" and can_attend_per_document(base)
+    can = can_attend_per_document(base) and (base.device.type == "cpu" or _has_varlen(base))
     if can:
         base.set_attn_implementation(implementation)
     try:
@@ -41,6 +52,28 @@ def per_document_attention(model: PeftModel, implementation: str = _NAME) -> Ite
     finally:
         if can:
             base.set_attn_implementation("sdpa")
+
+
+def _has_varlen(base: PreTrainedModel) -> bool:
+    """Whether the card has the kernels, and no layer sees by chunks, which are counted from the row's beginning."""
+    if base.device.type != "cuda" or base.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    chunked = getattr(base.config.get_text_config(), "attention_chunk_size", None) is not None
+    if chunked or not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return False
+    return torch.cuda.get_device_capability(base.device) >= _TENSOR_CORES  # and torch from 2.11 on
+
+
+def keep_lengths(batch: dict[str, Any], lengths: Sequence[int]) -> None:
+    """Note the lengths of a packed batch's documents on its tensor `cu_seq_lens_q`, which may be on a card."""
+    setattr(batch["cu_seq_lens_q"], _LENGTHS, list(lengths))
+
+
+def _lengths(bounds: torch.Tensor | None) -> list[int]:
+    if bounds is None:
+        return []
+    kept: list[int] | None = getattr(bounds, _LENGTHS, None)
+    return bounds.diff().tolist() if kept is None else kept
 
 
 def _attention(
@@ -53,11 +86,49 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """As transformers' SDPA function; query, key and value [1, heads, L, d]."""
     bounds = kwargs.get("cu_seq_lens_q")
-    lengths = [] if bounds is None else bounds.diff().tolist()
+    lengths = _lengths(bounds)
     if len(lengths) > 1 and sum(lengths) == query.shape[2] == key.shape[2] and query.shape[0] == 1:
-        return attend_to_documents(module, query, key, value, attention_mask, lengths, _is_causal, **kwargs)
+        if _takes_one_by_one(query):
+            return attend_to_documents(module, query, key, value, attention_mask, lengths, _is_causal, **kwargs)
+        assert bounds is not None
+        window = (
+            _window(module, attention_mask, lengths, kwargs) if can_attend_together(query, key, value, kwargs) else None
+        )
+        if window is not None:
+            return attend_together(query, key, value, bounds, max(lengths), window, kwargs.get("scaling")), None
     whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return whole
+
+
+def _takes_one_by_one(query: torch.Tensor) -> bool:
+    return query.device.type == "cpu"
+
+
+def attend_together(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    window: int = -1,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of all documents of a row in one launch: [1, L, heads, d], as transformers' functions give it.
+
+    Args:
+        query, key, value: [1, heads, L, d] in 16 bit; keys and values may have fewer heads, values a smaller d.
+        bounds: cumulative lengths [documents + 1], int32. longest: of the documents, in tokens.
+        window: tokens that each one sees behind it; -1 for all of its document.
+    """
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    width = v.shape[-1]
+    v = pad(v, (0, q.shape[-1] - width)) if width < q.shape[-1] else v
+    output = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest,
+        scale=scaling, window_size=(window, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(output, torch.Tensor)
+    return output[None, ..., :width]
 
 
 def attend_to_documents(
@@ -89,9 +160,61 @@ def attend_to_documents(
     return torch.cat(outputs, dim=1), None
 
 
-def _is_causal(mask: torch.Tensor) -> bool:
+def _is_causal(mask: torch.Tensor, window: int | None = None) -> bool:
+    """Whether a document's mask cuts off the future, and what lies more than `window` tokens back, and nothing else."""
     seen = mask if mask.dtype == torch.bool else mask == 0
-    return bool((seen == torch.ones_like(seen).tril()).all())
+    wanted = torch.ones_like(seen).tril()
+    return bool((seen == (wanted if window is None else wanted.triu(-window))).all())
+
+
+@dataclass
+class _Known:
+    """What a layer's mask was found to be, in documents of up to `longest` tokens; `window` None: neither form."""
+
+    longest: int = 0
+    window: int | None = -1
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def _window(module: nn.Module, mask: torch.Tensor | None, lengths: Sequence[int], kwargs: dict[str, Any]) -> int | None:
+    """How far back a layer sees in these documents, -1 for all; None where its mask is neither causal nor a window.
+
+    The mask is looked at once for each longer document: what it is in a long one it is in a short one, and looking
+    waits for the card.
+    """
+    longest = max(lengths)
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        return -1 if (getattr(module, "is_causal", True) if causal is None else causal) else None
+    known = _known.setdefault(module, _Known())
+    if known.window is None or longest <= known.longest:
+        return known.window
+    start = sum(lengths[: lengths.index(longest)])
+    rows, size = slice(start, start + longest), kwargs.get("sliding_window")
+    known.longest = longest
+    if _is_causal(mask[..., rows, rows]):
+        known.window = -1
+    elif size is not None and _is_causal(mask[..., rows, rows], size - 1):
+        known.window = size - 1
+    else:
+        known.window = None
+    return known.window
+
+
+def can_attend_together(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether torch's kernels compute this attention."""
+    width = query.shape[-1]
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and width == key.shape[-1] >= value.shape[-1]
+        and width <= _WIDEST
+        and width % _MULTIPLE == 0
+        and query.shape[1] % key.shape[1] == 0
+        and not kwargs.get("dropout")
+        and not any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    )
 
 
 AttentionInterface.register(_NAME, _attention)

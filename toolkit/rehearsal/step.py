@@ -17,18 +17,25 @@ from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.architecture import describe
-from toolkit.ops.document_attention import attend_to_documents, per_document_attention
+from toolkit.ops.document_attention import (
+    attend_to_documents,
+    attend_together,
+    can_attend_together,
+    per_document_attention,
+)
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import fake_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
 
 __all__ = ["Step", "fake_model", "rehearse", "run_step"]
 
-_CAUSAL = "onecard_rehearsal"
-"""The name under which attention of documents on their own is known to transformers, and the mark of a causal mask."""
+_CAUSAL, _TOGETHER = "onecard_rehearsal", "onecard_rehearsal_card"
+"""The names under which attention of documents on their own is known to transformers, on a CPU and on a card; the first
+is the mark of a causal mask as well."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,17 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
             model.enable_input_require_grads()
         known = [*model.parameters(), *model.buffers()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
-        alone = per_document_attention(model, _CAUSAL) if step.packed and not step.on_card else nullcontext()
+        alone = per_document_attention(model, _TOGETHER if step.on_card else _CAUSAL) if _apart(step) else nullcontext()
         with alone, ledger, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
     return Counted(ledger.peaks, ledger.bares, max(ledger.opened.get("loss", 0), ledger.waiting))
+
+
+def _apart(step: Step) -> bool:
+    """Whether packed documents are attended to on their own: on a card in 16 bit alone."""
+    return step.packed and (not step.on_card or step.dtype in (torch.bfloat16, torch.float16))
 
 
 def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
@@ -216,8 +228,26 @@ def _attention(
     return attend_to_documents(module, query, key, value, attention_mask, whole, lambda _: is_causal, **kwargs)
 
 
+def _attention_together(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As on a card: all documents in one launch, where torch has a kernel for it."""
+    if can_attend_together(query, key, value, kwargs):
+        bounds = torch.zeros(2, dtype=torch.int32)
+        return attend_together(query, key, value, bounds, query.shape[2], scaling=kwargs.get("scaling")), None
+    whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return whole
+
+
 AttentionInterface.register(_CAUSAL, _attention)
 AttentionMaskInterface.register(_CAUSAL, _mask)
+AttentionInterface.register(_TOGETHER, _attention_together)
+AttentionMaskInterface.register(_TOGETHER, sdpa_mask)
 
 
 def _extrapolated(short: Mapping[str, int], longer: Mapping[str, int], depths: Depths) -> int:

@@ -29,7 +29,7 @@ from toolkit.errors import DivergedError, ResourceError, first_line, out_of_memo
 from toolkit.labels import IGNORED
 from toolkit.mtp.callback import HeadSteps, learn_after
 from toolkit.ops import keep_up_outputs
-from toolkit.ops.document_attention import per_document_attention
+from toolkit.ops.document_attention import keep_lengths, per_document_attention
 from toolkit.ops.label_logits import (
     entropy_and_hits,
     forward_inputs,
@@ -52,6 +52,8 @@ from toolkit.training.resumable import ResumableTrainer
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
 
+_LENGTHS = "document_lengths"
+"""Key of a batch, between collator and trainer."""
 _NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
 
@@ -71,10 +73,24 @@ class TrainResult:
     planned_steps: int = 0
 
 
+class _TellingLengths:
+    """TRL's collator; a packed batch also brings the lengths of its documents as numbers."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        if "cu_seq_lens_q" in batch:
+            batch[_LENGTHS] = batch["cu_seq_lens_q"].diff().tolist()
+        return batch
+
+
 class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
     """TRL's loss, no more computed than is needed, and none that is not finite."""
 
     aux_loss_enabled: bool
+    data_collator: Callable[[list[Any]], dict[str, Any]]
     _metrics: dict[str, dict[str, list[float]]]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
@@ -83,6 +99,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
         super().__init__(**trl)
+        self.data_collator = _TellingLengths(self.data_collator)
         arguments, head = context.arguments, context.head
         self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
         """Figures of the model as it stands that an evaluation has beside the loss."""
@@ -136,6 +153,14 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             self._probe(model, advice)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As there; the lengths of packed documents stay on the host."""
+        lengths = inputs.pop(_LENGTHS, None)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if lengths is not None:
+            keep_lengths(prepared, lengths)
+        return prepared
 
     def _probe(self, model: nn.Module, advice: str) -> None:
         dataset = self._remove_unused_columns(self.train_dataset, description="probe")
