@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from toolkit.errors import first_line
 from toolkit.mtp.cost import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
 from toolkit.offload.place import most_micro_batches_per_pass, resident_bytes, share_of, spread, streamed
 from toolkit.plan.devices import Device
+from toolkit.plan.duration import Duration, step_duration
 from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
 from toolkit.plan.steps import StepBytes, StepShape, StepSpec, cache_bytes, cached_bytes, rehearsed, step_spec
@@ -155,20 +156,52 @@ class Budget:
         everything = spread(sizes, len(sizes), self._place(wanted.experts, sizes, len(sizes)))
         if not self.fits(recipe, everything):
             return self._resident() if wanted.experts == "auto" else everything
-        return self._least_traffic(recipe, sizes)
+        return self._fewest_streamed(recipe, sizes)
 
-    def _least_traffic(self, recipe: Recipe, sizes: Mapping[str, int]) -> dict[str, str]:
-        """Fewest layers times passes: more layers streamed leave room for more micro-batches in each pass."""
-        micro, most = recipe.training.gradient_accumulation_steps, most_micro_batches_per_pass(recipe)
+    def _fewest_streamed(self, recipe: Recipe, sizes: Mapping[str, int]) -> dict[str, str]:
+        """The fewest layers whose copies computation hides well; else those that cross the bus least often.
+
+        More layers streamed leave room for more micro-batches in each pass. On a card without known rates nobody knows
+        what is hidden.
+        """
+        micro, found = recipe.training.gradient_accumulation_steps, []
+        for placement, per_pass in self._streamings(recipe, sizes):
+            count = len(streamed(placement))
+            duration = self.duration(recipe, placement, per_pass)
+            if duration is not None and duration.hides_copies:
+                return placement
+            found.append((count * math.ceil(micro / per_pass), count, placement))
+        return min(found, key=lambda each: each[:2])[2]
+
+    def _streamings(self, recipe: Recipe, sizes: Mapping[str, int]) -> Iterator[tuple[dict[str, str], int]]:
+        """Placements that fit, fewest layers streamed first, each with the most micro-batches that fit in a pass."""
+        most = most_micro_batches_per_pass(recipe)
         beside = [self._bytes(recipe, self._resident(), count) for count in range(1, most + 1)]
         rests = [counted.total - counted.experts for counted in beside]
-        found: list[tuple[int, int, dict[str, str]]] = []
         for count in range(1, len(sizes) + 1):
             placement = spread(sizes, count, self._place(recipe.placement.experts, sizes, count))
             room = self.device.free - sum(resident_bytes(sizes, placement))
             if per_pass := sum(rest <= room for rest in rests):
-                found.append((count * math.ceil(micro / per_pass), count, placement))
-        return min(found, key=lambda each: each[:2])[2]
+                yield placement, per_pass
+
+    def duration(self, recipe: Recipe, placement: Mapping[str, str], per_pass: int) -> Duration | None:
+        """Of an optimizer step on a card whose rates are known, so many micro-batches in each pass."""
+        if self.device.card is None or not self.counts_steps:
+            return None
+        shape, sizes = self.shape_for(recipe), self._bytes(recipe, placement, per_pass)
+        stacks = stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize)
+        return step_duration(
+            self.shapes,
+            recipe,
+            self.device.card,
+            sizes,
+            stacks,
+            placement,
+            sizes.adapter // 4,
+            shape.length,
+            shape.labelled,
+            per_pass,
+        )
 
     def step(self, recipe: Recipe) -> StepBytes:
         """What a training step holds."""

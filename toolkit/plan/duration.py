@@ -24,6 +24,9 @@ _REACHED = {"arithmetic": 0.45, "memory": 0.8, "bus": 0.8}
 """Shares of the published rates that large products, long reads and pinned copies reach on cards of this kind. They are
 assumed: nothing here has run on a card."""
 
+_WELL_HIDDEN = 0.5
+"""Share of the computation's time that copies beside it may take before the plan trades them for memory."""
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -40,6 +43,12 @@ class Duration:
     def limit(self) -> float:
         """What it cannot beat."""
         return max(self.arithmetic, self.memory, self.bus)
+
+    @property
+    def hides_copies(self) -> bool:
+        """Whether copies need so little of the time of everything else that they disappear in it, even unevenly."""
+        likely = _at_reach(asdict(self))
+        return likely["bus"] <= _WELL_HIDDEN * (likely["arithmetic"] + likely["memory"])
 
     def to_dict(self) -> dict[str, float]:
         """JSON-able."""
@@ -86,8 +95,12 @@ def step_duration(
 
 
 def _likely(limits: Mapping[str, float]) -> float:
-    likely = {name: seconds / _REACHED[name] for name, seconds in limits.items()}
+    likely = _at_reach(limits)
     return max(likely["arithmetic"] + likely["memory"], likely["bus"])
+
+
+def _at_reach(limits: Mapping[str, float]) -> dict[str, float]:
+    return {name: limits[name] / share for name, share in _REACHED.items()}
 
 
 def _own_answers(shapes: Shapes, recipe: Recipe, card: Card, weights: int, away: int, length: int) -> float:

@@ -17,7 +17,7 @@ from toolkit.offload.place import streamed
 from toolkit.parts import Architecture
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device, this_device
-from toolkit.plan.duration import Duration, step_duration
+from toolkit.plan.duration import Duration
 from toolkit.plan.fit import Change, cheapest_changes, settle
 from toolkit.plan.memory import Bytes, stack_bytes
 from toolkit.plan.steps import StepShape
@@ -158,6 +158,7 @@ def make_plan(
     recipe, notes = settle(recipe, budget)
     placement = budget.place(recipe)
     sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)
+    per_pass = budget.micro_batches_per_pass(recipe, placement)
     made = Plan(
         recipe=recipe,
         rank=int(recipe.lora.r),
@@ -172,11 +173,11 @@ def make_plan(
         taken=device.taken,
         folder=Path(recipe.training.output_dir),
         placement=placement,
-        micro_batches_per_pass=budget.micro_batches_per_pass(recipe, placement),
+        micro_batches_per_pass=per_pass,
         device_name=device.name,
         length=chosen.length,
         labelled=chosen.labelled,
-        duration=_duration(budget, recipe, sizes, placement, chosen),
+        duration=budget.duration(recipe, placement, per_pass),
         disk=_disk(budget, recipe, sizes, placement, stored),
         stored=stored,
     )
@@ -228,18 +229,6 @@ def _check_settings(recipe: Recipe) -> None:
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
-
-
-def _duration(
-    budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], shape: StepShape
-) -> Duration | None:
-    if budget.device.card is None:
-        return None
-    stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
-    adapter = sizes.adapter // 4
-    per_pass = budget.micro_batches_per_pass(recipe, placement)
-    card, length, labelled = budget.device.card, shape.length, shape.labelled
-    return step_duration(budget.shapes, recipe, card, sizes, stacks, placement, adapter, length, labelled, per_pass)
 
 
 def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.ops.int8 import quantize
 from toolkit.quant.gptq.error_feedback import blend, compensate, row_errors
@@ -177,3 +179,23 @@ def test_an_expert_without_rows_takes_the_mean_and_one_with_many_keeps_its_own()
     mixed = blend(own, torch.tensor([0, 5000]), mean, 10.0)
     torch.testing.assert_close(mixed[0], mean)
     torch.testing.assert_close(mixed[1], own[1] / 5000, rtol=0.01, atol=0.01)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts how often a number is asked for, which on a card is a wait for all that is queued."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_search_waits_for_a_card_no_more_often_for_more_columns() -> None:
+    def waits(inputs: int) -> int:
+        rows = torch.randn(64, inputs, generator=torch.Generator().manual_seed(0))
+        with _Waits() as seen:
+            compensate(torch.randn(1, 3, inputs), (rows.t() @ rows)[None], effort=Effort(2, 2))
+        return seen.count
+
+    assert waits(48) == waits(12) <= 8

@@ -57,12 +57,13 @@ def pivot_order(hessian: torch.Tensor) -> torch.Tensor:
     remaining = rest.diagonal().clone()
     order = torch.empty(len(rest), dtype=torch.long, device=rest.device)
     for position in range(len(rest) - 1, -1, -1):
-        pivot = remaining.argmin()
-        order[position] = pivot
-        column = rest[:, pivot] / rest[pivot, pivot].clamp_min(torch.finfo(rest.dtype).tiny).sqrt()
+        pivot = remaining.argmin(0, keepdim=True)  # a tensor throughout: as a number it would be waited for
+        order[position : position + 1] = pivot
+        least = rest.diagonal().gather(0, pivot).clamp_min(torch.finfo(rest.dtype).tiny)
+        column = rest.index_select(1, pivot).squeeze(1) / least.sqrt()
         rest.addr_(column, column, alpha=-1)
         remaining = torch.where(remaining.isinf(), remaining, rest.diagonal())
-        remaining[pivot] = torch.inf
+        remaining.index_fill_(0, pivot, torch.inf)
     return order
 
 
