@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -174,11 +175,11 @@ def test_what_the_machine_refuses_while_loading_is_not_said_of_the_checkpoint(
     assert said in err.splitlines()[-1]
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str) -> None:
-    """Make the loss, or only the gradients, of these steps infinite."""
-    loss = AdapterTrainer._labelled_loss
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str, way: str = "_labelled_loss") -> None:
+    """Make the loss, or only the gradients, of these steps infinite. `way`: the method that computes it."""
+    loss = getattr(AdapterTrainer, way)
 
-    def labelled_loss(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    def broken_loss(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         found = loss(self, *args, **kwargs)
         if found is None or not self.model.training or self.state.global_step + 1 not in steps:
             return found
@@ -187,7 +188,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str) -> No
         found.register_hook(lambda gradient: gradient * float("nan"))
         return found
 
-    monkeypatch.setattr(AdapterTrainer, "_labelled_loss", labelled_loss)
+    monkeypatch.setattr(AdapterTrainer, way, broken_loss)
 
 
 @pytest.mark.parametrize(("where", "what"), [("loss", "the loss is inf"), ("gradient", "the gradient's norm is nan")])
@@ -219,18 +220,34 @@ def test_too_many_such_steps_in_a_row_end_the_run_with_the_last_checkpoint_whole
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_losses_that_are_looked_at_late_end_the_same_steps(
+    onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card, where nobody waits for a micro-batch's loss; played on this CPU."""
+    monkeypatch.setattr(AdapterTrainer, "_would_wait", staticmethod(lambda tensor: True))
+    monkeypatch.setattr(AdapterTrainer, "_pays_to_keep_logits", lambda self, labels: False)
+    poisoned(monkeypatch, {2}, "loss", "_fused_loss")
+    status, _, err = onecard("train", recipe, "training.max_steps=3", "eval.enabled=false")
+    assert status == 0, err
+    assert "step 2: the loss is inf on " in err
+    assert "the step is left out" in err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3]
+    assert all(math.isfinite(line["entropy"]) for line in lines if "loss" in line)
+
+
 def test_the_guard_counts_in_a_row_and_forgives_a_scale_search() -> None:
     guard = StepGuard(2, lambda batch: ["x"])
     for finite in (False, True, False, True):
         guard.see({}, torch.tensor(1.0 if finite else float("nan")))
-        assert guard.settle(1, 1.0) is finite
+        assert guard.settle(1, torch.tensor(1.0)) is finite
     guard.see({}, torch.tensor(1.0))
-    assert guard.settle(1, float("inf"), scaled=True)
+    assert guard.settle(1, torch.tensor(torch.inf), scaled=True)
     guard.see({}, torch.tensor(1.0))
-    assert not guard.settle(1, float("inf"))
+    assert not guard.settle(1, torch.tensor(torch.inf))
     guard.see({}, torch.tensor(1.0))
     with pytest.raises(DivergedError, match="on x; 2 steps in a row"):
-        guard.settle(1, float("inf"))
+        guard.settle(1, torch.tensor(torch.inf))
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -118,13 +118,18 @@ def test_accumulation_is_normalised_by_tokens(checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("on_card", [False, True])
 def test_the_loss_of_labelled_positions_is_trls(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool, on_card: bool
 ) -> None:
     """Loss, load-balancing loss, gradient norm and metrics, with prompts masked and several sequences a batch."""
     how = {"packing": packing, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    ours = train(checkpoint, tmp_path / "ours", masked=True, **how)[2]
     called = []
+    with monkeypatch.context() as ways:
+        if on_card:  # the way that waits for nothing, on this CPU
+            ways.setattr(AdapterTrainer, "_would_wait", staticmethod(lambda tensor: True))
+            ways.setattr(AdapterTrainer, "_pays_to_keep_logits", lambda self, labels: False)
+        ours = train(checkpoint, tmp_path / "ours", masked=True, **how)[2]
     monkeypatch.setattr(AdapterTrainer, "_pays_to_keep_logits", lambda self, labels: called.append(1))
     theirs = train(checkpoint, tmp_path / "theirs", masked=True, **how)[2]
     assert called

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -111,6 +111,14 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
     return highest, saved, bare
 
 
+def _in_one_row(step: Step) -> Step:
+    """TRL puts all packed sequences of a micro-batch into one row."""
+    if not step.packed:
+        return step
+    rows = step.batch
+    return replace(step, batch=1, length=rows * step.length, labelled=rows * step.labelled)
+
+
 def fake_model(model: PreTrainedModel, step: Step) -> PeftModel:
     """The skeleton as the run will have it, on meta still."""
     for parameter in model.parameters():  # buffers keep their own dtype, as they do when weights are loaded
@@ -121,6 +129,7 @@ def fake_model(model: PreTrainedModel, step: Step) -> PeftModel:
 
 def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted:
     """One step of the model as it stands, counted."""
+    step = _in_one_row(step)
     with fake_mode:
         if any(parameter.is_meta for parameter in model.parameters()):
             model.to_empty(device="cpu")

@@ -5,6 +5,7 @@ transformers logs such a loss as 0 and hands such a gradient to the optimizer, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -35,6 +36,7 @@ class StepGuard:
         self.in_a_row = self.skipped = self.since_log = self.skipped_since_log = 0
         self._broken: list[tuple[str, Mapping[str, Any]]] = []
         self._seen: list[Mapping[str, Any]] = []
+        self._unread: list[tuple[torch.Tensor, Mapping[str, Any]]] = []
 
     def state(self) -> dict[str, int]:
         """What a resumed run must know."""
@@ -46,24 +48,38 @@ class StepGuard:
 
     def see(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> bool:
         """Note a batch and its loss; whether that is finite."""
+        self.note(inputs, loss)
+        self._read()
+        return not self._broken or self._broken[-1][1] is not self._seen[-1]
+
+    def note(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
+        """Note a batch and its loss, which is looked at when the step ends: nobody waits for a card before."""
         batch = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask") if key in inputs}
         self._seen.append(batch)
-        finite = bool(torch.isfinite(loss))
-        if not finite:
-            self._broken.append((f"the loss is {loss.item()}", batch))
-        return finite
+        self._unread.append((loss.float(), batch))
 
-    def settle(self, step: int, norm: float, *, scaled: bool = False) -> bool:
+    def _read(self, *more: torch.Tensor) -> list[float]:
+        """Look at all losses noted, and at `more`, in one wait."""
+        unread, self._unread = self._unread, []
+        values = torch.stack([*(loss for loss, _ in unread), *more]).tolist() if unread or more else []
+        for value, (_, batch) in zip(values, unread, strict=False):
+            if not math.isfinite(value):
+                self._broken.append((f"the loss is {value}", batch))
+        return values[len(unread) :]
+
+    def settle(self, step: int, norm: torch.Tensor, *, scaled: bool = False) -> bool:
         """End a step with its gradients' norm; whether the optimizer may have them.
 
         Args:
+            norm: a number, wherever it lies.
             scaled: a loss scale is being searched, so that an infinite norm alone is nothing unusual.
 
         Raises:
             DivergedError: too many steps in a row were not finite.
         """
-        if not self._broken and not torch.isfinite(torch.tensor(norm)) and not scaled:
-            self._broken = [(f"the gradient's norm is {norm}", batch) for batch in self._seen]
+        [found] = self._read(norm.detach().float().reshape(()))
+        if not self._broken and not math.isfinite(found) and not scaled:
+            self._broken = [(f"the gradient's norm is {found}", batch) for batch in self._seen]
         broken, self._broken, self._seen = self._broken, [], []
         self.since_log += 1
         if not broken:

@@ -105,6 +105,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _state(self) -> dict[str, Any]:
         """By file: what the next step depends on, beside the adapter."""
+        self._read_figures()
         scaler = self.accelerator.scaler
         state = {
             "random": random_state(),
@@ -195,15 +196,24 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         norm = super()._clip_grad_norm(model)
         scaler = self.accelerator.scaler
         scaled = scaler is not None and scaler.get_scale() > 1
-        if not self.guard.settle(self.state.global_step + 1, float(norm), scaled=scaled):
+        if not self.guard.settle(self.state.global_step + 1, torch.as_tensor(norm), scaled=scaled):
             model.zero_grad()
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL, with means over the steps that counted."""
+        self._read_figures()
         if "loss" in logs:
             self.guard.correct(logs)
         super().log(logs, start_time)
+
+    def _read_figures(self) -> None:
+        """Make numbers of the figures that still lie on a card, in one wait."""
+        lists = [values for metrics in self._metrics.values() for values in metrics.values()]
+        unread = [value.float().reshape(()) for values in lists for value in values if isinstance(value, torch.Tensor)]
+        numbers = iter(torch.stack(unread).tolist() if unread else ())
+        for values in lists:
+            values[:] = [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL, but without drawing from the training's random numbers: how often one looks changes no result."""

@@ -52,8 +52,8 @@ from toolkit.training.resumable import ResumableTrainer
 __all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
 
 
-_LENGTHS = "document_lengths"
-"""Key of a batch, between collator and trainer."""
+_LENGTHS, _TOKENS = "document_lengths", "real_tokens"
+"""Keys of a batch, between collator and trainer."""
 _NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
 
@@ -73,8 +73,8 @@ class TrainResult:
     planned_steps: int = 0
 
 
-class _TellingLengths:
-    """TRL's collator; a packed batch also brings the lengths of its documents as numbers."""
+class _Counting:
+    """TRL's collator; a batch also brings as numbers what a card would be asked for: lengths of documents, tokens."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
         self.collate = collate
@@ -83,7 +83,18 @@ class _TellingLengths:
         batch = self.collate(rows)
         if "cu_seq_lens_q" in batch:
             batch[_LENGTHS] = batch["cu_seq_lens_q"].diff().tolist()
+        if "attention_mask" in batch:
+            batch[_TOKENS] = int(batch["attention_mask"].sum())
         return batch
+
+
+def _real_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens of a batch that are no padding."""
+    mask = inputs.get("attention_mask")
+    told: int | None = getattr(inputs["input_ids"], _TOKENS, None)
+    if mask is None:
+        return int(inputs["input_ids"].numel())
+    return int(mask.sum()) if told is None else told
 
 
 class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
@@ -99,7 +110,7 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
         super().__init__(**trl)
-        self.data_collator = _TellingLengths(self.data_collator)
+        self.data_collator = _Counting(self.data_collator)
         arguments, head = context.arguments, context.head
         self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
         """Figures of the model as it stands that an evaluation has beside the loss."""
@@ -119,13 +130,16 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         self._logits = None
         if not return_outputs and self._pays_to_keep_logits(inputs["labels"]):
             result = self._labelled_loss(model, inputs, **kwargs)
+        elif not return_outputs and self.model.training and self._would_wait(inputs["labels"]):
+            result = self._fused_loss(model, inputs, **kwargs)
         if result is None:
             result = super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if self.model.training:
-            mask = inputs.get("attention_mask")
-            count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            self.tokens_trained += int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
+            count = _real_tokens(inputs)
+            if processes() > 1:
+                count = int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
+            self.tokens_trained += count
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
         if self.model.training:
             guarded: torch.Tensor = self._guarded(result, inputs, loss, kwargs.get("num_items_in_batch"))
@@ -138,7 +152,13 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         return result
 
     def _guarded(self, result: Any, inputs: dict[str, Any], loss: torch.Tensor, count: Any) -> Any:
-        """A training loss, with what a head learns beside it; one that is not finite goes no further."""
+        """A training loss, with what a head learns beside it; one that is not finite goes no further.
+
+        On a card it is looked at when the step ends, with all others; what is not finite counts nothing until then.
+        """
+        if self._would_wait(loss) and self.beside is None:
+            self.guard.note(inputs, loss.detach())
+            return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0)
         if not self.guard.see(inputs, loss.detach()):
             # Without a graph nothing flows back, and the guard drops the whole step. Where processes wait for each
             # other's gradients these must come, and are not finite anywhere.
@@ -155,11 +175,13 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As there; the lengths of packed documents stay on the host."""
-        lengths = inputs.pop(_LENGTHS, None)
+        """As there; the numbers that came with the batch stay on the host."""
+        lengths, tokens = inputs.pop(_LENGTHS, None), inputs.pop(_TOKENS, None)
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if lengths is not None:
             keep_lengths(prepared, lengths)
+        if tokens is not None:
+            setattr(prepared["input_ids"], _TOKENS, tokens)
         return prepared
 
     def _probe(self, model: nn.Module, advice: str) -> None:
@@ -185,6 +207,11 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         held = 0 if self.state.global_step else trained * (2 if "8bit" in str(self.args.optim) else 8)
         size = batch["input_ids"].numel()
         probe(step, forget, tokens=size, held=held, device=self.args.device, advice=advice)
+
+    @staticmethod
+    def _would_wait(tensor: torch.Tensor) -> bool:
+        """Whether asking for a number of it means to wait for all that is queued before."""
+        return tensor.device.type != "cpu"
 
     def _pays_to_keep_logits(self, labels: torch.Tensor) -> bool:
         """TRL's way needs less memory where many positions are labelled, and is as fast on a card."""
@@ -214,6 +241,29 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
             loss = loss + self.router_aux_loss_coef * balance / steps
             metrics["aux_loss"].append(float(self.accelerator.gather_for_metrics(balance.detach()).mean()))
         self._count_hits(logits.detach(), targets, metrics)
+        return loss
+
+    def _fused_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As TRL computes it with its fused head, and the same metrics, which stay on the card until logged."""
+        balanced = self.aux_loss_enabled
+        given = {**forward_inputs(inputs, balanced=balanced), "labels": inputs["labels"], "fused_lm_head": True}
+        outputs, gather = model(**given), self.accelerator.gather_for_metrics
+        found = outputs.label_mask.sum()
+        loss: torch.Tensor = -outputs.log_probs.sum() / torch.as_tensor(
+            found if num_items_in_batch is None else num_items_in_batch
+        ).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        metrics = self._metrics["train"]
+        if balanced:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            metrics["aux_loss"].append(gather(outputs.aux_loss.detach()).mean())
+        count = gather(found).sum().clamp(min=1)
+        metrics["entropy"].append(gather(outputs.entropy.detach().sum()).sum() / count)
+        metrics["mean_token_accuracy"].append(gather(outputs.is_top1.sum()).sum() / count)
         return loss
 
     def _count_hits(self, logits: torch.Tensor, targets: torch.Tensor, metrics: dict[str, list[float]]) -> None:
