@@ -117,8 +117,7 @@ def test_accumulation_is_normalised_by_tokens(checkpoint: Path, tmp_path: Path) 
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("on_card", [False, True])
+@pytest.mark.parametrize(("packing", "on_card"), [(True, False), (False, False), (True, True)])
 def test_the_loss_of_labelled_positions_is_trls(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool, on_card: bool
 ) -> None:
