@@ -17,9 +17,9 @@ from toolkit.artifact.allowed import Known, leaves
 from toolkit.artifact.manifest import file_entry
 from toolkit.artifact.redact import SECRET
 from toolkit.checkpoint.headers import raw_header
+from toolkit.data.conversation import as_turns
 from toolkit.data.problems import InvalidRow
 from toolkit.data.sources import open_source
-from toolkit.data.speakers import as_turns
 from toolkit.errors import DataError, ModelError
 from toolkit.recipe import load
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from toolkit.data import Batches, read_chat_template
 from toolkit.data import build_batches as build_from_rows
-from toolkit.data.token_table import count_trained, sequence_lengths
+from toolkit.data.storage import count_trained, sequence_lengths
 from toolkit.errors import ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric
 from toolkit.plan import Plan, StepShape

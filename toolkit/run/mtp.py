@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches
-from toolkit.data.token_table import sequence_lengths
+from toolkit.data.storage import sequence_lengths
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer_ids
 from toolkit.labels import IGNORED

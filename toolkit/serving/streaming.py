@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data import Dialogue
-from toolkit.data.streamed import Answer, AnswerStream
+from toolkit.data.answers import Answer, AnswerStream
 
 if TYPE_CHECKING:
     from transformers.cli.serving.utils import GenerationState

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from toolkit.data.token_table import sequence_lengths
+from toolkit.data.storage import sequence_lengths
 from toolkit.errors import ResourceError
 
 __all__ = ["longest_rows", "out_of_memory", "probe", "same_random_numbers"]

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import pack_dataset
 
-from toolkit.data import scratch, token_table
+from toolkit.data import storage
 from toolkit.data.encode import Encoded
-from toolkit.data.token_table import count_trained, sequence_lengths
+from toolkit.data.storage import count_trained, sequence_lengths
 from toolkit.errors import ResourceError
 from toolkit.labels import IGNORED
 
@@ -34,8 +34,8 @@ def encoded(masks: list[list[bool]]) -> Iterator[Encoded]:
 
 def mapped(masks: list[list[bool]]) -> Dataset:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_table, "_MOST_IN_MEMORY", 0)
-        rows, places = token_table.token_table(encoded(masks), 1)
+        patch.setattr(storage, "_TABLE_IN_MEMORY", 0)
+        rows, places = storage.token_table(encoded(masks), 1)
     assert list(places) == [each.place for each in encoded(masks)]
     assert places[1:] == list(places)[1:]
     return rows
@@ -43,7 +43,7 @@ def mapped(masks: list[list[bool]]) -> Dataset:
 
 @given(MASKS)
 def test_rows_lengths_and_labels_are_those_of_the_examples(masks: list[list[bool]]) -> None:
-    in_memory, in_a_file = token_table.token_table(encoded(masks), 0)[0], mapped(masks)
+    in_memory, in_a_file = storage.token_table(encoded(masks), 0)[0], mapped(masks)
     assert in_memory._fingerprint == in_a_file._fingerprint
     for rows in (in_memory, in_a_file, in_a_file.select([len(masks) - 1, 0])):
         expected = [len(each) for each in rows["input_ids"]]
@@ -58,24 +58,24 @@ def test_what_is_made_of_a_mapped_table_is_mapped_too() -> None:
     masks = [[True] * (1 + number % 5) for number in range(3000)]
     rows = mapped(masks)
     packed = pack_dataset(rows, 8)
-    assert packed[:] == pack_dataset(token_table.token_table(encoded(masks), 0)[0], 8)[:]
-    assert [Path(each["filename"]).parent for each in packed.cache_files] == [scratch.scratch_folder()]
+    assert packed[:] == pack_dataset(storage.token_table(encoded(masks), 0)[0], 8)[:]
+    assert [Path(each["filename"]).parent for each in packed.cache_files] == [storage.scratch_folder()]
     assert pickle.loads(pickle.dumps(packed))[0] == packed[0]  # noqa: S301 - what this line wrote; for loader workers
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_table.tempfile, "mkstemp", lambda **_: (os.open("/dev/null", os.O_RDONLY), "/dev/full"))
+    monkeypatch.setattr(storage.tempfile, "mkstemp", lambda **_: (os.open("/dev/null", os.O_RDONLY), "/dev/full"))
     with pytest.raises(ResourceError, match=r"no room for the examples \(.*No space left on device.*\).*TMPDIR"):
         mapped([[True] * 9 for _ in range(100_000)])
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(scratch, "scratch_parent", lambda: tmp_path / "away")
+    monkeypatch.setattr(storage, "scratch_parent", lambda: tmp_path / "away")
     with pytest.raises(ResourceError, match="away: no room for the examples"):
-        scratch._locked_folder.__wrapped__()
+        storage._locked_folder.__wrapped__()
 
 
-WAIT = "import time; from toolkit.data.scratch import scratch_folder as f; print(f(), flush=True); time.sleep({})"
+WAIT = "import time; from toolkit.data.storage import scratch_folder as f; print(f(), flush=True); time.sleep({})"
 
 
 def process(parent: Path, seconds: int) -> tuple[subprocess.Popen[str], Path]:
@@ -109,7 +109,7 @@ def test_the_folder_goes_with_its_process_and_that_of_a_killed_one_at_the_next_s
 
 def test_tmpdir_is_heeded_and_else_a_folder_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
-    assert scratch.scratch_parent() == (Path("/var/tmp") if os.access("/var/tmp", os.W_OK) else tmp_path)
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    assert storage.scratch_parent() == (Path("/var/tmp") if os.access("/var/tmp", os.W_OK) else tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert scratch.scratch_parent() == tmp_path
+    assert storage.scratch_parent() == tmp_path

@@ -11,11 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.data import build, reading, spool, token_table
-from toolkit.data.encode import Encoded, EncodedRow
-from toolkit.data.packed_rows import pack_row, unpack_row
-from toolkit.data.report import HeldOut
-from toolkit.data.spool import Spool, View, chosen
+from toolkit.data import build, reading, storage
+from toolkit.data.encode import Encoded, EncodedRow, HeldOut, pack_row, unpack_row
+from toolkit.data.storage import Spool, View, chosen
 from toolkit.errors import ResourceError
 
 
@@ -23,7 +21,7 @@ from toolkit.errors import ResourceError
 def test_a_spool_is_a_list(items: list[Any], in_memory: int, buffer: int) -> None:
     kept = Spool[Any](lambda item: 1, in_memory=in_memory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "_BUFFER", buffer)
+        patch.setattr(storage, "_BUFFER", buffer)
         for number, item in enumerate(items):
             kept.append(item)
             assert kept[number // 2] == items[number // 2]
@@ -59,7 +57,9 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Spool[str](len, in_memory=0)
     kept.append("x")
     descriptor = os.open("/dev/full", os.O_RDWR)
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda buffering, **_: os.fdopen(descriptor, "r+b", buffering))
+    monkeypatch.setattr(
+        storage.tempfile, "TemporaryFile", lambda buffering, **_: os.fdopen(descriptor, "r+b", buffering)
+    )
     with pytest.raises(ResourceError, match=r"no room for the examples \(No space left on device\).*TMPDIR"):
         kept[0]
 
@@ -105,8 +105,7 @@ def assert_alike(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
     in_memory = make()
     for module in (reading, build):
         monkeypatch.setattr(module, "Spool", _Stored)
-    monkeypatch.setattr("toolkit.data.mixture.Spool", _Stored)
-    monkeypatch.setattr(token_table, "_MOST_IN_MEMORY", 0)
+    monkeypatch.setattr(storage, "_TABLE_IN_MEMORY", 0)
     stored = make()
     monkeypatch.undo()
     assert _Stored.reads > 0
