@@ -24,7 +24,7 @@ from toolkit.errors import ModelError
 from toolkit.mtp.measure import draft_table
 from toolkit.report import charts
 from toolkit.run_folder import RunFolder
-from toolkit.training.progress import held_out_scores
+from toolkit.training.callbacks import held_out_scores
 
 __all__ = ["Chart", "render_page", "write_page"]
 
