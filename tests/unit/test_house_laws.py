@@ -32,7 +32,6 @@ ORDER = (
         "durable",
         "run_folder",
         "steps",
-        "downloads",
         "signals",
         "recipe",
         "parts",
@@ -52,7 +51,7 @@ APART: dict[str, set[str]] = {
     "labels": set(),
     "ops": {"errors", "parts", "labels", "architecture"},
     "offload": set(ORDER[: ORDER.index("offload")]),
-    "data": {"errors", "ranks", "durable", "steps", "downloads", "recipe", "labels"},
+    "data": {"errors", "ranks", "durable", "steps", "recipe", "labels"},
 }
 """Rooms that may import less than what stands before them."""
 MAY_IMPORT = {room: APART.get(room, set(ORDER[:place])) for place, room in enumerate(ORDER)}

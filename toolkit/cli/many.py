@@ -43,8 +43,8 @@ def sweep(
 
     from toolkit.durable import write_text
     from toolkit.errors import ModelError
-    from toolkit.report.sweep import table
     from toolkit.sweep import Sweep, best_first, draw, run_trials
+    from toolkit.sweep.picture import table
 
     console = quiet_console()
     folder = out or Path(f"{parsed.training.output_dir}-sweep")

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.adapters.layouts import Factors, deltas
-from toolkit.checkpoint.files import beside
-from toolkit.checkpoint.headers import headers_in
-from toolkit.checkpoint.shards import Shards, targets
+from toolkit.checkpoint.conversion import Shards, targets
+from toolkit.checkpoint.files import beside, headers_in
 from toolkit.errors import ModelError
 from toolkit.export.dequantised import merge_dequantised
 from toolkit.quant.load import read_config, storage

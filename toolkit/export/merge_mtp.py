@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolkit.artifact.manifest import write_json
-from toolkit.checkpoint.headers import headers_in
+from toolkit.checkpoint.files import headers_in
 from toolkit.errors import ModelError
 from toolkit.export.merge import overwrite
 from toolkit.mtp.draft_folder import draft_config, draft_tensors

@@ -30,7 +30,7 @@ from transformers.modeling_layers import MtpModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
-from toolkit.checkpoint.headers import headers_in
+from toolkit.checkpoint.files import headers_in
 from toolkit.checkpoint.remote import fetch
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import MtpHead

@@ -24,8 +24,8 @@ from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.ranks import broadcast, first_one_first, is_first, join
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
+from toolkit.report.charts import run_pictures
 from toolkit.report.page import write_page
-from toolkit.report.pictures import run_pictures
 from toolkit.report.plans import show_plan
 from toolkit.run.data import build_batches, load_tokenizer, record_form, step_shape
 from toolkit.run.folder import check_folder_is_ours, check_writable, copy_start, fork_recipe, open_run, owned

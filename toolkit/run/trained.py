@@ -311,7 +311,7 @@ def _base_facts(plan: Plan) -> dict[str, Any]:
 def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = None) -> Path:
     """Write the artifact into the run folder; stock PEFT opens it as it is.
 
-    `pictures` are PNG files for the model card, as `toolkit.report.pictures` draws them.
+    `pictures` are PNG files for the model card, as `toolkit.report.charts` draws them.
     """
     base, revision = plan.model, plan.recipe.model.revision
     return write_artifact(
