@@ -17,8 +17,8 @@ import torch
 from tests.faults.conftest import Run
 from tests.faults.test_wrong_input import fails
 from toolkit.errors import DivergedError, InterruptedRunError, PreemptedError, ResourceError
+from toolkit.processes import StopRequest, signals_heeded
 from toolkit.run.folder import LOCK, owned
-from toolkit.signals import StopRequest, signals_heeded
 from toolkit.training.divergence import StepGuard
 from toolkit.training.trainer import AdapterTrainer
 
@@ -86,7 +86,7 @@ def test_a_second_signal_and_one_outside_of_training_leave_at_once(number: int, 
     assert end.value.code == code
     program = f"""
 import os
-from toolkit.signals import signals_heeded
+from toolkit.processes import signals_heeded
 with signals_heeded() as stop, stop.until_saved():
     os.kill(os.getpid(), {int(number)})
     os.kill(os.getpid(), {int(number)})

@@ -28,7 +28,7 @@ from toolkit.checkpoint.remote import download
 from toolkit.errors import HubError, RecipeError, first_line
 from toolkit.steps import part
 
-__all__ = ["PATIENCE", "HTTPError", "check_token", "fetch_adapter", "is_remote", "limit_waiting", "push_artifact"]
+__all__ = ["PATIENCE", "check_token", "fetch_adapter", "is_remote", "push_artifact"]
 
 PATIENCE = "ONECARD_HUB_TIMEOUT"
 """Seconds without a byte either way, 120 by default; an environment variable, for slow lines and for tests."""
@@ -37,7 +37,7 @@ _NAME = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]
 
 
 @cache
-def limit_waiting() -> None:
+def _limit_waiting() -> None:
     """Give huggingface_hub, in this process, a client that stops waiting; once: a change closes the one in use."""
     set_client_factory(_client)
 
@@ -126,7 +126,7 @@ def _operations(folder: Path, there: set[str]) -> list[CommitOperation]:
 @contextmanager
 def _one_line(what: str, then: str) -> Iterator[None]:
     """Turn whatever the Hub client raises into one `HubError` line."""
-    limit_waiting()
+    _limit_waiting()
     try:
         yield
     except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -170,7 +170,7 @@ def fetch_adapter(name: str) -> Path:
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(f"{name}: not an adapter on the Hub; write hf://owner/name or hf://owner/name@revision")
-    limit_waiting()
+    _limit_waiting()
     try:
         wanted = sorted({*FILES, MANIFEST})
         return download(match["repo"], wanted, revision=match["revision"])

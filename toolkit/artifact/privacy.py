@@ -27,7 +27,6 @@ from toolkit.errors import DataError, ModelError
 from toolkit.recipe import load
 
 __all__ = [
-    "SECRET",
     "Known",
     "base_texts",
     "canaries",
@@ -45,7 +44,7 @@ _SECRET_KEY = re.compile(
     r"(^|_)(secret|password|passwd|api_?key|credentials?)$|^token$|(hub|hf|auth|access|api|bearer)_token$",
     re.IGNORECASE,
 )
-SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}")
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}")
 _TIMING = re.compile(r"(^|_)(seconds?|runtime|duration|milliseconds)(_|$)")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _ABSOLUTE = re.compile(r"(?:file://)?(?:/|~[^/\s]*/|\.\.[/\\]|[A-Za-z]:[/\\])[^\n]*")
@@ -110,13 +109,13 @@ def _is_number(value: Any) -> bool:
 
 def _portable_text(text: str) -> str:
     if _ABSOLUTE.fullmatch(text) and len(parts := [p for p in re.split(r"[/\\]", text) if p]) > 1:
-        return SECRET.sub("[removed]", parts[-1])
+        return _SECRET.sub("[removed]", parts[-1])
     return _without_secrets(text)
 
 
 def _without_secrets(text: str) -> str:
     """Prose, which may begin with a slash without being a path."""
-    text = _URL_LOGIN.sub("", SECRET.sub("[removed]", text))
+    text = _URL_LOGIN.sub("", _SECRET.sub("[removed]", text))
     # That there is a temporary folder says nothing of this machine; what lies in it does.
     whole, below = r"(?![\w-]|\.\w)", r"(?=/\w)"
     ends = ((Path.cwd(), ".", whole), (Path.home(), "~", whole), (Path(tempfile.gettempdir()), "~", below))
@@ -166,7 +165,7 @@ def leaves(value: Any) -> Iterator[str]:
 def _texts(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.name in _BASE_VOCABULARY:
-        return SECRET.findall(text)
+        return _SECRET.findall(text)
     if path.suffix != ".json":
         return [text]
     try:
@@ -214,7 +213,7 @@ def canaries(folder: Path, rows: Iterable[str] = (), known: Known | None = None)
 
 def finds(text: str, *, paths: bool = True) -> Iterator[tuple[str, str]]:
     """What looks like a token or a path of a machine, and how to call it; a token is called without repeating it."""
-    yield from ((match[0], "what looks like a Hub token") for match in SECRET.finditer(text))
+    yield from ((match[0], "what looks like a Hub token") for match in _SECRET.finditer(text))
     if paths:
         found = (match[0].rstrip(".-") for match in _LOCAL.finditer(text))
         yield from ((path, f"the local path {path[:80]}") for path in found)

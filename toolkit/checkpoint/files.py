@@ -28,12 +28,10 @@ __all__ = [
     "METHOD",
     "REQUIRES",
     "SINGLE",
-    "SOURCES",
     "Header",
     "Placed",
     "beside",
     "cache_root",
-    "check_shards",
     "declared_format",
     "headers_in",
     "listed",
@@ -67,7 +65,7 @@ transformers only warns of a format that it does not know and would take the int
 there it refuses, and quotes it.
 """
 
-SOURCES = ("fp8", "mxfp8", "mxfp4")
+_SOURCES = ("fp8", "mxfp8", "mxfp4")
 """Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""
 
 
@@ -194,10 +192,10 @@ def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, An
         return None
     declared = dict(declared) if isinstance(declared, Mapping) else {}
     method = declared.get("quant_method")
-    if method not in (METHOD, *SOURCES):
+    if method not in (METHOD, *_SOURCES):
         raise ModelError(
             f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; only "
-            f"{', '.join(SOURCES)} can be requantised, so take the unquantised checkpoint of this model"
+            f"{', '.join(_SOURCES)} can be requantised, so take the unquantised checkpoint of this model"
         )
     return declared
 
@@ -210,7 +208,7 @@ def stored_headers(name_or_path: str | Path, revision: str = "main") -> Sequence
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        return check_shards(folder)
+        return _check_shards(folder)
     from toolkit.checkpoint.remote import hub_headers
 
     return list(hub_headers(str(name_or_path), revision))
@@ -228,12 +226,12 @@ def whole_snapshot(name: str, revision: str = "main") -> Path | None:
     commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
     folder = cache / "snapshots" / commit
     try:
-        return folder if check_shards(folder) else None
+        return folder if _check_shards(folder) else None
     except ModelError:  # not downloaded yet, or not to the end
         return None
 
 
-def check_shards(folder: Path) -> list[Placed]:
+def _check_shards(folder: Path) -> list[Placed]:
     """What the headers say of every tensor in a folder, after checking that its files are there and whole.
 
     Raises:

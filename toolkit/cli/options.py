@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.ranks import is_first
+from toolkit.processes import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console

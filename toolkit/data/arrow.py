@@ -16,7 +16,7 @@ from toolkit.data.problems import InvalidRow
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ArrowValues", "Padding", "find_padding", "is_turn"]
+__all__ = ["ArrowValues", "Padding", "find_padding"]
 
 _BATCH = 256
 _UNSURE = ("content", "value", "text")
@@ -25,7 +25,7 @@ _UNSURE = ("content", "value", "text")
 _Read = Callable[[Any], Any] | None  # None: the value is what it is
 
 
-def is_turn(keys: Iterable[str]) -> bool:
+def _is_turn(keys: Iterable[str]) -> bool:
     """Whether an object with these keys is a turn of a conversation, whose nulls mean nothing."""
     return not {"role", "from"}.isdisjoint(keys)
 
@@ -71,7 +71,7 @@ class _Struct:
         mixed = self.null & self.filled
         if under_properties and self.null:
             return True
-        if is_turn(self.keys or ()) and mixed.difference(_UNSURE):
+        if _is_turn(self.keys or ()) and mixed.difference(_UNSURE):
             return True
         if self._proves_by_calls():
             return True
@@ -113,7 +113,7 @@ class Padding:
             for key, item in value.items()
             if item is not None
         }
-        told[0] |= len(kept) < len(value) and not is_turn(value)
+        told[0] |= len(kept) < len(value) and not _is_turn(value)
         return kept
 
 
@@ -185,7 +185,7 @@ class ArrowValues:
         return _list(self._reader(value_type, _inner(feature)))
 
     def _struct(self, readers: Mapping[str, _Read]) -> Callable[[Any], Any]:
-        told = not is_turn(readers)
+        told = not _is_turn(readers)
 
         def read(value: Any) -> Any:
             if not isinstance(value, dict):

@@ -22,9 +22,7 @@ from toolkit.data.storage import Spool
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = [
-    "LEFT_OUT",
     "DataSource",
-    "ExtraColumns",
     "Reading",
     "Split",
     "counted",
@@ -38,7 +36,7 @@ _TRIMMED = "turns after the last answer were left out"
 _PADDED = "nulls that Arrow had filled in were taken out of tool calls and schemas"
 _ALONE = "rows without a value of data.group_by stand alone"
 
-LEFT_OUT = "weight 0 or train: false"
+_LEFT_OUT = "weight 0 or train: false"
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PAIR = (
@@ -102,11 +100,11 @@ class Reading:
         columns = {str(key) for row in peeked if isinstance(row.values, dict) for key in row.values}
         self.seen |= columns
         shape = self._shape(columns, where) if columns else None
-        extra = ExtraColumns(self._read_columns(shape))
+        extra = _ExtraColumns(self._read_columns(shape))
         for row in itertools.chain(peeked, rows):
             try:
                 if isinstance(row.values, dict) and extra.leaves_out(row.values):
-                    split.drops[LEFT_OUT] += 1
+                    split.drops[_LEFT_OUT] += 1
                 else:
                     examples.append(self._example(row, shape, source))
             except InvalidRow as problem:
@@ -175,7 +173,7 @@ def counted(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items(), key=lambda each: (-each[1], each[0])))
 
 
-class ExtraColumns:
+class _ExtraColumns:
     """Judges the columns of each row of one split that its format does not read.
 
     `unused` counts the rows in which a column says something and is left aside.

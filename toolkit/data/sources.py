@@ -22,7 +22,7 @@ from toolkit.data.arrow import ArrowValues, find_padding
 from toolkit.data.problems import InvalidRow, listed
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["READERS", "Row", "arrow_row", "open_source", "parse_json", "read_chat_template", "read_rows"]
+__all__ = ["Row", "open_source", "read_chat_template", "read_rows"]
 
 # A whole document may stand in one CSV field; the csv module's own limit is 128 KiB, for the whole process.
 _LONGEST_FIELD = 2**31 - 1
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     empty = True
     try:
-        for row in READERS[path.suffix.lower()](path):
+        for row in _READERS[path.suffix.lower()](path):
             empty = False
             yield row
     except OSError as error:
@@ -70,7 +70,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: empty; a data file holds at least one row")
 
 
-def parse_json(raw: bytes | str) -> dict[str, Any] | InvalidRow:
+def _parse_json(raw: bytes | str) -> dict[str, Any] | InvalidRow:
     """One JSON object, or the problem that it is not one."""
     try:
         value = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
@@ -85,7 +85,7 @@ def parse_json(raw: bytes | str) -> dict[str, Any] | InvalidRow:
     return _object(value)
 
 
-def arrow_row(place: str, values: Mapping[str, Any], read: ArrowValues) -> Row:
+def _arrow_row(place: str, values: Mapping[str, Any], read: ArrowValues) -> Row:
     """The row of an Arrow table, or what is wrong with it."""
     try:
         return Row(place, *read.read(values))
@@ -121,7 +121,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         for number, raw in enumerate(stream, start=1):
             line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if line.strip():
-                yield Row(f"{path}:{number}", parse_json(line.strip()))
+                yield Row(f"{path}:{number}", _parse_json(line.strip()))
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -133,7 +133,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     if text.lstrip().startswith("["):
         yield from _read_list(path, text, text.index("[") + 1)
         return
-    whole = parse_json(text) if text.strip() else None
+    whole = _parse_json(text) if text.strip() else None
     if not isinstance(whole, dict):
         yield from _read_jsonl(path)
         return
@@ -207,13 +207,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield arrow_row(f"{path}:row {number}", values, read)
+                    yield _arrow_row(f"{path}:row {number}", values, read)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         detail = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path}: not readable as Parquet after row {number} ({detail}); write it again") from None
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".json": _unpadded(_read_json),
     ".jsonl": _unpadded(_read_jsonl),
@@ -281,19 +281,19 @@ def _chain(files: list[Path]) -> Iterator[Row]:
 
 
 def _known(path: Path) -> Path:
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: {path.suffix or 'no suffix'}: not a format read here; use {', '.join(READERS)}")
+    if path.suffix.lower() not in _READERS:
+        raise DataError(f"{path}: {path.suffix or 'no suffix'}: not a format read here; use {', '.join(_READERS)}")
     return path
 
 
 def _files_of(folder: Path, split: str, *, asked: bool) -> list[Path]:
     try:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from None
     files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not files:
-        raise DataError(f"{folder}: no data file in it; use {', '.join(READERS)}")
+        raise DataError(f"{folder}: no data file in it; use {', '.join(_READERS)}")
     wanted = _SPLITS.get(split.lower(), split.lower())
     chosen = [p for p in files if _is_of(p.relative_to(folder), wanted)]
     carried = sorted({s for p in files if (s := _split_of(p.relative_to(folder)))})
@@ -325,7 +325,7 @@ def _is_of(path: Path, split: str) -> bool:
 def _looks_local(source: str) -> bool:
     suffix = Path(source).suffix.lower()
     return (
-        suffix in READERS
+        suffix in _READERS
         or suffix in _FOREIGN
         or source.startswith((".", "/", "~"))
         or source.endswith("/")
@@ -360,4 +360,4 @@ def _read_hub(source: str, split: str, name: str | None, path: Path) -> Iterator
         raise DataError(f"{where}: empty; a data set holds at least one row")
     read = ArrowValues(rows.features.arrow_schema, decoded=True)
     for index, values in enumerate(rows):
-        yield arrow_row(f"{where}:row {index + 1}", values, read)
+        yield _arrow_row(f"{where}:row {index + 1}", values, read)

@@ -38,7 +38,6 @@ __all__ = [
     "View",
     "chosen",
     "count_trained",
-    "no_room",
     "scratch_folder",
     "scratch_parent",
     "sequence_lengths",
@@ -93,7 +92,7 @@ def _locked_folder() -> tempfile.TemporaryDirectory[str]:
             if Path(folder.name).is_dir():  # else another process took it for left behind before it was locked
                 return folder
     except OSError as error:
-        raise no_room(error) from None
+        raise _no_room(error) from None
 
 
 def _remove_left_behind(folder: Path) -> None:
@@ -106,7 +105,7 @@ def _remove_left_behind(folder: Path) -> None:
             os.close(lock)
 
 
-def no_room(error: OSError) -> ResourceError:
+def _no_room(error: OSError) -> ResourceError:
     """The one line for a disk that does not take the examples."""
     return ResourceError(
         f"{scratch_parent()}: no room for the examples ({error.strerror or error}); free some, or set TMPDIR to a "
@@ -185,7 +184,7 @@ class Spool(Sequence[T]):
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise no_room(error) from None
+            raise _no_room(error) from None
         self._buffer.clear()
 
 
@@ -268,7 +267,7 @@ def _mapped(batches: Iterator[pa.RecordBatch]) -> MemoryMappedTable:
             for batch in batches:
                 out.write_batch(batch)
     except OSError as error:
-        raise no_room(error) from None
+        raise _no_room(error) from None
     return MemoryMappedTable.from_file(path)
 
 

@@ -38,7 +38,6 @@ __all__ = [
     "ChatTemplate",
     "Options",
     "end_of_open_tag",
-    "for_templates",
     "require_frugal",
 ]
 
@@ -227,7 +226,7 @@ class ChatTemplate:
                     "documents": None,
                     **self._always,
                     **options,
-                    "messages": for_templates(messages),
+                    "messages": _for_templates(messages),
                     "tools": tools,
                     "add_generation_prompt": generation_prompt,
                 }
@@ -275,7 +274,7 @@ def end_of_open_tag(text: str) -> str:
     return f"</{tag.group(1)}>" if tag else ""
 
 
-def for_templates(messages: Sequence[Message]) -> list[Message]:
+def _for_templates(messages: Sequence[Message]) -> list[Message]:
     """Messages as transformers gives them to templates: a thought under both usual keys, and no flags of training."""
     return [_for_template(message) for message in messages]
 

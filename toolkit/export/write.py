@@ -34,8 +34,7 @@ from toolkit.checkpoint.files import read_header
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.export.gguf import modelfile, read_gguf, write_gguf
-from toolkit.export.merge import merge_checkpoint, merged_difference
-from toolkit.export.merge_mtp import DRAFT_FOLDER, stitch_head
+from toolkit.export.merge import DRAFT_FOLDER, merge_checkpoint, merged_difference, stitch_head
 from toolkit.export.server_rules import server_problems
 from toolkit.steps import part
 

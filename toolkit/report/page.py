@@ -21,8 +21,8 @@ from markupsafe import Markup
 from toolkit.artifact import runs_near
 from toolkit.durable import write_text
 from toolkit.errors import ModelError
-from toolkit.mtp.measure import draft_table
 from toolkit.report import charts
+from toolkit.report.terminal import draft_table
 from toolkit.run_folder import RunFolder
 from toolkit.training.callbacks import held_out_scores
 

@@ -31,13 +31,11 @@ from toolkit.steps import part
 
 __all__ = [
     "build_batches",
-    "declared_stops",
     "dialogue",
     "general_text",
     "held_out",
     "load_tokenizer",
     "record_form",
-    "recorded_form",
     "step_shape",
     "stop_as_trained",
 ]
@@ -68,13 +66,13 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
-    recorded = recorded_form(plan.folder)
+    recorded = _recorded_form(plan.folder)
     return build_from_rows(
         tokenizer,
         **data,
         max_length=plan.max_length,
         seed=training.seed,
-        stop_token_ids=declared_stops(plan),
+        stop_token_ids=_declared_stops(plan),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
     )
 
@@ -126,7 +124,7 @@ _LONGEST_WINDOW = 512
 """Tokens of general text that are looked at together."""
 
 
-def declared_stops(plan: Plan) -> list[int]:
+def _declared_stops(plan: Plan) -> list[int]:
     """Token ids at which the checkpoint's own generation stops."""
     place = {"revision": plan.recipe.model.revision}
     try:
@@ -145,7 +143,7 @@ def record_form(run: RunFolder, form: ChatForm) -> None:
         write_text(run.chat, json.dumps(form.to_dict(), indent=2))
 
 
-def recorded_form(folder: Path, artifact: Path | None = None) -> ChatForm | None:
+def _recorded_form(folder: Path, artifact: Path | None = None) -> ChatForm | None:
     """What a run folder, or else its artifact, says of how its model is asked."""
     run = RunFolder(folder)
     if run.chat.is_file():
@@ -157,9 +155,9 @@ def recorded_form(folder: Path, artifact: Path | None = None) -> ChatForm | None
 
 def dialogue(tokenizer: PreTrainedTokenizerBase, plan: Plan, artifact: Path) -> Dialogue:
     """Prompts and answers as in the run that `artifact` came from, under the plan's template options."""
-    recorded = recorded_form(artifact.parent, artifact) or ChatForm()
+    recorded = _recorded_form(artifact.parent, artifact) or ChatForm()
     data = plan.recipe.data
-    stops = sorted({*recorded.stop_token_ids, *declared_stops(plan)})
+    stops = sorted({*recorded.stop_token_ids, *_declared_stops(plan)})
     form = replace(
         recorded,
         stop_token_ids=tuple(stops),

@@ -44,7 +44,6 @@ __all__ = [
     "fork_recipe",
     "open_run",
     "owned",
-    "read_recipe",
     "refuse_changes",
     "require_disk",
     "tokenizer_sha256",
@@ -189,7 +188,7 @@ def open_run(path: Path, recipe: Recipe, note: Callable[[str], None] = lambda li
     run = RunFolder(path)
     check_folder_is_ours(path)
     started = run.adapter.exists() or any(every_checkpoint(run.checkpoints))
-    found = changes(flat(read_recipe(run.recipe)), flat(recipe)) if run.recipe.is_file() else []
+    found = changes(flat(_read_recipe(run.recipe)), flat(recipe)) if run.recipe.is_file() else []
     try:
         if started:
             refuse_changes(path, found, note)
@@ -205,7 +204,7 @@ def open_run(path: Path, recipe: Recipe, note: Callable[[str], None] = lambda li
     return run
 
 
-def read_recipe(path: Path) -> Recipe:
+def _read_recipe(path: Path) -> Recipe:
     """The recipe of a run folder. Raises `ModelError` where it is damaged."""
     try:
         return parse(path.read_text(encoding="utf-8"), str(path), note=lambda line: None)
@@ -311,7 +310,7 @@ def fork_recipe(recipe: Recipe) -> Recipe:
     run = RunFolder(Path(recipe.training.output_dir))
     if not run.recipe.is_file():
         raise RecipeError(f"{run.path}: no run to fork; leave --fork away")
-    other = [c for c in changes(flat(read_recipe(run.recipe)), flat(recipe)) if c.field.startswith("lora.")]
+    other = [c for c in changes(flat(_read_recipe(run.recipe)), flat(recipe)) if c.field.startswith("lora.")]
     if other:
         raise RecipeError(f"{other[0]}: a fork goes on with the run's adapter as it is; undo that, or start anew")
     number = 1
@@ -319,7 +318,7 @@ def fork_recipe(recipe: Recipe) -> Recipe:
         name = f"{run.path.name}-fork" + (f"-{number}" if number > 1 else "")
         fork = _started_from(recipe, run.path.with_name(name))
         folder = RunFolder(Path(fork.training.output_dir))
-        if not folder.path.exists() or (folder.recipe.is_file() and _is_same_recipe(read_recipe(folder.recipe), fork)):
+        if not folder.path.exists() or (folder.recipe.is_file() and _is_same_recipe(_read_recipe(folder.recipe), fork)):
             return fork
         number += 1
 

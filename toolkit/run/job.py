@@ -20,8 +20,8 @@ from toolkit.artifact import check_token
 from toolkit.data import Batches
 from toolkit.durable import write_text
 from toolkit.plan import Plan, make_plan
+from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join
 from toolkit.quant.gptq.calibrate import Compensation
-from toolkit.ranks import broadcast, first_one_first, is_first, join
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
 from toolkit.report.charts import run_pictures
@@ -32,11 +32,10 @@ from toolkit.run.folder import check_folder_is_ours, check_writable, copy_start,
 from toolkit.run.model import attach, compensate, coverage, load
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run_folder import RunFolder
-from toolkit.signals import StopRequest
 from toolkit.steps import listening, seconds_by_part
 from toolkit.training.memory import anonymous_memory
 
-__all__ = ["Finished", "run", "summarize"]
+__all__ = ["Finished", "run"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run(
         recipe: as `load_recipe` reads it.
         fork: start a new run from the weights of the one in the recipe's folder.
         console: where progress and tables go; nowhere by default.
-        stop: ends the run at the next step, saved; `toolkit.signals.signals_heeded` makes one of SIGTERM and SIGINT.
+        stop: ends the run at the next step, saved; `toolkit.processes.signals_heeded` makes one of SIGTERM and SIGINT.
 
     Raises:
         OnecardError: of the kind that the command's exit codes tell.
@@ -139,7 +138,7 @@ def _finish(
     if not is_first():
         return {}
     artifact = package(judged, plan, run_pictures(folder.path))
-    summary = summarize(judged, plan, batches, artifact, compensated, before)
+    summary = _summarize(judged, plan, batches, artifact, compensated, before)
     text = json.dumps(summary, indent=2)
     write_page(folder.path, text)
     write_text(folder.summary, text)
@@ -159,7 +158,7 @@ def _once(console: Console) -> Callable[[str], None]:
     return note
 
 
-def summarize(
+def _summarize(
     result: Trained,
     made: Plan,
     batches: Batches,

@@ -26,7 +26,7 @@ from toolkit.mtp.cost import most_answers
 from toolkit.mtp.head import MtpHead
 from toolkit.mtp.head_file import head_state
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
-from toolkit.ranks import is_first
+from toolkit.processes import StopRequest, is_first
 from toolkit.recipe import dump, flat
 from toolkit.run.data import held_out, stop_as_trained
 from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding
@@ -34,7 +34,6 @@ from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tok
 from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
 from toolkit.run_folder import RunFolder
-from toolkit.signals import StopRequest
 from toolkit.steps import part
 from toolkit.training import BestAdapter, RunContext, TrainResult, train_adapter
 from toolkit.training.checkpoint import Resume

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from toolkit.adapters import unmoved_adapters
 from toolkit.durable import replaced_file, sync, write_text
 from toolkit.errors import ModelError, ResourceError
-from toolkit.ranks import is_first
+from toolkit.processes import is_first
 
 __all__ = [
     "BestAdapter",

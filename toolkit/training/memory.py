@@ -22,7 +22,7 @@ from toolkit.data.storage import sequence_lengths
 from toolkit.errors import ResourceError
 from toolkit.training.checkpoint import random_state, restore_random_state
 
-__all__ = ["Peak", "anonymous_memory", "longest_rows", "out_of_memory", "peak_of", "probe", "same_random_numbers"]
+__all__ = ["Peak", "anonymous_memory", "longest_rows", "out_of_memory", "peak_of", "probe"]
 
 _SECONDS = 0.005
 """Between two looks: a layer of any size that matters takes longer."""
@@ -90,7 +90,7 @@ def probe(
     Raises:
         ResourceError: there is not enough memory.
     """
-    with same_random_numbers():
+    with _same_random_numbers():
         try:
             room = torch.empty(held, dtype=torch.uint8, device=device)
             step()
@@ -114,7 +114,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def same_random_numbers() -> Iterator[None]:
+def _same_random_numbers() -> Iterator[None]:
     """The random numbers that are drawn after the block are those that would have been without it."""
     before = random_state()
     try:

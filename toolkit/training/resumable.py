@@ -20,8 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from toolkit.errors import DivergedError, ModelError
-from toolkit.ranks import is_first
-from toolkit.signals import StopRequest
+from toolkit.processes import StopRequest, is_first
 from toolkit.training.callbacks import MetricsLog
 from toolkit.training.checkpoint import (
     Resume,

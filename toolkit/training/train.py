@@ -26,10 +26,10 @@ from trl import SFTConfig
 
 from toolkit.architecture import describe
 from toolkit.errors import ModelError, ResourceError, first_line
-from toolkit.mtp.callback import learn_after
+from toolkit.mtp.training import learn_after
 from toolkit.ops import keep_up_outputs
 from toolkit.ops.document_attention import per_document_attention
-from toolkit.ranks import is_first, processes
+from toolkit.processes import is_first, processes
 from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, UnmovedAdapters
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples

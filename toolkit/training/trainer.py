@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import nn
 
 from toolkit.errors import DivergedError
 from toolkit.labels import IGNORED
-from toolkit.mtp.callback import HeadSteps
-from toolkit.mtp.training import HeadTraining
+from toolkit.mtp.training import HeadSteps, HeadTraining
+from toolkit.offload.attach import stream_of
 from toolkit.ops.label_logits import (
     entropy_and_hits,
     forward_inputs,
@@ -27,15 +28,14 @@ from toolkit.ops.label_logits import (
     pays_to_keep_logits,
     summed_loss,
 )
-from toolkit.ranks import broadcast, processes
-from toolkit.signals import StopRequest
+from toolkit.processes import StopRequest, broadcast, processes
 from toolkit.training.callbacks import BestAdapter
 from toolkit.training.checkpoint import Resume
-from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
+from toolkit.training.layer_major import LayerMajor
 from toolkit.training.memory import longest_rows, probe
 from toolkit.training.resumable import ResumableTrainer, SavedPart
 
-__all__ = ["AdapterTrainer", "RunContext"]
+__all__ = ["AdapterTrainer", "RunContext", "layer_major_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +80,19 @@ class RunContext:
         return self.head if self.head_stage == "with" else None
 
 
-class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
-    """TRL's loss, no more computed than is needed, and none that is not finite."""
+class AdapterTrainer(ResumableTrainer):
+    """TRL's loss, no more computed than is needed, and none that is not finite.
+
+    Where a layer streams, all micro-batches of an optimizer step go through it before the next one.
+    """
 
     aux_loss_enabled: bool
     _metrics: dict[str, dict[str, list[float]]]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     _logits: torch.Tensor | None = None
+    _samples: list[Any]
+    _losses: Sequence[torch.Tensor] = ()
 
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
@@ -138,13 +143,29 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         logits, self._logits = self._logits, None  # not to be held through the backward pass
         return result if self.beside is None else self.beside.learn(result, inputs, logits, count)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """transformers' own, remembered: these micro-batches make one optimizer step."""
+        self._samples, count = super().get_batch_samples(*args, **kwargs)
+        return self._samples, count
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """transformers' own; before the first one, forward and backward of the longest batch."""
+        """Forward and backward of one micro-batch, or of all where this is a step's first; gives its loss.
+
+        Before the first step, those of the longest batch.
+        """
         if self.probe_advice is not None:
             advice, self.probe_advice = self.probe_advice, None
             self._probe(model, advice)
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
+        step = super().training_step
+        if self.layer_major is None or len(self._samples) < 2:  # set by `get_batch_samples`
+            loss: torch.Tensor = step(model, inputs, *args, **kwargs)
+            return loss
+        number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
+        if number == 0:
+            self._losses = self.layer_major.run(
+                [partial(step, model, sample, *args, **kwargs) for sample in self._samples]
+            )
+        return self._losses[number]
 
     def _probe(self, model: nn.Module, advice: str) -> None:
         dataset = self._remove_unused_columns(self.train_dataset, description="probe")
@@ -222,3 +243,27 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         if self.score is not None:
             output.metrics.update({f"eval_{name}": value for name, value in broadcast(self.score).items()})
         return output
+
+
+def layer_major_for(
+    model: nn.Module, arguments: Mapping[str, Any], micro_batches_per_pass: int | None = None
+) -> LayerMajor[torch.Tensor] | None:
+    """What runs an optimizer step's micro-batches, so many at a time; None where the ordinary order is right.
+
+    That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
+    moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
+    """
+    stream = stream_of(model)
+    is_alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
+    if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
+        return None
+    return None if micro_batches_per_pass == 1 else LayerMajor(stream, micro_batches_per_pass)
+
+
+def _draws_random_numbers(model: Any) -> bool:
+    """Whether a training forward may draw random numbers: in another order they would be others."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    settings = model.config.get_text_config().to_dict().items()
+    rates = [value for key, value in settings if "drop" in key or "jitter" in key or "noise" in key]
+    return any(layer.p > 0 for layer in layers) or any(isinstance(rate, float) and rate > 0 for rate in rates)
