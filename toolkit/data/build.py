@@ -12,7 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +23,7 @@ from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder, HeldOut, pack_row, unpack_row
 from toolkit.data.formats import Example
 from toolkit.data.problems import Problems
-from toolkit.data.reading import DataSource, Reading, Split, counted, read_sources, require_removed, sources_of
+from toolkit.data.reading import Reading, Split, counted, read_sources, require_removed, sources_of
 from toolkit.data.report import DataReport, SourceReport, SplitReport, source_reports, summarise
 from toolkit.data.selection import (
     BEYOND,
@@ -38,7 +37,7 @@ from toolkit.data.selection import (
     overlap,
     set_apart,
 )
-from toolkit.data.sources import Row, open_source
+from toolkit.data.sources import open_source
 from toolkit.data.storage import Spool, View, token_table
 from toolkit.errors import DataError
 from toolkit.steps import advance
@@ -133,22 +132,17 @@ def build_batches(
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
     reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by)
-    open_ = partial(open_source, base_folder=base_folder)
-    sources = sources_of(train)
-
-    def rows_of(source: DataSource, split: str | None) -> Iterator[Row]:
-        return open_(source.path, name=source.name or name, split=None if split == "train" else split)
-
-    training = read_sources(sources, reading, lambda each: rows_of(each, each.split or train_split))
+    sources = sources_of(train, name, train_split)
+    training = read_sources(sources, reading, base_folder)
     require_removed(reading, training.where)
     if dedupe:
         drop_copies(training)
     held = None
     if validation is not None:
-        held = reading.read("validation", validation, open_(validation, name=name, default="validation"))
+        rows = open_source(validation, name=name, default="validation", base_folder=base_folder)
+        held = reading.read("validation", validation, rows)
     elif validation_split is not None:
-        open_held = partial(rows_of, split=validation_split)
-        held = read_sources(sources, reading, open_held, name="validation", split=validation_split)
+        held = read_sources(sources, reading, base_folder, name="validation", split=validation_split)
     elif validation_size is not None:
         held = set_apart(training, validation_size, seed)
     if dedupe and held is not None:

@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.data.formats import SHAPES, Example, add_system, carries, choose_shape, rename
 from toolkit.data.problems import InvalidRow, Problems, listed, printable
-from toolkit.data.sources import Row
+from toolkit.data.sources import Row, open_source
 from toolkit.data.storage import Spool
 from toolkit.errors import DataError, did_you_mean
 
@@ -268,15 +269,18 @@ class DataSource:
     columns: Mapping[str, str] | None = None
 
 
-def sources_of(train: str | Sequence[Mapping[str, Any]]) -> list[DataSource]:
-    """`data.train` of a recipe as a list."""
-    return [DataSource(train)] if isinstance(train, str) else [DataSource(**each) for each in train]
+def sources_of(
+    train: str | Sequence[Mapping[str, Any]], name: str | None = None, split: str | None = None
+) -> list[DataSource]:
+    """`data.train` of a recipe as a list; `name` and `split` are those of sets that give none."""
+    sources = [DataSource(train)] if isinstance(train, str) else [DataSource(**each) for each in train]
+    return [replace(each, name=each.name or name, split=each.split or split) for each in sources]
 
 
 def read_sources(
     sources: Sequence[DataSource],
     reading: Reading,
-    open_: Callable[[DataSource], Iterator[Row]],
+    base_folder: Path,
     *,
     name: str = "train",
     split: str | None = None,
@@ -286,9 +290,9 @@ def read_sources(
     Args:
         sources: the data sets.
         reading: how rows are read where a set does not say; it collects what was found.
-        open_: gives the rows of one.
+        base_folder: where relative paths start.
         name: of the split that is made of them.
-        split: the split that is read, for messages.
+        split: the one that is read of each, instead of its own.
 
     Raises:
         DataError: one of them cannot be read, or a column to remove is in none.
@@ -299,7 +303,11 @@ def read_sources(
     for number, source in enumerate(sources):
         columns = reading.columns if source.columns is None else source.columns
         own = replace(reading, format=source.format or reading.format, columns=columns, found="")
-        part = own.read(name, _where(source.path, split), open_(source), number, examples)
+        asked = split or source.split
+        rows = open_source(
+            source.path, name=source.name, split=None if asked == "train" else asked, base_folder=base_folder
+        )
+        part = own.read(name, _where(source.path, split), rows, number, examples)
         formats[own.found] = None
         whole.rows += part.rows
         whole.drops += part.drops
