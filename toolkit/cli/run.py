@@ -15,10 +15,10 @@ from toolkit.cli.options import (
     complete_field,
     emit,
     load_recipe,
+    next_commands,
     plain_console,
     quiet_console,
 )
-from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +47,11 @@ def train(
         if not is_first():
             return
         show.summary(console, finished.summary)
+        artifact = finished.summary["artifact"]
+        folder = Path(artifact).parent
+        next_commands(
+            console, f"chat {folder} --compare", f"verify {artifact}", f"report {folder}", f"push {artifact} OWNER/NAME"
+        )
         emit(finished.summary, json_)
         if parsed.hub.push_to_hub:
             target = str(parsed.hub.hub_model_id)

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, opened_as, quiet_console
-from toolkit.report.hints import next_commands
+from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, next_commands, opened_as, quiet_console
 
 __all__ = ["combine", "export", "push", "verify"]
 

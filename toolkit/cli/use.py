@@ -16,13 +16,13 @@ from toolkit.cli.options import (
     RunPath,
     artifact_of,
     emit,
+    next_commands,
     opened_as,
     plain_console,
     quiet_console,
     reopen,
     run_of,
 )
-from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from collections.abc import Callable

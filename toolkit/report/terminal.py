@@ -12,7 +12,6 @@ from rich.markup import escape
 from toolkit.artifact import VerifyReport
 from toolkit.data import DataReport
 from toolkit.quant.gptq.calibrate import Compensation
-from toolkit.report.hints import next_commands
 from toolkit.report.plans import mib, table_of
 
 __all__ = ["benchmarks", "checks", "comparison", "compensation", "data", "draft_table", "reached", "summary"]
@@ -72,7 +71,7 @@ def reached(console: Console, counts: Mapping[str, Any]) -> None:
 
 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
-    """Coverage, base against adapted, sample answers, where the adapter lies, and what to type next."""
+    """Coverage, base against adapted, sample answers, and where the adapter lies."""
     reached(console, finished["counts"])
     if compensated := finished.get("compensation"):
         console.print(
@@ -92,13 +91,9 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
         console.print(_line(sample["prompt"]), style="dim", markup=False)
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
         console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
-    artifact = finished["artifact"]
-    run = str(Path(artifact).parent)
+    artifact = Path(finished["artifact"])
     console.print(f"[bold]adapter[/bold]  {artifact}")
-    console.print(f"[bold]page[/bold]     {run}/report.html")
-    next_commands(
-        console, f"chat {run} --compare", f"verify {artifact}", f"report {run}", f"push {artifact} OWNER/NAME"
-    )
+    console.print(f"[bold]page[/bold]     {artifact.parent}/report.html")
 
 
 def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:
