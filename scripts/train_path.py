@@ -4,13 +4,16 @@
     .venv/bin/python scripts/train_path.py [--list] [RECIPE [KEY=VALUE …]]
 
 Runs the recipe (the quickstart by default) in this process under `sys.setprofile`. A file is on the way when one of its
-functions is called, not when it is merely imported. A switch is an ordered pair of files of which the first calls into
-the second; it goes back and forth when the second calls into the first, too. With --list, each file and its switches.
+functions is called, not when it is merely imported: no module's or class's body counts. A switch is an ordered pair of
+files of which the first calls into the second; it goes back and forth when the second calls into the first, too. With
+--list, each file and its switches.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 import sys
 import tempfile
 import threading
@@ -36,7 +39,8 @@ class Way:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """What `sys.setprofile` calls."""
         callee = frame.f_code.co_filename
-        if event != "call" or not callee.startswith(HOUSE) or frame.f_code.co_name == "<module>":
+        is_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        if event != "call" or not callee.startswith(HOUSE) or not is_function:
             return
         self.files.add(callee)
         caller = frame.f_back
@@ -57,6 +61,7 @@ def main() -> int:
 
     seen = Way()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["ONECARD_CACHE"] = f"{folder}/cache"  # a step is rehearsed each time, not only the first
         sys.argv = ["onecard", "train", arguments.recipe, f"training.output_dir={folder}/run", *SHORT]
         sys.argv += arguments.overrides
         threading.setprofile(seen)

@@ -80,3 +80,15 @@ class RunFolder:
             return None
         summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
         return summary
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Lines of `metrics`; the last may still be in the writing, and a resumed run writes some steps again."""
+        entries: dict[tuple[int, bool], dict[str, Any]] = {}
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else ():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if "loss" in entry or "eval_loss" in entry:
+                entries[(entry["step"], "loss" in entry)] = entry
+        return [entries[key] for key in sorted(entries)]

@@ -47,8 +47,8 @@ from rich.console import Console
 from toolkit import run as job
 from toolkit.evaluate import answer_ids
 from toolkit.mtp.build import new_head
+from toolkit.mtp.drafts import measure_drafts
 from toolkit.mtp.head import MtpHead
-from toolkit.mtp.measure import measure_drafts
 from toolkit.mtp.own_answers import learn_own_answers
 from toolkit.mtp.training import HeadTraining
 from toolkit.plan import make_plan

@@ -153,8 +153,8 @@ class Ours(Arm):
         """The summed loss of all examples, packed and padded, through the trainer's own batches."""
         from rich.console import Console
 
-        from toolkit.training.context import RunContext
-        from toolkit.training.trainer import AdapterTrainer, sft_config
+        from toolkit.training.train import sft_config
+        from toolkit.training.trainer import AdapterTrainer, RunContext
 
         found = {}
         for name, packing in (("packed", True), ("padded", False)):

@@ -38,8 +38,7 @@ from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
 from toolkit.training import RunContext, TrainResult, train_adapter
 from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
-from toolkit.training.layer_major import layer_major_for
-from toolkit.training.trainer import AdapterTrainer
+from toolkit.training.trainer import AdapterTrainer, layer_major_for
 
 __all__ = ["CASES", "Case", "Cut", "Outcome", "compare", "train"]
 

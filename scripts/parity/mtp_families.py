@@ -25,8 +25,7 @@ from transformers.utils import logging
 from tests.harness.families import Family, families
 from tests.harness.native_heads import LAYOUTS, layout_of, native_checkpoint, our_draft, stock, stock_draft, trained
 from toolkit.mtp.decode import can_speculate
-from toolkit.mtp.head_file import read_head
-from toolkit.mtp.native import load_native, native_keys
+from toolkit.mtp.head_file import load_native, native_keys, read_head
 from toolkit.quant import load_int8
 
 __all__ = ["ignored_keys", "main", "round_trip"]

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from toolkit import run as job
 from toolkit.mtp.decode import Counts
-from toolkit.mtp.measure import speculator
+from toolkit.mtp.drafts import speculator
 from toolkit.plan import make_plan
 from toolkit.recipe import load as load_recipe
 

@@ -16,14 +16,17 @@ from toolkit.errors import ModelError, ResourceError
 from toolkit.training.checkpoint import (
     clear_leftovers,
     every_checkpoint,
+    flatten,
     newest_checkpoint,
     open_checkpoint,
+    random_state,
     read_json,
     read_tensors,
+    restore_random_state,
     rotate,
+    unflatten,
     write_checkpoint,
 )
-from toolkit.training.state import flatten, random_state, restore_random_state, unflatten
 
 
 def save(folder: Path, step: int, eval_loss: float | None = None) -> Path:

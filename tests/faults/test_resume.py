@@ -19,7 +19,7 @@ from toolkit.cli import main
 from toolkit.errors import ModelError
 from toolkit.recipe import Effect, Recipe, changes, flat, parse
 from toolkit.recipe.binding import EFFECTS, effect_of
-from toolkit.run.resume import refuse_changes
+from toolkit.run.folder import refuse_changes
 from toolkit.training.checkpoint import newest_checkpoint
 
 SOME = (
@@ -155,7 +155,7 @@ def test_other_content_under_the_same_name_is_refused(
 def test_another_version_is_refused_and_a_patch_is_listed(
     onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit.run.resume import versions
+    from toolkit.run.folder import versions
 
     monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": "7.0.0"})
     status, _, err = onecard("train", cut_off / "recipe.yaml")

@@ -20,15 +20,15 @@ import torch
 from tests.faults.conftest import Run
 from tests.faults.test_wrong_input import fails
 from toolkit.errors import DivergedError, InterruptedRunError, PreemptedError, ResourceError
+from toolkit.processes import StopRequest, signals_heeded
 from toolkit.quant.quantizer import Int8Quantizer
-from toolkit.run.lock import LOCK, owned
-from toolkit.signals import StopRequest, signals_heeded
+from toolkit.run.folder import LOCK, owned
 from toolkit.training.divergence import StepGuard
 from toolkit.training.trainer import AdapterTrainer
 
 HOLDER = """
 import sys, pathlib
-from toolkit.run.lock import owned
+from toolkit.run.folder import owned
 with owned(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -90,7 +90,7 @@ def test_a_second_signal_and_one_outside_of_training_leave_at_once(number: int, 
     assert end.value.code == code
     program = f"""
 import os
-from toolkit.signals import signals_heeded
+from toolkit.processes import signals_heeded
 with signals_heeded() as stop, stop.until_saved():
     os.kill(os.getpid(), {int(number)})
     os.kill(os.getpid(), {int(number)})
@@ -253,7 +253,7 @@ def test_the_guard_counts_in_a_row_and_forgives_a_scale_search() -> None:
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from toolkit.training.progress import MetricsLog
+    from toolkit.training.callbacks import MetricsLog
 
     log = MetricsLog(tmp_path / "gone" / "metrics.jsonl", "cpu")
     with pytest.raises(ResourceError, match="rerun the same command"):

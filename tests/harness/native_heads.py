@@ -21,8 +21,7 @@ from tests.harness.families import build, tiny_config
 from toolkit.adapters import attach_lora
 from toolkit.mtp.drafts import HeadDrafter
 from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
-from toolkit.mtp.head_file import config_with_head, head_state
-from toolkit.mtp.native import prepared
+from toolkit.mtp.head_file import config_with_head, head_state, prepared
 from toolkit.mtp.training import HeadTraining
 
 __all__ = [

@@ -16,12 +16,11 @@ from tests.parity.test_training import train_adapted
 from toolkit.adapters import attach_lora
 from toolkit.errors import ModelError
 from toolkit.mtp.build import new_head
-from toolkit.mtp.decode import Speculator
-from toolkit.mtp.drafts import Draft, HeadDrafter
+from toolkit.mtp.decode import Draft, Speculator
+from toolkit.mtp.drafts import HeadDrafter, measure_drafts, speculator
 from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
 from toolkit.mtp.head_file import head_state, read_head
 from toolkit.mtp.loss import Rows, head_loss
-from toolkit.mtp.measure import measure_drafts, speculator
 from toolkit.mtp.training import HeadTraining
 from toolkit.quant import load_int8
 

@@ -15,8 +15,8 @@ from tests.parity.conftest import COMMON, EMBEDDED, FAMILIES
 from toolkit.adapters import attach_lora
 from toolkit.evaluate import answer_ids
 from toolkit.mtp.build import new_head
+from toolkit.mtp.drafts import speculator
 from toolkit.mtp.head import MtpHead, Trunk
-from toolkit.mtp.measure import speculator
 from toolkit.mtp.own_answers import OwnHidden, _padded, _words, learn_own_answers
 from toolkit.mtp.training import HeadTraining
 from toolkit.quant import load_int8

@@ -21,8 +21,7 @@ from toolkit.artifact import write_artifact
 from toolkit.checkpoint.identity import identify_base
 from toolkit.export.write import Export, export_adapter
 from toolkit.mtp.build import new_head
-from toolkit.mtp.head_file import head_state, read_head
-from toolkit.mtp.native import load_native, native_keys
+from toolkit.mtp.head_file import head_state, load_native, native_keys, read_head
 from toolkit.quant import load_int8
 
 

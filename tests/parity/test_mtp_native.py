@@ -12,8 +12,7 @@ from tests.harness.families import build, tiny_config
 from tests.harness.native_heads import native_checkpoint, our_draft, stock, stock_draft, trained
 from toolkit.errors import ModelError
 from toolkit.mtp.decode import can_speculate
-from toolkit.mtp.head_file import head_state, merged_head_state, read_head
-from toolkit.mtp.native import head_of, load_native, native_keys
+from toolkit.mtp.head_file import head_of, head_state, load_native, merged_head_state, native_keys, read_head
 from toolkit.quant import load_int8
 
 # One of each layout and kind of attention; scripts/parity/mtp_families.py goes through all.

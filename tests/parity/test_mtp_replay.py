@@ -11,7 +11,7 @@ import torch
 from tests.parity.conftest import EMBEDDED
 from tests.parity.test_mtp_edges import adapted, plain, taught
 from toolkit.mtp.build import new_head
-from toolkit.mtp.measure import speculator
+from toolkit.mtp.drafts import speculator
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 PROMPTS = [[5 + (7 * n + k) % 900 for k in range(6 + n % 3)] for n in range(5)]

@@ -31,9 +31,8 @@ from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.registry import _forward_with
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
-from toolkit.training.context import RunContext
-from toolkit.training.packing import isolate_documents
-from toolkit.training.trainer import AdapterTrainer, sft_config
+from toolkit.training.train import isolate_documents, sft_config
+from toolkit.training.trainer import AdapterTrainer, RunContext
 
 LENGTHS = (23, 31, 9, 40)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.faults.conftest import Run, onecard, recipe
 from tests.unit.documentation.warm import warm_python
 from toolkit.errors import ResourceError
-from toolkit.ranks import first_one_first, is_first, join, processes
+from toolkit.processes import first_one_first, is_first, join, processes
 
 __all__ = ["onecard", "recipe"]
 

@@ -14,7 +14,7 @@ import torch
 
 from toolkit.cli import main
 from toolkit.errors import DataError
-from toolkit.ranks import broadcast, first_one_first, is_first
+from toolkit.processes import broadcast, first_one_first, is_first
 
 
 def train() -> None:

@@ -28,12 +28,10 @@ ORDER = (
     *(
         "errors",
         "compat",
-        "ranks",
+        "processes",
         "durable",
         "run_folder",
         "steps",
-        "downloads",
-        "signals",
         "recipe",
         "parts",
         "labels",
@@ -52,7 +50,7 @@ APART: dict[str, set[str]] = {
     "labels": set(),
     "ops": {"errors", "steps", "parts", "labels", "architecture"},
     "offload": set(ORDER[: ORDER.index("offload")]),
-    "data": {"errors", "ranks", "durable", "steps", "downloads", "recipe", "labels"},
+    "data": {"errors", "processes", "durable", "steps", "recipe", "labels"},
 }
 """Rooms that may import less than what stands before them."""
 MAY_IMPORT = {room: APART.get(room, set(ORDER[:place])) for place, room in enumerate(ORDER)}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.headers import read_header
+from toolkit.checkpoint.files import read_header
 from toolkit.errors import ModelError, first_line
 
 __all__ = ["check_adapter_files", "check_patterns"]

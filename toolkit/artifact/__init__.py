@@ -2,14 +2,12 @@
 
 from toolkit.artifact.card import model_card
 from toolkit.artifact.combine import Combined, combine_adapters
-from toolkit.artifact.fetch import fetch_adapter, is_remote
-from toolkit.artifact.hub import check_token, push_artifact
+from toolkit.artifact.hub import check_token, fetch_adapter, is_remote, push_artifact
 from toolkit.artifact.manifest import load_adapter_config, read_manifest
 from toolkit.artifact.privacy import training_answers
-from toolkit.artifact.ready import require_packageable
 from toolkit.artifact.reopen import base_folder, reopen_recipe, runs_near
 from toolkit.artifact.verify import Check, VerifyReport, require_base, verify_artifact
-from toolkit.artifact.write import check_folder, stack_versions, write_artifact
+from toolkit.artifact.write import check_folder, require_packageable, stack_versions, write_artifact
 
 __all__ = [
     "Check",

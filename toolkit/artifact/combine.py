@@ -28,9 +28,8 @@ from toolkit.artifact.manifest import (
     read_manifest,
     write_json,
 )
-from toolkit.artifact.privacy import refuse_canaries
-from toolkit.artifact.redact import portable
-from toolkit.artifact.stops import read_stops
+from toolkit.artifact.privacy import portable, refuse_canaries
+from toolkit.artifact.tokenizer import read_stops
 from toolkit.artifact.verify import verify_artifact
 from toolkit.artifact.write import FROM_ELSEWHERE, remembered, seal, stack_versions
 from toolkit.checkpoint.identity import license_of

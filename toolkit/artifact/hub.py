@@ -1,27 +1,51 @@
-"""Uploads a verified artifact to the Hub: one commit, private unless told, the local copy never at risk.
+"""To the Hub and from it: a verified artifact as one commit, private unless told; an adapter's own files only.
 
-huggingface_hub does the transfer, through `create_commit`: its `upload_folder` may split a folder over several commits.
-Added here: verification first, only the manifest's files, no commit on top of one that came in meanwhile, no private
-artifact into a public repository, and one line that says how to repeat.
+huggingface_hub does the transfer, through `create_commit`: its `upload_folder` may split a folder over several commits,
+and its `snapshot_download` takes whatever a repository holds. Added here: verification first, only the manifest's
+files, no commit on top of one that came in meanwhile, no private artifact into a public repository, one line that says
+how to repeat, and a time limit. Its client has none: a server that takes a request and never answers would hold a push,
+and the training run before it, for ever. Its seam for clients (`set_client_factory`) takes one with a limit.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
+from httpx2 import Client, HTTPError, Timeout
+from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 
-from toolkit.artifact.connection import HTTPError, limit_waiting
 from toolkit.artifact.manifest import FILES, MANIFEST, read_manifest
 from toolkit.artifact.privacy import refuse_canaries
 from toolkit.artifact.verify import verify_artifact
 from toolkit.artifact.write import remembered
-from toolkit.errors import HubError, first_line
+from toolkit.checkpoint.remote import download
+from toolkit.errors import HubError, RecipeError, first_line
 from toolkit.steps import part
 
-__all__ = ["check_token", "push_artifact"]
+__all__ = ["PATIENCE", "check_token", "fetch_adapter", "is_remote", "push_artifact"]
+
+PATIENCE = "ONECARD_HUB_TIMEOUT"
+"""Seconds without a byte either way, 120 by default; an environment variable, for slow lines and for tests."""
+
+_NAME = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+@cache
+def _limit_waiting() -> None:
+    """Give huggingface_hub, in this process, a client that stops waiting; once: a change closes the one in use."""
+    set_client_factory(_client)
+
+
+def _client() -> Client:
+    client = default_client_factory()
+    client.timeout = Timeout(float(os.environ.get(PATIENCE) or 120))
+    return client
 
 
 def check_token(token: str | None = None, *, endpoint: str | None = None) -> str:
@@ -102,7 +126,7 @@ def _operations(folder: Path, there: set[str]) -> list[CommitOperation]:
 @contextmanager
 def _one_line(what: str, then: str) -> Iterator[None]:
     """Turn whatever the Hub client raises into one `HubError` line."""
-    limit_waiting()
+    _limit_waiting()
     try:
         yield
     except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -126,3 +150,31 @@ _ADVICE = {
 
 def _status(error: BaseException) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+
+
+def is_remote(name: str) -> bool:
+    """Whether this is `hf://owner/name[@revision]`, or `owner/name` where no such folder is here."""
+    return name.startswith("hf://") or (
+        _NAME.fullmatch(name) is not None and name[0] not in "./~" and not Path(name).exists()
+    )
+
+
+def fetch_adapter(name: str) -> Path:
+    """The folder of an adapter, downloaded to the Hub's cache where it is a Hub name.
+
+    Raises:
+        RecipeError: not a name. HubError: not there, no access, or no connection.
+    """
+    if not is_remote(name):
+        return Path(name)
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise RecipeError(f"{name}: not an adapter on the Hub; write hf://owner/name or hf://owner/name@revision")
+    _limit_waiting()
+    try:
+        wanted = sorted({*FILES, MANIFEST})
+        return download(match["repo"], wanted, revision=match["revision"])
+    except (HTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"{name}: cannot be downloaded: {first_line(error)}; check the name, or log in with `hf auth login`"
+        ) from None

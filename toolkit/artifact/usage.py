@@ -13,7 +13,7 @@ from typing import Any
 
 from toolkit.checkpoint.identity import BaseIdentity
 
-__all__ = ["form_of", "largest_rank", "loading_section"]
+__all__ = ["form_of", "loading_section"]
 
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""
@@ -41,7 +41,7 @@ def loading_section(
         config: the adapter's configuration. chat: how its conversations were written, as `write_artifact` takes it.
         has_template: the adapter has a chat template in a file.
     """
-    rank = largest_rank(config)
+    rank = _largest_rank(config)
     served = next((allowed for allowed in _SERVED_RANKS if allowed >= rank), rank)
     name = shlex.quote(base.name)
     revision = f" --revision {base.revision}" if base.revision else ""
@@ -127,7 +127,7 @@ def _ends_there(chat: Mapping[str, Any]) -> str:
     return said
 
 
-def largest_rank(config: Mapping[str, Any]) -> int:
+def _largest_rank(config: Mapping[str, Any]) -> int:
     """Of any part: servers reserve room for one rank."""
     return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
 

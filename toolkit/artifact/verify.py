@@ -31,7 +31,7 @@ from toolkit.artifact.manifest import (
     load_adapter_config,
     read_manifest,
 )
-from toolkit.checkpoint.headers import read_header
+from toolkit.checkpoint.files import read_header
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, first_line
 

@@ -2,7 +2,8 @@
 
 `PeftModel.save_pretrained` writes the local base path, a placeholder card and an unordered configuration straight into
 the target folder. Here PEFT still makes the tensors and the configuration, but the folder appears whole or not at all,
-holds listed files only, and equal inputs give equal bytes.
+holds listed files only, and equal inputs give equal bytes. The last look, at the bytes that are written, comes after
+hours of training; so everything that could stop an artifact and is known before is asked before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +26,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import __version__
-from toolkit.artifact.allowed import Known, base_texts, leaves
 from toolkit.artifact.card import model_card
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
@@ -41,21 +42,40 @@ from toolkit.artifact.manifest import (
     read_manifest,
     write_json,
 )
-from toolkit.artifact.privacy import looked_at, refuse_canaries
-from toolkit.artifact.redact import figures, portable
-from toolkit.artifact.stops import write_generation_config
-from toolkit.artifact.tokenizer import write_tokenizer
+from toolkit.artifact.privacy import (
+    Known,
+    base_texts,
+    canaries,
+    figures,
+    finds,
+    leaves,
+    looked_at,
+    portable,
+    refuse_canaries,
+)
+from toolkit.artifact.tokenizer import require_same_tokenizer, write_generation_config, write_tokenizer
 from toolkit.checkpoint.identity import BaseIdentity, files_of
 from toolkit.durable import staged_folder
-from toolkit.errors import ModelError, OnecardError, ResourceError, first_line
+from toolkit.errors import ModelError, OnecardError, RecipeError, ResourceError, first_line
 from toolkit.recipe import Effect, Recipe, changes, load
 
-__all__ = ["FROM_ELSEWHERE", "check_folder", "remembered", "seal", "stack_versions", "write_artifact"]
+__all__ = [
+    "FROM_ELSEWHERE",
+    "check_folder",
+    "remembered",
+    "require_packageable",
+    "seal",
+    "stack_versions",
+    "write_artifact",
+]
 
 FROM_ELSEWHERE = TOKENIZER_FILES | {GENERATION_CONFIG}
 """Files whose text is the base's, or that of the chat template that the recipe names."""
 _METADATA = {"format": "pt"}
 _BASE_KEYS = {field.name for field in fields(BaseIdentity)}
+
+_PROSE = "system_prompt"
+_TEMPLATE = "data.chat_template_path"
 
 
 def check_folder(folder: str | Path, *, base: BaseIdentity, recipe_yaml: str) -> None:
@@ -271,3 +291,46 @@ def _card(folder: Path, facts: Mapping[str, Any], license: str | None) -> str:
         chat=facts.get("chat") or {},
         has_template=(folder / TEMPLATE).is_file(),
     )
+
+
+def require_packageable(
+    tokenizer: PreTrainedTokenizerBase, recipe: Mapping[str, Any], base_folder: str | Path | None = None
+) -> None:
+    """Raise unless tokenizer, chat template and recipe may go into an artifact; needs no model, and takes seconds.
+
+    Args:
+        tokenizer: with the recipe's chat template on it. recipe: values by `section.field`.
+        base_folder: the base's files; what stands in them is no find.
+
+    Raises:
+        RecipeError: a value of the recipe, or the template it names, holds a token or a path of this machine.
+        ModelError: the base's tokenizer cannot be written so that it reads back the same.
+    """
+    known = Known(base_texts(Path(base_folder) if base_folder else None))
+    allowed = {find for text in known.base for find, _ in finds(text)}
+    for key, value in recipe.items():
+        for kind in _told(value, allowed, prose=key.endswith(_PROSE)):
+            raise RecipeError(f"{key}: holds {kind}, and the recipe goes into the artifact: write it without")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_tokenizer(tokenizer, folder, Path(base_folder) if base_folder else None)
+        if found := next(canaries(folder, known=known), None):
+            raise _refusal(found, recipe.get(_TEMPLATE), base_folder)
+        try:
+            require_same_tokenizer(tokenizer, folder)
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(folder), str(base_folder or "this base"))) from None
+
+
+def _told(value: Any, allowed: set[str], *, prose: bool) -> Iterator[str]:
+    """What is found in a value as it would be published. Paths are cut short there, but prose must stay as it is."""
+    for text in leaves(value if prose else portable(value)):
+        yield from (kind for find, kind in finds(text) if find not in allowed)
+        if prose and portable({_PROSE: text})[_PROSE] != text:
+            yield "a folder of this machine, or a login"
+
+
+def _refusal(found: str, template: str | None, base_folder: str | Path | None) -> RecipeError | ModelError:
+    if template:
+        return RecipeError(f"{_TEMPLATE}: {template}: {found}, and it goes into the artifact: write it without")
+    return ModelError(f"{base_folder or 'this base'}: {found}: remove it from the base's files")

@@ -1,22 +1,139 @@
-"""Which files a checkpoint is made of: its shards by `model.safetensors.index.json`, and what lies beside them.
+"""A checkpoint's files: its shards, what their headers say, whether they are whole, and the format of the weights.
 
-transformers reads the index while it loads and asks the Hub for what is missing; here a folder is taken as it is.
+No weight is read. `safetensors.safe_open` says whether a header is valid, but not where a tensor's bytes lie, and of a
+file that was cut short not by how much. transformers reads the index while it loads and asks the Hub for what is
+missing, finds out formats one by one, and would keep the weights as they are; here a folder is taken as it is, and a
+snapshot in the Hub's cache is found without huggingface_hub: a plan does not wait for its import.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["BESIDE", "INDEX", "SINGLE", "beside", "listed", "shards_of", "write_index"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "BESIDE",
+    "INDEX",
+    "METHOD",
+    "REQUIRES",
+    "SINGLE",
+    "Header",
+    "Placed",
+    "beside",
+    "cache_root",
+    "declared_format",
+    "headers_in",
+    "listed",
+    "raw_header",
+    "read_header",
+    "shards_of",
+    "stored_headers",
+    "whole_snapshot",
+    "write_index",
+]
+
+_MOST_BYTES = 100 << 20
+"""Of a header; safetensors reads none that is longer."""
+_WRONG = (
+    *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),  # an endless number, brackets without end
+)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Patterns of what belongs to a checkpoint beside its weights: tokenizer, templates, configs, index and licence."""
+
+METHOD = "onecard_int8"
+"""`quantization_config.quant_method` of our int8 checkpoints."""
+
+REQUIRES = "onecard's int8 weights; call toolkit.register() before from_pretrained"
+"""Stands as `transformers_weights` in the config.json of an int8 checkpoint.
+
+transformers only warns of a format that it does not know and would take the integers for weights. What names no file
+there it refuses, and quotes it.
+"""
+
+_SOURCES = ("fp8", "mxfp8", "mxfp4")
+"""Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says of one tensor; `dtype` as safetensors calls it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Placed(Header):
+    """Of a tensor in a file that is here: its bytes begin at `offset` of `path`."""
+
+    path: Path
+    offset: int
+
+
+def raw_header(path: Path, most: int = _MOST_BYTES) -> bytes:
+    """The JSON that a file begins with, as it stands there and at most `most` bytes of it; nothing is checked."""
+    with path.open("rb") as stream:
+        return stream.read(min(int.from_bytes(stream.read(8), "little"), most))
+
+
+def read_header(path: Path, advice: str = "download it again", most: int = _MOST_BYTES) -> dict[str, Placed]:
+    """The tensors of a file by name, in the header's order. Made for files of strangers too.
+
+    Args:
+        advice: what to do about a file that is wrong, for the error. most: bytes that its header may have.
+
+    Raises:
+        ModelError: not a safetensors file, one cut short, or one whose header safetensors itself refuses.
+    """
+    try:
+        size, text = path.stat().st_size, raw_header(path, most + 1)
+        if len(text) > most:
+            raise ValueError(f"its header is longer than {most} bytes")
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        found = {name: _placed(name, entry, path, 8 + len(text)) for name, entry in header.items()}
+        whole = max((tensor.offset + tensor.bytes for tensor in found.values()), default=8 + len(text))
+        if whole == size:
+            with safe_open(path, framework="np"):
+                return found
+    except _WRONG as error:
+        raise ModelError(f"{path}: not a safetensors file ({first_line(error)[:120]}); {advice}") from None
+    raise ModelError(f"{path}: damaged, {size} bytes where its header says {whole}; {advice}")
+
+
+def headers_in(folder: Path, advice: str = "download it again") -> dict[str, Placed]:
+    """The tensors of every safetensors file of a folder, by name.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in read_header(path, advice).items()
+    }
+
+
+def _placed(name: str, entry: dict[str, Any], path: Path, begin: int) -> Placed:
+    first, last = entry["data_offsets"]
+    return Placed(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), last - first, path, begin + first)
 
 
 def listed(folder: Path) -> list[str]:
@@ -61,3 +178,75 @@ def write_index(folder: Path, weight_map: Mapping[str, str], size: int) -> None:
 def beside(folder: Path) -> list[Path]:
     """The files of `BESIDE`, sorted."""
     return sorted({path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
+
+
+def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, Any] | None:
+    """The quantization_config of a checkpoint, None where its weights are plain floats.
+
+    Raises:
+        ModelError: a format that can be neither loaded nor requantised.
+    """
+    parts = (config, config.get_text_config())
+    declared = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    if declared is None:
+        return None
+    declared = dict(declared) if isinstance(declared, Mapping) else {}
+    method = declared.get("quant_method")
+    if method not in (METHOD, *_SOURCES):
+        raise ModelError(
+            f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; only "
+            f"{', '.join(_SOURCES)} can be requantised, so take the unquantised checkpoint of this model"
+        )
+    return declared
+
+
+def stored_headers(name_or_path: str | Path, revision: str = "main") -> Sequence[Header]:
+    """Of every tensor in the checkpoint; of one on the Hub nothing but the headers is fetched.
+
+    Raises:
+        ModelError: no safetensors there, or a shard is missing or damaged. HubError: the Hub does not give them.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return _check_shards(folder)
+    from toolkit.checkpoint.remote import hub_headers
+
+    return list(hub_headers(str(name_or_path), revision))
+
+
+def whole_snapshot(name: str, revision: str = "main") -> Path | None:
+    """The folder of a whole checkpoint in the Hub's cache, None where it is not there; asks nobody.
+
+    The cache's place is spelt out as huggingface_hub finds it.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = Path(os.environ.get("HF_HOME") or Path(caches) / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    named = cache / "refs" / revision
+    commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
+    folder = cache / "snapshots" / commit
+    try:
+        return folder if _check_shards(folder) else None
+    except ModelError:  # not downloaded yet, or not to the end
+        return None
+
+
+def _check_shards(folder: Path) -> list[Placed]:
+    """What the headers say of every tensor in a folder, after checking that its files are there and whole.
+
+    Raises:
+        ModelError: a shard is missing, cut short or not safetensors; or there is none at all.
+    """
+    if (folder / INDEX).is_file():
+        shards_of(folder)
+    found = list(headers_in(folder).values())
+    if not found:
+        raise ModelError(f"{folder}: no .safetensors file in this folder; other formats are not read")
+    return found
+
+
+def cache_root() -> Path:
+    """`$ONECARD_CACHE`, or `onecard` in the user's cache folder."""
+    given = os.environ.get("ONECARD_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "onecard"

@@ -18,8 +18,7 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from toolkit.checkpoint.files import shards_of
-from toolkit.checkpoint.formats import METHOD
+from toolkit.checkpoint.files import METHOD, shards_of
 from toolkit.errors import ModelError
 from toolkit.steps import advance, part
 

@@ -1,14 +1,17 @@
 """What is asked of the Hub: a config, the headers of safetensors files, a whole checkpoint.
 
-transformers has one reason for all failures. Apart from the rest, because the Hub's client takes half a second to load.
+transformers has one reason for all failures. `snapshot_download` draws bars of its own, or none; here its counts go to
+whoever listens, on a terminal or not. Apart from the rest, because the Hub's client takes half a second to load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,13 +22,46 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     SafetensorsParsingError,
 )
+from tqdm import tqdm
 
-from toolkit.checkpoint.files import BESIDE, listed
-from toolkit.checkpoint.headers import Header
-from toolkit.downloads import download
+from toolkit.checkpoint.files import BESIDE, Header, listed
 from toolkit.errors import HubError, ModelError, first_line
+from toolkit.steps import Steps, current, part
 
-__all__ = ["ask_hub", "fetch", "hub_headers"]
+__all__ = ["ask_hub", "download", "fetch", "hub_headers"]
+
+
+def download(repo_id: str, patterns: Sequence[str], *, revision: str | None = None) -> Path:
+    """The folder of the cache with the files that match; what is there already is not fetched again.
+
+    Raises:
+        whatever `snapshot_download` does.
+    """
+    with part("download"):
+        bars = _bars_of(current())
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), tqdm_class=bars))
+
+
+def _bars_of(steps: Steps | None) -> type[Any]:
+    """A class of bars that draw nothing: those that count bytes tell `steps`, from whatever thread."""
+
+    class Told(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._nowhere = open(os.devnull, "w")  # noqa: SIM115
+            super().__init__(*args, **{**kwargs, "file": self._nowhere})
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            """tqdm's own seam, called a few times a second."""
+            if steps is not None and self.unit == "B" and self.total and str(self.desc).startswith("Reconstr"):
+                steps.advance(self.n, self.total, "bytes")
+
+        def close(self) -> None:
+            """Also what it did not draw on."""
+            super().close()
+            self._nowhere.close()
+
+    return Told
 
 
 def hub_headers(name_or_path: str, revision: str) -> Iterable[Header]:

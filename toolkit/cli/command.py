@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.cli import export, many, prepare, run, share, use
+from toolkit.cli import prepare, run, share, use
 
 __all__ = ["app", "main"]
 
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 _VERBS: dict[str, Callable[..., None]] = {
     "train": run.train,
-    "sweep": many.sweep,
+    "sweep": run.sweep,
     "plan": run.plan,
     "preview": run.preview,
     "eval": use.evaluate,
@@ -39,8 +39,8 @@ _VERBS: dict[str, Callable[..., None]] = {
     "serve": use.serve,
     "verify": share.verify,
     "push": share.push,
-    "export": export.export,
-    "combine": export.combine,
+    "export": share.export,
+    "combine": share.combine,
     "quantize": prepare.quantize,
     "schema": prepare.schema,
     "init": prepare.init,

@@ -1,15 +1,18 @@
-"""What several verbs share: their arguments, the console, the recipe, a run opened again."""
+"""What several verbs share: their arguments, the console, the recipe, a run opened again, what to type next."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.ranks import is_first
+from toolkit.processes import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +30,7 @@ __all__ = [
     "complete_field",
     "emit",
     "load_recipe",
+    "next_commands",
     "opened_as",
     "plain_console",
     "quiet_console",
@@ -155,3 +159,18 @@ def reopen(
     made = make_plan(recipe, for_training=False)
     model, tokenizer = job.reopen(made, artifact_of(path), as_trained=as_trained)
     return made, model, tokenizer
+
+
+def _program() -> str:
+    """How this process was started, to be typed again."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return f"{os.path.relpath(sys.executable)} -m toolkit"
+    return os.path.relpath(sys.argv[0])
+
+
+def next_commands(console: Console, *commands: str) -> None:
+    """Show commands without their program's name, under a heading; whoever ran a path gets that path again."""
+    name = "onecard" if shutil.which("onecard") else _program()
+    console.print("[bold]next[/bold]")
+    for command in commands:
+        console.print(f"  {name} {command}", markup=False)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.cli.options import Json, emit, load_recipe, plain_console, quiet_console
-from toolkit.report.hints import next_commands
+from toolkit.cli.options import Json, emit, load_recipe, next_commands, plain_console, quiet_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +101,9 @@ def doctor(json_: Json = False) -> None:
     from toolkit.report import machine
 
     found = machine.machine()
-    machine.facts(quiet_console(), found)
+    console = quiet_console()
+    machine.facts(console, found)
+    next_commands(console, "init", "train recipes/quickstart.yaml")
     emit(found, json_)
 
 

@@ -16,13 +16,13 @@ from toolkit.cli.options import (
     RunPath,
     artifact_of,
     emit,
+    next_commands,
     opened_as,
     plain_console,
     quiet_console,
     reopen,
     run_of,
 )
-from toolkit.report.hints import next_commands
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -260,8 +260,8 @@ def _drafts(
 ) -> Speculator:
     """What decodes with the artifact's head, or with what followed the same words before where it has none."""
     from toolkit import run as job
+    from toolkit.mtp.drafts import speculator
     from toolkit.mtp.head_file import HEAD_FILE
-    from toolkit.mtp.measure import speculator
 
     artifact = artifact_of(run)
     head = job.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None

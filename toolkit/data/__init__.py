@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+from toolkit.data.answers import Answer
 from toolkit.data.build import Batches, build_batches
 from toolkit.data.conversation import check_messages, check_tools
 from toolkit.data.dialogue import ChatForm, Dialogue
+from toolkit.data.encode import HeldOut
 from toolkit.data.preview import render_preview
 from toolkit.data.problems import InvalidRow
-from toolkit.data.report import DataReport, HeldOut, SplitReport
+from toolkit.data.report import DataReport, SplitReport
 from toolkit.data.sources import read_chat_template, require_source
-from toolkit.data.streamed import Answer
 
 __all__ = [
     "Answer",

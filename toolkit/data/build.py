@@ -12,7 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,19 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.data.dialogue import ChatForm, Dialogue
-from toolkit.data.duplicates import COPIES, HELD, copies, drop_copies, drop_held_out
-from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder
+from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder, HeldOut, pack_row, unpack_row
 from toolkit.data.formats import Example
-from toolkit.data.mixture import BEYOND, DataSource, draw, read_sources, require_removed, source_reports, sources_of
-from toolkit.data.packed_rows import pack_row, unpack_row
 from toolkit.data.problems import Problems
-from toolkit.data.reading import Reading, Split, counted
-from toolkit.data.report import DataReport, HeldOut, SourceReport, SplitReport, length_bins
-from toolkit.data.rows import Row
+from toolkit.data.reading import Reading, Split, counted, read_sources, require_removed, sources_of
+from toolkit.data.report import DataReport, SourceReport, SplitReport, source_reports, summarise
+from toolkit.data.selection import (
+    BEYOND,
+    COPIES,
+    HELD,
+    copies,
+    draw,
+    drop_copies,
+    drop_held_out,
+    group_overlap,
+    overlap,
+    set_apart,
+)
 from toolkit.data.sources import open_source
-from toolkit.data.split import group_overlap, overlap, set_apart
-from toolkit.data.spool import Spool, View
-from toolkit.data.token_table import token_table
+from toolkit.data.storage import Spool, View, token_table
 from toolkit.errors import DataError
 from toolkit.steps import advance
 
@@ -127,22 +132,17 @@ def build_batches(
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
     reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by)
-    open_ = partial(open_source, base_folder=base_folder)
-    sources = sources_of(train)
-
-    def rows_of(source: DataSource, split: str | None) -> Iterator[Row]:
-        return open_(source.path, name=source.name or name, split=None if split == "train" else split)
-
-    training = read_sources(sources, reading, lambda each: rows_of(each, each.split or train_split))
+    sources = sources_of(train, name, train_split)
+    training = read_sources(sources, reading, base_folder)
     require_removed(reading, training.where)
     if dedupe:
         drop_copies(training)
     held = None
     if validation is not None:
-        held = reading.read("validation", validation, open_(validation, name=name, default="validation"))
+        rows = open_source(validation, name=name, default="validation", base_folder=base_folder)
+        held = reading.read("validation", validation, rows)
     elif validation_split is not None:
-        open_held = partial(rows_of, split=validation_split)
-        held = read_sources(sources, reading, open_held, name="validation", split=validation_split)
+        held = read_sources(sources, reading, base_folder, name="validation", split=validation_split)
     elif validation_size is not None:
         held = set_apart(training, validation_size, seed)
     if dedupe and held is not None:
@@ -234,40 +234,13 @@ def _encode(
         raise DataError(f"{split.where}: {left}{_REMEDIES.get(chief, problems.advice)}")
     kept = drawn[np.sort(places) if keep_order else np.asarray(places)]
     kept_rows = View(rows, number[kept])
-    summary = _summary(split.rows, kept_rows, drops)
+    summary = summarise(split.rows, kept_rows, drops)
     again = copies(each for row in rows for each in row.examples)
     return _Done(View(split.examples, kept), kept_rows, summary, again, summary.examples - distinct)
 
 
 def _memory_of(row: EncodedRow) -> int:
     return 300 + sum(each.ids.nbytes + each.trained.nbytes for each in row.examples)
-
-
-def _summary(count: int, rows: Sequence[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
-    lengths, enders = array("q"), Counter[str]()
-    trained = turns = split = thoughts = dropped = 0
-    for row in rows:
-        lengths.extend(len(each.ids) for each in row.examples)
-        trained += sum(int(each.trained.sum()) for each in row.examples)
-        turns += row.turns
-        split += len(row.examples) > 1
-        thoughts += row.thoughts
-        dropped += row.dropped_thoughts
-        enders.update(row.enders)
-    return SplitReport(
-        rows=count,
-        kept=len(rows),
-        drops=dict(sorted(drops.items())),
-        tokens=sum(lengths),
-        trained_tokens=trained,
-        lengths=length_bins(lengths),
-        examples=len(lengths),
-        turns=turns,
-        split=split,
-        thoughts=thoughts,
-        dropped_thoughts=dropped,
-        enders=dict(sorted(enders.items())),
-    )
 
 
 def _refuse_endless(done: _Done, where: str, dialogue: Dialogue) -> None:

@@ -13,19 +13,78 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit.data.answers import AnswerReader
+from toolkit.data.answers import Answer, AnswerReader, AnswerStream
 from toolkit.data.conversation import Message, text_of
 from toolkit.data.problems import InvalidRow
 from toolkit.data.stops import any_of
-from toolkit.data.streamed import Answer, AnswerStream
 from toolkit.data.template import ChatTemplate
-from toolkit.data.tokens import Tokens
 from toolkit.data.turns import TurnReader
+from toolkit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ChatForm", "Dialogue"]
+__all__ = ["ChatForm", "Dialogue", "Tokens"]
+
+_WORD = "word"
+
+
+class Tokens:
+    """A tokenizer for prompts and what follows them.
+
+    Raises:
+        DataError: it is not a fast one, or has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError("the tokenizer is not a fast one; the checkpoint needs a tokenizer.json")
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-sequence token, so no answer could end; set its eos_token")
+        self._tokenizer: Any = tokenizer
+        self.eos = int(tokenizer.eos_token_id)
+        end, after = self.of([f"{_WORD}\n", f"{_WORD}\n{_WORD}"])
+        self._is_prefixing = after[: len(end)] != end or after[len(end) :] != self.of([_WORD])[0]
+
+    def of(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+        """Tokens of each text; `plain` text gets the tokenizer's own special tokens, templates write theirs."""
+        if not texts:
+            return []
+        batch = self._tokenizer(
+            list(texts),
+            add_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = batch["input_ids"]
+        return [self._begun(each) for each in ids] if plain else ids
+
+    def after(
+        self, pairs: Sequence[tuple[str, str]], prompts: Sequence[list[int]], *, plain: bool = False
+    ) -> list[list[int]]:
+        """Tokens of each pair's second text where it follows the first, whose tokens are `prompts`."""
+        if not self._is_prefixing:
+            return self.of([text for _, text in pairs])
+        wholes = self.of([before + text for before, text in pairs], plain=plain)
+        alone = self.of([text for _, text in pairs])
+        return [
+            whole[len(prompt) :] if whole[: len(prompt)] == prompt and len(whole) > len(prompt) else apart
+            for whole, prompt, apart in zip(wholes, prompts, alone, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of these tokens, as it is."""
+        return str(
+            self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        )
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Plain text to be gone on with: at most one beginning-of-sequence token, and no end."""
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos else ids
 
 
 @dataclass(frozen=True)
@@ -88,7 +147,7 @@ class Dialogue:
 
     @cached_property
     def _answers(self) -> AnswerReader:
-        return AnswerReader(self._tokenizer, self.tokens, self.reader)
+        return AnswerReader(self._tokenizer, self.tokens.decode, self.reader)
 
     @property
     def is_chat(self) -> bool:

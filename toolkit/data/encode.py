@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +18,32 @@ from toolkit.data.conversation import is_trained, odd_thoughts, text_of, thought
 from toolkit.data.dialogue import Dialogue
 from toolkit.data.formats import Example
 from toolkit.data.problems import InvalidRow
-from toolkit.data.report import HeldOut
 from toolkit.data.stops import any_of
 from toolkit.data.turns import Turn, groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CUT_OFF", "TOO_LONG", "Encoded", "EncodedRow", "Encoder"]
+__all__ = ["CUT_OFF", "TOO_LONG", "Encoded", "EncodedRow", "Encoder", "HeldOut", "pack_row", "unpack_row"]
 
 TOO_LONG = "longer than max_length"
 CUT_OFF = "answer beyond max_length"
 _Ids = tuple[list[int], list[int]]
 """Of a prompt, and of what follows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A held-out question and its answer.
+
+    `prompt_ids` are exactly the tokens that stand before the answer in training. `answer` is what a perfect generation
+    is read as: its text and calls, without thought, special tokens and outer whitespace.
+    """
+
+    place: str
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,3 +244,21 @@ def _joined(turns: Sequence[_Ids], everything: bool) -> Iterator[_Group]:
                 left.append((before, said))
         rest = left
         yield _Group(ids, trained, len(prompt))
+
+
+def pack_row(row: EncodedRow) -> tuple[Any, ...]:
+    """The row as tuples, text and bytes."""
+    examples = [(each.place, each.ids.tobytes(), each.trained.tobytes(), each.held_out) for each in row.examples]
+    return (examples, row.turns, row.thoughts, row.dropped_thoughts, row.enders)
+
+
+def unpack_row(stored: tuple[Any, ...]) -> EncodedRow:
+    """The row that `pack_row` was given."""
+    examples, *counts = stored
+    return EncodedRow(
+        tuple(
+            Encoded(place, np.frombuffer(ids, dtype=np.int32), np.frombuffer(trained, dtype=np.bool_), held_out)
+            for place, ids, trained, held_out in examples
+        ),
+        *counts,
+    )

@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolkit.data.conversation import Message, check_messages, check_tools, text_of, trim
-from toolkit.data.extra_columns import carries
+from toolkit.data.conversation import Message, as_turns, check_messages, check_tools, text_of, trim
 from toolkit.data.problems import InvalidRow, listed, printable
-from toolkit.data.speakers import as_turns
 from toolkit.data.template import NOT_OPTIONS
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["SHAPES", "Example", "Shape", "add_system", "choose_shape", "rename"]
+__all__ = ["SHAPES", "Example", "Shape", "add_system", "carries", "choose_shape", "rename"]
 
 _SYSTEM = ("system", "developer")
 
@@ -334,3 +332,12 @@ SHAPES: Mapping[str, Shape] = {
     "text": Shape(("text",), (), _parse_text),
 }
 """Every format by name, in the order in which `auto` tries them."""
+
+
+def carries(value: Any) -> bool:
+    """Whether a value says anything: Arrow's tables hold empty lists and nulls where a row has nothing."""
+    if isinstance(value, (list, tuple)):
+        return any(map(carries, value))
+    if isinstance(value, Mapping):
+        return any(map(carries, value.values()))
+    return value is not None and value != ""

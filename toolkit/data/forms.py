@@ -2,7 +2,8 @@
 
 Arguments of a call as an object or as JSON text, no content beside a call as null or as "", parts or plain text, call
 ids, names of roles and of the thought's key: each way is tried on a conversation of the same shape, and the first one
-in which nothing is lost is kept, once a shape. transformers hands a template whatever it is given.
+in which nothing is lost is kept, once a shape. Keys that a template does not read are found the same way: left out or
+saying something else, they change nothing it writes. transformers hands a template whatever it is given.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, text_of, thought_of, without_thought
+from toolkit.data.conversation import CALLS, FLAGS, THOUGHT_FIELDS, Message, text_of, thought_of, without_thought
 from toolkit.data.problems import InvalidRow
 from toolkit.data.said import Probe, shape
 from toolkit.data.template import ChatTemplate, Options
-from toolkit.data.unread import UnreadKey, unread_keys
 
-__all__ = ["Form", "Forms"]
+__all__ = ["Form", "Forms", "UnreadKey", "unread_keys"]
+
+_JUDGED = {"role", "content", CALLS, *THOUGHT_FIELDS, *FLAGS}
+"""What is read here, or refused where a template leaves it out."""
+_OTHER = "onecardprobeother"
 
 Tools = list[dict[str, Any]] | None
 Way = Callable[[Message], Message]
@@ -29,6 +33,38 @@ _OTHER_ROLES = {"developer": "system", "environment": "tool", "function": "tool"
 _TWICE = re.compile(r"</think>\s*<think>")
 _UNREADABLE = 1 << 20
 """More than can be lost: the template refuses the conversation."""
+
+
+@dataclass(frozen=True)
+class UnreadKey:
+    """A key of the messages of one role."""
+
+    role: str
+    key: str
+
+    def stands_in(self, messages: Sequence[Message]) -> bool:
+        """Whether a message says something under it."""
+        return any(each["role"] == self.role and each.get(self.key) not in (None, "", [], {}) for each in messages)
+
+
+def unread_keys(write: Callable[[Sequence[Message]], str], messages: Sequence[Message]) -> Iterator[UnreadKey]:
+    """The keys of `messages` that change nothing.
+
+    Args:
+        write: what the template has for a conversation; nothing where it refuses it.
+    """
+    whole = write(messages)
+    pairs = sorted({(message["role"], key) for message in messages for key in message.keys() - _JUDGED})
+    for role, key in pairs if whole else ():
+        others: tuple[Mapping[str, str], ...] = ({}, {key: _OTHER})
+        if all(write([_said(message, role, key, other) for message in messages]) == whole for other in others):
+            yield UnreadKey(role, key)
+
+
+def _said(message: Message, role: str, key: str, other: Mapping[str, str]) -> Message:
+    if message["role"] != role or key not in message:
+        return message
+    return {**{name: value for name, value in message.items() if name != key}, **other}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Rows of a source to valid examples, with everything that was wrong counted or refused.
+"""Rows of one or several data sets to valid examples, with everything that was wrong counted or refused.
 
-This is where a file's shape is decided, from its first rows, and every row is then held to it.
+This is where a file's shape is decided, from its first rows, and every row is then held to it. Columns that its format
+does not read are left aside and counted, or refused where the row would mean another thing: other tools read many of
+them, and learning as if they were not there would be another training than the data's author meant.
 """
 
 from __future__ import annotations
@@ -9,23 +11,45 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.data.extra_columns import LEFT_OUT, ExtraColumns
-from toolkit.data.formats import SHAPES, Example, add_system, choose_shape, rename
-from toolkit.data.problems import InvalidRow, Problems, listed
-from toolkit.data.rows import Row
-from toolkit.data.spool import Spool
+from toolkit.data.formats import SHAPES, Example, add_system, carries, choose_shape, rename
+from toolkit.data.problems import InvalidRow, Problems, listed, printable
+from toolkit.data.sources import Row, open_source
+from toolkit.data.storage import Spool
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["Reading", "Split", "counted"]
+__all__ = [
+    "DataSource",
+    "Reading",
+    "Split",
+    "counted",
+    "read_sources",
+    "require_removed",
+    "sources_of",
+]
 
 _PEEK = 100  # rows from which the columns are read: optional ones may be missing in the first
 _TRIMMED = "turns after the last answer were left out"
 _PADDED = "nulls that Arrow had filled in were taken out of tool calls and schemas"
 _ALONE = "rows without a value of data.group_by stand alone"
+
+_LEFT_OUT = "weight 0 or train: false"
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_PAIR = (
+    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+    *("preferred_output", "non_preferred_output"),
+)
+_VERDICTS = ("kto_tag", "label")
+_FLAGS = ("train", "loss")
+_WEIGHTS = ("weight", "sample_weight")
+_WORDS: Mapping[str, bool | float] = {"true": True, "false": False}
+_MEANT = frozenset((*_MEDIA, *_PAIR, *_VERDICTS, *_FLAGS, *_WEIGHTS))
+_MOST_NAMED = 12
 
 
 @dataclass
@@ -77,11 +101,11 @@ class Reading:
         columns = {str(key) for row in peeked if isinstance(row.values, dict) for key in row.values}
         self.seen |= columns
         shape = self._shape(columns, where) if columns else None
-        extra = ExtraColumns(self._read_columns(shape))
+        extra = _ExtraColumns(self._read_columns(shape))
         for row in itertools.chain(peeked, rows):
             try:
                 if isinstance(row.values, dict) and extra.leaves_out(row.values):
-                    split.drops[LEFT_OUT] += 1
+                    split.drops[_LEFT_OUT] += 1
                 else:
                     examples.append(self._example(row, shape, source))
             except InvalidRow as problem:
@@ -148,3 +172,161 @@ def _group(value: Any) -> bytes | None:
 def counted(reasons: Mapping[str, int]) -> str:
     """`reasons` as "reason: count", most frequent first."""
     return ", ".join(f"{reason}: {n}" for reason, n in sorted(reasons.items(), key=lambda each: (-each[1], each[0])))
+
+
+class _ExtraColumns:
+    """Judges the columns of each row of one split that its format does not read.
+
+    `unused` counts the rows in which a column says something and is left aside.
+    """
+
+    def __init__(self, read: Set[str]) -> None:
+        self._read = read
+        self.unused: Counter[str] = Counter()
+
+    def leaves_out(self, values: Mapping[str, Any]) -> bool:
+        """Whether the row's own mark says that it is not trained on.
+
+        Raises:
+            InvalidRow: a column changes what the row means, and cannot be followed here.
+        """
+        out = False
+        for name in values.keys() - self._read:
+            value = values[name]
+            if not carries(value):
+                continue
+            if name not in _MEANT:
+                self.unused[name] += 1
+                continue
+            mark = _mark(name, value)
+            if mark is None:
+                _refuse(name, value)
+                self.unused[name] += 1
+            out |= mark is False
+        return out
+
+    def notices(self) -> Iterable[tuple[str, int]]:
+        """One line a column, the most frequent first; beyond a dozen, one line for the rest."""
+        counts = self.unused.most_common()
+        for name, rows in sorted(counts[:_MOST_NAMED]):
+            yield f"column {printable(name)!r} is not used", rows
+        if rest := counts[_MOST_NAMED:]:
+            yield f"{len(rest)} more columns are not used", max(rows for _, rows in rest)
+
+
+def _mark(name: str, value: Any) -> bool | None:
+    """Whether a mark of the whole row says that it is trained; nothing where the column is no mark.
+
+    Raises:
+        InvalidRow: a share between, which no example can have here.
+    """
+    value = _WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if name in _FLAGS:
+        return value if isinstance(value, bool) else None
+    number = _number(value) if name in _WEIGHTS else None
+    if number is None:
+        return None
+    if number not in (0.0, 1.0):
+        raise InvalidRow(
+            "bad weight",
+            f"{name} is {number:g}; a row is trained (1) or left out (0); give sets their weight in data.train, or "
+            f"write data.remove_columns: [{name}]",
+        )
+    return number == 1.0
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _refuse(name: str, value: Any) -> None:
+    aside = f"or leave the column aside: data.remove_columns: [{name}]"
+    if name in _MEDIA:
+        raise InvalidRow("more than text", f"{name}: the row has more than text; take text rows, {aside}")
+    if name in _PAIR:
+        raise InvalidRow(
+            "a preference pair", f"{name}: a better and a worse answer; here one answer is learnt; {aside}"
+        )
+    if value is False and name in _VERDICTS:
+        raise InvalidRow(
+            "an answer marked as bad", f"{name} says that the answer is a bad one; remove the row, {aside}"
+        )
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of the data sets to train on; what is None is as in the data section."""
+
+    path: str
+    weight: float = 1.0
+    format: str | None = None
+    max_samples: int | None = None
+    name: str | None = None
+    split: str | None = None
+    columns: Mapping[str, str] | None = None
+
+
+def sources_of(
+    train: str | Sequence[Mapping[str, Any]], name: str | None = None, split: str | None = None
+) -> list[DataSource]:
+    """`data.train` of a recipe as a list; `name` and `split` are those of sets that give none."""
+    sources = [DataSource(train)] if isinstance(train, str) else [DataSource(**each) for each in train]
+    return [replace(each, name=each.name or name, split=each.split or split) for each in sources]
+
+
+def read_sources(
+    sources: Sequence[DataSource],
+    reading: Reading,
+    base_folder: Path,
+    *,
+    name: str = "train",
+    split: str | None = None,
+) -> Split:
+    """All examples of `sources`, one after the other, each marked with the number of its set.
+
+    Args:
+        sources: the data sets.
+        reading: how rows are read where a set does not say; it collects what was found.
+        base_folder: where relative paths start.
+        name: of the split that is made of them.
+        split: the one that is read of each, instead of its own.
+
+    Raises:
+        DataError: one of them cannot be read, or a column to remove is in none.
+    """
+    examples = Spool[Example](Example.memory)
+    whole = Split(name, _where(sources[0].path, split) if len(sources) == 1 else "data.train", examples=examples)
+    formats: dict[str, None] = {}
+    for number, source in enumerate(sources):
+        columns = reading.columns if source.columns is None else source.columns
+        own = replace(reading, format=source.format or reading.format, columns=columns, found="")
+        asked = split or source.split
+        rows = open_source(
+            source.path, name=source.name, split=None if asked == "train" else asked, base_folder=base_folder
+        )
+        part = own.read(name, _where(source.path, split), rows, number, examples)
+        formats[own.found] = None
+        whole.rows += part.rows
+        whole.drops += part.drops
+        whole.rows_of[number] += part.rows
+    reading.found = reading.found or ", ".join(formats)
+    return whole
+
+
+def require_removed(reading: Reading, where: str) -> None:
+    """Refuse a column to remove that no row had: it is misspelt.
+
+    Raises:
+        DataError: there is one.
+    """
+    for column in reading.remove_columns:
+        if column not in reading.removed:
+            near = did_you_mean(column, sorted(reading.seen)) or f"; it has {', '.join(sorted(reading.seen)[:12])}"
+            raise DataError(f"{where}: data.remove_columns: no column {column!r}{near}")
+
+
+def _where(path: str, split: str | None) -> str:
+    return f"{path}[{split}]" if split else path

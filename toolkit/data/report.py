@@ -1,33 +1,25 @@
-"""What a data set came to, as frozen values: counts, drops, lengths, and the held-out questions.
+"""What a data set came to, counted and as frozen values: rows, drops, tokens, lengths.
 
 Everything here can be written as JSON, so the same figures stand in the preview, the run folder and the run's page.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-__all__ = ["DataReport", "HeldOut", "LengthBin", "SourceReport", "SplitReport", "length_bins"]
+from toolkit.data.encode import EncodedRow
+from toolkit.data.formats import Example
+from toolkit.data.reading import DataSource, Split
+
+__all__ = ["DataReport", "LengthBin", "SourceReport", "SplitReport", "length_bins", "source_reports", "summarise"]
 
 _MOST_BINS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """A held-out question and its answer.
-
-    `prompt_ids` are exactly the tokens that stand before the answer in training. `answer` is what a perfect generation
-    is read as: its text and calls, without thought, special tokens and outer whitespace.
-    """
-
-    place: str
-    prompt_ids: tuple[int, ...]
-    prompt_text: str
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +116,49 @@ def length_bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:
 
 def _plain(split: SplitReport) -> dict[str, Any]:
     return {**asdict(split), "lengths": [asdict(each) for each in split.lengths]}
+
+
+def source_reports(
+    sources: Sequence[DataSource], training: Split, examples: Sequence[Example], rows: Sequence[EncodedRow]
+) -> tuple[SourceReport, ...]:
+    """What came of each set: `examples` and their `rows` are what one epoch sees."""
+    usable = Counter(example.source for example in training.examples)
+    seen: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    trained: Counter[int] = Counter()
+    for example, row in zip(examples, rows, strict=True):
+        seen[example.source] += 1
+        tokens[example.source] += sum(len(each.ids) for each in row.examples)
+        trained[example.source] += sum(int(each.trained.sum()) for each in row.examples)
+    return tuple(
+        SourceReport(source.path, source.weight, training.rows_of[n], usable[n], seen[n], tokens[n], trained[n])
+        for n, source in enumerate(sources)
+    )
+
+
+def summarise(count: int, rows: Sequence[EncodedRow], drops: Mapping[str, int]) -> SplitReport:
+    """The figures of one split: `count` rows read, what the usable ones became, and the drops by reason."""
+    lengths, enders = array("q"), Counter[str]()
+    trained = turns = split = thoughts = dropped = 0
+    for row in rows:
+        lengths.extend(len(each.ids) for each in row.examples)
+        trained += sum(int(each.trained.sum()) for each in row.examples)
+        turns += row.turns
+        split += len(row.examples) > 1
+        thoughts += row.thoughts
+        dropped += row.dropped_thoughts
+        enders.update(row.enders)
+    return SplitReport(
+        rows=count,
+        kept=len(rows),
+        drops=dict(sorted(drops.items())),
+        tokens=sum(lengths),
+        trained_tokens=trained,
+        lengths=length_bins(lengths),
+        examples=len(lengths),
+        turns=turns,
+        split=split,
+        thoughts=thoughts,
+        dropped_thoughts=dropped,
+        enders=dict(sorted(enders.items())),
+    )

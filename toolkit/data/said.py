@@ -14,7 +14,7 @@ from typing import Any
 
 from toolkit.data.conversation import CALLS, THOUGHT_FIELDS, Message, text_of, thought_of, without_thought
 
-__all__ = ["Probe", "left_out", "probe", "shape", "texts_of"]
+__all__ = ["Probe", "left_out", "shape", "texts_of"]
 
 _WORD = "onecardprobe{:04d}end"
 _TOOLS = 9000
@@ -140,11 +140,6 @@ class Probe:
         told = {"name": self._names.get(inner["name"], inner["name"]), "description": self.told_tools[-1]}
         changed = {**inner, **told}
         return {**tool, "function": changed} if "function" in tool else changed
-
-
-def probe(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> Probe:
-    """The conversation in unique words."""
-    return Probe(messages, tools)
 
 
 def _shape(message: Message) -> tuple[Any, ...]:

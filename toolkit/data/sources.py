@@ -1,21 +1,32 @@
-"""From what a recipe calls its data (a file, a folder, a Hub name) to rows, split by split.
+"""From what a recipe calls its data (a file, a folder, a Hub name) to rows, each with the place it came from.
 
-The Hub side is `datasets.load_dataset`. Files are opened by us, because `load_dataset` hides which file and line a row
-came from; this module also tells a mistyped path from a Hub name.
+The Hub side is `datasets.load_dataset`. Files are opened by us: `datasets` hides which file and line a row came from,
+and ends with a bare StopIteration on an empty file. JSONL, JSON and CSV are read line by line, and a row that cannot be
+read is yielded as a problem, so that all of them can be counted. A mistyped path is told from a Hub name here, too.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import itertools
+import json
+import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from toolkit.data.arrow import ArrowValues
-from toolkit.data.problems import listed
-from toolkit.data.rows import READERS, Row, arrow_row, read_rows
+from toolkit.data.arrow import ArrowValues, find_padding
+from toolkit.data.problems import InvalidRow, listed
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["open_source", "read_chat_template"]
+__all__ = ["Row", "open_source", "read_chat_template", "read_rows"]
+
+# A whole document may stand in one CSV field; the csv module's own limit is 128 KiB, for the whole process.
+_LONGEST_FIELD = 2**31 - 1
+_CONTAINERS = ("data", "rows", "examples", "train")
 
 _SPLITS: Mapping[str, str] = {
     "train": "train",
@@ -30,6 +41,185 @@ _SPLITS: Mapping[str, str] = {
 _LARGEST_TEMPLATE = 1 << 20
 _FOREIGN = (".arrow", ".bz2", ".feather", ".gz", ".md", ".pkl", ".tsv", ".txt", ".xls", ".xlsx", ".xz", ".zip", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its place (`file:line` or `file:row N`), and its columns or what is wrong with it."""
+
+    place: str
+    values: dict[str, Any] | InvalidRow
+    padded: bool = False
+    """Nulls that Arrow had filled in were taken out of it."""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file, read as they are asked for.
+
+    Raises:
+        DataError: the file cannot be opened, is not in the format of its suffix, or is empty.
+    """
+    empty = True
+    try:
+        for row in _READERS[path.suffix.lower()](path):
+            empty = False
+            yield row
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if empty:
+        raise DataError(f"{path}: empty; a data file holds at least one row")
+
+
+def _parse_json(raw: bytes | str) -> dict[str, Any] | InvalidRow:
+    """One JSON object, or the problem that it is not one."""
+    try:
+        value = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return InvalidRow("not UTF-8", f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return InvalidRow("not JSON", f"not JSON: {error.msg} at column {error.colno}; one object a line is expected")
+    except RecursionError:
+        return InvalidRow("not JSON", "not usable JSON: nested too deeply")
+    except ValueError:  # Python refuses whole numbers of more than 4300 digits
+        return InvalidRow("not JSON", "not usable JSON: a number with thousands of digits")
+    return _object(value)
+
+
+def _arrow_row(place: str, values: Mapping[str, Any], read: ArrowValues) -> Row:
+    """The row of an Arrow table, or what is wrong with it."""
+    try:
+        return Row(place, *read.read(values))
+    except InvalidRow as problem:
+        return Row(place, problem)
+
+
+def _unpadded(read: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Row]]:
+    """`read` without the nulls that Arrow filled in; a file in which the word null stands is read twice."""
+
+    def rows(path: Path) -> Iterator[Row]:
+        padding = None
+        if _holds_null(path):
+            padding = find_padding(row.values for row in read(path) if isinstance(row.values, dict))
+        for row in read(path):
+            if padding is None or isinstance(row.values, InvalidRow):
+                yield row
+            else:
+                yield Row(row.place, *padding.clean(row.values))
+
+    return rows
+
+
+def _holds_null(path: Path) -> bool:
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"null") >= 0
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if line.strip():
+                yield Row(f"{path}:{number}", _parse_json(line.strip()))
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of objects, an object that holds one under `data`, `rows`, …, or JSONL with the wrong suffix."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    if text.lstrip().startswith("["):
+        yield from _read_list(path, text, text.index("[") + 1)
+        return
+    whole = _parse_json(text) if text.strip() else None
+    if not isinstance(whole, dict):
+        yield from _read_jsonl(path)
+        return
+    key = next((name for name in _CONTAINERS if isinstance(whole.get(name), list)), None)
+    if key is None:
+        yield Row(f"{path}:1", whole)
+        return
+    for index, item in enumerate(whole[key]):
+        yield Row(f"{path}:{key}[{index}]", _object(item))
+
+
+def _read_list(path: Path, text: str, position: int) -> Iterator[Row]:
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    for number in itertools.count(1):
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            message = error.msg if isinstance(error, json.JSONDecodeError) else "a value out of bounds"
+            at = line + text.count("\n", counted, error.pos) if isinstance(error, json.JSONDecodeError) else line
+            raise DataError(f"{path}:{at}: not JSON: {message}; fix it, or write one object a line as .jsonl") from None
+        yield Row(f"{path}:{line} (item {number})", _object(value))
+
+
+def _object(value: Any) -> dict[str, Any] | InvalidRow:
+    if isinstance(value, dict):
+        return value
+    return InvalidRow("not an object", f"a row is a JSON object {{…}}, not a {type(value).__name__}")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) != len(header):
+                raise DataError(f"{path}:1: a column name stands twice in the header; names must differ")
+            yield from _csv_rows(path, reader, header)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}; quote fields as in RFC 4180") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8 here or soon after; save it as UTF-8") from None
+
+
+def _csv_rows(path: Path, reader: Any, header: list[str]) -> Iterator[Row]:
+    while True:
+        line = reader.line_num + 1
+        fields = next(reader, None)
+        if fields is None:
+            return
+        if len(fields) == len(header):
+            yield Row(f"{path}:{line}", dict(zip(header, fields, strict=True)))
+        elif fields:
+            detail = f"{len(fields)} fields where the header has {len(header)}; quote fields that hold commas"
+            yield Row(f"{path}:{line}", InvalidRow("wrong number of fields", detail))
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            read = ArrowValues(file.schema_arrow, decoded=False)
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _arrow_row(f"{path}:row {number}", values, read)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        detail = (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path}: not readable as Parquet after row {number} ({detail}); write it again") from None
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".csv": _read_csv,
+    ".json": _unpadded(_read_json),
+    ".jsonl": _unpadded(_read_jsonl),
+    ".parquet": _read_parquet,
+}
+"""Suffix to reader."""
 
 
 def open_source(
@@ -91,19 +281,19 @@ def _chain(files: list[Path]) -> Iterator[Row]:
 
 
 def _known(path: Path) -> Path:
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: {path.suffix or 'no suffix'}: not a format read here; use {', '.join(READERS)}")
+    if path.suffix.lower() not in _READERS:
+        raise DataError(f"{path}: {path.suffix or 'no suffix'}: not a format read here; use {', '.join(_READERS)}")
     return path
 
 
 def _files_of(folder: Path, split: str, *, asked: bool) -> list[Path]:
     try:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from None
     files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not files:
-        raise DataError(f"{folder}: no data file in it; use {', '.join(READERS)}")
+        raise DataError(f"{folder}: no data file in it; use {', '.join(_READERS)}")
     wanted = _SPLITS.get(split.lower(), split.lower())
     chosen = [p for p in files if _is_of(p.relative_to(folder), wanted)]
     carried = sorted({s for p in files if (s := _split_of(p.relative_to(folder)))})
@@ -135,7 +325,7 @@ def _is_of(path: Path, split: str) -> bool:
 def _looks_local(source: str) -> bool:
     suffix = Path(source).suffix.lower()
     return (
-        suffix in READERS
+        suffix in _READERS
         or suffix in _FOREIGN
         or source.startswith((".", "/", "~"))
         or source.endswith("/")
@@ -170,4 +360,4 @@ def _read_hub(source: str, split: str, name: str | None, path: Path) -> Iterator
         raise DataError(f"{where}: empty; a data set holds at least one row")
     read = ArrowValues(rows.features.arrow_schema, decoded=True)
     for index, values in enumerate(rows):
-        yield arrow_row(f"{where}:row {index + 1}", values, read)
+        yield _arrow_row(f"{where}:row {index + 1}", values, read)

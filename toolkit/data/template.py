@@ -1,15 +1,22 @@
 """A chat template at work: a conversation to text, under the run's template options and on the run's date.
 
 transformers' `apply_chat_template` renders with today's date, so that a run interrupted before midnight could not go
-on after it; its environment for templates is used, with the date of the run.
+on after it; its environment for templates is used, with the date of the run. Jinja's sandbox keeps a template from
+attributes and code, but not from looping for ever or doubling a string until memory ends, and a template comes with a
+checkpoint, so from strangers: each is tried first in a process of its own, short of time and memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import re
-from collections.abc import Mapping, Sequence
+import resource
+import select
+import signal
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +26,31 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from toolkit.data.conversation import FLAGS, THOUGHT_FIELDS, Message
 from toolkit.data.problems import InvalidRow
-from toolkit.data.sandbox import require_frugal
 from toolkit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["NOT_OPTIONS", "ChatTemplate", "Options", "end_of_open_tag", "for_templates"]
+__all__ = [
+    "MOST_BYTES",
+    "MOST_SECONDS",
+    "NOT_OPTIONS",
+    "ChatTemplate",
+    "Options",
+    "end_of_open_tag",
+    "require_frugal",
+]
+
+MOST_SECONDS = 1
+"""Of processor time, for a handful of short conversations, which take a well-meant template milliseconds."""
+_PATIENCE = 60.0
+"""Seconds of waiting for them on a machine that does something else."""
+MOST_BYTES = 256 << 20
+"""Memory beyond what the process has already."""
+
+
+_tried: set[Hashable] = set()
+"""What was found frugal in this process: a fork of a large one takes long."""
 
 Options = Mapping[str, Any]
 """What a template is told beside the conversation, such as `enable_thinking`."""
@@ -46,6 +71,61 @@ _OPEN_TAG = re.compile(r"<([^<>\s/]+)>\s*$")
 _PROBE = "onecardprobe"
 _MISSPELT = 0.8
 """A likeness of names at which they are the same word: `thinking` is not `enable_thinking`, `enable_thinkin` is."""
+
+
+def require_frugal(render: Callable[[], object], key: Hashable) -> None:
+    """Run `render` in a fork, once for each `key`; errors that it raises are not this function's business.
+
+    Raises:
+        DataError: it needs more than `MOST_SECONDS` of processor time or `MOST_BYTES`.
+    """
+    if key in _tried:
+        return
+    watch, held = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: this one runs Python alone
+        child = os.fork()
+    if child == 0:
+        _render_and_leave(render, watch)
+    os.close(held)
+    # The pipe closes when the child is gone: a wait with a time limit, which waitpid has not.
+    if not select.select([watch], [], [], _PATIENCE)[0]:
+        os.kill(child, signal.SIGKILL)
+    os.close(watch)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise DataError(f"chat template: not done with a short conversation after {MOST_SECONDS} s; give another")
+    if code != 0:
+        raise DataError(
+            f"chat template: needs more than {MOST_BYTES >> 20} MiB for a short conversation; give another as "
+            "data.chat_template_path"
+        )
+    _tried.add(key)
+
+
+def _render_and_leave(render: Callable[[], object], watch: int) -> None:
+    code = 1
+    try:
+        os.close(watch)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        most = _address_space() + MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        render()
+        code = 0
+    except MemoryError:
+        pass
+    except BaseException:  # the template's own refusals are told where it is used
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm", encoding="ascii") as stream:
+        return int(stream.read().split()[0]) * resource.getpagesize()
 
 
 class ChatTemplate:
@@ -146,7 +226,7 @@ class ChatTemplate:
                     "documents": None,
                     **self._always,
                     **options,
-                    "messages": for_templates(messages),
+                    "messages": _for_templates(messages),
                     "tools": tools,
                     "add_generation_prompt": generation_prompt,
                 }
@@ -194,7 +274,7 @@ def end_of_open_tag(text: str) -> str:
     return f"</{tag.group(1)}>" if tag else ""
 
 
-def for_templates(messages: Sequence[Message]) -> list[Message]:
+def _for_templates(messages: Sequence[Message]) -> list[Message]:
     """Messages as transformers gives them to templates: a thought under both usual keys, and no flags of training."""
     return [_for_template(message) for message in messages]
 

@@ -1,7 +1,6 @@
 """Held-out examples: loss and metrics, base against adapted, generation, and where experts went."""
 
-from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, score_now
-from toolkit.evaluate.general import read_windows
+from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, read_windows, score_now
 from toolkit.evaluate.generate import answer, answer_ids, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
 from toolkit.evaluate.metrics import LOSS, find_metric

@@ -1,11 +1,13 @@
 """Base against adapted on the same held-out examples: loss of the answer's tokens, how good the answers are, and
-perplexity on general text, which says what was forgotten."""
+perplexity on general text, which says what was forgotten.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +16,18 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
+from toolkit.errors import DataError
 from toolkit.evaluate.generate import answer
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import label_logits, summed_loss
 from toolkit.steps import advance, part
 
-__all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "score_now"]
-
+__all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "read_windows", "score_now"]
 
 Read = Callable[[Sequence[int], Sequence[int]], str]
+
+_MOST_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -189,3 +193,21 @@ def held_out_loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -
         count += len(targets)
         advance(start + len(batch), len(order), "sequences")
     return total / max(1, count)
+
+
+def read_windows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int) -> Dataset:
+    """Rows of `input_ids` and equal `labels`, both (length,), from the start of a UTF-8 text, 64 of them at most.
+
+    Raises:
+        DataError: the file cannot be read as text, or is shorter than one window.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"eval.regression: {path}: not a readable UTF-8 text ({error})") from None
+    # A token has a character at least, so what lies beyond is never looked at.
+    ids = list(tokenizer(text[: _MOST_WINDOWS * length * 16], add_special_tokens=False, verbose=False)["input_ids"])
+    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:_MOST_WINDOWS]
+    if not windows:
+        raise DataError(f"eval.regression: {path}: {len(ids)} tokens, less than one training.max_length of {length}")
+    return Dataset.from_dict({"input_ids": windows, "labels": windows})

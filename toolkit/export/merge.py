@@ -2,33 +2,48 @@
 
 `merge_and_unload` wants the whole model in memory and saves in transformers' layout. Here each file is copied, and only
 the bytes of tensors that the adapter changes are written again, so that everything else stays the same bit for bit.
+Bytes of FP8 or MXFP4 cannot be added to in place: such a checkpoint becomes a plain bf16 one, layer by layer. Each is
+multiplied out by transformers' own conversions and the adapter added in fp32, as if it had never been quantised.
+
+A multi-token-prediction head that the base carries is written into the base's own tensors, which transformers'
+`use_mtp` and servers read. A new head would be keys that no loader of that family knows; it becomes a draft folder of
+its own, where servers have a block that can hold it. config.json says how many layers there are, 0 for none.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 from toolkit.adapters.layouts import Factors, deltas
-from toolkit.checkpoint.files import beside
-from toolkit.checkpoint.headers import headers_in
-from toolkit.checkpoint.shards import Shards, targets
+from toolkit.artifact.manifest import write_json
+from toolkit.checkpoint.conversion import Shards, targets
+from toolkit.checkpoint.files import beside, headers_in, write_index
 from toolkit.errors import ModelError
-from toolkit.export.dequantised import merge_dequantised
+from toolkit.mtp.draft_folder import draft_config, draft_tensors
+from toolkit.mtp.head_file import config_with_head, merged_head_state, native_keys
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
-__all__ = ["merge_checkpoint", "merged_difference", "overwrite"]
+__all__ = ["DRAFT_FOLDER", "merge_checkpoint", "merged_difference", "stitch_head"]
+
+_PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_QUANTIZED = "quantization_config"
+
+DRAFT_FOLDER = "draft"
 
 
 def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
@@ -44,7 +59,7 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
             "it was made from with --base FOLDER"
         )
     if wanted.source is not None:
-        return merge_dequantised(base, adapter, skeleton, folder, beside(base))
+        return _merge_dequantised(base, adapter, skeleton, folder, beside(base))
     with Shards(str(base), base) as shards:
         names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
         _copy(base, [path.name for path in shards.files], folder)
@@ -86,7 +101,7 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
     return worst, steps
 
 
-def overwrite(file: BinaryIO, offset: int, tensor: Tensor) -> None:
+def _overwrite(file: BinaryIO, offset: int, tensor: Tensor) -> None:
     """Write a tensor's bytes over those at `offset`; its dtype and shape must be of the tensor that is there.
 
     safetensors itself writes whole files only.
@@ -113,4 +128,134 @@ def _key(key: str, group: Sequence[str], parameter: str) -> str:
 def _add(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
     if original.shape != delta.shape or not original.is_floating_point():
         raise ModelError(f"{key}: {tuple(original.shape)} in the checkpoint, {tuple(delta.shape)} in the adapter")
-    overwrite(file, offset, (original.float() + delta).to(original.dtype))
+    _overwrite(file, offset, (original.float() + delta).to(original.dtype))
+
+
+def _merge_dequantised(
+    base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path, beside: Sequence[Path]
+) -> int:
+    """Write the merged checkpoint in bf16 into an empty folder, a shard a layer; returns how many parameters changed.
+
+    `beside` are the files that come along, config.json among them; what says there that it is quantised is left out.
+    Tensors that were plain floats keep their dtype.
+
+    Raises:
+        ModelError: the adapter changes a parameter that the checkpoint does not hold.
+    """
+    source = SourceWeights(str(base))
+    by_parameter = {factors.parameter: factors for factors in adapter}
+    parts, weight_map, size, changed = source.parts(), dict[str, str](), 0, 0
+    for number, (name, stored) in enumerate(parts.items(), 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        with source.layer(name) as layer:
+            changed += len(by_parameter.keys() & set(stored))
+            merged = {key: _merged(layer[key], by_parameter.pop(key, None), source.stored_as(key)) for key in stored}
+            tensors = {key: part.contiguous() for key, part in revert_weight_conversion(skeleton, merged).items()}
+            save_file({key: tensors[key] for key in sorted(tensors)}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        size += sum(part.nbytes for part in tensors.values())
+    if by_parameter:
+        raise ModelError(f"{base}: holds no {min(by_parameter)} that the adapter could be merged into")
+    for path in beside:
+        shutil.copyfile(path, folder / path.name)
+    _plain_config(folder / "config.json")
+    write_index(folder, weight_map, size)
+    return changed
+
+
+def _merged(original: Tensor, factors: Factors | None, stored: set[str]) -> Tensor:
+    """In the dtype of its file where that was a plain one, otherwise in bf16."""
+    if not original.is_floating_point():
+        return original
+    dtype = _PLAIN[min(stored)] if stored <= _PLAIN.keys() and len(stored) == 1 else torch.bfloat16
+    return (original.float() if factors is None else original.float() + factors.full()).to(dtype)
+
+
+def _plain_config(path: Path) -> None:
+    """Text and multimodal configs declare it at the top or in the part of the text model."""
+    config = _without(json.loads(path.read_bytes()))
+    write_json(path, config)
+
+
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key != _QUANTIZED}
+    return {key: _without(value) if key == "text_config" else value for key, value in kept.items()}
+
+
+def stitch_head(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> str:
+    """Put an artifact's head where it belongs in a merged checkpoint; gives one line about it.
+
+    Args:
+        skeleton: the base on meta. folder: the merged checkpoint, whole but for its head.
+
+    Raises:
+        ModelError: the head is not of this base.
+    """
+    state = merged_head_state(artifact)
+    native = native_keys(folder, skeleton.config)
+    layers = native.layers if native else 0
+    if not state:
+        _declare(folder, layers)
+        return "no head was trained; the checkpoint's own one is as it was" if native else "no head"
+    if native and state.keys() <= native.files.keys():
+        _write_into(folder, state)
+        _declare(folder, layers)
+        return f"{len(state)} tensors of the checkpoint's own head replaced"
+    _declare(folder, layers)
+    try:
+        return _write_draft(folder, skeleton, state)
+    except ModelError as error:
+        return f"left out: {error}"
+
+
+def _write_into(folder: Path, state: dict[str, Tensor]) -> None:
+    """Over the base's tensors of the same names, in their dtype."""
+    places = headers_in(folder)
+    for name, tensor in state.items():
+        path = places[name].path
+        with safe_open(path, framework="pt") as opened:
+            before = opened.get_tensor(name)
+        if before.shape != tensor.shape:
+            raise ModelError(f"{path}: {name} is {tuple(before.shape)}, in the head {tuple(tensor.shape)}")
+        with path.open("r+b") as file:
+            _overwrite(file, places[name].offset, tensor.to(before.dtype))
+
+
+def _declare(folder: Path, layers: int) -> None:
+    """Say in config.json how many layers the head has; what says so already stays as it is, to the byte."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    told = config_with_head(text, layers) if layers else _none_declared(text)
+    if told != text:
+        write_json(path, told if text is config else {**config, "text_config": told})
+
+
+def _none_declared(config: dict[str, object]) -> dict[str, object]:
+    names = [name for name in ("num_mtp_layers", "mtp_num_hidden_layers") if config.get(name)]
+    return {**config, **dict.fromkeys(names, 0), "num_nextn_predict_layers": 0}
+
+
+def _write_draft(folder: Path, skeleton: PreTrainedModel, state: dict[str, Tensor]) -> str:
+    """A folder that servers take as the draft model beside the merged one."""
+    tensors, off = draft_tensors(skeleton, state)
+    draft = folder / DRAFT_FOLDER
+    draft.mkdir()
+    save_file({**tensors, **_ends(skeleton, folder)}, draft / "model.safetensors", {"format": "pt"})
+    write_json(draft / "config.json", draft_config(skeleton.config, state))
+    return f"{DRAFT_FOLDER}/ holds the head for servers, off by {off:.1g} of its largest output"
+
+
+def _ends(skeleton: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """Embedding and output head of the merged checkpoint, under the names that the draft's loader knows."""
+    places = headers_in(folder)
+    names = {id(module): name for name, module in skeleton.named_modules()}
+    found = {}
+    wanted = {"model.embed_tokens": skeleton.get_input_embeddings(), "lm_head": skeleton.get_output_embeddings()}
+    for ours, module in wanted.items():
+        key = f"{names[id(module)]}.weight"
+        if key not in places:  # tied to the embedding
+            key = f"{names[id(wanted['model.embed_tokens'])]}.weight"
+        with safe_open(places[key].path, framework="pt") as opened:
+            found[f"{ours}.weight"] = opened.get_tensor(key).clone()
+    return found

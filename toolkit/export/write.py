@@ -28,15 +28,13 @@ from toolkit.artifact.manifest import (
     read_manifest,
     write_json,
 )
-from toolkit.artifact.stops import declare_stops, put_stops, read_stops
-from toolkit.artifact.tokenizer import put_tokenizer, token_text
+from toolkit.artifact.tokenizer import declare_stops, put_stops, put_tokenizer, read_stops, token_text
 from toolkit.artifact.verify import require_base, verify_artifact
-from toolkit.checkpoint.headers import read_header
+from toolkit.checkpoint.files import read_header
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.export.gguf import modelfile, read_gguf, write_gguf
-from toolkit.export.merge import merge_checkpoint, merged_difference
-from toolkit.export.merge_mtp import DRAFT_FOLDER, stitch_head
+from toolkit.export.merge import DRAFT_FOLDER, merge_checkpoint, merged_difference, stitch_head
 from toolkit.export.server_rules import server_problems
 from toolkit.steps import part
 
@@ -175,7 +173,7 @@ def _merged_int8(artifact: Path, base: Path, adapter: list[Factors], skeleton: P
 
 def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
     """Largest difference of integers times scale from the merged weights, in steps of the scale."""
-    from toolkit.checkpoint.shards import Shards
+    from toolkit.checkpoint.conversion import Shards
     from toolkit.quant.source import SourceWeights
 
     source, worst = SourceWeights(str(merged)), 0.0

@@ -14,16 +14,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from toolkit.errors import ModelError
-from toolkit.mtp.drafts import Draft, Drafter
 from toolkit.mtp.head import capture_hidden
 
-__all__ = ["Counts", "Speculator", "can_speculate"]
+__all__ = ["Counts", "Draft", "Drafter", "Speculator", "can_speculate"]
 
 _MARGIN = 256.0
 """A gap between the two best logits below this many units of rounding (of the largest logit) is decided the plain way.
@@ -31,6 +30,26 @@ Measured: passes over 1 and over 4 tokens differ by at most 20 units, in fp32, o
 
 _TRIAL = 8
 """Rounds that are timed before drafting is judged."""
+
+
+Pick = Callable[[list[int], torch.Tensor], tuple[int, torch.Tensor | None]]
+"""Chooses a token after some tokens from logits [V], and tells the distribution it was drawn from (None: certain)."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens, and what each was drawn from: probabilities [V], or None where there was no choice."""
+
+    tokens: list[int]
+    shares: list[torch.Tensor | None]
+
+
+class Drafter(Protocol):
+    """Proposes up to `count` tokens."""
+
+    def draft(self, hidden_mH: torch.Tensor, tokens: list[int], count: int, pick: Pick) -> Draft:
+        """Go on after `tokens`; hidden_mH are the model's hidden states of those it has not given before."""
+        ...
 
 
 @dataclass

@@ -1,43 +1,29 @@
-"""Who proposes the next tokens: the head, or the text so far.
+"""Who proposes the next tokens, the head or the text so far, and what that is worth on held-out prompts.
 
 transformers' `MTPCandidateGenerator` reloads a head from the base's folder at every call, drafts once a layer and in
-batches of one sequence; this takes the head that is in memory and applies its last layer as often as wanted.
+batches of one sequence; this takes the head that is in memory and applies its last layer as often as wanted. Measured
+are accepted drafts, tokens a pass and tokens a second.
 
     m new rows, H hidden, V vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import DynamicCache
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from toolkit.mtp.decode import Draft, Pick, Speculator
 from toolkit.mtp.head import MtpHead, Trunk
 
-__all__ = ["Draft", "Drafter", "HeadDrafter", "LookupDrafter"]
-
-Pick = Callable[[list[int], torch.Tensor], tuple[int, torch.Tensor | None]]
-"""Chooses a token after some tokens from logits [V], and tells the distribution it was drawn from (None: certain)."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Proposed tokens, and what each was drawn from: probabilities [V], or None where there was no choice."""
-
-    tokens: list[int]
-    shares: list[torch.Tensor | None]
-
-
-class Drafter(Protocol):
-    """Proposes up to `count` tokens."""
-
-    def draft(self, hidden_mH: torch.Tensor, tokens: list[int], count: int, pick: Pick) -> Draft:
-        """Go on after `tokens`; hidden_mH are the model's hidden states of those it has not given before."""
-        ...
+__all__ = ["Drafting", "HeadDrafter", "LookupDrafter", "measure_drafts", "speculator"]
 
 
 class LookupDrafter:
@@ -137,3 +123,84 @@ def _mask(new: int, past: int, window: int | None, like: torch.Tensor, *, eager:
     if not eager:
         return seen[None, None]
     return torch.zeros(seen.shape, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Greedy decoding with drafts against plain, the same prompts.
+
+    tau: tokens a checked pass gives, 1 where no draft is ever right. acceptance: share of drafts accepted, by place.
+    speeds: tokens a second. identical: whether every text came out the same.
+    """
+
+    prompts: int
+    tokens: int
+    tau: float
+    acceptance: dict[int, float]
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    identical: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "prompts": self.prompts,
+            "tokens": self.tokens,
+            "tau": round(self.tau, 4),
+            "acceptance": {str(place): round(share, 4) for place, share in self.acceptance.items()},
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "plain_tokens_per_second": round(self.plain_tokens_per_second, 2),
+            "identical": self.identical,
+        }
+
+
+def measure_drafts(
+    model: PeftModel,
+    head: MtpHead | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    count: int,
+    max_new_tokens: int,
+    adapted: bool = True,
+) -> Drafting:
+    """Decode all prompts greedily with and without drafts.
+
+    Args:
+        head: None drafts by prompt lookup. adapted: False switches the adapter off, to see a head with its own base.
+    """
+    with nullcontext() if adapted else model.disable_adapter():
+        plain = speculator(model, head, count=0, max_new_tokens=max_new_tokens)
+        expected = plain.generate(prompts)
+        drafted = speculator(model, head, count=count, max_new_tokens=max_new_tokens, measured=False)
+        got = drafted.generate(prompts)
+    counts, before = drafted.counts, plain.counts
+    return Drafting(
+        prompts=len(prompts),
+        tokens=sum(map(len, got)),
+        tau=counts.tokens_per_pass,
+        acceptance=counts.rates(),
+        tokens_per_second=(counts.tokens + counts.plain_tokens)
+        / max(1e-9, counts.drafted_seconds + counts.plain_seconds),
+        plain_tokens_per_second=before.plain_tokens / max(1e-9, before.plain_seconds),
+        identical=got == expected,
+    )
+
+
+def speculator(
+    model: PeftModel,
+    head: MtpHead | None,
+    *,
+    count: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    measured: bool = True,
+) -> Speculator:
+    """What decodes with this head's drafts, or with those of prompt lookup where there is none."""
+    base = model.get_base_model()
+    make: Callable[[], Any] = LookupDrafter
+    if head is not None:
+        head.follow_attention(base.config._attn_implementation)
+        make = partial(HeadDrafter, head, Trunk.of(base))
+    return Speculator(
+        model, make, count=count, max_new_tokens=max_new_tokens, temperature=temperature, measured=measured
+    )

@@ -1,6 +1,8 @@
-"""The head as a file: `mtp_head.safetensors` under the family's own key names, read back, and stitched into a base.
+"""Heads in files: those that checkpoints carry, and `mtp_head.safetensors`, under the family's own key names.
 
-A native head goes back under the keys it was read from. A new one takes DeepSeek-V3's names, a decoder layer after the
+transformers leaves these keys out when it loads a model, and `MtpModel.from_pretrained` reads them only for families
+whose config says how many there are. Here the checkpoint's own keys are looked at; what each is called is kept, so that
+a trained native head goes back under the same names. A new one takes DeepSeek-V3's names, a decoder layer after the
 model's last with `enorm`, `hnorm`, `eh_proj` and `shared_head.norm` in it, which servers with an MTP list read.
 
 EAGLE-3, the draft format of servers for families without such a list, cannot hold this module: its one block has no
@@ -9,24 +11,50 @@ projection before attention and takes three of the model's layers. See docs/mtp.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_layers import MtpModel
+from transformers.modeling_utils import LoadStateDictConfig
 
-from toolkit.architecture import is_experts
+from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
+from toolkit.checkpoint.files import headers_in
+from toolkit.checkpoint.remote import fetch
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.build import new_head
 from toolkit.mtp.head import MtpHead
-from toolkit.mtp.native import NativeKeys, head_of, native_names
-from toolkit.ops.int8 import dequantize
+from toolkit.ops import DEFAULT_BACKEND
+from toolkit.ops.int8 import dequantize, quantize
 
-__all__ = ["HEAD_FILE", "config_with_head", "head_state", "merged_head_state", "read_head"]
+__all__ = [
+    "HEAD_FILE",
+    "NativeKeys",
+    "config_with_head",
+    "head_of",
+    "head_state",
+    "load_native",
+    "merged_head_state",
+    "native_keys",
+    "prepared",
+    "read_head",
+]
 
 HEAD_FILE = "mtp_head.safetensors"
 
@@ -39,6 +67,178 @@ _PLACES = {
 }
 
 
+@dataclass(frozen=True)
+class NativeKeys:
+    """A head's keys in a checkpoint: each key's file, and the number of layers."""
+
+    files: Mapping[str, Path]
+    layers: int
+
+
+def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str = "main") -> NativeKeys | None:
+    """The keys of the head in a checkpoint, or None where there is none. Reads the shards' headers.
+
+    Raises:
+        ModelError: a shard is damaged. HubError: the checkpoint cannot be downloaded.
+    """
+    text = config.get_text_config()
+    pattern = re.compile(_pattern(text.num_hidden_layers))
+    tensors = headers_in(fetch(str(folder), revision))
+    files = {key: tensor.path for key, tensor in tensors.items() if pattern.search(key)}
+    if not files:
+        return None
+    declared = getattr(text, "num_mtp_layers", None) or getattr(text, "mtp_num_hidden_layers", None)
+    found = {int(match[1]) for key in files if (match := re.search(r"(?:layers|mtp\w*)\.(\d+)\.", key))}
+    return NativeKeys(files, min(int(declared or len(found) or 1), max(1, len(found))))
+
+
+def load_native(model: PreTrainedModel, keys: NativeKeys) -> MtpHead:
+    """The base checkpoint's own head in fp32, its experts in int8 and frozen, on the model's device.
+
+    Raises:
+        ModelError: the checkpoint lacks a tensor of it, or the family's head cannot be built.
+    """
+    opened = {path: safe_open(path, framework="pt") for path in set(keys.files.values())}
+    return head_of(model, keys, {key: opened[path].get_tensor(key) for key, path in keys.files.items()})
+
+
+def head_of(model: PreTrainedModel, keys: NativeKeys, tensors: Mapping[str, torch.Tensor]) -> MtpHead:
+    """As `load_native`, from tensors under the checkpoint's key names."""
+    try:
+        made, mapping = _skeleton(model, keys)
+        _read(made, mapping, tensors)
+    except (ValueError, AttributeError, TypeError, RuntimeError, KeyError, StopIteration) as error:
+        raise ModelError(
+            f"{model.config.name_or_path}: its multi-token-prediction head cannot be loaded: {first_line(error)}; set "
+            "mtp.enabled=false"
+        ) from None
+    if not str(made.config._experts_implementation).startswith("onecard_"):
+        made.config._experts_implementation = DEFAULT_BACKEND
+    head = MtpHead(list(made.layers), made.config, getattr(made, "shared_post_norm", None))
+    head.native = keys
+    head.to(model.get_input_embeddings().weight.device).float().requires_grad_(True)
+    for module in head.modules():
+        if is_experts(module):
+            _to_int8(module)
+    return head
+
+
+def _native_names(head: MtpHead, model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The head's tensors under the key names that they were read from.
+
+    Every key of the checkpoint is asked which parameter it became; where several became one (experts), transformers'
+    own conversions are run backwards.
+    """
+    assert head.native is not None
+    made, mapping = _skeleton(model, head.native, meta=True)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: dict[str, torch.Tensor] = {}
+    made_of: dict[str, dict[str, list[str]]] = {}
+    for key in sorted(head.native.files, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, made.base_model_prefix, made.state_dict())
+        if pattern is None and name in state:
+            found[key] = state[name]
+        elif pattern is not None:
+            made_of.setdefault(name, {}).setdefault(pattern, []).append(key)
+    for name, sources in made_of.items():
+        converter = next(entry for entry in converters if next(iter(sources)) in entry.source_patterns)
+        found |= _taken_apart(converter, name, state[name], sources)
+    return found
+
+
+def _taken_apart(
+    converter: WeightConverter, name: str, tensor: torch.Tensor, sources: Mapping[str, list[str]]
+) -> dict[str, torch.Tensor]:
+    """What `converter` had merged into one tensor, under the keys it had."""
+    back = converter.reverse_transform()
+    parts: Any = {back.source_patterns[0]: tensor}
+    for operation in back.operations:
+        parts = operation.convert(
+            parts, source_patterns=back.source_patterns, target_patterns=back.target_patterns, full_layer_name=name
+        )
+    result: dict[str, torch.Tensor] = {}
+    for pattern, keys in sources.items():
+        index = converter.source_patterns.index(pattern)
+        named = [part for target, part in parts.items() if _belongs(target, back.target_patterns[index])]
+        flat = [piece for part in named for piece in (part if isinstance(part, list) else [part])]
+        result |= dict(zip(keys, flat, strict=True))
+    return result
+
+
+def _belongs(name: str, pattern: str) -> bool:
+    return (
+        re.fullmatch(r"\d+".join(map(re.escape, pattern.strip("^$").split("*"))), name) is not None or name == pattern
+    )
+
+
+class _StandIn:
+    """A model as `MtpModel` looks at it, with a config that tells of the head: the model's own is left as it is."""
+
+    def __init__(self, model: PreTrainedModel, config: PretrainedConfig) -> None:
+        self.config = config
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _pattern(num_hidden_layers: int) -> str:
+    """Keys of a head: under a name of its own, or as a layer after the model's last."""
+    beyond = rf"\.layers\.(?:{'|'.join(str(num_hidden_layers + index) for index in range(8))})\."
+    return rf"(?:^|\.)mtp\w*\.|{beyond}"
+
+
+def prepared(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy that tells `get_mtp_config` of the head; full attention and experts where the config says nothing."""
+    prepared = copy.deepcopy(config)
+    text = prepared.get_text_config()
+    if getattr(text, "num_mtp_layers", None) != layers:
+        text.num_mtp_layers = layers
+    for name, usual in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
+        if getattr(text, name, None) is not None and getattr(text, f"mtp_{name}", None) is None:
+            setattr(text, f"mtp_{name}", [usual] * layers)
+    return prepared
+
+
+def _skeleton(model: PreTrainedModel, keys: NativeKeys, *, meta: bool = False) -> tuple[MtpModel, list[Any]]:
+    """An empty head, and what maps the checkpoint's keys onto it: rows of ours first, then transformers' own."""
+    config = prepared(model.config, keys.layers)
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        made = MtpModel(_StandIn(model, config), keys.layers)
+    count = config.get_text_config().num_hidden_layers
+    own = [WeightRenaming(source, target) for source, target in MTP_LAYOUTS]
+    numbered = [WeightRenaming(f"layers.{count + i}.", f"layers.{i}.mtp_block.") for i in range(keys.layers)]
+    family = get_model_conversion_mapping(model, add_legacy=True)
+    return made, [*own, *numbered, *get_model_conversion_mapping(made, add_legacy=False), *family]
+
+
+def _read(made: MtpModel, mapping: list[Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    info, _ = convert_and_load_state_dict_in_model(
+        model=made,
+        state_dict=dict(tensors),
+        load_config=LoadStateDictConfig(weight_mapping=mapping, device_map={"": "cpu"}, dtype=torch.float32),
+    )
+    shared = ("embed_tokens.", "shared_head.", "rotary_emb.")
+    missing = sorted(key for key in info.missing_keys if not key.startswith(shared))
+    ends = [f"layers.{index}.post_norm.weight" for index in range(len(made.layers))]
+    if missing == ends and any(map(MTP_WITHOUT_END_NORM.match, tensors)):
+        for layer in made.layers:
+            layer.post_norm = nn.Identity()
+    elif missing:
+        raise ValueError(f"the checkpoint lacks {missing[0]} ({len(missing)} in all)")
+
+
+def _to_int8(experts: nn.Module) -> None:
+    """Expert stacks to int8 with their scales, as `load_int8` stores them; frozen."""
+    for name in expert_parameters(experts):
+        weight = getattr(experts, name)
+        stored, scale = quantize(weight.detach(), -2 if experts.is_transposed else -1)
+        setattr(experts, name, nn.Parameter(stored, requires_grad=False))
+        experts.register_parameter(f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+    experts.requires_grad_(False)
+
+
 def head_state(head: MtpHead, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The whole head under the family's key names, int8 experts multiplied out, on the CPU.
 
@@ -46,7 +246,7 @@ def head_state(head: MtpHead, model: PreTrainedModel, dtype: torch.dtype | None 
         model: the bare model. dtype: of the tensors, the model's by default.
     """
     plain = _plain_state(head)
-    names = native_names(head, model, plain) if head.native is not None else _usual_names(plain, model.config)
+    names = _native_names(head, model, plain) if head.native is not None else _usual_names(plain, model.config)
     dtype = dtype or model.dtype
     return {name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in names.items()}
 

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.checkpoint.cache import cache_root
-from toolkit.checkpoint.formats import METHOD, declared_format
-from toolkit.checkpoint.headers import raw_header
+from toolkit.checkpoint.files import METHOD, cache_root, declared_format, raw_header
 from toolkit.checkpoint.remote import fetch
 from toolkit.quant import quantize_checkpoint
 from toolkit.quant.load import read_config

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from toolkit.checkpoint.headers import Placed, headers_in
+from toolkit.checkpoint.files import Placed, headers_in
 from toolkit.errors import ModelError, ResourceError
 
 __all__ = ["Filler", "FromFiles", "HostArena", "Layout", "Piece", "Staged"]

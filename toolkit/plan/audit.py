@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.formats import declared_format
-from toolkit.checkpoint.whole import stored_headers
+from toolkit.checkpoint.files import declared_format, stored_headers
 from toolkit.parts import LINEAR_ROLES, Architecture
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
         HubError: the Hub cannot be reached, or has no such model for this user.
     """
     from toolkit.architecture import describe, skeleton
-    from toolkit.checkpoint.agreement import refuse_wrong_shapes
+    from toolkit.checkpoint.conversion import refuse_wrong_shapes
     from toolkit.checkpoint.remote import ask_hub
 
     if not Path(name_or_path).exists():

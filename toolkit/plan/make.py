@@ -22,7 +22,7 @@ from toolkit.plan.fit import Change, cheapest_changes, settle
 from toolkit.plan.memory import Bytes, stack_bytes
 from toolkit.plan.steps import StepShape
 from toolkit.plan.stored import Stored, what_is_stored
-from toolkit.ranks import processes
+from toolkit.processes import processes
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:

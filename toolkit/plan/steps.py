@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.cache import cache_root
+from toolkit.checkpoint.files import cache_root
 from toolkit.durable import write_text
 from toolkit.plan.shapes import rehearsal_versions
 from toolkit.recipe import Recipe

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit.checkpoint.formats import METHOD, declared_format
-from toolkit.checkpoint.headers import Header
-from toolkit.checkpoint.whole import stored_headers, whole_snapshot
+from toolkit.checkpoint.files import METHOD, Header, declared_format, stored_headers, whole_snapshot
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
 from toolkit.plan.shapes import Shapes, is_published, stored_method
@@ -61,7 +59,7 @@ def what_is_stored(budget: Budget) -> Stored:
 
 
 def _refuse_wrong_shapes(budget: Budget, headers: Sequence[Header]) -> None:
-    from toolkit.checkpoint.agreement import refuse_wrong_shapes
+    from toolkit.checkpoint.conversion import refuse_wrong_shapes
 
     refuse_wrong_shapes(budget.name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))
 

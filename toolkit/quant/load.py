@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
-from toolkit.checkpoint.formats import METHOD, declared_format
+from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.errors import ModelError, card_failed, first_line, out_of_memory
 from toolkit.ops.experts import expert_weights
 from toolkit.ops.int8 import dequantize

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from toolkit.architecture import LINEAR_ROLES, describe, strip_index
-from toolkit.checkpoint.formats import METHOD
+from toolkit.checkpoint.files import METHOD
 from toolkit.ops import DEFAULT_BACKEND
 from toolkit.ops.int8 import Int8Linear
 from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8

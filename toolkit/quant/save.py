@@ -25,12 +25,10 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
-from toolkit.checkpoint.agreement import refuse_wrong_shapes
-from toolkit.checkpoint.files import INDEX, SINGLE, beside, write_index
-from toolkit.checkpoint.formats import REQUIRES
+from toolkit.checkpoint.conversion import Shards, refuse_wrong_shapes, targets
+from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, write_index
 from toolkit.checkpoint.identity import license_of
 from toolkit.checkpoint.remote import fetch
-from toolkit.checkpoint.shards import Shards, targets
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state

@@ -20,8 +20,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
+from toolkit.checkpoint.conversion import Shards, targets
 from toolkit.checkpoint.remote import fetch
-from toolkit.checkpoint.shards import Shards, targets
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer

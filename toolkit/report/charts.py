@@ -1,22 +1,27 @@
-"""Charts of a run as SVG that stands inside a page: matplotlib's, with colours the page decides.
+"""A run's charts: as SVG that stands inside its page, and as PNG files for its model card.
 
-matplotlib writes fixed colours and the same ids into every picture. Here colours become CSS variables, so that one
-picture serves light and dark, and ids are made the chart's own.
+matplotlib writes fixed colours and the same ids into every SVG. Here colours become CSS variables, so that one picture
+serves light and dark, and ids are made the chart's own. The Hub shows pictures on white; their bytes follow from the
+run's figures alone, without matplotlib's version and with its own font.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["bars", "curves", "heat_map", "thin_out"]
+from toolkit.run_folder import RunFolder
+
+__all__ = ["bars", "curves", "heat_map", "run_pictures", "thin_out"]
 
 _COLOURS = {"ink": "#010203", "faint": "#040506", "adapted": "#070809", "base": "#0a0b0c"}
 """Colours that no chart would use, by the CSS variable that takes their place."""
@@ -42,6 +47,16 @@ _MOST_POINTS = 400
 _SIZE = (4.2, 2.5)
 
 Points = Sequence[tuple[float, float]]
+
+_PNG_STYLE: dict[str, Any] = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+_PNG_COLOURS = {"training": "#1f6feb", "held-out": "#d1571b"}
 
 
 def thin_out(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
@@ -126,3 +141,50 @@ def _for_a_page(name: str, svg: str) -> str:
     svg = re.sub(r'font: ([\d.]+px) [^;"]*', r"font: \1 system-ui, sans-serif", svg)
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true" focusable="false" '
                   r'xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)  # fmt: skip
+
+
+def run_pictures(folder: str | Path) -> dict[str, bytes]:
+    """PNG bytes by file name: `loss.png` and `experts.png`, each where the run has logged what it shows."""
+    run = RunFolder(Path(folder))
+    metrics, experts = run.read_metrics(), run.path / "experts.json"
+    layers = json.loads(experts.read_bytes()).get("layers") if experts.is_file() else []
+    with mpl.rc_context(cast(Any, _PNG_STYLE)):
+        drawn = {"loss.png": _loss_picture(metrics), "experts.png": _load_picture(layers or [])}
+    return {name: picture for name, picture in drawn.items() if picture}
+
+
+def _loss_picture(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
+    figure = Figure(figsize=(6, 3.2), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for label, key in (("training", "loss"), ("held-out", "eval_loss")):
+        points = [(float(entry["step"]), float(entry[key])) for entry in metrics if key in entry]
+        if points:
+            steps, values = zip(*thin_out(points), strict=True)
+            marker = "o" if len(steps) < 20 else ""
+            axes.plot(steps, values, color=_PNG_COLOURS[label], label=label, marker=marker, markersize=3)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _load_picture(layers: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Tokens of each expert over the layer's mean."""
+    counts = [layer["after"] for layer in layers if sum(layer["after"])]
+    if not counts:
+        return None
+    width = max(map(len, counts))
+    rows = [[count * len(row) / sum(row) for count in row] + [float("nan")] * (width - len(row)) for row in counts]
+    figure = Figure(figsize=(6, min(5.0, 1.8 + 0.12 * len(rows))), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    image = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    axes.set(xlabel="expert", ylabel="MoE layer")
+    figure.colorbar(image, ax=axes, pad=0.02).set_label("times the even share")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    target = io.BytesIO()
+    figure.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()

@@ -20,7 +20,6 @@ from rich.console import Console
 
 from toolkit.artifact import stack_versions
 from toolkit.plan import Device, default_backend, default_dtype, device_memory, unusable_card
-from toolkit.report.hints import next_commands
 
 __all__ = ["facts", "machine"]
 
@@ -61,7 +60,6 @@ def facts(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"{what:<14}{text}", markup=False)
     for hint in found["hints"]:
         console.print(f"hint          {hint}", markup=False)
-    next_commands(console, "init", "train recipes/quickstart.yaml")
 
 
 def _driver() -> str | None:

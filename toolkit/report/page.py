@@ -21,10 +21,10 @@ from markupsafe import Markup
 from toolkit.artifact import runs_near
 from toolkit.durable import write_text
 from toolkit.errors import ModelError
-from toolkit.mtp.measure import draft_table
 from toolkit.report import charts
+from toolkit.report.terminal import draft_table
 from toolkit.run_folder import RunFolder
-from toolkit.training.progress import held_out_scores
+from toolkit.training.callbacks import held_out_scores
 
 __all__ = ["Chart", "render_page", "write_page"]
 
@@ -73,7 +73,7 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
         raise ModelError(
             f"{run}: no run here (no recipe.yaml); give the folder that onecard train wrote{runs_near(run)}"
         )
-    metrics, finished = read_metrics(folder.metrics), json.loads(summary) if summary else _read(folder.summary)
+    metrics, finished = folder.read_metrics(), json.loads(summary) if summary else _read(folder.summary)
     plan, experts = _read(folder.plan), _read(folder.experts)
     environment = Environment(loader=PackageLoader("toolkit.report", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"of": _of, "figure": _figure, "number": lambda value: f"{value:,}"}
@@ -102,19 +102,6 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; the last may still be in the writing, and a resumed run writes some steps again."""
-    entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "loss" in entry or "eval_loss" in entry:
-            entries[(entry["step"], "loss" in entry)] = entry
-    return [entries[key] for key in sorted(entries)]
 
 
 def _state(folder: RunFolder, finished: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

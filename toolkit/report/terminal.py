@@ -11,22 +11,20 @@ from rich.markup import escape
 
 from toolkit.artifact import VerifyReport
 from toolkit.data import DataReport
-from toolkit.mtp.measure import draft_table
 from toolkit.quant.gptq.calibrate import Compensation
-from toolkit.report.hints import next_commands
 from toolkit.report.plans import mib, table_of
 
-__all__ = [
-    "benchmarks",
-    "checks",
-    "comparison",
-    "compensation",
-    "data",
-    "reached",
-    "summary",
-]
+__all__ = ["benchmarks", "checks", "comparison", "compensation", "data", "draft_table", "reached", "summary"]
 
 _WORST_SHOWN = 3
+_HEADS = ("base", "stale", "trained")
+
+
+_DRAFT_FIGURES = (
+    ("tokens a pass", "tau", "{:.2f}"),
+    ("tokens a second", "tokens_per_second", "{:.1f}"),
+    ("without drafts", "plain_tokens_per_second", "{:.1f}"),
+)
 _SHARES = {"exact_match", "token_f1", "rouge_l", "json_valid"}
 
 
@@ -73,7 +71,7 @@ def reached(console: Console, counts: Mapping[str, Any]) -> None:
 
 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
-    """Coverage, base against adapted, sample answers, where the adapter lies, and what to type next."""
+    """Coverage, base against adapted, sample answers, and where the adapter lies."""
     reached(console, finished["counts"])
     if compensated := finished.get("compensation"):
         console.print(
@@ -93,13 +91,9 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
         console.print(_line(sample["prompt"]), style="dim", markup=False)
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
         console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
-    artifact = finished["artifact"]
-    run = str(Path(artifact).parent)
+    artifact = Path(finished["artifact"])
     console.print(f"[bold]adapter[/bold]  {artifact}")
-    console.print(f"[bold]page[/bold]     {run}/report.html")
-    next_commands(
-        console, f"chat {run} --compare", f"verify {artifact}", f"report {run}", f"push {artifact} OWNER/NAME"
-    )
+    console.print(f"[bold]page[/bold]     {artifact.parent}/report.html")
 
 
 def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -162,3 +156,24 @@ def _of(value: Any) -> str:
 def _line(text: str, width: int = 160) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def draft_table(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A run's `mtp` figures as a table: columns, and rows of text; none where nothing was drafted.
+
+    `base` is the checkpoint's own head on its own model, `stale` the same head once the adapter is on, `trained` the
+    head that was trained along.
+    """
+    measured = {name: found for name in _HEADS if (found := figures.get(name))}
+    if not measured:
+        return [], []
+    rows = [[what, *(form.format(found[key]) for found in measured.values())] for what, key, form in _DRAFT_FIGURES[:1]]
+    places = sorted({place for found in measured.values() for place in found["acceptance"]}, key=int)
+    for place in places:
+        shares = [found["acceptance"].get(place) for found in measured.values()]
+        rows.append([f"draft {place} accepted", *("" if share is None else f"{share:.1%}" for share in shares)])
+    rows += [
+        [what, *(form.format(found[key]) for found in measured.values())] for what, key, form in _DRAFT_FIGURES[1:]
+    ]
+    pays = ["yes" if f["tokens_per_second"] > f["plain_tokens_per_second"] else "no" for f in measured.values()]
+    return ["drafts on held-out prompts", *measured], [*rows, ["worth their time here", *pays]]

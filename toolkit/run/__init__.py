@@ -1,7 +1,6 @@
 """A run, from a recipe to a finished folder: these are its steps, which `job` calls in order."""
 
-from toolkit.run.chat_form import dialogue
-from toolkit.run.data import build_batches, load_tokenizer, step_shape
+from toolkit.run.data import build_batches, dialogue, load_tokenizer, step_shape
 from toolkit.run.evaluation import evaluate, require_harmless_rounding
 from toolkit.run.model import attach, compensate, coverage, load, reopen
 from toolkit.run.mtp import evaluate_head, make_head, own_answers, reopen_head, step_tokens, teach_own_answers

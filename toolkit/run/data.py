@@ -1,27 +1,44 @@
-"""The data of a run: its tokenizer, its masked examples, and the longest of them, which decide what a step takes."""
+"""The data of a run: its tokenizer, its masked examples and the longest of them, what is held out; and how it is asked.
+
+How a model is asked was recorded when the run began; what ends an answer, its checkpoint says, too.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit.data import Batches, read_chat_template
+from toolkit.artifact import read_manifest
+from toolkit.data import Batches, ChatForm, Dialogue, read_chat_template
 from toolkit.data import build_batches as build_from_rows
-from toolkit.data.token_table import count_trained, sequence_lengths
+from toolkit.data.storage import count_trained, sequence_lengths
+from toolkit.durable import write_text
 from toolkit.errors import ModelError, first_line
-from toolkit.evaluate import LOSS, find_metric
+from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
-from toolkit.run.chat_form import declared_stops, recorded_form
-from toolkit.run.evaluation import general_text, held_out
 from toolkit.run.mtp import own_prompts
+from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
-__all__ = ["build_batches", "load_tokenizer", "step_shape"]
+__all__ = [
+    "build_batches",
+    "dialogue",
+    "general_text",
+    "held_out",
+    "load_tokenizer",
+    "record_form",
+    "step_shape",
+    "stop_as_trained",
+]
 
 
 def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
@@ -49,13 +66,13 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         find_metric(plan.recipe.eval.metric)
     data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
     training = plan.recipe.training
-    recorded = recorded_form(plan.folder)
+    recorded = _recorded_form(plan.folder)
     return build_from_rows(
         tokenizer,
         **data,
         max_length=plan.max_length,
         seed=training.seed,
-        stop_token_ids=declared_stops(plan),
+        stop_token_ids=_declared_stops(plan),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
     )
 
@@ -87,3 +104,70 @@ def _most_labels(lengths: NDArray[np.int64], labels: NDArray[np.int64], room: in
     order = np.lexsort((lengths, share))[::-1]
     taken = np.diff(np.minimum(np.cumsum(lengths[order]), room), prepend=0)
     return max(1, math.ceil(float((share[order] * taken).sum())))
+
+
+def general_text(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
+    """The recipe's general text in windows."""
+    path, longest = plan.recipe.eval.regression, plan.recipe.training.max_length
+    length = _LONGEST_WINDOW if longest == "auto" else min(longest, _LONGEST_WINDOW)
+    return read_windows(tokenizer, Path(path), length) if path else None
+
+
+def held_out(batches: Batches, plan: Plan) -> Dataset | None:
+    """The held-out sequences that the recipe wants looked at."""
+    if batches.validation is None:
+        return None
+    return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))
+
+
+_LONGEST_WINDOW = 512
+"""Tokens of general text that are looked at together."""
+
+
+def _declared_stops(plan: Plan) -> list[int]:
+    """Token ids at which the checkpoint's own generation stops."""
+    place = {"revision": plan.recipe.model.revision}
+    try:
+        ends = GenerationConfig.from_pretrained(plan.model, **place).eos_token_id
+    except (OSError, ValueError):  # many checkpoints have none
+        ends = None
+    if ends is None:
+        config: Any = AutoConfig.from_pretrained(plan.model, trust_remote_code=False, **place)
+        ends = getattr(config.get_text_config(), "eos_token_id", None)
+    return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+
+
+def record_form(run: RunFolder, form: ChatForm) -> None:
+    """Write down how the run's model is asked, unless that was done when the run began."""
+    if not run.chat.is_file():
+        write_text(run.chat, json.dumps(form.to_dict(), indent=2))
+
+
+def _recorded_form(folder: Path, artifact: Path | None = None) -> ChatForm | None:
+    """What a run folder, or else its artifact, says of how its model is asked."""
+    run = RunFolder(folder)
+    if run.chat.is_file():
+        return ChatForm.from_dict(json.loads(run.chat.read_text(encoding="utf-8")))
+    if artifact is None:
+        return None
+    return ChatForm.from_dict(read_manifest(artifact).get("chat") or {})
+
+
+def dialogue(tokenizer: PreTrainedTokenizerBase, plan: Plan, artifact: Path) -> Dialogue:
+    """Prompts and answers as in the run that `artifact` came from, under the plan's template options."""
+    recorded = _recorded_form(artifact.parent, artifact) or ChatForm()
+    data = plan.recipe.data
+    stops = sorted({*recorded.stop_token_ids, *_declared_stops(plan)})
+    form = replace(
+        recorded,
+        stop_token_ids=tuple(stops),
+        chat_template_kwargs=data.chat_template_kwargs,
+        system_prompt=data.system_prompt,
+    )
+    return Dialogue(tokenizer, form)
+
+
+def stop_as_trained(model: PreTrainedModel, form: ChatForm) -> None:
+    """Let every generation of `model` end at the tokens that ended answers in training."""
+    config: Any = model.generation_config
+    config.eos_token_id = list(form.stop_token_ids)

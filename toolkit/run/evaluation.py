@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -12,17 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches, Dialogue
 from toolkit.durable import write_text
-from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss, read_windows
+from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss
 from toolkit.plan import ROUNDED_ROWS, TRITON, Plan
-from toolkit.run.chat_form import stop_as_trained
+from toolkit.run.data import general_text, held_out, stop_as_trained
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
-__all__ = ["LOOKED_AT", "evaluate", "general_text", "held_out", "look_at_experts", "require_harmless_rounding"]
+__all__ = ["LOOKED_AT", "evaluate", "look_at_experts", "require_harmless_rounding"]
 
-
-_LONGEST_WINDOW = 512
-"""Tokens of general text that are looked at together."""
 LOOKED_AT = 64
 """Examples on which the experts are watched, and training examples that stand in where none are held out."""
 
@@ -78,17 +74,3 @@ def require_harmless_rounding(
 
     model.eval()
     compare_losses(loss_of, plain=plain, rounded=rounded).require()
-
-
-def general_text(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | None:
-    """The recipe's general text in windows."""
-    path, longest = plan.recipe.eval.regression, plan.recipe.training.max_length
-    length = _LONGEST_WINDOW if longest == "auto" else min(longest, _LONGEST_WINDOW)
-    return read_windows(tokenizer, Path(path), length) if path else None
-
-
-def held_out(batches: Batches, plan: Plan) -> Dataset | None:
-    """The held-out sequences that the recipe wants looked at."""
-    if batches.validation is None:
-        return None
-    return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))

@@ -20,23 +20,27 @@ from toolkit.artifact import check_token
 from toolkit.data import Batches
 from toolkit.durable import write_text
 from toolkit.plan import Plan, make_plan
-from toolkit.ranks import broadcast, first_one_first, is_first, join
+from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join
+from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
+from toolkit.report.charts import run_pictures
 from toolkit.report.page import write_page
-from toolkit.report.pictures import run_pictures
 from toolkit.report.plans import show_plan
-from toolkit.run.chat_form import record_form
-from toolkit.run.data import build_batches, load_tokenizer, step_shape
-from toolkit.run.folder import check_folder_is_ours, check_writable, open_run, with_decided
-from toolkit.run.fork import copy_start, fork_recipe
-from toolkit.run.lock import owned
+from toolkit.run.data import build_batches, load_tokenizer, record_form, step_shape
+from toolkit.run.folder import (
+    check_folder_is_ours,
+    check_writable,
+    copy_start,
+    fork_recipe,
+    open_run,
+    owned,
+    with_decided,
+)
 from toolkit.run.model import attach, compensate, coverage, load
-from toolkit.run.summary import summarize
-from toolkit.run.trained import find_checkpoint, judge, package, require_packageable, train
+from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run_folder import RunFolder
-from toolkit.signals import StopRequest
-from toolkit.steps import listening
+from toolkit.steps import listening, seconds_by_part
 from toolkit.training.memory import anonymous_memory
 
 __all__ = ["Finished", "run"]
@@ -71,7 +75,7 @@ def run(
         recipe: as `load_recipe` reads it.
         fork: start a new run from the weights of the one in the recipe's folder.
         console: where progress and tables go; nowhere by default.
-        stop: ends the run at the next step, saved; `toolkit.signals.signals_heeded` makes one of SIGTERM and SIGINT.
+        stop: ends the run at the next step, saved; `toolkit.processes.signals_heeded` makes one of SIGTERM and SIGINT.
 
     Raises:
         OnecardError: of the kind that the command's exit codes tell.
@@ -143,7 +147,7 @@ def _finish(
     if not is_first():
         return {}
     artifact = package(judged, plan, run_pictures(folder.path))
-    summary = summarize(judged, plan, batches, artifact, compensated, before)
+    summary = _summarize(judged, plan, batches, artifact, compensated, before)
     text = json.dumps(summary, indent=2)
     write_page(folder.path, text)
     write_text(folder.summary, text)
@@ -161,3 +165,42 @@ def _once(console: Console) -> Callable[[str], None]:
             console.print(line, highlight=False, markup=False)
 
     return note
+
+
+def _summarize(
+    result: Trained,
+    made: Plan,
+    batches: Batches,
+    artifact: Path,
+    compensated: Compensation | None = None,
+    before: int = 0,
+) -> dict[str, Any]:
+    """The finished run as JSON: all that `summary` shows. `before`: the process's bytes before anything was loaded."""
+    compared = result.comparison
+    answers = zip(batches.held_out, compared.base.answers, compared.adapted.answers, strict=False) if compared else ()
+    samples = [
+        {"prompt": question.prompt_text, "wanted": question.answer, "base": base, "adapted": adapted}
+        for question, base, adapted in answers
+    ]
+    most = made.recipe.eval.num_samples
+    changed = {"better": compared.better[:most], "worse": compared.worse[:most]} if compared else {}
+    return {
+        "artifact": str(artifact),
+        "counts": result.counts,
+        "results": result.results(),
+        "training": vars(result.training),
+        "seconds": seconds_by_part(),
+        "memory": _memory(result, made, before),
+        "compensation": compensated.to_dict() if compensated else None,
+        "data": batches.report.to_dict(),
+        "samples": samples[:most],
+        "changed": {how: [samples[index] for index in indexes] for how, indexes in changed.items()},
+    }
+
+
+def _memory(result: Trained, made: Plan, before: int) -> dict[str, int]:
+    """Bytes planned and measured, without what Python and the libraries take; `slack`: the allocator's, as planned."""
+    taken = before if made.device == "cpu" else 0
+    training, evaluating = result.training.peak_memory - taken, max(0, result.evaluation_peak - taken)
+    planned = {"planned": made.bytes.run, "slack": made.bytes.slack, "libraries": taken}
+    return {**planned, "measured": max(training, evaluating), "training": training, "evaluating": evaluating}

@@ -18,12 +18,11 @@ from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.plan import Plan
+from toolkit.processes import first_one_first, join
 from toolkit.quant import load_int8, measure
 from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
 from toolkit.quant.gptq.keep import read_compensated, write_compensated
-from toolkit.ranks import first_one_first, join
-from toolkit.run.chat_form import dialogue, stop_as_trained
-from toolkit.run.data import build_batches, load_tokenizer
+from toolkit.run.data import build_batches, dialogue, load_tokenizer, stop_as_trained
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 

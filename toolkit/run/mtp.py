@@ -11,21 +11,20 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches
-from toolkit.data.token_table import sequence_lengths
+from toolkit.data.storage import sequence_lengths
 from toolkit.errors import RecipeError
 from toolkit.evaluate import answer_ids
 from toolkit.labels import IGNORED
 from toolkit.mtp.build import new_head
 from toolkit.mtp.cost import MOST_ANSWERS
 from toolkit.mtp.decode import can_speculate
+from toolkit.mtp.drafts import measure_drafts
 from toolkit.mtp.head import MtpHead
-from toolkit.mtp.head_file import read_head
-from toolkit.mtp.measure import measure_drafts
-from toolkit.mtp.native import load_native, native_keys
+from toolkit.mtp.head_file import load_native, native_keys, read_head
 from toolkit.mtp.own_answers import OwnHidden, learn_own_answers
 from toolkit.mtp.training import HeadTraining
 from toolkit.plan import Plan
-from toolkit.ranks import processes
+from toolkit.processes import processes
 from toolkit.steps import part
 
 __all__ = [
@@ -161,7 +160,7 @@ def evaluate_head(
     base, recipe = model.get_base_model(), plan.recipe
     prompts = [question.prompt_ids for question in batches.held_out[: recipe.eval.max_samples][:_DRAFTED]]
     native = native_keys(plan.model, base.config, revision=recipe.model.revision)
-    if not prompts or not recipe.eval.enabled or can_speculate(base) or (head is None and native is None):
+    if not prompts or not recipe.eval.enabled or (head is None and native is None) or can_speculate(base):
         return None
     length = max(_DRAFTED_TOKENS, recipe.eval.max_new_tokens)
     count = max(recipe.mtp.depth, len(head.layers) if head else 1)

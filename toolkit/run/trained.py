@@ -26,16 +26,14 @@ from toolkit.mtp.cost import most_answers
 from toolkit.mtp.head import MtpHead
 from toolkit.mtp.head_file import head_state
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
-from toolkit.ranks import is_first
+from toolkit.processes import StopRequest, is_first
 from toolkit.recipe import dump, flat
-from toolkit.run.chat_form import stop_as_trained
-from toolkit.run.evaluation import LOOKED_AT, evaluate, held_out, look_at_experts, require_harmless_rounding
-from toolkit.run.folder import require_disk
+from toolkit.run.data import held_out, stop_as_trained
+from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding
+from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tokenizer_sha256, versions
 from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
-from toolkit.run.resume import bind, data_sha256, find_resume, tokenizer_sha256, versions
 from toolkit.run_folder import RunFolder
-from toolkit.signals import StopRequest
 from toolkit.steps import part
 from toolkit.training import BestAdapter, RunContext, TrainResult, train_adapter
 from toolkit.training.checkpoint import Resume
@@ -312,7 +310,7 @@ def _base_facts(plan: Plan) -> dict[str, Any]:
 def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = None) -> Path:
     """Write the artifact into the run folder; stock PEFT opens it as it is.
 
-    `pictures` are PNG files for the model card, as `toolkit.report.pictures` draws them.
+    `pictures` are PNG files for the model card, as `toolkit.report.charts` draws them.
     """
     base, revision = plan.model, plan.recipe.model.revision
     return write_artifact(

@@ -1,12 +1,14 @@
 """The adapted int8 model behind transformers' own OpenAI-compatible server.
 
 `transformers serve` loads what it serves by name, in 16 bit, and knows no adapter folder. Its parts take a model
-manager, and ours hands out the one model that is loaded already.
+manager, and ours hands out the one model that is loaded already. It reads a stream by a description of the model's
+family or its tokenizer; here the chat template says what stands around thoughts, text and calls.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,16 @@ from peft import PeftModel
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from toolkit.data import Dialogue, InvalidRow, check_messages, check_tools
+from toolkit.data.answers import Answer, AnswerStream
 from toolkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from transformers.cli.serving.utils import GenerationState
 
 __all__ = ["build_app", "require_server", "serve"]
+
+Event = Mapping[str, Any]
 
 _SERVER_OPTIONS = {"add_generation_prompt", "return_tensors", "return_dict", "tokenize"}
 _ANY_TEXT = {
@@ -30,6 +36,67 @@ _ANY_TEXT = {
 }
 """A description of answers that says nothing of them: without one, the server would not ask for them to be read."""
 _NEEDED = ("fastapi", "uvicorn", "openai")
+
+
+class _StreamParser:
+    """An answer's stream in the form of transformers' `ResponseParser`, as far as its server uses that."""
+
+    def __init__(self, stream: AnswerStream) -> None:
+        self._stream = stream
+        self.initial_events: list[Event] = []
+
+    def feed(self, text: str) -> list[Event]:
+        """What these words add, as events."""
+        return list(_events(self._stream.feed(text)))
+
+    def finalize(self) -> tuple[Event, list[Event]]:
+        """Nothing, and what the end adds."""
+        return {}, list(_events(self._stream.end()))
+
+
+def _reading_state(dialogue: Dialogue) -> GenerationState:
+    """What generates for the server, with chat streams read by `dialogue`."""
+    from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+    class Reading(GenerateManager):  # type: ignore[misc]
+        """Streams are read by the chat template wherever they are read at all."""
+
+        def generate_streaming(
+            self,
+            model: Any,
+            processor: Any,
+            inputs: Any,
+            gen_config: Any,
+            request_id: str,
+            response_parser: Any = None,
+        ) -> Any:
+            """As its base class, with another parser."""
+            if response_parser is not None:
+                response_parser = _StreamParser(dialogue.stream(inputs["input_ids"][0].tolist()))
+            return super().generate_streaming(
+                model, processor, inputs, gen_config, request_id=request_id, response_parser=response_parser
+            )
+
+    class State(GenerationState):  # type: ignore[misc]
+        """Generates with the one model there is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._reading = Reading()
+
+        def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
+            """The same for every request."""
+            return self._reading
+
+    return State()
+
+
+def _events(more: Answer) -> Iterator[Event]:
+    for field, text in (("reasoning_content", more.thought), ("content", more.text)):
+        if text:
+            yield {"type": "region_chunk", "field": field, "text": text}
+    for call in more.calls:
+        yield {"type": "region_close", "field": "tool_calls", "value": {"type": "function", "function": dict(call)}}
 
 
 def require_server() -> None:
@@ -47,8 +114,6 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Di
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
-
-    from toolkit.serving.streaming import reading_state
 
     # PEFT puts its layers into the base model in place, so this is the adapted one.
     adapted = model.eval().get_base_model()
@@ -69,7 +134,7 @@ def build_app(model: PeftModel, tokenizer: PreTrainedTokenizerBase, dialogue: Di
             """What `/v1/models` lists; transformers would list the Hub's cache."""
             return [{"id": name, "object": "model", "owned_by": "onecard", "created": 0}]
 
-    manager, state = OneModel(force_model=name), reading_state(dialogue)
+    manager, state = OneModel(force_model=name), _reading_state(dialogue)
     app: FastAPI = build_server(
         manager,
         ChatCompletionHandler(manager, state),

@@ -1,4 +1,4 @@
-"""A sweep as a picture: one bar a trial, best first, or a curve a value where two keys are varied."""
+"""A sweep's trials: as a picture, one bar a trial, best first, or a curve a value of two keys; and as a table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from toolkit.durable import write_text
 from toolkit.sweep.run import Outcome, best_first
 
-__all__ = ["draw"]
+__all__ = ["draw", "table"]
 
 
 def draw(outcomes: Sequence[Outcome], metric: str, target: Path) -> None:
@@ -62,3 +65,18 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def table(console: Console, ranked: Sequence[Outcome], metric: str) -> None:
+    """One row a trial in the order given: its values, the figure that ranks, the other figures, and what failed."""
+    names = dict.fromkeys(name for outcome in ranked for name in outcome.figures)
+    columns = [metric, *(name for name in names if name != metric)]
+    result = Table(box=None, pad_edge=False)
+    for column in (*ranked[0].trial.values, *columns, "seconds", ""):
+        result.add_column(column, justify="right" if column else "left", overflow="fold")
+    for outcome in ranked:
+        figures = [f"{outcome.figures[name]:.4f}" if name in outcome.figures else "" for name in columns]
+        # A trial that was finished before took no time now.
+        seconds = f"{outcome.seconds:.0f}" if outcome.seconds else "before"
+        result.add_row(*outcome.trial.values.values(), *figures, seconds, outcome.error[:80])
+    console.print(result)

@@ -1,7 +1,7 @@
 """Training: TRL's trainer on Accelerate, checkpoints, metrics and progress."""
 
-from toolkit.training.best import BestAdapter
-from toolkit.training.context import RunContext
-from toolkit.training.trainer import TrainResult, train_adapter
+from toolkit.training.callbacks import BestAdapter
+from toolkit.training.train import TrainResult, train_adapter
+from toolkit.training.trainer import RunContext
 
 __all__ = ["BestAdapter", "RunContext", "TrainResult", "train_adapter"]

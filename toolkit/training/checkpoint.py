@@ -1,14 +1,16 @@
 """Checkpoints that are whole or not there: written aside, synced, hashed, renamed, read back; then older ones go.
 
 transformers writes straight into `checkpoint-N`, takes the highest N unchecked on resume, and keeps optimizer and
-random numbers as pickles. Here a folder counts only if its manifest vouches for every byte of every file in it, the
-manifest's own included, and order is by step, never by a clock.
+random numbers as pickles, which run code when they are opened and whose damage shows late or never. Here a folder
+counts only if its manifest vouches for every byte of every file in it, the manifest's own included, and order is by
+step, never by a clock. Nested state becomes JSON and tensors, and is the same again, bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import stat
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
@@ -29,12 +32,16 @@ __all__ = [
     "Resume",
     "clear_leftovers",
     "every_checkpoint",
+    "flatten",
     "newest_checkpoint",
     "open_checkpoint",
+    "random_state",
     "read_json",
     "read_tensors",
+    "restore_random_state",
     "rotate",
     "sealed",
+    "unflatten",
     "write_checkpoint",
 ]
 
@@ -47,6 +54,8 @@ _NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _FILE = re.compile(r"[\w-][\w.-]{0,99}")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|old|discarded)")
 _MOST_MANIFEST_BYTES = 8 << 20
+
+_TENSOR, _ARRAY, _TUPLE, _ITEMS = "$tensor", "$array", "$tuple", "$items"
 
 
 @dataclass(frozen=True)
@@ -250,3 +259,67 @@ def _is_manifest(found: Mapping[str, Any]) -> bool:
         and all(_FILE.fullmatch(name) and isinstance(entry, dict) for name, entry in files.items())
         and all(entry.keys() == {"sha256", "size"} for entry in files.values())
     )
+
+
+def flatten(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
+    """`value` as something JSON can hold; its tensors go into `tensors`, copied to the CPU, under names below `name`.
+
+    Dictionaries with any keys, lists, tuples, NumPy arrays, numbers, strings and None are kept. Raises `TypeError` for
+    anything else.
+    """
+    match value:
+        case torch.Tensor():
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            return {_TENSOR: name}
+        case np.ndarray():
+            return {_ARRAY: str(value.dtype), "values": value.tolist()}
+        case np.generic():
+            return value.item()
+        case dict() if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: flatten(item, tensors, f"{name}.{key}") for key, item in value.items()}
+        case dict():
+            return {_ITEMS: [[key, flatten(item, tensors, f"{name}.{key}")] for key, item in value.items()]}
+        case tuple():
+            return {_TUPLE: [flatten(item, tensors, f"{name}.{n}") for n, item in enumerate(value)]}
+        case list():
+            return [flatten(item, tensors, f"{name}.{n}") for n, item in enumerate(value)]
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint")
+
+
+def unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """What `flatten` was given. Raises `KeyError` where a tensor is missing."""
+    match value:
+        case {"$tensor": str(name)}:
+            return tensors[name]
+        case {"$array": str(dtype), "values": list(values)}:
+            return np.array(values, dtype=dtype)
+        case {"$tuple": list(items)}:
+            return tuple(unflatten(item, tensors) for item in items)
+        case {"$items": list(pairs)}:
+            return {key: unflatten(item, tensors) for key, item in pairs}
+        case dict():
+            return {key: unflatten(item, tensors) for key, item in value.items()}
+        case list():
+            return [unflatten(item, tensors) for item in value]
+    return value
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random number generator that training draws from: Python, NumPy, torch, each card."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.random.get_rng_state(),
+        "cuda": torch.cuda.random.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.random.set_rng_state_all(state["cuda"])

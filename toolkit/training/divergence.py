@@ -43,8 +43,9 @@ class StepGuard:
         return {key: vars(self)[key] for key in ("in_a_row", "skipped", "since_log", "skipped_since_log")}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on with a `state`."""
+        """Go on with a `state`, between two steps."""
         vars(self).update(state)
+        self._broken, self._seen, self._unread = [], [], []
 
     def see(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> bool:
         """Note a batch and its loss; whether that is finite."""

@@ -8,19 +8,16 @@ micro-batches' order, as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from threading import Condition, get_ident
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
 
-from toolkit.offload.attach import stream_of
 from toolkit.offload.stream import ExpertStream
 
-__all__ = ["LayerMajor", "LayerMajorSteps", "layer_major_for"]
+__all__ = ["LayerMajor"]
 
 Result = TypeVar("Result")
 
@@ -128,56 +125,3 @@ class LayerMajor(Generic[Result]):
             later = [other for other in waiting if self._wanted[other] == self._layer]
         self._running = later[0] if later else -1
         self._turn.notify_all()
-
-
-class LayerMajorSteps:
-    """Mixed into a `transformers.Trainer`: an optimizer step's micro-batches go through `layer_major` where it is set.
-
-    The trainer still calls `training_step` once a micro-batch; the first call of a step runs them all.
-    """
-
-    layer_major: LayerMajor[torch.Tensor] | None = None
-    _samples: list[Any]
-    _losses: Sequence[torch.Tensor] = ()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The trainer's own, remembered: these micro-batches make one optimizer step."""
-        self._samples, count = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        return self._samples, count
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch, or of all where this is a step's first; gives its loss."""
-        step = super().training_step  # type: ignore[misc]
-        if self.layer_major is None or len(self._samples) < 2:  # set by `get_batch_samples`
-            loss: torch.Tensor = step(model, inputs, *args, **kwargs)
-            return loss
-        number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
-        if number == 0:
-            self._losses = self.layer_major.run(
-                [partial(step, model, sample, *args, **kwargs) for sample in self._samples]
-            )
-        return self._losses[number]
-
-
-def layer_major_for(
-    model: nn.Module, arguments: Mapping[str, Any], micro_batches_per_pass: int | None = None
-) -> LayerMajor[torch.Tensor] | None:
-    """What runs an optimizer step's micro-batches, so many at a time; None where the ordinary order is right.
-
-    That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
-    moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
-    """
-    stream = stream_of(model)
-    is_alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-    pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
-    if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
-        return None
-    return None if micro_batches_per_pass == 1 else LayerMajor(stream, micro_batches_per_pass)
-
-
-def _draws_random_numbers(model: Any) -> bool:
-    """Whether a training forward may draw random numbers: in another order they would be others."""
-    layers = (module for module in model.modules() if isinstance(module, nn.Dropout))
-    settings = model.config.get_text_config().to_dict().items()
-    rates = [value for key, value in settings if "drop" in key or "jitter" in key or "noise" in key]
-    return any(layer.p > 0 for layer in layers) or any(isinstance(rate, float) and rate > 0 for rate in rates)

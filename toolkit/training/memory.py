@@ -1,19 +1,28 @@
-"""What a run really takes: the peak of a card's allocations, or of a process's anonymous memory, sampled.
+"""What a run really takes, and the longest batch first: what does not fit fails before step 1, in one line.
 
-`ru_maxrss` counts pages of mapped files, which the system takes back at will; only anonymous memory must be there.
+The peak is that of a card's allocations, or of a process's anonymous memory, sampled: `ru_maxrss` counts pages of
+mapped files, which the system takes back at will. transformers' `auto_find_batch_size` starts over with smaller batches
+when memory runs out, wherever in a run that is; trying the longest batch first changes no number.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 
-__all__ = ["Peak", "anonymous_memory", "peak_of"]
+from toolkit.data.storage import sequence_lengths
+from toolkit.errors import ResourceError, out_of_memory
+from toolkit.training.checkpoint import random_state, restore_random_state
+
+__all__ = ["Peak", "anonymous_memory", "longest_rows", "peak_of", "probe"]
 
 _SECONDS = 0.005
 """Between two looks: a layer of any size that matters takes longer."""
@@ -61,3 +70,46 @@ def _watch(peak: Peak, over: threading.Event) -> None:
                     break
             if over.wait(_SECONDS):
                 return
+
+
+def longest_rows(dataset: Dataset, count: int) -> list[int]:
+    """Indices of the `count` longest rows by `input_ids`, longest first."""
+    longest: list[int] = np.argsort(-sequence_lengths(dataset), kind="stable")[:count].tolist()
+    return longest
+
+
+def probe(
+    step: Callable[[], Any], forget: Callable[[], None], *, tokens: int, held: int, device: Any, advice: str
+) -> None:
+    """Run a step, drop what it leaves, and put the random numbers back.
+
+    Args:
+        step: forward and backward of the longest batch. forget: drops gradients and counts.
+        held: bytes that will be held beside, once there is an optimizer. tokens, advice: for the message.
+
+    Raises:
+        ResourceError: there is not enough memory.
+    """
+    with _same_random_numbers():
+        try:
+            room = torch.empty(held, dtype=torch.uint8, device=device)
+            step()
+            del room
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise ResourceError(
+                f"out of memory before step 1, with the longest batch ({tokens} tokens); cheapest: {advice}"
+            ) from error
+        finally:
+            forget()
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """The random numbers that are drawn after the block are those that would have been without it."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before)

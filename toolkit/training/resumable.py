@@ -20,12 +20,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from toolkit.errors import DivergedError, ModelError
-from toolkit.ranks import is_first
-from toolkit.signals import StopRequest
-from toolkit.training.checkpoint import Resume, read_json, read_tensors, rotate, write_checkpoint
+from toolkit.processes import StopRequest, is_first
+from toolkit.training.callbacks import MetricsLog
+from toolkit.training.checkpoint import (
+    Resume,
+    flatten,
+    random_state,
+    read_json,
+    read_tensors,
+    restore_random_state,
+    rotate,
+    unflatten,
+    write_checkpoint,
+)
 from toolkit.training.divergence import StepGuard
-from toolkit.training.progress import MetricsLog
-from toolkit.training.state import flatten, random_state, restore_random_state, unflatten
 
 __all__ = ["ResumableTrainer", "SavedPart"]
 

@@ -1,35 +1,27 @@
 """TRL's `SFTTrainer` with the promises of this project: no silent NaN, no leaking checkpoint, metrics as lines.
 
 Packing, chunked loss, token-normalised accumulation, load-balancing loss, schedules and trackers are TRL's and
-transformers' own. TRL packs with position ids that restart at each example, from which transformers builds a
-block-diagonal mask for every attention backend.
+transformers' own. What a run depends on beside its model and its data is one frozen value.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
 
-from toolkit.architecture import describe
-from toolkit.errors import DivergedError, ResourceError, first_line, out_of_memory
+from toolkit.errors import DivergedError
 from toolkit.labels import IGNORED
-from toolkit.mtp.callback import HeadSteps, learn_after
-from toolkit.ops import keep_up_outputs
-from toolkit.ops.document_attention import keep_lengths, per_document_attention
+from toolkit.mtp.training import HeadSteps, HeadTraining
+from toolkit.offload.attach import stream_of
+from toolkit.ops.document_attention import keep_lengths
 from toolkit.ops.label_logits import (
     entropy_and_hits,
     forward_inputs,
@@ -37,40 +29,60 @@ from toolkit.ops.label_logits import (
     pays_to_keep_logits,
     summed_loss,
 )
-from toolkit.ranks import broadcast, is_first, processes
-from toolkit.training.best import KeepBest
-from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
-from toolkit.training.context import RunContext
-from toolkit.training.divergence import StepGuard, name_examples
-from toolkit.training.layer_major import LayerMajorSteps, layer_major_for
-from toolkit.training.memory import peak_of
-from toolkit.training.packing import isolate_documents
-from toolkit.training.probe import longest_rows, probe
-from toolkit.training.progress import MetricsLog, ProgressDisplay, UnmovedAdapters
-from toolkit.training.resumable import ResumableTrainer
+from toolkit.processes import StopRequest, broadcast, processes
+from toolkit.training.callbacks import BestAdapter
+from toolkit.training.checkpoint import Resume
+from toolkit.training.layer_major import LayerMajor
+from toolkit.training.memory import longest_rows, probe
+from toolkit.training.resumable import ResumableTrainer, SavedPart
 
-__all__ = ["AdapterTrainer", "TrainResult", "sft_config", "train_adapter"]
+__all__ = ["AdapterTrainer", "RunContext", "layer_major_for"]
 
 
 _LENGTHS, _TOKENS = "document_lengths", "real_tokens"
 """Keys of a batch, between collator and trainer."""
-_NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
-"""Fields of the recipe's training section that are ours, or decided by what is given beside them."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out and planned."""
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Everything that training depends on beside the model and the data.
 
-    steps: int
-    loss: float
-    seconds: float
-    tokens: int
-    peak_memory: int
-    resumed_from: int
-    best_step: int | None = None
-    skipped: int = 0
-    planned_steps: int = 0
+    Args:
+        folder: checkpoints. metrics: the JSON-lines file.
+        arguments: fields of the recipe's training section, by TRL's names.
+        device: cpu or cuda. dtype: float32, bfloat16 or float16, of the computation.
+        train_router: whether the load-balancing loss applies.
+        best: what to keep or stop for.
+        advice: what to change where memory does not suffice for the longest batch.
+        probes: whether that batch goes first. It changes no number; it costs a batch's time.
+        micro_batches_per_pass: those that go through a streamed layer before the next; None for all of a step.
+        resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
+        stop: told of signals. places: where each training row came from. parts: trained and saved beside the adapter.
+        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
+    """
+
+    folder: Path
+    metrics: Path
+    arguments: Mapping[str, Any]
+    device: str
+    dtype: str
+    console: Console
+    train_router: bool = True
+    best: BestAdapter | None = None
+    advice: str = "a smaller training.max_length"
+    probes: bool = True
+    micro_batches_per_pass: int | None = None
+    resume: Resume | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    places: Sequence[str] = ()
+    parts: Mapping[str, SavedPart] = field(default_factory=dict)
+    head: HeadTraining | None = None
+    head_stage: str = "with"
+
+    @property
+    def head_beside(self) -> HeadTraining | None:
+        """The head, where it learns in the adapter's steps."""
+        return self.head if self.head_stage == "with" else None
 
 
 class _Counting:
@@ -97,8 +109,11 @@ def _real_tokens(inputs: dict[str, Any]) -> int:
     return int(mask.sum()) if told is None else told
 
 
-class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
-    """TRL's loss, no more computed than is needed, and none that is not finite."""
+class AdapterTrainer(ResumableTrainer):
+    """TRL's loss, no more computed than is needed, and none that is not finite.
+
+    Where a layer streams, all micro-batches of an optimizer step go through it before the next one.
+    """
 
     aux_loss_enabled: bool
     data_collator: Callable[[list[Any]], dict[str, Any]]
@@ -106,6 +121,8 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
     _logits: torch.Tensor | None = None
+    _samples: list[Any]
+    _losses: Sequence[torch.Tensor] = ()
 
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
@@ -166,13 +183,29 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         logits, self._logits = self._logits, None  # not to be held through the backward pass
         return result if self.beside is None else self.beside.learn(result, inputs, logits, count)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """transformers' own, remembered: these micro-batches make one optimizer step."""
+        self._samples, count = super().get_batch_samples(*args, **kwargs)
+        return self._samples, count
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """transformers' own; before the first one, forward and backward of the longest batch."""
+        """Forward and backward of one micro-batch, or of all where this is a step's first; gives its loss.
+
+        Before the first step, those of the longest batch.
+        """
         if self.probe_advice is not None:
             advice, self.probe_advice = self.probe_advice, None
             self._probe(model, advice)
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        return loss
+        step = super().training_step
+        if self.layer_major is None or len(self._samples) < 2:  # set by `get_batch_samples`
+            loss: torch.Tensor = step(model, inputs, *args, **kwargs)
+            return loss
+        number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
+        if number == 0:
+            self._losses = self.layer_major.run(
+                [partial(step, model, sample, *args, **kwargs) for sample in self._samples]
+            )
+        return self._losses[number]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As there; the numbers that came with the batch stay on the host."""
@@ -290,166 +323,25 @@ class AdapterTrainer(LayerMajorSteps, ResumableTrainer):
         return output
 
 
-def train_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    validation: Dataset | None,
-    context: RunContext,
-) -> TrainResult:
-    """Train the adapter in `model`; goes on from a checkpoint in the context's folder if there is one.
+def layer_major_for(
+    model: nn.Module, arguments: Mapping[str, Any], micro_batches_per_pass: int | None = None
+) -> LayerMajor[torch.Tensor] | None:
+    """What runs an optimizer step's micro-batches, so many at a time; None where the ordinary order is right.
 
-    Args:
-        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
-        validation: rows to look at meanwhile.
-
-    Raises:
-        ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
-        ResourceError: the longest batch does not fit, or memory or disk ran out.
-        PreemptedError, InterruptedRunError: a signal came; the run is saved.
+    That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
+    moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
     """
-    console, head, best = context.console, context.head, context.best
-    resume = context.resume or Resume(
-        {}, newest_checkpoint(context.folder, lambda why: console.print(f"checkpoint skipped: {why}"))
-    )
-    log = MetricsLog(context.metrics, context.device)
-    trainer = _trainer(model, tokenizer, train, validation, context, log)
-    keeper = KeepBest(best, model) if best else None
-    if keeper:
-        trainer.add_callback(keeper)
-    places = partial(name_examples, train, context.places)
-    guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
-    saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
-    trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
-    trainer.add_callback(UnmovedAdapters(console))
-    if context.train_router and not trainer.aux_loss_enabled:
-        console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
-    if trainer.beside:
-        trainer.add_callback(trainer.beside)
-    if resume.checkpoint:
-        console.print(f"resuming from {resume.checkpoint.path.name}")
-    isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
-    with peak_of(context.device) as peak, isolated, trainer.beside or nullcontext():
-        output = _run(trainer, resume.checkpoint)
-        if head is not None and context.head_stage == "after":
-            console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
-            learn_after(head, trainer, trainer.state.global_step)
-    # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
-    model.config.get_text_config().output_router_logits = False
-    found = keeper.restore() if keeper else None
-    if best and found:
-        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is the run's")
-    return TrainResult(
-        steps=trainer.state.global_step,
-        loss=guard.mean(output.training_loss, trainer.state.global_step),
-        seconds=float(output.metrics["train_runtime"]),
-        tokens=trainer.tokens_trained,
-        peak_memory=peak.bytes,
-        resumed_from=resume.checkpoint.step if resume.checkpoint else 0,
-        best_step=found[0] if found else None,
-        skipped=guard.skipped,
-        planned_steps=trainer.state.max_steps,
-    )
+    stream = stream_of(model)
+    is_alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
+    if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
+        return None
+    return None if micro_batches_per_pass == 1 else LayerMajor(stream, micro_batches_per_pass)
 
 
-def _trainer(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    validation: Dataset | None,
-    context: RunContext,
-    log: MetricsLog,
-) -> AdapterTrainer:
-    """TRL's trainer with what the context asks for, before a checkpoint is read into it."""
-    arguments, console = context.arguments, context.console
-    keep_up_outputs(model, arguments["gradient_checkpointing"])
-    balanced = context.train_router and _name_experts_for_trl(model)
-    config = sft_config(context, train_router=balanced, evaluates=validation is not None)
-    trainer = AdapterTrainer(
-        context,
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
-    )
-    if processes() > 1:
-        sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
-        console.print(f"processes: {processes()}, {sequences} sequences in a step")
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
-    """Train; memory that runs out becomes one line that says what is kept."""
-    try:
-        with trainer.stop.until_saved():
-            return trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        last = next((path.name for path in every_checkpoint(Path(trainer.args.output_dir))), None)
-        then = f"{last} is kept: close other programs, then rerun the same command" if last else "nothing is saved yet"
-        raise ResourceError(
-            f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); {then}; a smaller "
-            "training.max_length, training.per_device_train_batch_size or lora.r needs less"
-        ) from error
-
-
-@contextmanager
-def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
-    """No packed example sees another within the block, which is proven first."""
-    with per_document_attention(model) as alone:
-        how = ", each attended to alone" if alone else ""
-        how += " (with masks of our own)" if isolate_documents(model) else ""
-        console.print(f"packing: no example sees another, checked{how}")
-        yield
-
-
-def _name_experts_for_trl(model: PeftModel) -> bool:
-    """Whether TRL can compute the load-balancing loss: it reads expert counts under fixed names.
-
-    A config that keeps the number of experts under another name is given TRL's, in memory only.
-    """
-    config = model.config.get_text_config()
-    if not hasattr(config, "num_experts"):
-        config.num_experts = describe(model).layers[0].num_experts
-    return hasattr(config, "num_experts_per_tok")
-
-
-def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> SFTConfig:
-    """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
-    arguments, device, dtype = context.arguments, context.device, context.dtype
-    given = {key: value for key, value in arguments.items() if key not in _NOT_TRL}
-    coefficient = given.pop("router_aux_loss_coef")
-    checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
-    max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
-    when = "steps" if evaluates and eval_steps else "no"  # at an epoch's end the trainer looks itself, before saving
-    config = SFTConfig(
-        **given,
-        output_dir=str(context.folder),
-        max_steps=max_steps or -1,
-        eval_strategy=when,
-        eval_steps=eval_steps,
-        eval_packing=False,
-        packing_strategy="bfd",
-        # Rows come cut and masked; only packing is left to do.
-        dataset_kwargs={"skip_prepare_dataset": not arguments["packing"]},
-        router_aux_loss_coef=coefficient if train_router else 0.0,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        use_cpu=device == "cpu",
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        shuffle_dataset=False,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=device == "cuda",
-        prediction_loss_only=True,
-        data_seed=given["seed"],
-        # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
-        ddp_find_unused_parameters=False,
-    )
-    config._n_gpu = min(config.n_gpu, 1)  # else a Trainer that sees two cards copies the model to both by itself
-    return config
+def _draws_random_numbers(model: Any) -> bool:
+    """Whether a training forward may draw random numbers: in another order they would be others."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    settings = model.config.get_text_config().to_dict().items()
+    rates = [value for key, value in settings if "drop" in key or "jitter" in key or "noise" in key]
+    return any(layer.p > 0 for layer in layers) or any(isinstance(rate, float) and rate > 0 for rate in rates)

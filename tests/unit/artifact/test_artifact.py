@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.unit.artifact.conftest import BASE, RECIPE
 from toolkit.artifact import check_folder, read_manifest
-from toolkit.artifact.redact import figures, portable
+from toolkit.artifact.privacy import figures, portable
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, ResourceError
 

@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from tests.unit.artifact.conftest import BASE
 from toolkit.artifact.manifest import write_json
-from toolkit.artifact.stops import declare_stops, put_stops
-from toolkit.artifact.tokenizer import put_tokenizer, require_same_tokenizer, write_tokenizer
+from toolkit.artifact.tokenizer import declare_stops, put_stops, put_tokenizer, require_same_tokenizer, write_tokenizer
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError
 from toolkit.export import export_adapter

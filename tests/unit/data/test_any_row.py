@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from toolkit.data.formats import SHAPES
 from toolkit.data.reading import Reading
-from toolkit.data.rows import read_rows
+from toolkit.data.sources import read_rows
 from toolkit.errors import DataError
 
 VALUES = st.recursive(

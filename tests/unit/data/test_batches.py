@@ -16,7 +16,7 @@ from toolkit.data import render_preview
 from toolkit.data.formats import Example
 from toolkit.data.reading import Split
 from toolkit.data.report import length_bins
-from toolkit.data.split import set_apart
+from toolkit.data.selection import set_apart
 from toolkit.errors import DataError
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from toolkit.data.formats import Example
 from toolkit.data.reading import Split
-from toolkit.data.split import set_apart
+from toolkit.data.selection import set_apart
 from toolkit.errors import DataError
 
 COPIES = "examples are copies of others; data.dedupe: true leaves them out"

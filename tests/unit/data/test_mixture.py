@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from toolkit.data import build_batches
 from toolkit.data.formats import Example
-from toolkit.data.mixture import DataSource, draw, sources_of
+from toolkit.data.reading import DataSource, sources_of
+from toolkit.data.selection import draw
 from toolkit.errors import DataError
 
 

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from toolkit.data import build_batches, read_chat_template
-from toolkit.data.rows import read_rows
-from toolkit.data.sources import open_source
+from toolkit.data.sources import open_source, read_rows
 from toolkit.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import trl
 
+from toolkit.data.forms import UnreadKey, unread_keys
 from toolkit.data.template import ChatTemplate
-from toolkit.data.unread import UnreadKey, unread_keys
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
 UNREAD = ": neither trained nor read by the chat template"

@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.parity.conftest import COMMON
-from toolkit.checkpoint.cache import cache_root
+from toolkit.checkpoint.files import cache_root
 from toolkit.offload.cache import fingerprint, int8_folder
 
 WRITE = """

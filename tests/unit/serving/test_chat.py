@@ -22,7 +22,7 @@ from toolkit.data import ChatForm, Dialogue
 from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import answer
 from toolkit.mtp.decode import Speculator
-from toolkit.mtp.measure import speculator
+from toolkit.mtp.drafts import speculator
 from toolkit.quant import load_int8
 from toolkit.serving import Conversation, Screen, talk
 from toolkit.serving.chat import _AnswerStreamer

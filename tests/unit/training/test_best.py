@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.training.best import BestAdapter, KeepBest
+from toolkit.training.callbacks import BestAdapter, KeepBest
 
 
 class OneParameter(torch.nn.Module):

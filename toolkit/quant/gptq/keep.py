@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from toolkit.checkpoint.headers import read_header
+from toolkit.checkpoint.files import read_header
 from toolkit.durable import replaced_file
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.quant.gptq.calibrate import Compensation, ExpertError, PartError

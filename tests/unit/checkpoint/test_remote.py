@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from tests.harness.hub_stand_in import serve_this_process
-from toolkit import downloads, steps
-from toolkit.checkpoint.remote import fetch
+from toolkit import steps
+from toolkit.checkpoint import remote
 from toolkit.errors import HubError
 
 
@@ -38,14 +38,14 @@ def test_bars_of_the_hub_become_counts(monkeypatch: pytest.MonkeyPatch, capfd: p
     def verb() -> None:
         listener = steps.listen(Console(file=io.StringIO()))
         monkeypatch.setattr(listener, "advance", lambda *given: told.append(given))
-        assert str(downloads.download("a/b", ["*.json"], revision="main")) == "/cache/a/b"
+        assert str(remote.download("a/b", ["*.json"], revision="main")) == "/cache/a/b"
         assert "download" in steps.seconds_by_part()
 
-    monkeypatch.setattr(downloads, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(remote, "snapshot_download", snapshot_download)
     contextvars.copy_context().run(verb)
     assert (60, 100, "bytes") in told
     assert {unit for _, _, unit in told} == {"bytes"}
-    contextvars.Context().run(lambda: downloads.download("a/b", ["*.json"], revision="main"))
+    contextvars.Context().run(lambda: remote.download("a/b", ["*.json"], revision="main"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -64,8 +64,11 @@ def test_only_the_shards_of_the_index_are_fetched(monkeypatch: pytest.MonkeyPatc
     with serve_this_process(monkeypatch, tmp_path) as hub:
         for name, content in (("a/sharded", sharded), ("a/single", single)):
             hub.repositories[name] = {"private": False, "files": list(content), "content": content}
-        folder = fetch("a/sharded", "main")
+        folder = remote.fetch("a/sharded", "main")
         assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors.index.json", *shards}
-        assert {path.name for path in fetch("a/single", "main").iterdir()} == {"config.json", "model.safetensors"}
+        assert {path.name for path in remote.fetch("a/single", "main").iterdir()} == {
+            "config.json",
+            "model.safetensors",
+        }
         with pytest.raises(HubError, match="a/none: cannot be downloaded"):
-            fetch("a/none", "main")
+            remote.fetch("a/none", "main")

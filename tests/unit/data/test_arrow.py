@@ -15,8 +15,7 @@ from datasets import Features, Json, List, Value
 
 from toolkit.data.formats import NULL_ARGUMENTS, NULL_PROPERTIES
 from toolkit.data.reading import Reading
-from toolkit.data.rows import read_rows
-from toolkit.data.sources import open_source
+from toolkit.data.sources import open_source, read_rows
 
 PADDED = "nulls that Arrow had filled in were taken out of tool calls and schemas"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.mtp.measure import draft_table
+from toolkit.report.terminal import draft_table
 
 
 def measured(tau: float, first: float, speed: float) -> dict[str, Any]:

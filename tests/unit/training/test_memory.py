@@ -12,8 +12,7 @@ import torch
 from datasets import Dataset
 
 from toolkit.errors import ResourceError, out_of_memory
-from toolkit.training.memory import anonymous_memory, peak_of
-from toolkit.training.probe import longest_rows, probe
+from toolkit.training.memory import anonymous_memory, longest_rows, peak_of, probe
 
 
 def draw() -> tuple[float, float, float]:

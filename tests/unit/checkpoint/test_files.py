@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +16,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from toolkit.checkpoint.files import INDEX, listed, shards_of, write_index
-from toolkit.checkpoint.headers import headers_in, raw_header, read_header
+from tests.parity.conftest import EMBEDDED
+from toolkit.checkpoint.files import (
+    INDEX,
+    headers_in,
+    listed,
+    raw_header,
+    read_header,
+    shards_of,
+    whole_snapshot,
+    write_index,
+)
 from toolkit.errors import ModelError
 
 TOOLKIT = Path(__file__).parents[3] / "toolkit"
@@ -126,3 +139,26 @@ def test_only_this_room_reads_headers_and_indexes() -> None:
     outside = [path for path in TOOLKIT.rglob("*.py") if path.parent.name != "checkpoint"]
     found = {path.name: signs for path in outside if (signs := reads_by_itself(path.read_text()))}
     assert found == {}
+
+
+PLACES = ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_hubs_cache_is_found_wherever_it_is(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*PLACES, "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(place, str(tmp_path))
+    asks = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    theirs = subprocess.run([sys.executable, "-c", asks], env=os.environ, capture_output=True, text=True, check=True)
+    cached = Path(theirs.stdout.strip()) / "models--a--b"
+    assert tmp_path in (cached.parent, *cached.parents)
+    assert whole_snapshot("a/b") is None
+    snapshot = cached / "snapshots" / "0123"
+    shutil.copytree(EMBEDDED, snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    assert whole_snapshot("a/b") == whole_snapshot("a/b", "0123") == snapshot
+    (shard,) = snapshot.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert whole_snapshot("a/b") is None

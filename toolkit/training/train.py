@@ -1,0 +1,290 @@
+"""Training an adapter: TRL's trainer set up from the recipe, run, and what came of it.
+
+TRL packs by position ids that restart at each document. transformers turns those into a block-diagonal mask, but some
+models do not hand their position ids on to the mask (gpt-oss in transformers 5.23), and recurrent layers carry state
+across. So two documents are run before training, and a leak is mended or refused, never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.masking_utils import create_masks_for_generate
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
+
+from toolkit.architecture import describe
+from toolkit.errors import ModelError, ResourceError, first_line, out_of_memory
+from toolkit.mtp.training import learn_after
+from toolkit.ops import keep_up_outputs
+from toolkit.ops.document_attention import per_document_attention
+from toolkit.processes import is_first, processes
+from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, UnmovedAdapters
+from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
+from toolkit.training.divergence import StepGuard, name_examples
+from toolkit.training.memory import peak_of
+from toolkit.training.trainer import AdapterTrainer, RunContext
+
+__all__ = ["TrainResult", "isolate_documents", "sft_config", "train_adapter"]
+
+_NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
+"""Fields of the recipe's training section that are ours, or decided by what is given beside them."""
+
+_PROBED = 12
+"""Tokens of each of the two documents that are run."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest change, as a share of the logits' spread, that rounding may make. A row may be rounded otherwise among other
+rows: in fp32 that was 5e-6 at most, with kernels of three kinds. A leak is about 1."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training went: steps, mean loss, seconds, real tokens, peak memory in bytes, steps left out and planned."""
+
+    steps: int
+    loss: float
+    seconds: float
+    tokens: int
+    peak_memory: int
+    resumed_from: int
+    best_step: int | None = None
+    skipped: int = 0
+    planned_steps: int = 0
+
+
+def train_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    context: RunContext,
+) -> TrainResult:
+    """Train the adapter in `model`; goes on from a checkpoint in the context's folder if there is one.
+
+    Args:
+        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
+        validation: rows to look at meanwhile.
+
+    Raises:
+        ModelError: packed examples would see each other. DivergedError: the loss stopped being finite.
+        ResourceError: the longest batch does not fit, or memory or disk ran out.
+        PreemptedError, InterruptedRunError: a signal came; the run is saved.
+    """
+    console, head, best = context.console, context.head, context.best
+    resume = context.resume or Resume(
+        {}, newest_checkpoint(context.folder, lambda why: console.print(f"checkpoint skipped: {why}"))
+    )
+    log = MetricsLog(context.metrics, context.device)
+    trainer = _trainer(model, tokenizer, train, validation, context, log)
+    keeper = KeepBest(best, model) if best else None
+    if keeper:
+        trainer.add_callback(keeper)
+    places = partial(name_examples, train, context.places)
+    guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
+    saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
+    trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
+    trainer.add_callback(UnmovedAdapters(console))
+    if context.train_router and not trainer.aux_loss_enabled:
+        console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
+    if trainer.beside:
+        trainer.add_callback(trainer.beside)
+    if resume.checkpoint:
+        console.print(f"resuming from {resume.checkpoint.path.name}")
+    isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
+    with peak_of(context.device) as peak, isolated, trainer.beside or nullcontext():
+        output = _run(trainer, resume.checkpoint)
+        if head is not None and context.head_stage == "after":
+            console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
+            learn_after(head, trainer, trainer.state.global_step)
+    # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
+    model.config.get_text_config().output_router_logits = False
+    found = keeper.restore() if keeper else None
+    if best and found:
+        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is the run's")
+    return TrainResult(
+        steps=trainer.state.global_step,
+        loss=guard.mean(output.training_loss, trainer.state.global_step),
+        seconds=float(output.metrics["train_runtime"]),
+        tokens=trainer.tokens_trained,
+        peak_memory=peak.bytes,
+        resumed_from=resume.checkpoint.step if resume.checkpoint else 0,
+        best_step=found[0] if found else None,
+        skipped=guard.skipped,
+        planned_steps=trainer.state.max_steps,
+    )
+
+
+def _trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    context: RunContext,
+    log: MetricsLog,
+) -> AdapterTrainer:
+    """TRL's trainer with what the context asks for, before a checkpoint is read into it."""
+    arguments, console = context.arguments, context.console
+    keep_up_outputs(model, arguments["gradient_checkpointing"])
+    balanced = context.train_router and _name_experts_for_trl(model)
+    config = sft_config(context, train_router=balanced, evaluates=validation is not None)
+    trainer = AdapterTrainer(
+        context,
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
+    )
+    if processes() > 1:
+        sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+        console.print(f"processes: {processes()}, {sequences} sequences in a step")
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
+    """Train; memory that runs out becomes one line that says what is kept."""
+    try:
+        with trainer.stop.until_saved():
+            return trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        last = next((path.name for path in every_checkpoint(Path(trainer.args.output_dir))), None)
+        then = f"{last} is kept: close other programs, then rerun the same command" if last else "nothing is saved yet"
+        raise ResourceError(
+            f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); {then}; a smaller "
+            "training.max_length, training.per_device_train_batch_size or lora.r needs less"
+        ) from error
+
+
+@contextmanager
+def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
+    """No packed example sees another within the block, which is proven first."""
+    with per_document_attention(model) as alone:
+        how = ", each attended to alone" if alone else ""
+        how += " (with masks of our own)" if isolate_documents(model) else ""
+        console.print(f"packing: no example sees another, checked{how}")
+        yield
+
+
+def _name_experts_for_trl(model: PeftModel) -> bool:
+    """Whether TRL can compute the load-balancing loss: it reads expert counts under fixed names.
+
+    A config that keeps the number of experts under another name is given TRL's, in memory only.
+    """
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts"):
+        config.num_experts = describe(model).layers[0].num_experts
+    return hasattr(config, "num_experts_per_tok")
+
+
+def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> SFTConfig:
+    """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
+    arguments, device, dtype = context.arguments, context.device, context.dtype
+    given = {key: value for key, value in arguments.items() if key not in _NOT_TRL}
+    coefficient = given.pop("router_aux_loss_coef")
+    checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
+    max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
+    when = "steps" if evaluates and eval_steps else "no"  # at an epoch's end the trainer looks itself, before saving
+    config = SFTConfig(
+        **given,
+        output_dir=str(context.folder),
+        max_steps=max_steps or -1,
+        eval_strategy=when,
+        eval_steps=eval_steps,
+        eval_packing=False,
+        packing_strategy="bfd",
+        # Rows come cut and masked; only packing is left to do.
+        dataset_kwargs={"skip_prepare_dataset": not arguments["packing"]},
+        router_aux_loss_coef=coefficient if train_router else 0.0,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=device == "cpu",
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        shuffle_dataset=False,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=device == "cuda",
+        prediction_loss_only=True,
+        data_seed=given["seed"],
+        # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
+        ddp_find_unused_parameters=False,
+    )
+    config._n_gpu = min(config.n_gpu, 1)  # else a Trainer that sees two cards copies the model to both by itself
+    return config
+
+
+def isolate_documents(model: PeftModel) -> bool:
+    """Make packed documents invisible to each other, and prove it.
+
+    Returns whether masks had to be built here (a forward pre-hook on the decoder then does, for the model's lifetime).
+
+    Raises:
+        ModelError: documents still see each other, so this family cannot be trained packed.
+    """
+    if not _leaks(model):
+        return False
+    decoder = model.get_base_model().base_model
+    hook = decoder.register_forward_pre_hook(_mask_documents, with_kwargs=True)
+    if _leaks(model):
+        hook.remove()
+        raise ModelError(
+            f"{type(model.get_base_model()).__name__}: packed examples would see each other in this family; "
+            "set training.packing=false"
+        )
+    return True
+
+
+def _mask_documents(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return args, kwargs
+    shape = torch.empty((*positions.shape, 1), dtype=decoder.dtype, device=positions.device)  # type: ignore[call-overload]
+    masks = create_masks_for_generate(decoder.config, shape, None, None, position_ids=positions)
+    return args, {**kwargs, "attention_mask": masks}
+
+
+@torch.no_grad()
+def _leaks(model: PeftModel) -> bool:
+    """Whether the second of two packed documents changes when the first does."""
+    was_training = model.training
+    model.eval()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    ids = (torch.arange(2 * _PROBED, device=device) * 7 + 3)[None] % vocabulary
+    other = ids.clone()
+    other[:, :_PROBED] = (ids[:, :_PROBED] + vocabulary // 2) % vocabulary
+    before, after = (_second_document(model, row) for row in (ids, other))
+    model.train(was_training)
+    return bool((after - before).abs().max() > _TOLERANCE[model.dtype] * before.std())
+
+
+def _second_document(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    steps = torch.arange(_PROBED, device=ids.device)
+    bounds = torch.tensor([0, _PROBED, 2 * _PROBED], dtype=torch.int32, device=ids.device)
+    # As TRL's collator has it: position ids for masks, cumulative lengths for FlashAttention, indices for state spaces.
+    logits: torch.Tensor = model(
+        input_ids=ids,
+        position_ids=torch.cat([steps, steps])[None],
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=_PROBED,
+        max_length_k=_PROBED,
+        seq_idx=torch.arange(2, dtype=torch.int32, device=ids.device).repeat_interleave(_PROBED)[None],
+        use_cache=False,
+    ).logits
+    return logits[:, _PROBED:].float()
