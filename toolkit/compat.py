@@ -216,7 +216,7 @@ SEAMS = (
     *_at("transformers.integrations.moe", "architecture ops", "to know an experts module, and to gate", "_apply_gate"),
     *_at(
         "transformers.integrations.sdpa_attention",
-        "ops",
+        "ops rehearsal",
         "to attend to documents apart",
         "sdpa_attention_forward",
     ),
