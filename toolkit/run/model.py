@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -17,7 +19,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
-from toolkit.plan import Plan
+from toolkit.plan import Plan, device_memory
 from toolkit.processes import first_one_first, join
 from toolkit.quant import load_int8, measure
 from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
@@ -41,6 +43,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
     join(plan.device)
+    _forbid_spilling(plan)
     if not Path(plan.model).is_dir():
         fetch(plan.model, plan.recipe.model.revision)
     tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
@@ -62,6 +65,12 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     with first_one_first():
         return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
+
+
+def _forbid_spilling(plan: Plan) -> None:
+    """Under WSL the driver puts into host memory what the card lacks, far slower; there torch has to refuse it itself."""
+    if plan.device == "cuda" and "microsoft" in platform.uname().release.lower():
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory / device_memory("cuda")))
 
 
 @part("calibrate")

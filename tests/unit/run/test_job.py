@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import toolkit
 from tests.faults.conftest import MODEL, Run, onecard, recipe
 from tests.harness.families import build, tiny_config
 from toolkit import run as job
 from toolkit.errors import ModelError
+from toolkit.run import model
 from toolkit.run.folder import open_run, with_decided
 from toolkit.run_folder import RunFolder
 
@@ -99,3 +104,17 @@ def test_auto_stays_what_it_was_when_the_run_began(recipe: Path, tmp_path: Path)
     decided = with_decided(asked)
     assert (decided.lora.r, decided.training.max_length) == (4, 96)
     assert with_decided(toolkit.load_recipe(recipe, ["lora.r=2", *auto[1:]])).lora.r == 2
+
+
+@pytest.mark.parametrize(("release", "limits"), [("6.6.87.2-microsoft-standard-WSL2", [0.75]), ("6.1.0-31-amd64", [])])
+def test_under_wsl_a_card_does_not_spill(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, release: str, limits: list[float]
+) -> None:
+    set_to: list[float] = []
+    plan = replace(toolkit.make_plan(toolkit.load_recipe(recipe, [])), device="cuda", memory=9 << 30)
+    monkeypatch.setattr(platform, "uname", lambda: SimpleNamespace(release=release))
+    monkeypatch.setattr(model, "device_memory", lambda device: 12 << 30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)
+    model._forbid_spilling(plan)
+    model._forbid_spilling(replace(plan, device="cpu"))
+    assert set_to == limits
