@@ -68,7 +68,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _forbid_spilling(plan: Plan) -> None:
-    """Under WSL the driver puts into host memory what the card lacks, far slower; there torch has to refuse it itself."""
+    """Under WSL the driver puts into host memory what the card lacks, far slower; there torch has to refuse."""
     if plan.device == "cuda" and "microsoft" in platform.uname().release.lower():
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.memory / device_memory("cuda")))
 
