@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from toolkit.errors import DivergedError
 from toolkit.labels import IGNORED
@@ -36,7 +37,7 @@ from toolkit.training.layer_major import LayerMajor
 from toolkit.training.memory import longest_rows, probe
 from toolkit.training.resumable import ResumableTrainer, SavedPart
 
-__all__ = ["AdapterTrainer", "RunContext", "layer_major_for"]
+__all__ = ["AdapterTrainer", "RunContext", "layer_major_for", "moment_bytes"]
 
 
 _LENGTHS, _TOKENS = "document_lengths", "real_tokens"
@@ -237,7 +238,7 @@ class AdapterTrainer(ResumableTrainer):
             self.beside = beside
 
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        held = 0 if self.state.global_step else trained * (2 if "8bit" in str(self.args.optim) else 8)
+        held = 0 if self.state.global_step else trained * moment_bytes(self.args.optim)
         size = batch["input_ids"].numel()
         probe(step, forget, tokens=size, held=held, device=self.args.device, advice=advice)
 
@@ -321,6 +322,11 @@ class AdapterTrainer(ResumableTrainer):
         if self.score is not None:
             output.metrics.update({f"eval_{name}": value for name, value in broadcast(self.score).items()})
         return output
+
+
+def moment_bytes(optim: OptimizerNames | str) -> int:
+    """Bytes of AdamW's two moments a trained parameter, of an optimizer by transformers' name for it."""
+    return 2 if "8bit" in OptimizerNames(optim).value else 8
 
 
 def layer_major_for(
