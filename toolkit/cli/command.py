@@ -74,6 +74,8 @@ def main() -> None:
     # One card is the point; with several visible and no launcher, transformers would split batches over all of them.
     if "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    # Read when cuBLAS starts: with it, products come out the same each time (`toolkit.training.train.same_each_time`).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if not debug:
         _hush()
     try:

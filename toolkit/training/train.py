@@ -36,7 +36,7 @@ from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.memory import peak_of
 from toolkit.training.trainer import AdapterTrainer, RunContext
 
-__all__ = ["TrainResult", "isolate_documents", "sft_config", "train_adapter"]
+__all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
 
 _NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
@@ -102,7 +102,7 @@ def train_adapter(
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}")
     isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
-    with peak_of(context.device) as peak, isolated, trainer.beside or nullcontext():
+    with peak_of(context.device) as peak, same_each_time(context.device), isolated, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
         if head is not None and context.head_stage == "after":
             console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
@@ -123,6 +123,28 @@ def train_adapter(
         skipped=guard.skipped,
         planned_steps=trainer.state.max_steps,
     )
+
+
+@contextmanager
+def same_each_time(device: str) -> Iterator[None]:
+    """Within the block a card computes the same numbers each time: a run that goes on is then the one without a stop.
+
+    FlashAttention's backward and some of torch's scatters add in whatever order threads come, unless they are told not
+    to. What has no such form stays as it is. `device` is cuda or cpu; a processor needs nothing.
+    """
+    if device != "cuda":
+        yield
+        return
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = False  # of use to find mistakes, at the price of a write to every new tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        filling.fill_uninitialized_memory = filled
 
 
 def _trainer(
