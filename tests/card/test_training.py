@@ -1,0 +1,103 @@
+"""A whole small job on the rehearsed card in bf16: losses near the CPU's, resumed to the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.card.conftest import NANO
+from tests.card.machine import ROOT, Machine, Outcome
+
+Train = Callable[..., tuple[Outcome, Path]]
+
+
+def losses(folder: Path) -> list[float]:
+    """Of the steps, then of the held-out examples before and after."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    held_out = summary["results"]
+    return [row["loss"] for row in rows if "loss" in row] + [held_out["base"]["loss"], held_out["adapted"]["loss"]]
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cpu") / "run"
+    given = (f"training.output_dir={folder}", *NANO, "training.learning_rate=3e-4")
+    command = [sys.executable, "-m", "toolkit", "train", str(ROOT / "recipes" / "quickstart.yaml"), *given]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def test_losses_are_near_the_cpus(train: Train, on_cpu: Path) -> None:
+    outcome, folder = train("run", "training.learning_rate=3e-4")
+    outcome.require()
+    assert outcome.report["counts"]["launches"] > 1000
+    assert outcome.report["triton"]["grouped_gemm_kernel"] > 100
+    # bf16 has 8 bits, so numbers are rounded by up to 2^-9, inputs and results both. The rate is low, since Adam's
+    # first steps go by a gradient's sign, which rounding turns where the gradient is small.
+    assert losses(folder) == pytest.approx(losses(on_cpu), rel=2**-8)
+    assert losses(folder) != losses(on_cpu)
+
+
+def test_a_resumed_run_is_the_same_run(train: Train) -> None:
+    dropout = ("lora.experts=false", "lora.router=false", "lora.lora_dropout=0.2")
+    given = (*dropout, "training.optim=paged_adamw_8bit", "training.save_steps=2", "training.max_steps=4")
+    outcome, folder = train("run", *given)
+    outcome.require()
+    whole = adapter(folder)
+    for left in ("checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(folder / left)
+    (folder / "summary.json").unlink()
+    again, _ = train("run", *given)
+    assert "resuming from checkpoint-2" in again.require().err
+    assert adapter(folder) == whole
+
+
+def test_kernels_compile_for_the_card_that_is_rehearsed(machine: Machine, tmp_path: Path) -> None:
+    program = """
+import torch, triton
+from tests.card import kernels, replay
+replay.install(); kernels.install()
+from toolkit.ops.triton.launch import Product, fused
+from toolkit.ops.triton.tiles import Tile
+x = torch.ones(8, 64, device="cuda", dtype=torch.bfloat16)
+w = torch.ones(2, 32, 64, device="cuda", dtype=torch.int8)
+offset = torch.tensor([0, 3, 8], device="cuda", dtype=torch.int32)
+product = Product(x, w, offset, None, torch.bfloat16)
+print(fused(product).float().unique().tolist())
+try:
+    fused(product, Tile(256, 128, 256, stages=4))
+except triton.runtime.errors.OutOfResources as error:
+    print("refused", error.limit)
+"""
+    done = machine.with_card(compile=1).python("-c", program)
+    assert done.stdout.splitlines() == ["[64.0]", f"refused {99 << 10}"], done.stderr
+
+
+def test_the_interpreter_runs_the_kernels_on_the_cards_memory(machine: Machine) -> None:
+    program = """
+import torch
+from tests.card import kernels, replay
+replay.install(); kernels.install()
+from toolkit.ops.triton.launch import Product, fused
+x = torch.randn(8, 64, device="cuda")
+w = torch.randint(-5, 5, (2, 32, 64), device="cuda", dtype=torch.int8)
+offset = torch.tensor([0, 3, 8], device="cuda", dtype=torch.int32)
+found, rows, stacks = fused(Product(x, w, offset, None, torch.float32)).cpu(), x.cpu(), w.cpu().float()
+wanted = torch.cat([rows[:3] @ stacks[0].t(), rows[3:] @ stacks[1].t()])
+torch.testing.assert_close(found, wanted)
+print(sum(kernels.launches.values()))
+"""
+    for interpreted, replayed in (("1", "0"), ("0", "1")):
+        done = machine.python("-c", program, more={"TRITON_INTERPRET": interpreted})
+        assert done.stdout.split() == [replayed], done.stderr
