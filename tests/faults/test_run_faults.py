@@ -150,6 +150,21 @@ def failed_card() -> None:
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for it in CUDA's docs")
 
 
+def test_a_kernel_that_does_not_compile_is_one_line(
+    onecard: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def fail() -> None:
+        raise errors.PTXASError("ptxas fatal: too much shared data\nand more")
+
+    in_step(monkeypatch, 1, fail)
+    status, out, err = onecard("train", recipe, "eval.enabled=false")
+    assert (status, out) == (5, "")
+    assert "a kernel does not compile for this card: PTXAS error: ptxas fatal" in err.splitlines()[-1]
+    assert "gpu_check.py" in err.splitlines()[-1]
+
+
 def test_a_card_that_fails_is_one_line_and_its_run_goes_on(
     onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,10 +97,13 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OnecardError):
         return f"{error}{_reach(str(error))}", error.exit_code
     if out_of_memory(error):
-        return f"out of memory: {first_line(error)}; lower training.max_length or lora.r", 5
+        return f"out of memory: {first_line(error)[:160]}; lower training.max_length or lora.r", 5
     if card_failed(error):
         again = "rerun the same command, a run goes on from its last checkpoint"
         return f"the card failed: {first_line(error)}; {again}; CUDA_LAUNCH_BLOCKING=1 with --debug shows where", 5
+    if type(error).__module__.startswith("triton."):
+        way = "python scripts/gpu_check.py tells which; without the package triton experts are computed one by one"
+        return f"a kernel does not compile for this card: {first_line(error)[:160]}; {way}", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}", 5
     return f"unexpected: {type(error).__name__}: {first_line(error)}; --debug shows where", 1
