@@ -21,7 +21,7 @@ def _is_on(name: str) -> bool:
     return os.environ.get(f"REHEARSED_CARD_{name}") == "1"
 
 
-def _begin() -> Callable[[], dict[str, Any]]:
+def begin() -> Callable[[], dict[str, Any]]:
     """Put the card in place; what to ask for its report."""
     from tests.card import kernels, replay, sizes
     from tests.card.course import Course
@@ -55,7 +55,7 @@ def _begin() -> Callable[[], dict[str, Any]]:
 def main() -> None:
     """Run the command with the card in place."""
     if library.is_loaded():  # CUDA is not touched: the command says first which cards it may see
-        report, path = _begin(), os.environ.get("REHEARSED_CARD_REPORT")
+        report, path = begin(), os.environ.get("REHEARSED_CARD_REPORT")
         if path:
             atexit.register(lambda: Path(path).write_text(json.dumps(report(), indent=1), encoding="utf-8"))
     from toolkit.cli import main as command

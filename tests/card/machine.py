@@ -90,6 +90,11 @@ class Machine:
     folder: Path
     setting: Setting = Setting()
 
+    @property
+    def executable(self) -> str:
+        """Python with the CUDA build."""
+        return str(_PYTHON)
+
     def with_card(self, **changes: Any) -> Machine:
         """The same machine with another card."""
         return replace(self, setting=replace(self.setting, **changes))

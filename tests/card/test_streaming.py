@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.card.machine import Machine, Outcome
+from tests.card.conftest import NANO
+from tests.card.machine import ROOT, Machine, Outcome
 
 Train = Callable[..., tuple[Outcome, Path]]
 
@@ -16,13 +17,15 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.fixture
-def resident(train: Train) -> bytes:
-    outcome, folder = train("resident")
-    outcome.require()
+@pytest.fixture(scope="module")
+def resident(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("resident") / "run"
+    given = (f"training.output_dir={folder}", *NANO)
+    machine.onecard("train", ROOT / "recipes" / "quickstart.yaml", *given).require()
     return adapter(folder)
 
 
+ACCUMULATED = ("training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
 STREAMED = {
     "host": ("placement.experts=host", "placement.share=1"),
     "disk": ("placement.experts=disk", "placement.share=1"),
@@ -39,3 +42,15 @@ def test_streamed_experts_give_the_same_bits(
     outcome, folder = train("streamed", *STREAMED[name], on=machine.with_card(late=late))
     outcome.require()
     assert adapter(folder) == resident
+
+
+def test_several_micro_batches_in_one_pass_give_the_same_bits(train: Train, machine: Machine) -> None:
+    """Layer by layer, all micro-batches of a step: as one by one over resident layers."""
+    usual, layered = train("usual", *ACCUMULATED), train("layered", *ACCUMULATED, *STREAMED["host"])
+    layered[0].require()
+    assert adapter(layered[1]) == adapter(usual[1])
+
+
+def test_no_race_is_seen(train: Train, machine: Machine) -> None:
+    outcome, _ = train("watched", *STREAMED["two layers"], on=machine.with_card(races=1))
+    assert outcome.require().report["races"] == {}

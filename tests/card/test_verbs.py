@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +67,49 @@ def test_generate_drafts_the_same_tokens(run: Path, machine: Machine) -> None:
 def test_chat(run: Path, machine: Machine) -> None:
     outcome = machine.onecard("chat", run, "--max-new-tokens", "4", "--compare", given=f"{QUESTION}\n\n")
     assert ran_on_the_card(outcome).out.strip()
+
+
+def test_serve(run: Path, machine: Machine) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [machine.executable, "-m", "tests.card.command", "serve", str(run), "--port", str(port)]
+    asked = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 3}
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
+    )
+    with subprocess.Popen(command, cwd=ROOT, env=machine.environment(), stderr=subprocess.PIPE, text=True) as server:
+        try:
+            told = answered(request, server)
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0, server.stderr and server.stderr.read()
+    assert told["choices"][0]["message"]["role"] == "assistant"
+
+
+def answered(request: urllib.request.Request, server: subprocess.Popen[str], seconds: float = 240) -> Any:
+    """The server's answer, once it listens."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as reply:
+                return json.load(reply)
+        except urllib.error.URLError as error:
+            assert isinstance(error.reason, ConnectionRefusedError), error
+            time.sleep(1)
+    raise AssertionError(f"no answer; ended with {server.poll()}")
+
+
+def test_sweep(machine: Machine, tmp_path: Path) -> None:
+    """Trials are processes of their own, each with the card."""
+    given = ("lora.r=4,8", *NANO, "training.warmup_steps=0", "eval.num_samples=0")
+    more = {"PYTHONPATH": f"{ROOT / 'tests' / 'card' / 'everywhere'}:{ROOT}"}
+    outcome = machine.onecard("sweep", RECIPES / "quickstart.yaml", *given, "--out", tmp_path / "sweep", more=more)
+    outcome.require()
+    trials = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))
+    plans = sorted((tmp_path / "sweep").glob("*/plan.json"))
+    assert len(plans) == 2, trials
+    assert all(json.loads(plan.read_text(encoding="utf-8"))["device"] == "cuda" for plan in plans)
 
 
 def test_export_merged(run: Path, machine: Machine, tmp_path: Path) -> None:

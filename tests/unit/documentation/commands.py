@@ -55,6 +55,7 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"mkdocs build", "tests/unit/test_documentation.py::test_it_builds_without_warnings"),
     (r"onecard --install-completion", f"{_SHELL}::test_completion_is_installed"),
     (r"bash scripts/setup\.sh", f"{_SHELL}::test_setup_leaves_a_current_environment_alone"),
+    (r"bash scripts/test\.sh --card", f"{_SHELL}::test_the_tests_on_a_card_say_what_is_missing"),
     (r"bash scripts/test\.sh", f"{_SHELL}::test_the_checks_run_and_take_arguments"),
     (r"bash scripts/finetune\.sh --processes", f"{_SHELL}::test_finetune_in_two_processes"),
     (r"bash scripts/finetune\.sh", f"{_SHELL}::test_finetune_trains"),

@@ -25,6 +25,7 @@ class Row:
 KILLS = "tests/faults/test_kill_points.py"
 TRAIN, HELD_OUT = "{place}/train.jsonl", "{place}/held-out.jsonl"
 ROWS = (
+    Row("rehearse_card.py", test="tests/card/test_rehearsal.py::test_a_recipe_is_rehearsed"),
     Row(
         "benchmarks/tokenise.py",
         "{place}/train.jsonl --repeats 1",

@@ -219,6 +219,23 @@ def test_the_checks_run_and_take_arguments(repository: Path) -> None:
         assert "passed in" not in done.stdout, why
 
 
+def test_the_tests_on_a_card_say_what_is_missing(repository: Path) -> None:
+    """In order: the compiler, and the build of torch, which pip's stand-in does not bring."""
+    shutil.copy(ROOT / "scripts" / "setup_card.sh", repository / "scripts")
+    tools = repository / "tools"
+    tools.mkdir()
+    for name in ("bash", "cat", "dirname", "env", "grep", "rm", "sha256sum"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    done = shell(repository, "bash", "scripts/test.sh", "--card", PATH=str(tools))
+    assert done.returncode == 5
+    (line,) = done.stderr.splitlines()
+    assert "g++ is missing" in line
+    hand_on(tools / "g++", "#!/bin/sh\n")
+    done = shell(repository, "bash", "scripts/test.sh", "--card", PATH=str(tools))
+    assert done.returncode == 5
+    assert "no CUDA build of torch from https://pypi.org/simple" in done.stderr.splitlines()[-1]
+
+
 def test_completion_is_installed(tmp_path: Path) -> None:
     program = f"{sys.executable} -m toolkit --install-completion; exit $?"
     done = shell(tmp_path, "bash", "-c", program, HOME=str(tmp_path), PYTHONPATH=str(ROOT))
