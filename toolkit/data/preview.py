@@ -63,7 +63,7 @@ def _legend(marked: bool) -> Text:
     for part, (style, mark) in _PARTS.items():
         legend.append(f"{part} {mark.format('…')}  " if marked else f"{part}  ", "" if marked else style)
     legend.append("all of it in «…»" if marked else "", "")
-    legend.append("" if marked else "fed", "dim")
+    legend.append("" if marked else "only read", "dim")
     return legend
 
 
