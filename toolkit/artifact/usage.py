@@ -54,8 +54,8 @@ def loading_section(
             "For the programs below, ADAPTER is this repository (`hf://owner/name`) or its folder; exports are read "
             "back and compared with the adapter before they are called done."
             + ("" if base.revision else f" Add `--base FOLDER`, the folder of `{base.name}`."),
-            "### vLLM and SGLang\n\nBoth read one key an expert and projection. Where a server's own implementation of "
-            "this model takes no adapter on routers or experts, `--format merged` gives a whole checkpoint.\n\n"
+            "### vLLM and SGLang\n\nBoth read one key per expert and projection. Where a server's own implementation "
+            "of this model takes no adapter on routers or experts, `--format merged` gives a whole checkpoint.\n\n"
             "```bash\nonecard export ADAPTER --format per-expert --out per-expert\n"
             f"vllm serve {name}{revision} --enable-lora --max-lora-rank {served_rank(config)} "
             f"--lora-modules tuned=per-expert{template}{ends}\n"

@@ -86,7 +86,7 @@ def export(
         f"at most {made.bound:.3g}"
     )
     for server, problems in made.servers.items():
-        console.print(f"{server}, by the rules in its sources: {'takes it' if not problems else 'does not take it'}")
+        console.print(f"{server}, by the rules in its sources: {'not accepted' if problems else 'accepted'}")
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
     rank = served_rank(load_adapter_config(made.folder)) if format == "per-expert" else None
     for line in _USED_BY[format]:

@@ -123,7 +123,7 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         )
     console.print(table)
     for name, split in report.splits.items():
-        console.print(Text(f"tokens an example, {name}"))
+        console.print(Text(f"tokens per example, {name}"))
         for line in _histogram(split):
             console.print(Text(line))
     for name, split in report.splits.items():
