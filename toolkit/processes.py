@@ -35,7 +35,7 @@ _Told = TypeVar("_Told")
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: error compensation of a large base takes hours on one of them."""
 
-_AGAIN = "rerun the same command to go on"
+_AGAIN = "the same command resumes"
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -60,7 +60,7 @@ def join(device: str) -> None:
 
         met = PartialState(cpu=device == "cpu", timeout=_PATIENCE).num_processes
         if met != processes():
-            raise ResourceError(f"processes: {processes()} were started, {met} met; use accelerate launch")
+            raise ResourceError(f"processes: {processes()} expected, {met} joined; use accelerate launch")
 
 
 @contextmanager
@@ -164,10 +164,10 @@ class StopRequest:
         name = signal.Signals(number).name
         if self._waits and self._number is None:
             self._number = number
-            _say(f"{name}: saving after this step, then leaving; once more leaves at once")
+            _say(f"{name}: will save after this step, then exit; repeat to exit at once")
             return
         code = PreemptedError.exit_code if number == signal.SIGTERM else InterruptedRunError.exit_code
-        _say(f"{name}: leaving at once; {_AGAIN}")
+        _say(f"{name}: exiting at once; {_AGAIN}")
         if self._number is not None:
             # In the middle of anything: no handler of anybody else may hold this up.
             os._exit(code)

@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     families = {family.name: family for family in trl_families()}
     families |= {name: replace(families[name.partition("/")[0]], name=name) for name in OPTIONS}
     if unknown := [name for name in names if name not in families]:
-        parser.error(f"{', '.join(unknown)}: TRL has no such template; there are {', '.join(families)}")
+        parser.error(f"{', '.join(unknown)}: TRL has no such template; known: {', '.join(families)}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     bad: list[str] = []

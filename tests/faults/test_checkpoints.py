@@ -159,7 +159,7 @@ def test_what_does_not_read_back_is_an_error_and_the_older_ones_stay(
         raise ModelError(f"{path}: not the bytes that were written")
 
     monkeypatch.setattr("toolkit.training.checkpoint.open_checkpoint", rots)
-    with pytest.raises(ResourceError, match="look at the disk"):
+    with pytest.raises(ResourceError, match="check the disk"):
         save(tmp_path, 4)
     assert open_checkpoint(tmp_path / "checkpoint-2").step == 2
 

@@ -66,7 +66,7 @@ def test_a_run_needs_what_the_plan_says(tmp_path: Path) -> None:
     assert stopped == 5
     *_, last = why.strip().splitlines()
     assert re.match(
-        r"onecard: out of memory before step 1, with the longest batch \(30\d\d tokens\); cheapest: training", last
+        r"onecard: out of memory before step 1, longest batch \(30\d\d tokens\); cheapest fix: training", last
     )
     assert "Traceback" not in why
     assert trained == 0, told

@@ -103,9 +103,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 @pytest.mark.parametrize(
     ("state", "commit", "words"),
     [
-        ("weights", "c", "the base's weights are other ones"),
-        ("config", "d", "the base's config.json says something else"),
-        ("tokenizer", "e", "the tokenizer or its chat template is another one"),
+        ("weights", "c", "the base's weights differ"),
+        ("config", "d", "the base's config.json differs"),
+        ("tokenizer", "e", "the tokenizer or its chat template differs"),
     ],
 )
 def test_a_revision_that_moved_to_another_base_is_refused(

@@ -136,10 +136,10 @@ def other_weights(place: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (other_rows, "the training examples are other ones"),
-        (other_template, "the tokenizer or its chat template is another one"),
-        (other_weights, "the base's weights are other ones"),
-        (other_config, "the base's config.json says something else"),
+        (other_rows, "the training examples differ"),
+        (other_template, "the tokenizer or its chat template differs"),
+        (other_weights, "the base's weights differ"),
+        (other_config, "the base's config.json differs"),
     ],
 )
 def test_other_content_under_the_same_name_is_refused(
@@ -165,7 +165,7 @@ def test_another_version_is_refused_and_a_patch_is_listed(
     monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": patched})
     status, _, err = onecard("train", cut_off / "recipe.yaml")
     assert status == 0, err
-    assert f"changed, and allowed: peft {versions()['peft']} -> {patched}" in err
+    assert f"allowed change: peft {versions()['peft']} -> {patched}" in err
 
 
 def test_what_matters_is_refused_before_anything_is_written(onecard: Run, cut_off: Path) -> None:
@@ -183,8 +183,8 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off
     more = ["training.max_steps=6", "training.logging_steps=2", "training.save_steps=1"]
     status, _, err = onecard("train", cut_off / "recipe.yaml", *more)
     assert status == 0, err
-    assert "changed, and allowed: training.max_steps: " in err
-    assert "changed, and allowed: training.logging_steps: 1 -> 2" in err
+    assert "allowed change: training.max_steps: " in err
+    assert "allowed change: training.logging_steps: 1 -> 2" in err
     assert "resuming from checkpoint-4" in err
     summary = json.loads((cut_off / "run" / "summary.json").read_text())
     assert json.dumps(summary).count('"steps": 6')
@@ -256,6 +256,6 @@ def test_damage_costs_a_checkpoint_and_not_the_run(onecard: Run, cut_off: Path) 
     status, _, err = onecard("train", cut_off / "recipe.yaml")
     assert status == 0, err
     assert "checkpoint skipped: " in err
-    assert "optimizer.safetensors: not the bytes that were written" in err
+    assert "optimizer.safetensors: changed after it was written" in err
     assert "resuming from checkpoint-2" in err
     assert (cut_off / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected

@@ -77,7 +77,7 @@ def test_a_signal_waits_for_the_step_and_then_leaves(number: int, error: type[Ex
     with signals_heeded() as stop, stop.until_saved():
         os.kill(os.getpid(), number)
         assert stop.requested
-        with pytest.raises(error, match="saved at step 3; rerun the same command"):
+        with pytest.raises(error, match="saved at step 3; the same command resumes"):
             stop.leave("saved at step 3")
     assert signal.getsignal(number) is before
     assert (PreemptedError.exit_code, InterruptedRunError.exit_code) == (75, 130)
@@ -97,8 +97,8 @@ with signals_heeded() as stop, stop.until_saved():
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert "once more leaves at once" in done.stderr
-    assert "leaving at once" in done.stderr
+    assert "repeat to exit at once" in done.stderr
+    assert "exiting at once" in done.stderr
 
 
 def test_workers_leave_signals_to_their_parent() -> None:
@@ -127,7 +127,7 @@ def test_a_run_that_is_told_to_stop_has_saved_that_step(
     in_step(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     status, out, err = onecard("train", recipe, "training.max_steps=4", "eval.enabled=false")
     assert (status, out) == (code, ""), err
-    assert "saved at step 2; rerun the same command to go on" in err
+    assert "saved at step 2; the same command resumes" in err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
 
 
@@ -173,7 +173,7 @@ def test_a_card_that_fails_is_one_line_and_its_run_goes_on(
         in_step(broken, 3, failed_card)
         status, out, err = onecard("train", recipe, *quick)
     assert (status, out) == (5, "")
-    assert "the card failed: CUDA error: an illegal memory access was encountered; rerun" in err.splitlines()[-1]
+    assert "an illegal memory access was encountered; the same command resumes" in err.splitlines()[-1]
     status, _, err = onecard("train", recipe, *quick)
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -245,7 +245,7 @@ def test_losses_that_are_looked_at_late_end_the_same_steps(
     status, _, err = onecard("train", recipe, "training.max_steps=3", "eval.enabled=false")
     assert status == 0, err
     assert "step 2: the loss is inf on " in err
-    assert "the step is left out" in err
+    assert "the step is skipped" in err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 3]
     assert all(math.isfinite(line["entropy"]) for line in lines if "loss" in line)

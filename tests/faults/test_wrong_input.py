@@ -150,7 +150,7 @@ def test_a_run_of_another_recipe_is_left_alone(onecard: Run, recipe: Path, tmp_p
     status, _, err = onecard("train", recipe)
     assert status == 0, err
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    fails(onecard("train", recipe, "lora.r=2"), 4, "holds the run of another recipe", "lora.r: 4 -> 2")
+    fails(onecard("train", recipe, "lora.r=2"), 4, "was started from another recipe", "lora.r: 4 -> 2")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

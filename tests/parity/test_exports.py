@@ -138,11 +138,11 @@ def test_peft_is_the_artifact(adapter: Path, checkpoint: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_exported_says_so_and_leaves_nothing(adapter: Path, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there are peft"):
+    with pytest.raises(RecipeError, match="known: peft"):
         export_adapter(adapter, checkpoint, "gptq", tmp_path / "out")
     with pytest.raises(ModelError, match="other weights than the adapter's base"):
         export_adapter(adapter, NANO, "merged", tmp_path / "out")
     (tmp_path / "there").mkdir()
-    with pytest.raises(RecipeError, match="is there already"):
+    with pytest.raises(RecipeError, match="already exists"):
         export_adapter(adapter, checkpoint, "merged", tmp_path / "there")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "there"]

@@ -217,7 +217,7 @@ def test_what_a_killed_run_left_is_cleared_and_a_live_one_is_left_alone(stored: 
 
 def test_what_cannot_be_written_or_read_is_said_in_a_line(stored: Path, tmp_path: Path) -> None:
     for model, out, error, words in (
-        (str(EMBEDDED), stored, RecipeError, "is there already"),
+        (str(EMBEDDED), stored, RecipeError, "already exists"),
         (str(stored), tmp_path / "twice", ModelError, "int8 already"),
         (str(EMBEDDED), Path("/proc/int8"), ResourceError, "cannot be written"),
         ("nobody/nothing", tmp_path / "hub", HubError, "cannot be downloaded"),

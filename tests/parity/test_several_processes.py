@@ -45,7 +45,7 @@ def test_two_processes_train_what_one_does_and_resume(onecard: Run, recipe: Path
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    assert "processes: 2, 2 sequences in a step" in done.stderr
+    assert "processes: 2, 2 sequences per step" in done.stderr
     assert done.stderr.count("resuming from checkpoint-2") == 1, "both processes speak, or none resumed"
     assert done.stderr.count("already finished") == 1
     assert done.stdout.splitlines()[-2:] == [f"{rank}: only the first one saw it" for rank in range(2)]
@@ -85,5 +85,5 @@ def test_processes_that_do_not_meet_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     PartialState(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ResourceError, match="2 were started, 1 met"):
+    with pytest.raises(ResourceError, match="2 expected, 1 joined"):
         join("cpu")

@@ -124,7 +124,7 @@ def test_plain_prompts_are_fed_as_plain_text(
     assert heard[-1] == tokenizer(prompt)["input_ids"]
     lines = iter(["One.", "Two.", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    assert "each line is fed alone" in onecard("chat", run, "--max-new-tokens", 2)[2]
+    assert "each line is sent without the earlier ones" in onecard("chat", run, "--max-new-tokens", 2)[2]
     assert heard[-2:] == tokenizer(["One.", "Two."])["input_ids"]
 
 

@@ -120,7 +120,7 @@ def test_schema_init_and_doctor(onecard: Run, tmp_path: Path) -> None:
     text = path.read_text()
     status, _, err = onecard("init", path)
     assert status == 2
-    assert "is there already" in err
+    assert "already exists" in err
     assert path.read_text() == text
     status, out, err = onecard("doctor", "--json")
     assert status == 0

@@ -47,7 +47,7 @@ def test_runs_that_are_near_are_named(onecard: Run, recipe: Path, tmp_path: Path
         for wrong in ("runs", "runs/three"):
             status, _, err = onecard(verb[0], tmp_path / wrong, *verb[1:])
             assert status == 4, err
-            assert f"there are {tmp_path}/runs/one, {tmp_path}/runs/two" in err
+            assert f"found: {tmp_path}/runs/one, {tmp_path}/runs/two" in err
 
 
 def test_init_wants_data_that_are_there(onecard: Run, tmp_path: Path) -> None:

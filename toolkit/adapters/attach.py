@@ -276,7 +276,7 @@ def _match(architecture: Architecture, wanted: str) -> list[str]:
     found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
     if not found:
         known = sorted({strip_index(name) for name in names} | {name.rpartition(".")[2] for name in names})
-        hint = did_you_mean(wanted, known, most=3) or f"; there are {', '.join(known[:8])}"
+        hint = did_you_mean(wanted, known, most=3) or f"; known: {', '.join(known[:8])}"
         raise ModelError(f"lora.target_modules: {wanted} matches no linear layer of this model{hint}")
     return found
 

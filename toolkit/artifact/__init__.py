@@ -6,6 +6,7 @@ from toolkit.artifact.hub import check_token, fetch_adapter, is_remote, push_art
 from toolkit.artifact.manifest import load_adapter_config, read_manifest
 from toolkit.artifact.privacy import training_answers
 from toolkit.artifact.reopen import base_folder, reopen_recipe, runs_near
+from toolkit.artifact.usage import served_rank
 from toolkit.artifact.verify import Check, VerifyReport, require_base, verify_artifact
 from toolkit.artifact.write import check_folder, require_packageable, stack_versions, write_artifact
 
@@ -27,6 +28,7 @@ __all__ = [
     "require_base",
     "require_packageable",
     "runs_near",
+    "served_rank",
     "stack_versions",
     "training_answers",
     "verify_artifact",

@@ -67,7 +67,7 @@ def combine_adapters(weights: Mapping[str, float], out: str | Path, *, rank: int
     """
     out = Path(out)
     if out.exists():
-        raise RecipeError(f"{out}: is there already; give another name")
+        raise RecipeError(f"{out}: already exists; give another name")
     opened = {folder: _open(folder) for folder in weights}
     _refuse_strangers(opened)
     names = sorted(next(iter(opened.values()))[1])

@@ -56,7 +56,7 @@ def check_token(token: str | None = None, *, endpoint: str | None = None) -> str
     with _one_line("the Hub does not accept the token", "log in with `hf auth login`; nothing has been trained yet"):
         who = HfApi(endpoint=endpoint, token=token).whoami()
     if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise HubError(f"the token of {who['name']} may only read: make one that may write, then `hf auth login`")
+        raise HubError(f"{who['name']}'s token is read-only: create a write token, then `hf auth login`")
     return str(who["name"])
 
 
@@ -142,8 +142,8 @@ def _one_line(what: str, then: str) -> Iterator[None]:
 _ADVICE = {
     401: "set hub.hub_token, or log in with `hf auth login`; ",
     403: "use a token that may write to this repository; ",
-    409: "somebody else is at work there: look at the repository first; ",
-    412: "somebody else committed meanwhile: look at the repository first; ",
+    409: "someone else is pushing there: check the repository first; ",
+    412: "someone else committed meanwhile: check the repository first; ",
     429: "wait a few minutes; ",
 }
 

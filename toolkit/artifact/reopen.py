@@ -60,7 +60,7 @@ def runs_near(path: Path) -> str:
     """In words, up to three runs in this folder, or in the one above where it is not there."""
     folder = path if path.is_dir() else path.parent
     found = sorted(each.parent for each in folder.glob("*/recipe.yaml")) if folder.is_dir() else []
-    return f"; there are {', '.join(map(str, found[:3]))}{', …' if len(found) > 3 else ''}" if found else ""
+    return f"; found: {', '.join(map(str, found[:3]))}{', …' if len(found) > 3 else ''}" if found else ""
 
 
 def base_folder(path: Path, base: str | None = None) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from toolkit.checkpoint.identity import BaseIdentity
 
-__all__ = ["form_of", "loading_section"]
+__all__ = ["form_of", "loading_section", "served_rank"]
 
 _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` takes."""
@@ -41,8 +41,6 @@ def loading_section(
         config: the adapter's configuration. chat: how its conversations were written, as `write_artifact` takes it.
         has_template: the adapter has a chat template in a file.
     """
-    rank = _largest_rank(config)
-    served = next((allowed for allowed in _SERVED_RANKS if allowed >= rank), rank)
     name = shlex.quote(base.name)
     revision = f" --revision {base.revision}" if base.revision else ""
     is_chat = chat.get("form", "chat") == "chat"
@@ -56,11 +54,11 @@ def loading_section(
             "For the programs below, ADAPTER is this repository (`hf://owner/name`) or its folder; exports are read "
             "back and compared with the adapter before they are called done."
             + ("" if base.revision else f" Add `--base FOLDER`, the folder of `{base.name}`."),
-            "### vLLM and SGLang\n\nBoth read one key an expert and projection. Where a server's own implementation of "
-            "this model takes no adapter on routers or experts, `--format merged` gives a whole checkpoint.\n\n"
+            "### vLLM and SGLang\n\nBoth read one key per expert and projection. Where a server's own implementation "
+            "of this model takes no adapter on routers or experts, `--format merged` gives a whole checkpoint.\n\n"
             "```bash\nonecard export ADAPTER --format per-expert --out per-expert\n"
-            f"vllm serve {name}{revision} --enable-lora --max-lora-rank {served} --lora-modules tuned=per-expert"
-            f"{template}{ends}\n"
+            f"vllm serve {name}{revision} --enable-lora --max-lora-rank {served_rank(config)} "
+            f"--lora-modules tuned=per-expert{template}{ends}\n"
             f"python -m sglang.launch_server --model-path {name} --enable-lora --lora-paths tuned=per-expert{revision}"
             f"{template}\n{_request(chat)}```",
             "### llama.cpp and Ollama\n\nWhere llama.cpp has no name for a part, the export says which, and `--format "
@@ -71,6 +69,12 @@ def loading_section(
             "(cd gguf && ollama create tuned -f Modelfile)\n```",
         )
     )
+
+
+def served_rank(config: Mapping[str, Any]) -> int:
+    """What to give as `--max-lora-rank`: the least that vLLM takes and that has room for every part's rank."""
+    rank = int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+    return next((allowed for allowed in _SERVED_RANKS if allowed >= rank), rank)
 
 
 def form_of(chat: Mapping[str, Any]) -> str:
@@ -125,11 +129,6 @@ def _ends_there(chat: Mapping[str, Any]) -> str:
     if chat.get("form") == "text":
         said += " Ask llama-server at `/v1/completions`: prompts are plain text."
     return said
-
-
-def _largest_rank(config: Mapping[str, Any]) -> int:
-    """Of any part: servers reserve room for one rank."""
-    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
 
 
 def _python(base: BaseIdentity, chat: Mapping[str, Any]) -> str:

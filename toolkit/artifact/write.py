@@ -310,7 +310,7 @@ def require_packageable(
     allowed = {find for text in known.base for find, _ in finds(text)}
     for key, value in recipe.items():
         for kind in _told(value, allowed, prose=key.endswith(_PROSE)):
-            raise RecipeError(f"{key}: holds {kind}, and the recipe goes into the artifact: write it without")
+            raise RecipeError(f"{key}: holds {kind}, but the recipe is published with the artifact: remove it")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_tokenizer(tokenizer, folder, Path(base_folder) if base_folder else None)
@@ -332,5 +332,5 @@ def _told(value: Any, allowed: set[str], *, prose: bool) -> Iterator[str]:
 
 def _refusal(found: str, template: str | None, base_folder: str | Path | None) -> RecipeError | ModelError:
     if template:
-        return RecipeError(f"{_TEMPLATE}: {template}: {found}, and it goes into the artifact: write it without")
+        return RecipeError(f"{_TEMPLATE}: {template}: {found}, but it is published with the artifact: remove it")
     return ModelError(f"{base_folder or 'this base'}: {found}: remove it from the base's files")

@@ -95,9 +95,9 @@ def ask_hub(name: str, revision: str) -> None:
     except RemoteEntryNotFoundError:
         raise ModelError(f"{name}: no config.json there; give a transformers checkpoint") from None
     except LocalEntryNotFoundError as error:
-        raise HubError(f"{name}: neither in the cache nor to be had from the Hub: {first_line(error)}") from None
+        raise HubError(f"{name}: not cached, nor available from the Hub: {first_line(error)}") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise HubError(f"{name}: the Hub does not give it: {first_line(error)}") from None
+        raise HubError(f"{name}: Hub request failed: {first_line(error)}") from None
     except ValueError:
         raise ModelError(f"{name}: no such folder, and not a Hub name (owner/name)") from None
 

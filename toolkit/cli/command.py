@@ -81,7 +81,7 @@ def main() -> None:
     try:
         code = app(arguments, prog_name="onecard", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; rerun the same command to go on from the last checkpoint", 130, debug)
+        _fail("interrupted; the same command resumes from the last checkpoint", 130, debug)
     except Exception as error:
         _fail(*_explain(error), debug)
     else:
@@ -99,7 +99,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if out_of_memory(error):
         return f"out of memory: {first_line(error)[:160]}; lower training.max_length or lora.r", 5
     if card_failed(error):
-        again = "rerun the same command, a run goes on from its last checkpoint"
+        again = "the same command resumes a run from its last checkpoint"
         return f"the card failed: {first_line(error)}; {again}; CUDA_LAUNCH_BLOCKING=1 with --debug shows where", 5
     if type(error).__module__.startswith("triton."):
         way = "python scripts/gpu_check.py tells which; without the package triton experts are computed one by one"

@@ -52,7 +52,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override the recipe.", autocompletion=complete_field),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Base = Annotated[str | None, typer.Option(help="The base checkpoint, where the artifact names none that is here.")]
+Base = Annotated[str | None, typer.Option(help="The base checkpoint, if the one the artifact names is not here.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an artifact.")]
 
 

@@ -65,7 +65,7 @@ def init(
     from toolkit.report.plans import show_plan
 
     if path.exists():
-        raise RecipeError(f"{path}: is there already; give another name")
+        raise RecipeError(f"{path}: already exists; give another name")
     if model is None and data is None and sys.stdin.isatty():
         model, data, card = _ask_for_recipe(card)
     if (model is None) != (data is None):

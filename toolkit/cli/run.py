@@ -31,7 +31,7 @@ __all__ = ["plan", "preview", "sweep", "train"]
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    fork: Annotated[bool, typer.Option("--fork", help="Start a new run from the weights of the one there.")] = False,
+    fork: Annotated[bool, typer.Option("--fork", help="Start a new run from the existing run's weights.")] = False,
     json_: Json = False,
 ) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
@@ -129,16 +129,16 @@ def sweep(
     overrides: Annotated[
         list[str],
         typer.Argument(
-            metavar="SECTION.KEY=A,B...", help="Values to try; single ones hold.", autocompletion=complete_field
+            metavar="SECTION.KEY=A,B...", help="Values to try (or one to fix).", autocompletion=complete_field
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs; else training.output_dir with -sweep.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs; default: training.output_dir-sweep.")] = None,
     metric: Annotated[str, typer.Option(help="The figure that ranks the trials.")] = "loss",
     at_once: Annotated[int | None, typer.Option(min=1, help="Trials together; else one a card, or one.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, or ray://HOST:10001); else here.")] = None,
     json_: Json = False,
 ) -> None:
-    """Train a recipe with every combination of some values. Rerun the same command to go on with what is not done."""
+    """Train a recipe with every combination of some values. Rerun the same command to finish the rest."""
     from toolkit.sweep.grid import expand
 
     trials = expand(overrides)
@@ -188,7 +188,7 @@ def _check_metric(metric: str, chosen: str, regression: str | None) -> None:
 
     known = [*_FIGURES, chosen.rpartition(":")[2], *(["perplexity"] if regression else [])]
     if metric not in known:
-        hint = did_you_mean(metric, known) or f"; there are {', '.join(dict.fromkeys(known))}"
+        hint = did_you_mean(metric, known) or f"; known: {', '.join(dict.fromkeys(known))}"
         raise RecipeError(f"--metric {metric}: no trial will have that figure{hint}")
 
 

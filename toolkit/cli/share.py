@@ -74,7 +74,7 @@ def export(
     json_: Json = False,
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
-    from toolkit.artifact import base_folder
+    from toolkit.artifact import base_folder, load_adapter_config, served_rank
     from toolkit.export import export_adapter
 
     console = quiet_console()
@@ -86,22 +86,23 @@ def export(
         f"at most {made.bound:.3g}"
     )
     for server, problems in made.servers.items():
-        console.print(f"{server}, by the rules in its sources: {'takes it' if not problems else 'does not take it'}")
+        console.print(f"{server}, by the rules in its sources: {'not accepted' if problems else 'accepted'}")
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
+    rank = served_rank(load_adapter_config(made.folder)) if format == "per-expert" else None
     for line in _USED_BY[format]:
-        console.print(line.format(made.folder), markup=False)
+        console.print(line.format(made.folder, rank), markup=False)
     next_commands(console, *(each.format(made.folder) for each in _AFTER.get(format, ())), f"push {run} OWNER/NAME")
     emit(made.to_dict(), json_)
 
 
 _USED_BY = {
     "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
-    "per-expert": ("vllm serve BASE --enable-lora --lora-modules mine={0}",),
+    "per-expert": ("vllm serve BASE --enable-lora --max-lora-rank {1} --lora-modules mine={0}",),
     "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
     "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `toolkit.register()`",),
     "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
 }
-"""Who opens a layout, with the folder to come."""
+"""Who opens a layout, with its folder and the rank to serve."""
 _AFTER = {"peft": ("verify {0}",), "merged": ("plan {0} --audit",), "merged-int8": ("plan {0} --audit",)}
 
 

@@ -40,7 +40,7 @@ _LOOKED_UP = 4
 """Tokens drafted by prompt lookup."""
 
 Mtp = Annotated[
-    bool, typer.Option("--mtp", help="Draft with the artifact's multi-token-prediction head, or by looking back.")
+    bool, typer.Option("--mtp", help="Draft with the artifact's multi-token-prediction head, or prompt lookup.")
 ]
 
 
@@ -183,7 +183,7 @@ def chat(
     made, model, tokenizer = reopen(run, None, base, console)
     dialogue = job.dialogue(tokenizer, made, artifact_of(run))
     if dialogue.form.form == "text":
-        console.print("trained on plain text: each line is fed alone, without those before it")
+        console.print("trained on plain text: each line is sent without the earlier ones")
     conversation = Conversation(
         model,
         dialogue,
@@ -266,7 +266,7 @@ def _drafts(
     artifact = artifact_of(run)
     head = job.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
     if head is None:
-        console.print(f"{artifact}: no multi-token-prediction head; drafting what followed the same words before")
+        console.print(f"{artifact}: no multi-token-prediction head; drafting by prompt lookup")
     count = max(made.recipe.mtp.depth, len(head.layers)) if head else _LOOKED_UP
     return speculator(model, head, count=count, max_new_tokens=max_new_tokens, temperature=temperature)
 

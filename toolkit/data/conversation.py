@@ -332,7 +332,7 @@ def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
         turn = {**turn, "role": "assistant", "content": "", CALLS: calls}
     elif turn.get("function_call") is not None and turn.get("role") == "assistant":
         if turn.get(CALLS):
-            raise InvalidRow("bad tool call", f"{where}: function_call and tool_calls both stand in it; keep one")
+            raise InvalidRow("bad tool call", f"{where}: has both function_call and tool_calls; keep one")
         rest = {key: item for key, item in turn.items() if key != "function_call"}
         turn = {**rest, CALLS: _calls(turn["function_call"], where)}
     return turn if turn.keys().isdisjoint(_FOREIGN) else _marked(turn, where)

@@ -139,7 +139,7 @@ class Encoder:
             wanted = wanted[1:]
             self.notices["an answer before any question is not trained: inference has no prompt for it"] += 1
         if not wanted:
-            raise InvalidRow("nothing trained", "no assistant turn in it can or shall be trained; leave the row out")
+            raise InvalidRow("nothing trained", "it has no assistant turn to train on; remove the row")
         reader = self._dialogue.reader
         turns = reader.read(example, wanted[-1:] if everything or self._last_only else wanted)
         self.notices.update(dict.fromkeys(reader.take_notices(), 1))
@@ -152,9 +152,9 @@ class Encoder:
         try:
             example.text.encode("utf-8")
         except UnicodeEncodeError:
-            raise InvalidRow("not Unicode", "half of a surrogate pair (\\ud800…\\udfff) stands alone in it") from None
+            raise InvalidRow("not Unicode", "it has an unpaired surrogate (\\ud800…\\udfff)") from None
         if example.prompt is not None and self._dialogue.is_chat:
-            self.notices["a plain prompt beside conversations: inference asks by the chat template"] += 1
+            self.notices["plain prompts among conversations: inference uses the chat template"] += 1
         start = len(example.prompt or "")
         everything = example.prompt is None or self._all_text
         pieces = [_Piece(((example.text[:start], example.text[start:]),), chat=False, everything=everything)]
@@ -164,7 +164,7 @@ class Encoder:
         said = [text_of(turn.get("content")) for turn in example.messages] or [example.text]
         special = self._dialogue.reader.stops.control if example.messages else self._special
         if any(special.search(content) for content in said):
-            self.notices["the text of a special token stands in the data and becomes that token"] += 1
+            self.notices["the data contain a special token's text, which becomes that token"] += 1
         keeps = bool(example.messages) and not self._dialogue.reader.drops_thoughts
         self.notices.update({odd for turn in example.messages for odd in odd_thoughts(turn)} if keeps else ())
 

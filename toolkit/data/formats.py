@@ -22,9 +22,9 @@ __all__ = ["SHAPES", "Example", "Shape", "add_system", "carries", "choose_shape"
 
 _SYSTEM = ("system", "developer")
 
-TWO_SYSTEMS = "the system column is not used where a system turn stands"
-NULL_ARGUMENTS = "null arguments of tool calls are trained as they stand"
-NULL_PROPERTIES = "properties of tools that are null were taken out"
+TWO_SYSTEMS = "the system column is ignored if there is a system turn"
+NULL_ARGUMENTS = "null arguments of tool calls are trained unchanged"
+NULL_PROPERTIES = "null properties of tools were removed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ def _tools(values: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, bool
     except InvalidRow as problem:
         raise InvalidRow(problem.reason, f"functions, read as {problem.detail}") from None
     if tools and functions:
-        raise InvalidRow("bad tools", "tools and functions both stand in the row; keep one")
+        raise InvalidRow("bad tools", "the row has both tools and functions; keep one")
     if functions:
         tools = [one if "function" in one else {"type": "function", "function": one} for one in functions]
     if not tools:
@@ -254,7 +254,7 @@ def _template_kwargs(raw: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InvalidRow("bad chat_template_kwargs", f"{what}: an object is expected, not {type(given).__name__}")
     if taken := sorted(given.keys() & NOT_OPTIONS):
-        raise InvalidRow("bad chat_template_kwargs", f"{what}: {taken[0]} is not the row's to give; take it out")
+        raise InvalidRow("bad chat_template_kwargs", f"{what}: {taken[0]} cannot be set by a row; remove it")
     return {str(key): item for key, item in given.items()}
 
 
@@ -309,7 +309,7 @@ def _history(raw: Any) -> list[tuple[str, str]]:
     turns = []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) and said for said in pair):
-            raise InvalidRow("bad history", f"{expected}; item {index + 1} is none, or says nothing")
+            raise InvalidRow("bad history", f"{expected}; item {index + 1} is not one, or is empty")
         turns += [("user", pair[0]), ("assistant", pair[1])]
     return turns
 

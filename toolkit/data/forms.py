@@ -324,6 +324,6 @@ _MOVED = "a thought in <think>…</think> is given to the chat template as reaso
 _NOTICES: Mapping[Way, str] = {
     **dict.fromkeys((_thought_in_fields, _thought_as_reasoning), _MOVED),
     _thought_inline: "a thought is written into the content as <think>…</think>, where the chat template reads it",
-    _with_ids: "ids of tool calls are written in nine letters and figures, as the chat template wants them",
+    _with_ids: "tool call ids are rewritten as nine letters and digits, as the chat template requires",
     _usual_role: "the roles developer, environment and function are given to the chat template as system and tool",
 }

@@ -63,7 +63,7 @@ def _legend(marked: bool) -> Text:
     for part, (style, mark) in _PARTS.items():
         legend.append(f"{part} {mark.format('…')}  " if marked else f"{part}  ", "" if marked else style)
     legend.append("all of it in «…»" if marked else "", "")
-    legend.append("" if marked else "fed", "dim")
+    legend.append("" if marked else "only read", "dim")
     return legend
 
 
@@ -123,7 +123,7 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         )
     console.print(table)
     for name, split in report.splits.items():
-        console.print(Text(f"tokens an example, {name}"))
+        console.print(Text(f"tokens per example, {name}"))
         for line in _histogram(split):
             console.print(Text(line))
     for name, split in report.splits.items():

@@ -34,7 +34,7 @@ __all__ = [
 
 _PEEK = 100  # rows from which the columns are read: optional ones may be missing in the first
 _TRIMMED = "turns after the last answer were left out"
-_PADDED = "nulls that Arrow had filled in were taken out of tool calls and schemas"
+_PADDED = "nulls added by Arrow were removed from tool calls and schemas"
 _ALONE = "rows without a value of data.group_by stand alone"
 
 _LEFT_OUT = "weight 0 or train: false"
@@ -243,17 +243,13 @@ def _number(value: Any) -> float | None:
 
 
 def _refuse(name: str, value: Any) -> None:
-    aside = f"or leave the column aside: data.remove_columns: [{name}]"
+    aside = f"or ignore the column: data.remove_columns: [{name}]"
     if name in _MEDIA:
         raise InvalidRow("more than text", f"{name}: the row has more than text; take text rows, {aside}")
     if name in _PAIR:
-        raise InvalidRow(
-            "a preference pair", f"{name}: a better and a worse answer; here one answer is learnt; {aside}"
-        )
+        raise InvalidRow("a preference pair", f"{name}: preference pairs are not supported; keep one answer, {aside}")
     if value is False and name in _VERDICTS:
-        raise InvalidRow(
-            "an answer marked as bad", f"{name} says that the answer is a bad one; remove the row, {aside}"
-        )
+        raise InvalidRow("an answer marked as bad", f"{name} marks the answer as bad; remove the row, {aside}")
 
 
 @dataclass(frozen=True)

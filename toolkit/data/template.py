@@ -94,7 +94,7 @@ def require_frugal(render: Callable[[], object], key: Hashable) -> None:
     os.close(watch)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise DataError(f"chat template: not done with a short conversation after {MOST_SECONDS} s; give another")
+        raise DataError(f"chat template: a short conversation took over {MOST_SECONDS} s; give another")
     if code != 0:
         raise DataError(
             f"chat template: needs more than {MOST_BYTES >> 20} MiB for a short conversation; give another as "
@@ -152,7 +152,7 @@ class ChatTemplate:
         if chat_template is None and tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template and the data is chat; set data.chat_template_path")
         if taken := sorted(options.keys() & NOT_OPTIONS):
-            raise DataError(f"data.chat_template_kwargs: {taken[0]} is no option of a chat template; take it out")
+            raise DataError(f"data.chat_template_kwargs: {taken[0]} cannot be set here; remove it")
         self._tokenizer = tokenizer
         self._given = chat_template
         self._specials = dict(tokenizer.special_tokens_map)
@@ -235,7 +235,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise _not_jinja(error) from None
         except UnicodeEncodeError:
-            raise InvalidRow("not Unicode", "half of a surrogate pair (\\ud800…\\udfff) stands alone in it") from None
+            raise InvalidRow("not Unicode", "it has an unpaired surrogate (\\ud800…\\udfff)") from None
         except _RAISED as error:
             detail = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise InvalidRow("refused by the chat template", f"the chat template refuses it: {detail}") from None

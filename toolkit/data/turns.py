@@ -29,11 +29,9 @@ __all__ = ["Turn", "TurnReader", "groups"]
 Tools = list[dict[str, Any]] | None
 _CONTENT, _THOUGHT = "onecardprobewords", "onecardprobethought"
 _CLOSED = "the generation prompt opens a thought and the answer has none: an empty one is closed before it"
-_OTHER_HISTORY = (
-    "the chat template renders the history otherwise beside its answer: answers follow what inference feeds"
-)
+_OTHER_HISTORY = "the chat template renders history differently once answered: training uses inference's prompt"
 _NO_TOOLS = "the chat template leaves out the tools"
-_TRIMMED = "the chat template takes white space off the ends of messages"
+_TRIMMED = "the chat template strips white space around messages"
 _REWRITTEN = "a thought in <think>…</think> is given to the chat template as reasoning_content, which it reads"
 _COMPLETED = "the chat template leaves a thought out of its answer: it is trained as the generation prompt opens it"
 
@@ -312,9 +310,8 @@ def _closes_tag(prompt: str, rest: str) -> bool:
 def _rewritten(turn: int) -> InvalidRow:
     return InvalidRow(
         "rewritten by the chat template",
-        f"the chat template asks for turn {turn + 1} (assistant) with a text that the rendered answer does not begin "
-        "with, so what the model would have to write is not known; give a template without that as "
-        "data.chat_template_path",
+        f"the chat template's generation prompt for turn {turn + 1} (assistant) is no prefix of the rendered turn, so "
+        "what the model must write is unknown; give another template as data.chat_template_path",
     )
 
 

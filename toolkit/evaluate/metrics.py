@@ -71,7 +71,7 @@ def find_metric(name: str) -> tuple[str, Metric]:
         return name, BUILT_IN[name]
     where, sign, attribute = name.rpartition(":")
     if not sign:
-        hint = did_you_mean(name, [LOSS, *BUILT_IN]) or f"; there are {', '.join([LOSS, *BUILT_IN])}"
+        hint = did_you_mean(name, [LOSS, *BUILT_IN]) or f"; known: {', '.join([LOSS, *BUILT_IN])}"
         raise RecipeError(f"eval.metric: no metric {name}{hint}; one of yours is file.py:function or module:function")
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)

@@ -80,9 +80,9 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
     if format not in FORMATS:
-        raise RecipeError(f"--format {format}: no such layout; there are {', '.join(FORMATS)}")
+        raise RecipeError(f"--format {format}: no such layout; known: {', '.join(FORMATS)}")
     if out.exists():
-        raise RecipeError(f"{out}: is there already; give another name")
+        raise RecipeError(f"{out}: already exists; give another name")
     verify_artifact(artifact, strict=True)
     require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))

@@ -117,7 +117,7 @@ class Speculator:
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if reason := can_speculate(base):
-            raise ModelError(f"{type(base).__name__}: {reason}; leave --mtp away")
+            raise ModelError(f"{type(base).__name__}: {reason}; omit --mtp")
         self.model, self.base = model, base
         self.make_drafter, self.count, self.max_new_tokens = make_drafter, count, max_new_tokens
         self.is_greedy, self.measured = temperature <= 0, measured

@@ -235,7 +235,7 @@ class Budget:
             held = rehearsed(self._skeleton(), spec)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
-            self.note = f"activations estimated: this family's step cannot be rehearsed ({first_line(error)[:80]})"
+            self.note = f"activations estimated: this family's step cannot be simulated ({first_line(error)[:80]})"
             return _estimate(self.shapes.numbers, spec, self.itemsize)
         cache_bytes(spec, self._config, held)
         return held

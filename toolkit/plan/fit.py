@@ -82,7 +82,7 @@ def _candidates(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str, Reci
         cheap = _with(cheap, section, **{key: _typed(value)})
         words.append(what)
     if len(words) > 1:
-        yield " ".join(words), "time, and less exact moments", cheap
+        yield " ".join(words), "time and some precision", cheap
     yield from _streamed(recipe, budget, "")
     for start, prefix in ((recipe, ""), (cheap, " ".join(words))):
         for what, costs, changed in (*_shorter(start), *_lower(start)):
@@ -100,12 +100,12 @@ def _for_time(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
     if recipe.quantization.experts == "none":
         yield (
             "quantization.experts=int8",
-            "0.3 to 0.8% of an expert's output",
+            "0.3 to 0.8% expert output error",
             _with(recipe, "quantization", experts="int8"),
         )
     if not recipe.training.gradient_checkpointing:
         changed = _with(recipe, "training", gradient_checkpointing=True)
-        yield "training.gradient_checkpointing=true", "one more forward in each step", changed
+        yield "training.gradient_checkpointing=true", "one extra forward per step", changed
     if "8bit" not in recipe.training.optim:
         changed = _with(recipe, "training", optim="paged_adamw_8bit")
         yield "training.optim=paged_adamw_8bit", "optimizer moments in 8 bit", changed
@@ -135,16 +135,14 @@ def _shorter(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
 def _lower(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
     for rank in _RANKS:
         if rank < int(recipe.lora.r):
-            yield f"lora.r={rank}", f"capacity: rank {rank} for {recipe.lora.r}", _with(recipe, "lora", r=rank)
+            yield f"lora.r={rank}", f"rank {rank} instead of {recipe.lora.r}", _with(recipe, "lora", r=rank)
 
 
 def _longest(recipe: Recipe, budget: Budget) -> tuple[int, str]:
     """The longest of 128, 256, 384, … that fits, found by halving."""
     model = budget.shapes.numbers.get("max_position_embeddings") or _LONGEST
     needed = budget.shape.length if budget.shape else _LONGEST
-    most, reason = min(
-        (needed, "all that the data need"), (model, "the model's limit"), (_LONGEST, "the longest tried")
-    )
+    most, reason = min((needed, "enough for the data"), (model, "the model's limit"), (_LONGEST, "the longest tried"))
     if most <= _SHORTEST or _fits(_with(recipe, "training", max_length=most), budget):
         return most, f"{reason}, and it fits"
     low, high = 1, most // _SHORTEST + 1

@@ -100,7 +100,7 @@ class Plan:
         if self.fits:
             return
         advice = f"; cheapest: {self.changes[0].what}" if self.changes else "; take a smaller model or a larger device"
-        taken = f" free, other programs hold {self.taken / 2**30:.1f}" if self.taken >= _WORTH_TELLING else ""
+        taken = f" free, others use {self.taken / 2**30:.1f} GiB" if self.taken >= _WORTH_TELLING else ""
         raise ResourceError(
             f"{self.model}: training needs {self.bytes.total / 2**30:.1f} GiB, {self.device_name or self.device} has "
             f"{self.memory / 2**30:.1f} GiB{taken}{advice}"
@@ -208,7 +208,7 @@ def _about(device: Device, dtype: str) -> Iterator[str]:
     """What there is to say about the device itself."""
     if device.visible > 1 and processes() == 1:
         yield (
-            f"{device.visible} cards are visible and one is used, the first; CUDA_VISIBLE_DEVICES chooses another, "
+            f"{device.visible} cards are visible, only the first is used; CUDA_VISIBLE_DEVICES chooses another, "
             "accelerate launch uses several"
         )
     if device.taken >= _WORTH_TELLING:
@@ -216,7 +216,7 @@ def _about(device: Device, dtype: str) -> Iterator[str]:
     if _is_before_tensor_cores(device):
         number = "sm_{}{}".format(*device.capability or ())
         slow = "; model.dtype=bfloat16 is emulated there, float16 is not" if dtype == "bfloat16" else ""
-        yield f"{number}: experts are computed one by one, Triton has no 16-bit tensor cores before sm_80{slow}"
+        yield f"{number}: experts run one by one, Triton needs sm_80 for 16-bit tensor cores{slow}"
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -225,7 +225,7 @@ def _check_settings(recipe: Recipe) -> None:
             "mtp.depth: must be at least mtp.num_mtp_layers, since each layer is trained at its own depth"
         )
     if recipe.mtp.loss_weight and recipe.mtp.stage != "with":
-        raise RecipeError("mtp.loss_weight: a head pulls on the adapter only while both learn; set mtp.stage=with")
+        raise RecipeError("mtp.loss_weight: it needs head and adapter to train together; set mtp.stage=with")
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")
@@ -250,9 +250,7 @@ def _backend(recipe: Recipe, device: Device) -> str:
     if recipe.quantization.activations == "none":
         return default_backend(device)
     if default_backend(device) != TRITON:
-        raise RecipeError(
-            "quantization.activations: int8 rows need a CUDA card from sm_80 on, and Triton; set it to none"
-        )
+        raise RecipeError("quantization.activations: int8 needs Triton and a CUDA card, sm_80 or newer; set it to none")
     return ROUNDED_ROWS
 
 

@@ -47,7 +47,7 @@ def what_is_stored(budget: Budget) -> Stored:
     try:
         headers = stored_headers(folder or name, revision)
     except HubError:
-        note = "download: reckoned at 16 bit a parameter, since the Hub does not give the headers now"
+        note = "download: estimated at 16 bits per parameter; the Hub did not return the headers"
         return Stored(_reckoned(budget.shapes, None), note=note)
     if not is_published(name, revision):
         _refuse_wrong_shapes(budget, headers)

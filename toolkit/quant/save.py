@@ -124,7 +124,7 @@ def quantize_checkpoint(
 def refuse_existing(folder: Path) -> None:
     """Raise `RecipeError` where something has that name: a checkpoint is written to a new folder only."""
     if folder.exists() or folder.is_symlink():
-        raise RecipeError(f"{folder}: is there already; give another name")
+        raise RecipeError(f"{folder}: already exists; give another name")
 
 
 class _WriterQuantizer(Int8Quantizer):

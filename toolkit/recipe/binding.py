@@ -22,8 +22,8 @@ class Effect(Enum):
     """What a changed field does to a run that goes on."""
 
     BINDS = "changes what is learnt"
-    CONTENT = "names a place; what lies there is bound by its hash"
-    LENGTH = "moves the end of the run, and with it the learning rates still to come"
+    CONTENT = "the weights or examples that it gives are checked by hash"
+    LENGTH = "moves the end of the run, and so the remaining learning rates"
     FREE = "changes nothing that is learnt"
 
 

@@ -62,8 +62,8 @@ class QuantizationSection(_Section):
     """`int8` splits the rows that experts compute in forward into two int8 digits, for the int8 tensor cores of a card;
     refused before step 1 where it raises the held-out loss by more than 0.5%."""
     error_compensation: Literal["none", "gptq"] = "none"
-    """`gptq` rounds the int8 parts again, layer by layer, so that their outputs on training examples stay as near as
-    they can: same storage, same speed, some minutes more before step 1."""
+    """`gptq` rounds the int8 parts again, layer by layer, to keep their outputs on training examples as close as
+    possible: same storage and speed, some minutes more before step 1."""
     calibration_samples: Positive = 512
     """Training examples that `gptq` looks at, up to 262,144 tokens of them."""
 
@@ -80,10 +80,11 @@ class PlacementSection(_Section):
     """Where the frozen expert stacks live while the rest of the model is on the device."""
 
     experts: Literal["auto", "resident", "host", "disk"] = "auto"
-    """`auto` keeps every stack on the device where the plan says that it fits, and else streams the fewest layers that
-    make it fit; `resident` never streams; `host` and `disk` stream from pinned memory or from an int8 file."""
+    """`auto` keeps every stack on the device if the plan says that it fits, and otherwise streams the fewest layers
+    whose copies computation hides well; `resident` never streams; `host` and `disk` stream from pinned memory or from
+    an int8 file."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the MoE layers that is streamed; without it, what the plan finds needed."""
+    """Share of the MoE layers to stream; without it, as many as the plan needs."""
 
     @model_validator(mode="after")
     def _something_to_share(self) -> PlacementSection:
@@ -110,7 +111,7 @@ class LoraSection(_Section):
     target_modules: Literal["attention", "all-linear", "none"] | Annotated[list[NonEmpty], Field(min_length=1)] = (
         "attention"
     )
-    """Linear layers beside experts and router: those of the attention (or state-space) block, all of them (shared
+    """Other linear layers to adapt: those of the attention (or state-space) block, all of them (shared
     experts and dense layers too), none, or a list of names as PEFT matches them."""
     rank_pattern: dict[NonEmpty, Positive] = {}
     """Ranks per part: `experts`, `router`, or a module name as PEFT matches it."""
@@ -134,13 +135,13 @@ class MtpSection(_Section):
     enabled: bool = False
     """Train a multi-token-prediction head beside the adapter: the checkpoint's own where it has one, else a new one."""
     num_mtp_layers: Positive = 1
-    """Layers of a new head; a checkpoint's own head has what it has."""
+    """Layers of a new head; a checkpoint's own head keeps its own."""
     depth: Positive = 1
     """Tokens ahead that are trained, and drafted by default; beyond the head's layers its last one is applied again."""
     head_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of the head, which has an optimizer of its own; it follows the adapter's schedule."""
     loss: Literal["kl", "ce"] = "kl"
-    """What the head learns: the adapted model's own distribution at that place, or the token that stands there."""
+    """What the head learns: the adapted model's distribution at that position, or the token there."""
     loss_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the head's loss in the adapter's. At 0 the head is detached: the adapter is the same, bit for bit, as
     without a head."""
@@ -212,7 +213,7 @@ class DataSection(_Section):
     columns: dict[NonEmpty, NonEmpty] = {}
     """Our column name to yours, e.g. `{prompt: question, completion: answer}`."""
     remove_columns: list[NonEmpty] = []
-    """Columns of yours that are left aside, as if they were not there."""
+    """Columns of yours to ignore."""
     dedupe: bool = False
     """Leave out training examples that are copies of others, or whose prompt is held out."""
     system_prompt: NonEmpty | None = None
@@ -220,8 +221,8 @@ class DataSection(_Section):
     chat_template_path: NonEmpty | None = None
     """A Jinja file to use instead of the tokenizer's chat template; it is saved with the adapter."""
     chat_template_kwargs: dict[NonEmpty, Any] = {}
-    """Options of the chat template, such as `{enable_thinking: false}`; training and inference render with them. A
-    row's own column of that name goes before them."""
+    """Options of the chat template, such as `{enable_thinking: false}`; training and inference use them. A
+    row's own column of that name overrides them."""
     thoughts: Literal["keep", "drop"] = "keep"
     """Train thoughts (`reasoning_content`, `thinking`, `reasoning`, `<think>…</think>`), or leave them out."""
     train_on: Literal["all", "last"] = "all"
@@ -244,7 +245,7 @@ class DataSection(_Section):
     def _one_validation(self) -> DataSection:
         given = [k for k in ("validation", "validation_size", "validation_split") if getattr(self, k) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} say the same thing twice: keep one")
+            raise ValueError(f"{' and '.join(given)} exclude each other: keep one")
         return self
 
 
@@ -277,7 +278,7 @@ class TrainingSection(_Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
     max_nonfinite_steps: Positive = 3
-    """Steps in a row without a finite loss and gradient that end the run; fewer are left out and named."""
+    """Non-finite steps (loss or gradient) in a row that end the run; fewer are skipped and reported."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """The optimizer, by transformers' name."""
     adam_beta1: Fraction = 0.9
@@ -319,9 +320,9 @@ class EvalSection(_Section):
     """Compare base and adapted model after training, where there are held-out examples."""
     metric: NonEmpty = "loss"
     """What is best: `loss`, `exact_match`, `token_f1`, `rouge_l`, `json_valid`, or a function of yours, as
-    `file.py:function` or `module:function`, that takes an answer and the wanted one and gives a number, better high."""
+    `file.py:function` or `module:function`, from answer and wanted answer to a number; higher is better."""
     regression: NonEmpty | None = None
-    """A UTF-8 file of general text; its perplexity before and after says whether the model forgot."""
+    """A UTF-8 file of general text; its perplexity before and after shows forgetting."""
     max_samples: Positive | None = 200
     """Held-out examples looked at, for the loss (during training too) and for generation; `null` for all."""
     max_new_tokens: Positive = 32
@@ -333,10 +334,10 @@ class EvalSection(_Section):
 
 
 class TrackingSection(_Section):
-    """Where metrics go beside `metrics.jsonl`."""
+    """Metric trackers besides `metrics.jsonl`."""
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Trackers, as transformers names them; each must be installed."""
+    """Metric trackers besides `metrics.jsonl`, as transformers names them; each must be installed."""
     run_name: NonEmpty | None = None
     """The run's name there; without it the run folder's name."""
 
@@ -351,7 +352,7 @@ class HubSection(_Section):
     hub_private_repo: bool = True
     """Create the repository private."""
     license: NonEmpty | None = None
-    """The adapter's licence, as the Hub calls it; without it what the base's card says."""
+    """The adapter's licence, by its Hub id; without it, that of the base's card."""
     hub_token: NonEmpty | None = None
     """Only as `${NAME}`, an environment variable; without it the Hub's own login is used."""
 
@@ -382,6 +383,6 @@ class Recipe(_Section):
     eval: EvalSection = EvalSection()
     """What is measured."""
     tracking: TrackingSection = TrackingSection()
-    """Where metrics go."""
+    """Metric trackers."""
     hub: HubSection = HubSection()
     """Upload."""

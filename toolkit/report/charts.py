@@ -164,7 +164,7 @@ def _loss_picture(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
             axes.plot(steps, values, color=_PNG_COLOURS[label], label=label, marker=marker, markersize=3)
     if not axes.lines:
         return None
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend(fontsize=8)
     return _png(figure)
 

@@ -100,7 +100,7 @@ def _used(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             if "triton" in experts
             else "expert by expert through " + ("cuBLAS: no Triton, or a card before sm_80" if has_card else "BLAS"),
         ),
-        "optimizer": ("adamw_torch", "unless training.optim says otherwise; paged_adamw_8bit needs a quarter"),
+        "optimizer": ("adamw_torch", "the default; paged_adamw_8bit needs a quarter of its memory"),
     }
     return {what: {"choice": choice, "why": why} for what, (choice, why) in choices.items()}
 

@@ -110,7 +110,7 @@ def _state(folder: RunFolder, finished: Mapping[str, Any], metrics: Sequence[Map
         return {"word": "finished", "share": 1.0, "step": finished["training"]["steps"], "left": None}
     last = metrics[-1] if metrics else {"step": 0}
     touched = folder.metrics.stat().st_mtime if folder.metrics.is_file() else folder.recipe.stat().st_mtime
-    word = "running" if time.time() - touched < _ALIVE_SECONDS else "not finished; the same command goes on with it"
+    word = "running" if time.time() - touched < _ALIVE_SECONDS else "not finished; the same command resumes it"
     left = _time_left(metrics) if word == "running" else None
     return {"word": word, "share": last.get("progress"), "step": last["step"], "left": left}
 
@@ -181,7 +181,7 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     if lines["training"]:
         results = finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
-        yield _curve_chart("Loss", "nats a token", given, "loss", levels)
+        yield _curve_chart("Loss", "nats per token", given, "loss", levels)
     for name in sorted({name for entry in metrics for name in held_out_scores(entry)}):
         if points := _points(metrics, f"eval_{name}"):
             words = name.replace("_", " ")
@@ -189,7 +189,7 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     for title, unit, key, scale in (
         ("Learning rate", "", "learning_rate", 1.0),
         ("Gradient norm", "before clipping", "grad_norm", 1.0),
-        ("Speed", "real tokens a second", "tokens_per_second", 1.0),
+        ("Speed", "real tokens per second", "tokens_per_second", 1.0),
         ("Memory in use, peak so far", "GiB", "memory_bytes", 2.0**-30),
     ):
         if points := _points([entry for entry in metrics if "loss" in entry], key, scale):
@@ -224,7 +224,7 @@ def _memory_chart(
     sizes = {**planned, "planned, sum": total, **({"measured, peak": peak} if peak else {})}
     mebibytes = {name: size / 2**20 for name, size in sizes.items()}
     text = f"Planned {_figure(total / 2**20)} MiB, measured {_figure(peak / 2**20)} MiB at the peak"
-    text += ", both without what Python and its libraries take" if measured.get("libraries") else ""
+    text += ", both excluding Python and its libraries" if measured.get("libraries") else ""
     rows = [[name, f"{size:,.1f}"] for name, size in mebibytes.items()]
     yield Chart("Memory, MiB", text, charts.bars("memory", mebibytes, "MiB"), ("part", "MiB"), rows)
 
@@ -309,7 +309,7 @@ def _error_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
             [name, str(each["rows"]), f"{each['rounded']:.3%}", f"{each['compensated']:.3%}"]
             for name, each in left.items()
         ]
-        text = f"{rows[0][0]} is left with {rows[0][3]}; it met {rows[0][1]} rows of the calibration examples"
+        text = f"{rows[0][0]} keeps {rows[0][3]} error; {rows[0][1]} calibration rows reached it"
         svg = charts.bars(
             "worst-experts", {name: 100 * each["compensated"] for name, each in left.items()}, "output error, %"
         )
@@ -324,7 +324,7 @@ def _mean(values: Iterator[float]) -> float:
 def _time_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
     if parts := {name: value for name, value in _numbers(finished.get("seconds") or {}).items() if value >= 0.05}:
         longest = max(parts, key=lambda name: parts[name])
-        text = f"{sum(parts.values()):.1f} s in all, most of them for: {longest}"
+        text = f"{sum(parts.values()):.1f} s in all, mostly: {longest}"
         rows = [[name, f"{value:.1f}"] for name, value in parts.items()]
         yield Chart("Time by part, seconds", text, charts.bars("seconds", parts, "seconds"), ("part", "seconds"), rows)
 

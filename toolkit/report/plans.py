@@ -53,16 +53,16 @@ def _lines(made: Plan) -> list[str]:
     lines = []
     if away := [place for place in made.placement.values() if place != "resident"]:
         per_pass = made.micro_batches_per_pass
-        beside = f", {per_pass} micro-batches in a pass" if per_pass > 1 else ""
+        beside = f", {per_pass} micro-batches per pass" if per_pass > 1 else ""
         lines.append(f"streamed: experts of {len(away)} of {len(made.placement)} layers, from {away[0]}{beside}")
     if time := made.duration:
         which = max(("arithmetic", "memory", "bus"), key=lambda name: getattr(time, name))
         lines.append(
-            f"step: not under {time.limit:.2f} s ({which}), likely {time.estimate:.1f} s; rates from the card's "
-            "tables, shares reached assumed"
+            f"step: at least {time.limit:.2f} s ({which}), likely {time.estimate:.1f} s; from data-sheet rates; "
+            "utilisation as others measured it, or assumed"
         )
         if time.afterwards:
-            lines.append(f"after the steps: at most {time.afterwards:.0f} s of the model's own answers for the head")
+            lines.append(f"after the steps: up to {time.afterwards:.0f} s to generate answers for the head")
     if made.stored and made.stored.dtypes:
         kinds = (f"{size / 1e9:.2f} in {dtype}" for dtype, size in sorted(made.stored.dtypes.items()))
         lines.append(f"checkpoint, GB: {', '.join(kinds)}{'' if made.stored.is_here else ', to be downloaded'}")
@@ -72,7 +72,7 @@ def _lines(made: Plan) -> list[str]:
     lines += [f"note: {note}" for note in made.notes]
     if not made.fits:
         lines.append("does not fit; cheapest changes that make it fit:" if made.changes else "does not fit")
-    lines += [f"  {c.what}  ({c.total / 2**30:.1f} GiB; costs {c.costs})" for c in made.changes]
+    lines += [f"  {c.what}  ({c.total / 2**30:.1f} GiB; cost: {c.costs})" for c in made.changes]
     return lines
 
 

@@ -21,8 +21,8 @@ _HEADS = ("base", "stale", "trained")
 
 
 _DRAFT_FIGURES = (
-    ("tokens a pass", "tau", "{:.2f}"),
-    ("tokens a second", "tokens_per_second", "{:.1f}"),
+    ("tokens/pass", "tau", "{:.2f}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("without drafts", "plain_tokens_per_second", "{:.1f}"),
 )
 _SHARES = {"exact_match", "token_f1", "rouge_l", "json_valid"}
@@ -81,7 +81,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     training, memory = finished["training"], finished["memory"]
     console.print(
         f"[bold]trained[/bold]  {training['steps']} steps, {training['tokens']} tokens in {training['seconds']:.0f} s, "
-        f"peak {mib(memory['measured'])} MiB (plan: {mib(memory['planned'])}, slack {mib(memory['slack'])} more)"
+        f"peak {mib(memory['measured'])} MiB (plan: {mib(memory['planned'])} + {mib(memory['slack'])} slack)"
     )
     if "base" in finished["results"]:
         comparison(console, finished["results"])
@@ -176,4 +176,4 @@ def draft_table(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         [what, *(form.format(found[key]) for found in measured.values())] for what, key, form in _DRAFT_FIGURES[1:]
     ]
     pays = ["yes" if f["tokens_per_second"] > f["plain_tokens_per_second"] else "no" for f in measured.values()]
-    return ["drafts on held-out prompts", *measured], [*rows, ["worth their time here", *pays]]
+    return ["drafts on held-out prompts", *measured], [*rows, ["faster with drafts", *pays]]

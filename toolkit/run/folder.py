@@ -61,14 +61,14 @@ _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbyte
 """A first or second number of theirs that differs may change what is learnt; a third one is listed."""
 
 _WHAT: Mapping[str, str] = {
-    "data": "the training examples are other ones",
-    "base": "the base's weights are other ones",
-    "config": "the base's config.json says something else",
-    "compensated": "the base's compensated integers are other ones",
-    "tokenizer": "the tokenizer or its chat template is another one",
-    "device": "it ran elsewhere",
-    "dtype": "it computed in another dtype",
-    "backend": "another expert backend computed",
+    "data": "the training examples differ",
+    "base": "the base's weights differ",
+    "config": "the base's config.json differs",
+    "compensated": "the base's compensated integers differ",
+    "tokenizer": "the tokenizer or its chat template differs",
+    "device": "the device differs",
+    "dtype": "the dtype differs",
+    "backend": "the expert backend differs",
 }
 _FORK = "undo the change, or add --fork to start a new run from its weights"
 
@@ -117,7 +117,7 @@ def _acquire(folder: Path, path: Path) -> int:
             os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return descriptor
         os.close(descriptor)  # somebody removed it between our two calls
-    raise ResourceError(f"{folder}: its lock changes hands all the time; give another training.output_dir")
+    raise ResourceError(f"{folder}: its lock keeps changing hands; give another training.output_dir")
 
 
 def _is_gone(owner: str) -> bool:
@@ -259,9 +259,9 @@ def refuse_changes(run: Path, found: list[Change], note: Callable[[str], None]) 
     """
     if binding := [change for change in found if change.effect is Effect.BINDS]:
         shown = "; ".join(map(str, binding[:5])) + ("; …" if len(binding) > 5 else "")
-        raise ModelError(f"{run}: holds the run of another recipe ({shown}); {_FORK}")
+        raise ModelError(f"{run}: was started from another recipe ({shown}); {_FORK}")
     for change in found:
-        note(f"changed, and allowed: {change} ({change.effect.value})")
+        note(f"allowed change: {change} ({change.effect.value})")
 
 
 def _refuse_other_facts(found: Checkpoint, facts: Mapping[str, Any]) -> None:
@@ -281,11 +281,11 @@ def _refuse_other_versions(
         old, new = str(before.get(name)), now[name]
         if old.split(".")[:2] != new.split(".")[:2]:
             raise ModelError(
-                f"{run}: was trained with {name} {old}, here is {new}; install {name}=={old}, or add --fork to "
+                f"{run}: was trained with {name} {old}, found {new}; install {name}=={old}, or add --fork to "
                 "start a new run from its weights"
             )
         if old != new:
-            note(f"changed, and allowed: {name} {old} -> {new}")
+            note(f"allowed change: {name} {old} -> {new}")
 
 
 def versions() -> dict[str, str]:
@@ -327,10 +327,10 @@ def fork_recipe(recipe: Recipe) -> Recipe:
     """
     run = RunFolder(Path(recipe.training.output_dir))
     if not run.recipe.is_file():
-        raise RecipeError(f"{run.path}: no run to fork; leave --fork away")
+        raise RecipeError(f"{run.path}: no run to fork; omit --fork")
     other = [c for c in changes(flat(_read_recipe(run.recipe)), flat(recipe)) if c.field.startswith("lora.")]
     if other:
-        raise RecipeError(f"{other[0]}: a fork goes on with the run's adapter as it is; undo that, or start anew")
+        raise RecipeError(f"{other[0]}: a fork keeps the run's adapter as it is; undo that or start a new run")
     number = 1
     while True:
         name = f"{run.path.name}-fork" + (f"-{number}" if number > 1 else "")
@@ -352,7 +352,7 @@ def copy_start(run: RunFolder, source: RunFolder) -> None:
     checkpoint = newest_checkpoint(source.checkpoints)
     weights = checkpoint.path if checkpoint else source.adapter
     if not all((weights / name).is_file() for name in _ADAPTER):
-        raise RecipeError(f"{source.path}: has no weights to fork; leave --fork away and give another output_dir")
+        raise RecipeError(f"{source.path}: has no weights to fork; omit --fork and give another output_dir")
     with staged_folder(run.start) as staging:
         for name in _ADAPTER:
             shutil.copyfile(weights / name, staging / name)

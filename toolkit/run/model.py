@@ -41,7 +41,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
     """
     if plan.backend not in BACKENDS:
-        raise ModelError(f"{plan.backend}: no such expert backend; there are {', '.join(BACKENDS)}")
+        raise ModelError(f"{plan.backend}: no such expert backend; known: {', '.join(BACKENDS)}")
     join(plan.device)
     _forbid_spilling(plan)
     if not Path(plan.model).is_dir():

@@ -176,7 +176,7 @@ def evaluate_head(
         before, after = measured["base"], measured["stale"]
         console.print(
             "warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: "
-            f"{after['tau']:.2f} tokens a pass, {before['tau']:.2f} before; of first drafts "
+            f"{after['tau']:.2f} tokens/pass, {before['tau']:.2f} before; of first drafts "
             f"{after['acceptance'].get('1', 0):.0%} accepted, {before['acceptance'].get('1', 0):.0%} before; "
             "mtp.enabled=true trains it along"
         )

@@ -255,7 +255,7 @@ def _probes(plan: Plan, note: Callable[[str], None]) -> bool:
     """Whether the longest batch goes first: not where twice what the plan needs is free beside what is loaded."""
     if 2 * plan.bytes.total > free_memory(plan.device):
         return True
-    note("memory: more than twice what the plan needs is free, so the longest batch is not tried first")
+    note("memory: over twice the planned need is free, so the longest batch is not tried first")
     return False
 
 
@@ -272,9 +272,7 @@ def _wanted_best(
         return None
     questions = batches.held_out[: wanted.max_samples]
     if batches.validation is None or (wanted.metric != LOSS and not questions):
-        raise RecipeError(
-            "training.load_best_model_at_end: nothing is held out to judge by; add data.validation_size=0.1"
-        )
+        raise RecipeError("training.load_best_model_at_end: needs held-out examples; add data.validation_size=0.1")
     score = partial(
         score_now,
         model,

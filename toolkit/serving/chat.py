@@ -187,7 +187,7 @@ class Conversation:
                 Path(name) / "adapter" if (Path(name) / "adapter" / "adapter_config.json").is_file() else Path(name)
             )
             if not folder.is_dir():
-                raise RecipeError(f"{name}: no adapter of that name or folder; there are {', '.join(self.names)}")
+                raise RecipeError(f"{name}: no adapter of that name or folder; known: {', '.join(self.names)}")
             # A dot would divide PEFT's names of parameters.
             name = Path(name).resolve().name.replace(".", "-")
             if name not in self.names:
@@ -210,7 +210,7 @@ class Conversation:
             return "drafts on" if self.drafting else "drafts off"
         counts = self._drafts.counts
         ended = ", switched off: they cost more time than they save here" if counts.switched_off else ""
-        return f"drafts {'on' if self.drafting else 'off'}: {counts.tokens_per_pass:.2f} tokens a pass so far{ended}"
+        return f"drafts {'on' if self.drafting else 'off'}: {counts.tokens_per_pass:.2f} tokens/pass so far{ended}"
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -280,7 +280,7 @@ def _run_command(conversation: Conversation, command: str, argument: str) -> str
             case "/adapter":
                 if argument:
                     conversation.switch(argument)
-                return f"{conversation.adapter} speaks; there are {', '.join(conversation.names)}"
+                return f"using {conversation.adapter}; choices: {', '.join(conversation.names)}"
             case "/compare":
                 conversation.compare = _switched(command, argument, conversation.compare)
                 return "the base answers first" if conversation.compare else f"{conversation.adapter} answers alone"
@@ -291,7 +291,7 @@ def _run_command(conversation: Conversation, command: str, argument: str) -> str
                 return _HELP
     except OnecardError as error:
         return str(error)
-    return f"{command}: no such command; there are {_HELP}"
+    return f"{command}: no such command; known: {_HELP}"
 
 
 def _switched(command: str, argument: str, now: bool) -> bool:

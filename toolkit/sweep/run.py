@@ -25,7 +25,7 @@ from toolkit.sweep.grid import Trial
 
 __all__ = ["Outcome", "Sweep", "best_first", "run_trials"]
 
-_FAILED_SAYING_NOTHING = "the process was killed, perhaps for want of memory"
+_FAILED_SAYING_NOTHING = "the process was killed, possibly out of memory"
 
 
 @dataclass(frozen=True)

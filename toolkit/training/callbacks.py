@@ -44,7 +44,7 @@ _NOT_SCORES = {
     "steps_per_second",
 }  # fmt: skip
 """What an evaluation logs of its own accord."""
-_RERUN = "checkpoints are whole: free space or mend the disk, then rerun the same command"
+_RERUN = "checkpoints are intact: free space or fix the disk, then rerun the same command"
 
 
 def peak_memory(device: str) -> int:

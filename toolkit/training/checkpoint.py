@@ -104,13 +104,13 @@ def write_checkpoint(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(
-            f"{target}: cannot be written: {reason}; older checkpoints are whole: free space or mend the disk, then "
+            f"{target}: cannot be written: {reason}; older checkpoints are intact: free space or fix the disk, then "
             "rerun the same command"
         ) from None
     try:
         return open_checkpoint(target)
     except ModelError as error:
-        raise ResourceError(f"{error}; it was just written, so look at the disk; older checkpoints are whole") from None
+        raise ResourceError(f"{error}; it was just written, so check the disk; older checkpoints are intact") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -130,7 +130,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if file.stat().st_size != entry["size"]:
                 raise ModelError(f"{file}: {file.stat().st_size} bytes, not {entry['size']}")
             if _entry(file) != entry:
-                raise ModelError(f"{file}: not the bytes that were written (SHA-256 differs)")
+                raise ModelError(f"{file}: changed after it was written (SHA-256 differs)")
         except FileNotFoundError:
             raise ModelError(f"{file}: missing") from None
         except OSError as error:
@@ -211,7 +211,7 @@ def _discard(path: Path) -> None:
         shutil.rmtree(aside)
     except OSError as error:
         raise ResourceError(
-            f"{path}: cannot be removed ({error.strerror}); the newest checkpoint is whole: rerun the same command"
+            f"{path}: cannot be removed ({error.strerror}); the newest checkpoint is intact: rerun the same command"
         ) from None
 
 

@@ -96,7 +96,7 @@ class StepGuard:
                 f"{what}; {self.in_a_row} steps in a row gave no finite update: lower training.learning_rate or look "
                 "at these examples; the adapter and the last checkpoint are untouched"
             )
-        self.say(f"{what}; the step is left out")
+        self.say(f"{what}; the step is skipped")
         return False
 
     def mean(self, loss: float, steps: int) -> float:

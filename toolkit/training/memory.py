@@ -99,7 +99,7 @@ def probe(
             if not out_of_memory(error):
                 raise
             raise ResourceError(
-                f"out of memory before step 1, with the longest batch ({tokens} tokens); cheapest: {advice}"
+                f"out of memory before step 1, longest batch ({tokens} tokens); cheapest fix: {advice}"
             ) from error
         finally:
             forget()

@@ -111,7 +111,7 @@ def train_adapter(
     model.config.get_text_config().output_router_logits = False
     found = keeper.restore() if keeper else None
     if best and found:
-        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is the run's")
+        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is kept")
     return TrainResult(
         steps=trainer.state.global_step,
         loss=guard.mean(output.training_loss, trainer.state.global_step),
@@ -171,7 +171,7 @@ def _trainer(
     )
     if processes() > 1:
         sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
-        console.print(f"processes: {processes()}, {sequences} sequences in a step")
+        console.print(f"processes: {processes()}, {sequences} sequences per step")
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -185,10 +185,11 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
         if not out_of_memory(error):
             raise
         last = next((path.name for path in every_checkpoint(Path(trainer.args.output_dir))), None)
-        then = f"{last} is kept: close other programs, then rerun the same command" if last else "nothing is saved yet"
+        kept = f"{last} is kept: close other programs and rerun; or start a new run with" if last else ""
         raise ResourceError(
-            f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); {then}; a smaller "
-            "training.max_length, training.per_device_train_batch_size or lora.r needs less"
+            f"step {trainer.state.global_step + 1}: out of memory ({first_line(error)[:120]}); "
+            f"{kept or 'nothing is saved yet: close other programs and rerun, or set'} lower training.max_length, "
+            "training.per_device_train_batch_size or lora.r"
         ) from error
 
 
@@ -196,8 +197,8 @@ def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
 def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
     """No packed example sees another within the block, which is proven first."""
     with per_document_attention(model) as alone:
-        how = ", each attended to alone" if alone else ""
-        how += " (with masks of our own)" if isolate_documents(model) else ""
+        how = ", attention per example" if alone else ""
+        how += " (with onecard's masks)" if isolate_documents(model) else ""
         console.print(f"packing: no example sees another, checked{how}")
         yield
 

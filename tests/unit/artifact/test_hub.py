@@ -76,7 +76,7 @@ def test_the_token_is_checked_early(pushed: tuple[dict[str, Any], HubStandIn]) -
     assert outcomes["who"] == {"ok": "alice"}
     assert outcomes["wrong token"]["error"] == "HubError"
     assert "Invalid user token" in outcomes["wrong token"]["line"]
-    assert "may only read" in outcomes["reader"]["line"]
+    assert "token is read-only" in outcomes["reader"]["line"]
 
 
 def test_a_push_is_one_private_commit_of_the_manifests_files(

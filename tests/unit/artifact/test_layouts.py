@@ -55,7 +55,7 @@ def test_a_merged_checkpoint_gives_the_adapted_models_logits(artifact: Path, tmp
 
 def test_an_export_overwrites_nothing_and_knows_its_formats(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(RecipeError, match="is there already"):
+    with pytest.raises(RecipeError, match="already exists"):
         export_adapter(artifact, BASE, "peft", tmp_path / "there")
     with pytest.raises(RecipeError, match="no such layout"):
         export_adapter(artifact, BASE, "onnx", tmp_path / "new")

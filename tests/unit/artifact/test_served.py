@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from tests.faults.conftest import Run, onecard
 from tests.unit.artifact.conftest import BASE, stock_adapter
 from toolkit.export import export_adapter
 from toolkit.export.server_rules import SERVERS, server_problems
 
+__all__ = ["onecard"]
 VLLM, SGLANG = SERVERS
 EXPERTS = 8
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -51,6 +53,14 @@ def test_routers_are_for_vllm_alone(artifact: Path, tmp_path: Path) -> None:
     assert made.servers[VLLM] == []
     (line,) = made.servers[SGLANG]
     assert line == "model.layers.0.mlp.gate: no adapter on a module called gate (4 modules)"
+
+
+def test_the_command_for_vllm_has_room_for_the_rank(artifact: Path, tmp_path: Path, onecard: Run) -> None:
+    """Rank 4 is none that vLLM takes, and 8 is the next."""
+    out = tmp_path / "out"
+    status, _, err = onecard("export", artifact, "--format", "per-expert", "--base", BASE, "--out", out)
+    assert status == 0, err
+    assert f"vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules mine={out}" in err
 
 
 def test_peft_own_layout_is_taken_by_neither(artifact: Path) -> None:

@@ -17,7 +17,7 @@ from toolkit.data.formats import NULL_ARGUMENTS, NULL_PROPERTIES
 from toolkit.data.reading import Reading
 from toolkit.data.sources import open_source, read_rows
 
-PADDED = "nulls that Arrow had filled in were taken out of tool calls and schemas"
+PADDED = "nulls added by Arrow were removed from tool calls and schemas"
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_system_functions_and_template_arguments_are_followed(shape: str) -> Non
 
 def test_template_arguments_as_text_and_what_is_not_the_rows_to_give() -> None:
     assert parsed("messages", chat_template_kwargs='{"a": 1}').chat_template_kwargs == {"a": 1}
-    refused = {"an object is": "x", "an object": [1], "tools is not the row's": {"tools": [1]}}
+    refused = {"an object is": "x", "an object": [1], "tools cannot be set by a row": {"tools": [1]}}
     for words, given in refused.items():
         with pytest.raises(InvalidRow, match=words):
             parsed("messages", chat_template_kwargs=given)
@@ -108,7 +108,7 @@ def test_a_system_column_beside_a_system_turn_is_told() -> None:
 
 
 def test_tools_and_functions_exclude_each_other(build: Any) -> None:
-    with pytest.raises(DataError, match=r":1: tools and functions both stand"):
+    with pytest.raises(DataError, match=r":1: the row has both tools and functions"):
         build([{**CHAT, "tools": [WRAPPED], "functions": [TOOL]}])
 
 
@@ -123,11 +123,11 @@ REFUSED = [
     ("images", ["a.png"], "more than text"),
     ("videos", ["a.mp4"], "more than text"),
     ("audio", {"path": "a.wav"}, "more than text"),
-    ("rejected", "worse", "a better and a worse answer"),
-    ("chosen", [ANSWER], "a better and a worse answer"),
-    ("rejected_response", "worse", "a better and a worse answer"),
-    ("kto_tag", False, "a bad one"),
-    ("label", False, "a bad one"),
+    ("rejected", "worse", "preference pairs are not supported"),
+    ("chosen", [ANSWER], "preference pairs are not supported"),
+    ("rejected_response", "worse", "preference pairs are not supported"),
+    ("kto_tag", False, "marks the answer as bad"),
+    ("label", False, "marks the answer as bad"),
     ("weight", 0.5, "weight is 0.5"),
     ("weight", "2", "weight is 2"),
 ]

@@ -161,7 +161,7 @@ def test_messages_and_tools_as_json_text_are_read(build: Any, tokenizer: Any) ->
 def test_what_a_template_is_given_anyway_is_no_option(build: Any) -> None:
     row = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
     for name in ("messages", "add_generation_prompt"):
-        with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} is no option of a chat template"):
+        with pytest.raises(DataError, match=f"data.chat_template_kwargs: {name} cannot be set here"):
             build([row], chat_template_kwargs={name: False})
 
 
@@ -212,7 +212,7 @@ def test_an_option_of_the_template_for_tools_alone_is_read(build: Any, tokenizer
 
 
 def test_plain_prompts_beside_conversations_are_told(build: Any) -> None:
-    said = "a plain prompt beside conversations: inference asks by the chat template"
+    said = "plain prompts among conversations: inference uses the chat template"
     turns = [[{"role": "user", "content": "Hi."}], [{"role": "assistant", "content": "Hello."}]]
     chat, text = ({"prompt": one, "completion": two} for one, two in (turns, ("Hi: ", "Hello.")))
     assert build([chat, text]).report.notices.get(said) == 1

@@ -168,7 +168,7 @@ def test_a_thought_written_into_the_last_answer_only(build: Any, trained: Any) -
 
 
 def test_a_generation_prompt_that_opens_a_thought_has_it_closed_or_is_refused(build: Any, trained: Any) -> None:
-    with pytest.raises(DataError, match=r"the chat template asks for turn 2 \(assistant\) with a text"):
+    with pytest.raises(DataError, match=r"the chat template's generation prompt for turn 2 \(assistant\) is no prefix"):
         build([chat("a", "<b>hi", "c", "d")], chat_template=OPENED)
     knows_the_end = OPENED.replace("m['content']", "m['content'].split('</think>')[-1]")
     batches = build([chat("a", "<b>hi", "c", "d")], chat_template=knows_the_end)
@@ -227,7 +227,7 @@ def test_a_template_that_rewrites_history_gives_each_answer_the_history_of_its_o
         fed = tokenizer.apply_chat_template(row["messages"][:turn], chat_template=rewriting, add_generation_prompt=True)
         assert batches.train[index]["input_ids"][: len(fed["input_ids"])] == fed["input_ids"]
         assert trained(batches, index) == [f"{row['messages'][turn]['content']}<|im_end|>"]
-    assert any("history otherwise" in notice for notice in batches.report.notices)
+    assert any("history differently" in notice for notice in batches.report.notices)
 
 
 def test_a_template_that_shortens_earlier_answers_trains_them_whole_and_says_so(build: Any, trained: Any) -> None:

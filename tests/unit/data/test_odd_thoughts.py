@@ -72,7 +72,7 @@ def test_an_empty_thought_that_only_the_prompt_has_is_fed(
     # The first answer stands without the empty thought before the second.
     assert [trained(batches, index) for index in range(len(batches.train))] == [["good day<|im_end|>"]] * 2
     assert all("<think>\n\n</think>\n\ngood" in tokenizer.decode(each["input_ids"]) for each in batches.train)
-    assert any("answers follow what inference feeds" in notice for notice in notices(batches))
+    assert any("training uses inference's prompt" in notice for notice in notices(batches))
     thinks = [row(ASKED, {**ANSWER, "reasoning_content": "because"})]
     with pytest.raises(DataError, match="leaves out the thought"):
         build(thinks, chat_template=SHOWS_THOUGHTS, chat_template_kwargs={"enable_thinking": False})
@@ -80,7 +80,7 @@ def test_an_empty_thought_that_only_the_prompt_has_is_fed(
 
 @pytest.mark.parametrize("option", ["messages", "tools", "add_generation_prompt", "chat_template", "max_length"])
 def test_what_is_no_option_of_a_template_is_refused(build: Callable[..., Batches], option: str) -> None:
-    with pytest.raises(DataError, match=rf"^data\.chat_template_kwargs: {option} is no option .* take it out$"):
+    with pytest.raises(DataError, match=rf"^data\.chat_template_kwargs: {option} cannot be set here; remove it$"):
         build([row(ASKED, ANSWER)], chat_template_kwargs={option: 1})
 
 

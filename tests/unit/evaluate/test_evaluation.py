@@ -66,7 +66,7 @@ def test_what_cannot_be_judged_is_refused_before_a_step(onecard: Run, recipe: Pa
     assert "no metric rouge; did you mean rouge_l" in onecard("train", recipe, wanted, "eval.metric=rouge")[2]
     status, _, err = onecard("train", recipe, wanted, "data.validation=null")
     assert status == 2
-    assert "nothing is held out" in err
+    assert "needs held-out examples" in err
     status, _, err = onecard("train", recipe, f"eval.regression={tmp_path}/nothing.txt")
     assert status == 3
     assert "nothing.txt: not a readable UTF-8 text" in err

@@ -157,13 +157,14 @@ def test_what_other_programs_hold_is_not_planned_with(card: dict[str, Any]) -> N
     assert made.memory == found.free
     assert any("other programs hold 1.8 of the card's 12.0 GiB" in note for note in made.notes)
     card["free"] = 6 * GIB
-    with pytest.raises(ResourceError, match=r"has 6\.2 GiB free, other programs hold 5\.8"):
+    with pytest.raises(ResourceError, match=r"has 6\.2 GiB free, others use 5\.8 GiB"):
         make_plan(recipe(experts="resident")).require_fit()
 
 
 def test_one_card_of_several_is_used_and_told(card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     card["count"] = 2
-    assert any("2 cards are visible and one is used" in note for note in make_plan(recipe(), for_training=False).notes)
+    notes = make_plan(recipe(), for_training=False).notes
+    assert any("2 cards are visible, only the first is used" in note for note in notes)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not any("visible" in note for note in make_plan(recipe(), for_training=False).notes)
 
@@ -172,7 +173,7 @@ def test_before_sm_80_experts_are_computed_one_by_one_in_float16(card: dict[str,
     card["sm"], card["built"] = (7, 5), ["sm_75"]
     made = make_plan(recipe(), for_training=False)
     assert (made.dtype, made.backend) == ("float16", "onecard_per_expert")
-    assert any(note.startswith("sm_75: experts are computed one by one") for note in made.notes)
+    assert any(note.startswith("sm_75: experts run one by one") for note in made.notes)
     assert any("emulated" in note for note in make_plan(recipe(dtype="bfloat16"), for_training=False).notes)
     for capability in ((8, 0), (12, 0), None):
         device = Device("cuda", "card", GIB, capability=capability)

@@ -259,7 +259,7 @@ def test_auto_rank_and_length_are_the_largest_that_fit() -> None:
         recipe(training={"max_length": "auto"}), device=Device("cuda", "c", 1 << 40), shape=StepShape(700, 10)
     )
     assert needed.recipe.training.max_length == 700
-    assert any("all that the data need" in note for note in needed.notes)
+    assert any("enough for the data" in note for note in needed.notes)
 
 
 def test_time_has_a_limit_that_a_slower_bus_and_more_streaming_raise() -> None:

@@ -99,7 +99,7 @@ WRONG = {
     BASE + "tracking: {run_name: '${HOME}'}": "environment variables are read in the hub section only",
     BASE + "1: 2": "a key must be a string",
     BASE + "lora: {rank_pattern: {experts: 0}}": r"recipe:3: lora\.rank_pattern: should be greater than or equal to 1",
-    "model: {model_name_or_path: a}\ndata: {train: b, validation: c, validation_size: 3}": "say the same thing twice",
+    "model: {model_name_or_path: a}\ndata: {train: b, validation: c, validation_size: 3}": "exclude each other",
 }
 
 

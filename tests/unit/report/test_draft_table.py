@@ -21,10 +21,10 @@ def test_base_stale_and_trained_stand_side_by_side() -> None:
     columns, rows = draft_table({"training": {"steps": 3}, **FIGURES})
     assert columns[1:] == ["base", "stale", "trained"]
     found = {row[0]: row[1:] for row in rows}
-    assert found["tokens a pass"] == ["2.10", "1.20", "2.00"]
+    assert found["tokens/pass"] == ["2.10", "1.20", "2.00"]
     assert found["draft 1 accepted"] == ["70.0%", "20.0%", "65.0%"]
     assert found["without drafts"] == ["20.0"] * 3
-    assert found["worth their time here"] == ["yes", "no", "yes"]
+    assert found["faster with drafts"] == ["yes", "no", "yes"]
 
 
 def test_a_new_head_stands_alone_and_nothing_gives_nothing() -> None:

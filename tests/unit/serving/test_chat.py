@@ -128,7 +128,7 @@ def test_adapters_are_switched(conversation: Conversation, other: Path, tmp_path
     assert first != second
     conversation.switch("default")
     assert conversation.say(QUESTION, heard([])) == first
-    with pytest.raises(RecipeError, match="there are base, default, other-v1"):
+    with pytest.raises(RecipeError, match="known: base, default, other-v1"):
         conversation.switch("nobody")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="not an adapter of this model"):
@@ -145,8 +145,8 @@ def test_commands_and_the_end(conversation: Conversation) -> None:
                   QUESTION, "/reset", "/quit", "never"])  # fmt: skip
     talk(conversation, lines, screen)
     assert next(lines) == "never"
-    assert ours[0] == "default speaks; there are base, default"
-    assert ours[1].startswith("base speaks")
+    assert ours[0] == "using default; choices: base, default"
+    assert ours[1].startswith("using base")
     assert "/sing: no such command" in ours[2]
     assert "nobody: no adapter of that name" in ours[3]
     assert "/mtp [on|off]" in ours[4]
@@ -177,7 +177,7 @@ def test_drafts_are_switched_on_and_off_and_change_no_word(conversation: Convers
     assert len(pieces) > 2, "it came in one piece"
     assert ours[:2] == ["drafts off", "drafts on"]
     assert len(made) == 1
-    assert (made[0].counts.passes > 0) == ("tokens a pass" in ours[2])
+    assert (made[0].counts.passes > 0) == ("tokens/pass" in ours[2])
     before = copy.deepcopy(made[0].counts)
     pieces.clear()
     talk(conversation, ["/reset", f"/adapter {other}", QUESTION], screen)

@@ -39,7 +39,7 @@ def test_memory_that_is_refused_is_one_line_with_advice() -> None:
     def too_much() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    with pytest.raises(ResourceError, match=r"longest batch \(77 tokens\); cheapest: lora.r=8") as caught:
+    with pytest.raises(ResourceError, match=r"longest batch \(77 tokens\); cheapest fix: lora.r=8") as caught:
         probe(too_much, lambda: forgotten.append(True), tokens=77, held=0, device="cpu", advice="lora.r=8")
     assert "\n" not in str(caught.value)
     assert forgotten == [True]
