@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers.training_args import OptimizerNames
 
 from toolkit.errors import DivergedError
 from toolkit.labels import IGNORED
@@ -324,9 +324,10 @@ class AdapterTrainer(ResumableTrainer):
         return output
 
 
-def moment_bytes(optim: OptimizerNames | str) -> int:
-    """Bytes of AdamW's two moments a trained parameter, of an optimizer by transformers' name for it."""
-    return 2 if "8bit" in OptimizerNames(optim).value else 8
+def moment_bytes(optim: str) -> int:
+    """Bytes of AdamW's two moments per trained parameter, of an optimizer by transformers' name for it."""
+    name = optim.value if isinstance(optim, Enum) else optim  # what the trainer's arguments hold prints in capitals
+    return 2 if "8bit" in name else 8
 
 
 def layer_major_for(

@@ -25,6 +25,7 @@ class Row:
 KILLS = "tests/faults/test_kill_points.py"
 TRAIN, HELD_OUT = "{place}/train.jsonl", "{place}/held-out.jsonl"
 ROWS = (
+    Row("card_day.py", test="tests/unit/test_card_day.py::test_a_piece_that_fails_is_a_line_and_the_next_one_runs"),
     Row("rehearse_card.py", test="tests/card/test_rehearsal.py::test_a_recipe_is_rehearsed"),
     Row(
         "benchmarks/tokenise.py",
