@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train and write the model; 0 done, 2 where the input is missing or the output folder is there."""
     given = _arguments(arguments)
     if given.out.exists():
-        print(f"{given.out}: is there already; name a new folder", file=sys.stderr)
+        print(f"{given.out}: already exists; name a new folder", file=sys.stderr)
         return 2
     try:
         sources = {"austen": paragraphs(given.austen), "wordnet": glosses(given.wordnet)}

@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dialogs", type=Path, required=True, help="folder of chatterbot-corpus YAML files")
     given = parser.parse_args(arguments)
     if given.out.exists():
-        print(f"{given.out}: is there already; name a new folder", file=sys.stderr)
+        print(f"{given.out}: already exists; name a new folder", file=sys.stderr)
         return 2
     try:
         category, define = wordnet(given.wordnet)

@@ -261,7 +261,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check(given: argparse.Namespace) -> None:
     if given.out.exists():
-        raise Refusal(f"{given.out}: is there already; remove it or name another folder", 2)
+        raise Refusal(f"{given.out}: already exists; remove it or name another folder", 2)
     if not 1 <= given.top_k <= given.experts:
         raise Refusal(f"--top-k {given.top_k}: must be from 1 to --experts, which is {given.experts}", 2)
     if not 0 <= given.noise < 1:

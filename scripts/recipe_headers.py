@@ -80,8 +80,8 @@ def planned(recipe: Recipe, made: Plan) -> str:
     hourly = 3600 / made.duration.estimate * tokens
     return (
         f"Planned for the first of them, not measured: {made.bytes.total / 2**30:.1f} GiB at the peak, of which "
-        f"{made.bytes.experts / 2**30:.1f} are int8 experts; {made.duration.estimate:.1f} s a step of {tokens:,} "
-        f"tokens, {hourly / 1e6:.1f} M tokens an hour."
+        f"{made.bytes.experts / 2**30:.1f} are int8 experts; {made.duration.estimate:.1f} s per step of {tokens:,} "
+        f"tokens, {hourly / 1e6:.1f} M tokens per hour."
     )
 
 

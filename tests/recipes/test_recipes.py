@@ -128,7 +128,7 @@ def test_what_a_recipe_says_of_data_card_memory_and_time_is_what_is_planned(name
     assert re.search(r"Data: .*(rows|\{)", text), "the shape of a row"
     card = re.search(r"Fits a \d+ GB card \(RTX (\d+)", text)
     figures = re.search(
-        r"not measured: ([\d.]+) GiB at the peak, of which ([\d.]+) are int8 experts; ([\d.]+) s a step of ([\d,]+) t",
+        r"not measured: ([\d.]+) GiB at the peak, of which ([\d.]+) are int8 experts; ([\d.]+) s per step of ([\d,]+)",
         text,
     )
     assert card is not None
