@@ -80,8 +80,10 @@ def prepared(recipe: Path, machine: Machine, folder: Path) -> Path:
 
 def overrides(folder: Path, steps: int, given: list[str]) -> list[str]:
     """So many steps, a look at few held-out examples, and what the user says."""
-    few = ("eval.max_new_tokens=3", "eval.num_samples=0", "training.logging_steps=1", "data.max_samples=4000")
-    return [f"training.output_dir={folder / 'run'}", f"training.max_steps={steps}", *few, "eval.max_samples=8", *given]
+    few = {"eval.max_samples": 8, "eval.max_new_tokens": 3, "eval.num_samples": 0, "data.max_samples": 4000}
+    ours = {"training.output_dir": folder / "run", "training.max_steps": steps, "training.logging_steps": 1, **few}
+    said = {each.partition("=")[0] for each in given}
+    return [*(f"{name}={value}" for name, value in ours.items() if name not in said), *given]
 
 
 def row(recipe: Path, card: str, outcome: Any, report: dict[str, Any], planned: int | None) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def main() -> int:
     parser.add_argument("--values", action="store_true", help="compute every number")
     parser.add_argument("--keep", type=Path, help="a folder for the run's files and what it printed")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if subprocess.run(["bash", str(ROOT / "scripts" / "setup_card.sh")], check=False).returncode:
         return 5
     try:

@@ -17,6 +17,11 @@ __all__ = ["LARGEST_COPY", "Sizes", "computes"]
 
 LARGEST_COPY = 1 << 20
 """Bytes: what is more is counted by the library and not copied."""
+_UPDATES = {
+    "aten::_fused_adamw_": 0, "aten::_foreach_addcdiv_": 0, "bitsandbytes::optimizer_update_8bit_blockwise": 2,
+    "bitsandbytes::optimizer_update_32bit": 2,
+}  # fmt: skip
+"""Where the last operators of an optimizer have the parameters, whose first elements move: a job asks that of a run."""
 _MOST = 300_000
 """Elements of the largest tensor that is computed."""
 
@@ -37,12 +42,12 @@ class Sizes(Card):
             super().queued(func, args, kwargs, real, seed)
             made = [Place(each) for each in results if each.is_floating_point()]
             queue(lambda: [torch.nan_to_num_(each.view(), 0.0, 1.0, -1.0) for each in made])
-            return
-        places = [Place(each) for each in results if each.numel() <= _MOST]
-        queue(lambda: [_made_up(each.view()) for each in places])
-        if "optimizer_update" in func._schema.name:  # bitsandbytes': name, gradient, parameter
-            trained = Place(args[2])
-            queue(lambda: trained.view().flatten()[:1].fill_(1e-3))
+        else:
+            places = [Place(each) for each in results if each.numel() <= _MOST]
+            queue(lambda: [_made_up(each.view()) for each in places])
+        if (place := _UPDATES.get(func._schema.name)) is not None:
+            trained = [Place(each) for each in tree_leaves(args[place])]
+            queue(lambda: [each.view().flatten()[:1].fill_(1e-3) for each in trained])
 
     def converts(self, source: torch.Tensor, real: torch.Tensor) -> bool:
         """Whether a copy between host and card is finished by the replay."""

@@ -48,5 +48,5 @@ hollow_checkpoint("allenai/OLMoE-1B-7B-0924-Instruct", Path(sys.argv[1]))
     done = machine.python("-c", program, tmp_path / "model")
     assert done.returncode == 0, done.stderr
     files = list((tmp_path / "model").glob("*.safetensors"))
-    assert sum(file.stat().st_size for file in files) > 13 << 30
+    assert sum(file.stat().st_size for file in files) > 12 << 30
     assert sum(file.stat().st_blocks * 512 for file in files) < 8 << 20
