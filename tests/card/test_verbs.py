@@ -100,9 +100,6 @@ def answered(request: urllib.request.Request, server: subprocess.Popen[str], sec
     raise AssertionError(f"no answer; ended with {server.poll()}")
 
 
-@pytest.mark.xfail(
-    reason="Ray finds no card where there is no NVML, and a trial then waits for one for ever", run=False
-)
 def test_sweep(machine: Machine, tmp_path: Path) -> None:
     """Trials are processes of their own, each with the card."""
     given = ("lora.r=4,8", *NANO, "training.warmup_steps=0", "eval.num_samples=0")

@@ -150,6 +150,7 @@ def _on_ray(
 ) -> list[Outcome]:
     _prepare_ray()
     import ray
+    import torch
     from ray import tune
 
     by_name = {trial.name: trial for trial in due}
@@ -178,6 +179,8 @@ def _on_ray(
         logging_level=logging.ERROR,
         # A trial takes one of so many places; the threads that it computes with are torch's own affair.
         num_cpus=at_once if address is None else None,
+        # Ray would ask NVML, which a container may lack where torch sees the cards; then no trial would ever begin.
+        num_gpus=(torch.cuda.device_count() if cards else 0) if address is None else None,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}} if address is None else None,
     )
     try:
