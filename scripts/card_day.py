@@ -158,16 +158,12 @@ def random_olmoe(folder: Path) -> Path:
     """A checkpoint of OLMoE's shape with random weights in bf16, and the embedded model's tokenizer."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig
-    from transformers.core_model_loading import revert_weight_conversion
 
-    from toolkit.plan.shapes import published_config
-    from toolkit.plan.skeletons import shape_of
+    from tests.harness.published import published_tensors, write_surroundings
 
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    values, model = published_config(OLMOE), shape_of(OLMOE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     index: dict[str, str] = {}
     part: dict[str, Any] = {}
@@ -178,19 +174,14 @@ def random_olmoe(folder: Path) -> Path:
         index.update(dict.fromkeys(part, name))
         part.clear()
 
-    for key, like in revert_weight_conversion(model, model.state_dict()).items():
-        value = torch.ones(like.shape) if key.endswith("norm.weight") else torch.randn(like.shape, device=device) * 0.02
+    for key, shape in published_tensors(OLMOE).items():
+        value = torch.ones(shape) if key.endswith("norm.weight") else torch.randn(shape, device=device) * 0.02
         part[key] = value.to("cpu", torch.bfloat16)
         if sum(tensor.nbytes for tensor in part.values()) > _SHARD:
             write()
     write()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}), "utf-8")
-    for path in (ROOT / "recipes" / "quickstart" / "nano-qwen3moe-2m").iterdir():
-        if path.name.startswith(("tokenizer", "chat_template")):
-            shutil.copy(path, folder / path.name)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
-    config.save_pretrained(folder)
+    write_surroundings(OLMOE, folder)
     return folder
 
 
@@ -209,6 +200,7 @@ def large(day: Day, name: str, steps: int, *overrides: str, environment: Mapping
         "training.logging_steps=1",
         "eval.max_samples=16",
         *overrides,
+        environment=environment,
     )
 
 

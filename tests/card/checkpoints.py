@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
-from transformers.core_model_loading import revert_weight_conversion
 
-from tests.card.machine import ROOT
-from toolkit.plan.shapes import published_config
-from toolkit.plan.skeletons import shape_of
+from tests.harness.published import published_tensors, write_surroundings
 
 __all__ = ["hollow_checkpoint"]
 
-_TOKENIZER = ROOT / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 _PER_FILE = 5 << 30
 
 
 def hollow_checkpoint(name: str, folder: Path) -> Path:
-    """Write the checkpoint of one of `toolkit.plan.shapes.published`, in bf16 and under the names that its files have.
-
-    The tokenizer is the embedded model's: its tokens are among any vocabulary's first.
-    """
+    """Write the checkpoint of one of `toolkit.plan.shapes.published`, in bf16 and by the names that its files have."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = published_config(name)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = shape_of(name)
-    config.architectures = [type(model).__name__]
-    config.dtype = "bfloat16"
-    config.save_pretrained(folder)
-    for file in _TOKENIZER.iterdir():
-        if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(file, folder / file.name)
-    tensors = revert_weight_conversion(model, model.state_dict())
-    _write(folder, {key: tuple(value.shape) for key, value in tensors.items()})
+    write_surroundings(name, folder)
+    _write(folder, published_tensors(name))
     return folder
 
 

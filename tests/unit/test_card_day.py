@@ -34,6 +34,17 @@ def test_the_random_checkpoint_is_one_of_that_family(tmp_path: Path, monkeypatch
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_the_profile_is_of_a_run_that_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(day: card_day.Day, name: str, *words: Any, environment: dict[str, str] | None = None) -> Path:
+        [trace] = (environment or {}).values()
+        Path(trace).write_text('{"launches": 7}')
+        return tmp_path
+
+    monkeypatch.setattr(card_day, "random_olmoe", lambda folder: folder)
+    monkeypatch.setattr(card_day.Day, "train", train)
+    assert card_day.profile(card_day.Day(tmp_path)) == {"launches": 7}
+
+
 def test_a_piece_that_fails_is_a_line_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(day: card_day.Day) -> dict[str, Any]:
         raise card_day.Failed("train x: exit code 5: out of memory")
