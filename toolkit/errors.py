@@ -28,6 +28,7 @@ __all__ = [
     "card_failed",
     "did_you_mean",
     "first_line",
+    "machine_failed",
     "out_of_memory",
 ]
 
@@ -116,3 +117,8 @@ def card_failed(error: BaseException) -> bool:
     """Whether a card reported an error after which this process cannot use it any more."""
     said = re.search(r"CUDA error|\[CUDA\]: .*(illegal|misaligned|unspecified launch failure|assert)", str(error))
     return not out_of_memory(error) and (type(error).__name__ == "AcceleratorError" or said is not None)
+
+
+def machine_failed(error: BaseException) -> bool:
+    """Whether memory ran out or a card failed: nothing that another file or setting of the user's would mend."""
+    return out_of_memory(error) or card_failed(error)

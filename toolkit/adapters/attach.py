@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from toolkit.adapters.layer import register
 from toolkit.adapters.untrusted import check_adapter_files
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
-from toolkit.errors import ModelError, card_failed, did_you_mean, first_line, out_of_memory
+from toolkit.errors import ModelError, did_you_mean, first_line, machine_failed
 
 __all__ = [
     "AdapterCoverage",
@@ -153,7 +153,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
             return _freeze(_finite(peft_model, folder), is_trainable)
         result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if out_of_memory(error) or card_failed(error):
+        if machine_failed(error):
             raise
         raise ModelError(f"{folder}: does not fit this base model: {first_line(error)}") from None
     for what, keys in (("lacks", _own(result.missing_keys)), ("has a key the model has not:", result.unexpected_keys)):
@@ -181,7 +181,7 @@ def add_adapter(model: PeftModel, folder: str | Path, name: str) -> None:
             model.requires_grad_(False)
             return
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        if out_of_memory(error) or card_failed(error):
+        if machine_failed(error):
             raise
         reason = first_line(error)
     else:

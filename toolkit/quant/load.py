@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
 from toolkit.checkpoint.files import METHOD, declared_format
-from toolkit.errors import ModelError, card_failed, first_line, out_of_memory
+from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.ops.experts import expert_weights
 from toolkit.ops.int8 import dequantize
 from toolkit.quant.quantizer import Int8Config
@@ -85,7 +85,7 @@ def load_int8(
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        if out_of_memory(error) or card_failed(error):
+        if machine_failed(error):
             raise
         raise ModelError(f"{name_or_path}: {first_line(error)}") from None
     _refuse_incomplete(name_or_path, info)
