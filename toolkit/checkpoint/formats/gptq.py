@@ -110,8 +110,8 @@ def _gemm(files: Files, module: str) -> Packed:
         "zeros": Part(f"{module}.qzeros", 1, eight),
         "scales": Part(f"{module}.scales", 1),
     }
-    words_ = f"int4, groups of {inputs // groups}"
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, words_)
+    stored = f"int4, groups of {inputs // groups}"
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, stored)
 
 
 def _unpack_gemm(parts: Tensors) -> Tensor:
@@ -120,11 +120,12 @@ def _unpack_gemm(parts: Tensors) -> Tensor:
     size = codes.shape[0] // scales.shape[0]
     shift, scale = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
     weight: Tensor = (codes.float() - shift) * scale
-    return weight.T
+    return weight.t()
 
 
 def _in_order(codes: Tensor) -> Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
+    eight: Tensor = codes.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)]
+    return eight.flatten(-2)
 
 
 def _gemv(files: Files, module: str) -> Packed:
