@@ -22,11 +22,13 @@ _INPUTS = 32
 class Requantised:
     """Formats that were read, and the relative errors of what was compared: weights, and outputs of random inputs.
 
-    Errors are roots of summed squares: those of the difference over those of what was multiplied out.
+    Errors are roots of summed squares: those of the difference over those of what was multiplied out. `zero_experts`
+    counts projections of experts that are all zeros: a quantiser whose data never reached them leaves such.
     """
 
     formats: Counter[str] = field(default_factory=Counter)
     matrices: int = 0
+    zero_experts: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
 
     def compare(self, weight: Tensor, stored: Tensor, scale: Tensor, input_dim: int) -> None:
@@ -51,4 +53,5 @@ class Requantised:
             name: math.sqrt(self._sums.get(f"{name} off", 0.0) / max(self._sums.get(name, 0.0), 1e-300))
             for name in ("weights", "outputs")
         }
-        return {"formats": dict(sorted(self.formats.items())), "matrices": self.matrices, **errors}
+        counts = {"matrices": self.matrices, "zero_experts": self.zero_experts}
+        return {"formats": dict(sorted(self.formats.items())), **counts, **errors}

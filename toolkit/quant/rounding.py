@@ -141,6 +141,8 @@ class Round(ConversionOps):  # type: ignore[misc]
             is_packed = self.workspace.saw(parts)
             for piece, rows, row_scale in zip(pieces, weight.split(sizes, outputs), scale.split(sizes), strict=True):
                 self.workspace.quantize(piece[0], input_dim, (rows[0], row_scale))
+                if is_packed:
+                    self.workspace.requantised.zero_experts += not rows.any()
                 if is_packed and expert == 0:
                     self.workspace.requantised.compare(piece[0], rows[0], row_scale, input_dim)
             self.workspace.used(parts)

@@ -31,6 +31,7 @@ def read_mlx(files: Files) -> Iterator[Packed]:
         key = f"{module}.weight"
         declared = _own(files, module) or files.declared
         mode = str(declared.get("mode") or "affine")  # an entry of its own inherits nothing
+        mode = mode if files.headers[f"{module}.scales"].dtype == "U8" else "affine"
         group = declared.get("group_size") or _GROUP.get(mode)
         if mode not in _GROUP or not isinstance(group, int) or group < 1:
             raise files.wrong(module, f"stored in mode {mode!r} with groups of {group!r}, which is not read")
