@@ -91,8 +91,7 @@ def _dense_in_place_of_experts(config: Any, layer: nn.Module) -> dict[str, Calla
     made: dict[str, Callable[[], nn.Module]] = {}
     for name in (name for name, module in bare.items() if is_experts(module)):
         stack = expert_weights(bare[name]).down
-        inner = stack.weight.shape[1] if stack.is_transposed else stack.weight.shape[2]
-        child, width = name.split(".")[0], int(inner) * experts_per_token(config)
+        child, width = name.split(".")[0], stack.inputs * experts_per_token(config)
         made[child] = partial(SwiGlu, config.hidden_size, width, gives_pair=_gives_pair(layer, child, config))
     return made
 

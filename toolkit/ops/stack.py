@@ -1,9 +1,10 @@
 """Products of a block's rows with their experts' weights, the low-rank update beside them.
 
-Int8 weights are multiplied as they are where the machine has units for that, else through a cache-sized buffer.
+Int8 weights are multiplied as they are where the machine has units for that, else through a cache-sized buffer, as
+those of four bits are.
 
 N rows of a block, S rows of all, E experts, O outputs, I inputs, R rank
-a weight is stored as [O, I], or [I, O] transposed
+a weight is stored as [O, I], or [I, O] transposed; in four bits as [I/2, O]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from toolkit.ops import four_bit
 from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.rows import RowBlock, Segment, is_fake
@@ -26,6 +28,8 @@ FactorGradients = tuple[torch.Tensor, torch.Tensor]
 
 _BUFFER = 1 << 19
 """Elements of a weight multiplied out at a time on a CPU: about a core's own cache, and wide enough for BLAS."""
+_FOUR_BIT_BUFFER = 1 << 18
+"""The same of one in four bits, which is gone over more often."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,16 @@ class Products:
     @property
     def outputs(self) -> int:
         """O."""
-        return self.stack.weight.shape[2 if self.stack.is_transposed else 1]
+        return self.stack.outputs
 
     @property
     def inputs(self) -> int:
         """I."""
-        return self.stack.weight.shape[1 if self.stack.is_transposed else 2]
+        return self.stack.inputs
 
     def split_rows(self, x_TI: torch.Tensor) -> SplitRows | None:
         """Of all tokens at once, where products take digits: a token has several experts."""
-        return SplitRows.of(x_TI) if can_multiply(x_TI, self.stack.weight) else None
+        return SplitRows.of(x_TI) if self._takes_digits(x_TI) else None
 
     def forward(self, x_NI: torch.Tensor, block: RowBlock, split_rows: SplitRows | None = None) -> torch.Tensor:
         """x Wᵀ + b and the update: [N, O]. `split_rows`: of all tokens, where they are known."""
@@ -73,8 +77,8 @@ class Products:
         low_NR = None if self.A is None else self._low(x_NI, self.A, block)
         for segment in block.segments:
             expert, mine_NO = segment.expert, segment.of(y_NO)
-            if self.stack.scale is not None:
-                mine_NO.mul_(self.stack.scale[expert])
+            if self.stack.row_scale is not None:
+                mine_NO.mul_(self.stack.row_scale[expert])
             if self.stack.bias is not None:
                 mine_NO.add_(self.stack.bias[expert].to(y_NO.dtype))
             if low_NR is not None and self.B is not None:
@@ -127,17 +131,16 @@ class Products:
 
     def _input_product(self, grad_NO: torch.Tensor, block: RowBlock) -> torch.Tensor:
         scaled = grad_NO
-        if self.stack.scale is not None:
+        if self.stack.row_scale is not None:
             scaled = torch.empty_like(grad_NO)
             for segment in block.segments:
-                torch.mul(segment.of(grad_NO), self.stack.scale[segment.expert], out=segment.of(scaled))
+                torch.mul(segment.of(grad_NO), self.stack.row_scale[segment.expert], out=segment.of(scaled))
         return self._product(scaled, block, self.inputs, transposed=self.stack.is_transposed)
 
     def _product(self, x: torch.Tensor | SplitRows, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
         """x times its experts' stored weights [P, Q], or times their transposes, scale left out: [N, width]."""
-        stored = self.stack.weight
-        if isinstance(x, SplitRows) or can_multiply(x, stored):
-            parts = [(segment.rows, stored[segment.expert]) for segment in block.segments]
+        if isinstance(x, SplitRows) or self._takes_digits(x):
+            parts = [(segment.rows, self._integers(segment.expert)) for segment in block.segments]
             return multiply_each(x, parts, width, transposed=transposed)
         result = x.new_empty(x.shape[0], width)
         for segment in block.segments:
@@ -151,8 +154,21 @@ class Products:
                     out.addmm_(mine[:, rows], weight)
         return result
 
+    def _takes_digits(self, x: torch.Tensor) -> bool:
+        whole = self.stack.weight
+        if self.stack.four_bits == "int4":  # twice as many numbers as bytes
+            whole = whole.view(torch.int8).expand(2, *whole.shape).movedim(0, 1).flatten(1, 2)
+        return can_multiply(x, whole)
+
+    def _integers(self, expert: int) -> torch.Tensor:
+        """An expert's weight in int8 as it is stored, or unpacked."""
+        return four_bit.integers(self.stack.packed(expert)) if self.stack.four_bits else self.stack.weight[expert]
+
     def _parts(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of an expert's stored weight in the compute dtype, each part in the place of the last."""
+        if self.stack.four_bits:
+            yield from self._unpacked(expert, dtype)
+            return
         weight = self.stack.weight[expert]
         if weight.dtype == dtype:
             yield slice(0, weight.shape[0]), weight
@@ -164,6 +180,24 @@ class Products:
             rows = slice(start, min(start + step, weight.shape[0]))
             part = weight[rows]
             yield rows, buffer[: part.numel()].view(part.shape).copy_(part)
+
+    def _unpacked(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The same of four bits: each run of bytes is a run of rows in either half."""
+        stored = self.stack.packed(expert)
+        half, width = stored.packed.shape
+        group = four_bit.group_of(stored)
+        many = max(1, _FOUR_BIT_BUFFER // (2 * width * group)) * group if stored.packed.device.type == "cpu" else half
+        elements = 2 * min(many, half) * width
+        if is_fake(stored.packed):
+            buffer = stored.packed.new_empty(elements, dtype=dtype)
+        else:
+            buffer = _buffer(elements, dtype, stored.packed.device)
+        for start in range(0, half, many):
+            stop = min(start + many, half)
+            low, high = buffer[: 2 * (stop - start) * width].view(2, stop - start, width)
+            four_bit.rows_into(low, high, stored, start, stop)
+            yield slice(start, stop), low
+            yield slice(half + start, half + stop), high
 
 
 _kept = threading.local()

@@ -63,8 +63,8 @@ def _recognize_gates(model: nn.Module) -> None:
 
     for module in model.modules():
         if is_experts(module):
-            up = expert_weights(module).up
-            recognize(expert_weights(module).gate, up.weight.shape[2 if up.is_transposed else 1], torch.device("cpu"))
+            weights = expert_weights(module)
+            recognize(weights.gate, weights.up.outputs, torch.device("cpu"))
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:

@@ -251,9 +251,7 @@ def _moment(x_NI: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
 
 
 def _project(x_NI: torch.Tensor, stack: ExpertStack, expert: int) -> torch.Tensor:
-    y_NO = x_NI @ stack.integer(expert, x_NI.dtype).t()
-    if stack.scale is not None:
-        y_NO.mul_(stack.scale[expert])
+    y_NO = x_NI @ stack.of(expert).dequantized()[0].t()
     return y_NO if stack.bias is None else y_NO + stack.bias[expert].float()
 
 
