@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LINEAR_ROLES", "Architecture", "ExpertLayer", "Linear"]
+__all__ = ["FOUR_BITS", "FOUR_BIT_GROUP", "LINEAR_ROLES", "Architecture", "ExpertLayer", "Linear", "can_hold_four_bits"]
+
+FOUR_BITS = ("int4", "mxfp4")
+"""What expert stacks can be rounded to in four bits."""
+FOUR_BIT_GROUP = 32
+"""Inputs of a four-bit weight that share a step or a scale, where nothing else is said."""
 
 LINEAR_ROLES = ("attention", "shared", "dense")
 """Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
+
+
+def can_hold_four_bits(inputs: int, group: int = FOUR_BIT_GROUP) -> bool:
+    """Whether so many inputs are whole groups in either half, as a stack of four bits is stored."""
+    return inputs > 0 and inputs % (2 * group) == 0
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ def test_fp8_weights_are_multiplied_out_first(tmp_path: Path) -> None:
 
 @typical
 def test_nothing_to_compensate_is_said(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="error_compensation needs experts or linears in int8"):
+    with pytest.raises(RecipeError, match="error_compensation needs experts in int8 or int4, or linears in int8"):
         load(RECIPE, ("quantization.error_compensation=gptq", "quantization.experts=none", "quantization.linears=bnb"))
     model, _ = load_int8(str(checkpoint), experts="none", linears="none")
     with pytest.raises(ModelError, match="nothing in int8 to compensate"):

@@ -11,6 +11,7 @@ from tests.parity.test_expert_layer import BACKENDS, Case, Layer, build, run
 from toolkit.ops import four_bit, reference
 from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.four_bit import FourBits
+from toolkit.parts import can_hold_four_bits
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 KINDS = ("int4", "mxfp4", "grouped")
@@ -94,9 +95,9 @@ def test_rows_of_zeros_stay_zeros_and_huge_ones_finite(kind: str) -> None:
 
 @pytest.mark.parametrize("inputs", [0, 32, 96, 100])
 def test_what_does_not_divide_into_groups_is_known(inputs: int) -> None:
-    assert not four_bit.can_hold(inputs)
-    assert four_bit.can_hold(64)
-    assert four_bit.can_hold(192)
+    assert not can_hold_four_bits(inputs)
+    assert can_hold_four_bits(64)
+    assert can_hold_four_bits(192)
 
 
 def in_four_bits(weights: ExpertWeights, kind: str) -> ExpertWeights:

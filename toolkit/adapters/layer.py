@@ -49,6 +49,15 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
             active.pop(self.parameter_name, None)
         return output
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """As PEFT reads them off the float parameter [E, …], also where two inputs share a byte."""
+        sizes: tuple[int, int] = super()._get_in_out_features(module)
+        experts, parameter = self.get_base_layer(), self.get_param()
+        if not is_experts(experts) or parameter.dtype != torch.uint8:
+            return sizes
+        _, half, outputs = parameter.shape
+        return (2 * half, outputs) if experts.is_transposed else (outputs, 2 * half)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused on int8: adding to rounded weights would round the adapter away."""
         if not self.get_param().is_floating_point():

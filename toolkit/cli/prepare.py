@@ -22,6 +22,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist.")],
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
     recipe: Annotated[Path | None, typer.Option(help="Compensate rounding errors on this recipe's examples.")] = None,
+    experts: Annotated[str, typer.Option(help="What expert stacks are rounded to: int8, int4 or mxfp4.")] = "int8",
     json_: Json = False,
 ) -> None:
     """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers.
@@ -29,12 +30,16 @@ def quantize(
     With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none; the
     weights are then read twice, once to load and once to compensate, since each layer is calibrated behind the last.
     """
+    from toolkit.errors import RecipeError
     from toolkit.quant import quantize_checkpoint, refuse_existing
+    from toolkit.quant.stored import EXPERT_KINDS
 
     console = quiet_console()
     refuse_existing(out)
-    compensated = _compensated(recipe, model, revision, console) if recipe else None
-    done = quantize_checkpoint(model, out, revision=revision, compensated=compensated)
+    if experts not in EXPERT_KINDS:
+        raise RecipeError(f"--experts {experts}: give one of {', '.join(EXPERT_KINDS)}")
+    compensated = _compensated(recipe, model, revision, console, experts) if recipe else None
+    done = quantize_checkpoint(model, out, revision=revision, compensated=compensated, experts=experts)
     console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
     if done.left_out:
         console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
@@ -107,13 +112,13 @@ def doctor(json_: Json = False) -> None:
     emit(found, json_)
 
 
-def _compensated(recipe: Path, model: str, revision: str, console: Console) -> Any:
-    """The checkpoint in int8, rounded with error feedback on a recipe's examples."""
+def _compensated(recipe: Path, model: str, revision: str, console: Console, experts: str) -> Any:
+    """The checkpoint in int8, its experts perhaps in int4, rounded with error feedback on a recipe's examples."""
     from toolkit import run as job
     from toolkit.plan import make_plan
     from toolkit.report import terminal as show
 
-    overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", "quantization.experts=int8"]
+    overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", f"quantization.experts={experts}"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
     made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
     loaded, tokenizer = job.load(made)

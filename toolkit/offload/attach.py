@@ -72,12 +72,13 @@ def load_streamed(
         RecipeError: it is to be stored otherwise than in int8, or no layer is streamed. ResourceError, ModelError,
             HubError: as the parts say.
     """
-    if unfit := {part: kind for part in ("experts", "linears") if (kind := options.get(part, "int8")) != "int8"}:
-        part, kind = next(iter(unfit.items()))
+    experts, linears = options.get("experts", "int8"), options.get("linears", "int8")
+    if experts == "none" or linears != "int8":
+        part, kind = ("experts", experts) if experts == "none" else ("linears", linears)
         raise RecipeError(f"placement.experts: streaming reads an int8 file; set quantization.{part}=int8, not {kind}")
     if not streamed(placement):
         raise RecipeError("placement.experts: no layer is streamed; load it with quant.load_int8")
-    folder = int8_folder(name_or_path, revision=revision, dtype=dtype, root=cache)
+    folder = int8_folder(name_or_path, revision=revision, dtype=dtype, experts=experts, root=cache)
     model, coverage = load_int8(str(folder), dtype=dtype, device="cpu", **options)
     stream_experts(model, placement, folder, torch.device(device))
     model.name_or_path = model.config._name_or_path = name_or_path
@@ -125,10 +126,10 @@ def _arena(files: FromFiles, placement: Mapping[str, str]) -> HostArena:
 
 def _register_placeholders(module: nn.Module, layer: ExpertLayer, layout: Layout, device: torch.device) -> None:
     """One byte that looks like a whole stack: PEFT and accelerate read shapes, dtypes and devices off parameters."""
-    for name, shape in ((layer.up, layout.up), (layer.down, layout.down)):
+    for name, shape, dtype in zip((layer.up, layer.down), (layout.up, layout.down), layout.dtypes, strict=True):
         if tuple(getattr(module, name).shape) != shape:
             raise ModelError(f"{layer.name}.{name}: the file holds another shape than the model; write it again")
-        placeholder = torch.zeros((), dtype=torch.int8, device=device).expand(shape)
+        placeholder = torch.zeros((), dtype=dtype, device=device).expand(shape)
         module.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
 
 

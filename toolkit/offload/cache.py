@@ -23,12 +23,18 @@ _SAMPLES, _SAMPLE = 64, 1 << 14
 
 
 def int8_folder(
-    name_or_path: str, *, revision: str = "main", dtype: torch.dtype | None = None, root: Path | None = None
+    name_or_path: str,
+    *,
+    revision: str = "main",
+    dtype: torch.dtype | None = None,
+    experts: str = "int8",
+    root: Path | None = None,
 ) -> Path:
     """A folder with the checkpoint in int8, written now if it is not there; writing holds one layer in memory.
 
     Args:
         dtype: what weights that are not int8 are stored in, so that a run of this dtype maps them as they are.
+        experts: what stacks are rounded to.
         root: of the cache.
 
     Raises:
@@ -39,11 +45,11 @@ def int8_folder(
     declared = declared_format(str(source), read_config(str(source)))
     if declared is not None and declared["quant_method"] == METHOD:
         return source
-    key = fingerprint(source, str(dtype))
+    key = fingerprint(source, str(dtype), *([] if experts == "int8" else [experts]))
     folder = (root or cache_root()) / "int8" / f"{Path(name_or_path).name}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        quantize_checkpoint(str(source), folder, dtype=dtype)
+        quantize_checkpoint(str(source), folder, dtype=dtype, experts=experts)
     return folder
 
 

@@ -31,10 +31,12 @@ _ADVICE = "write the int8 checkpoint again"
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of a layer's two int8 stacks, experts first, and how they follow each other in memory."""
+    """Shapes of a layer's two stacks, experts first, and how they follow each other in memory: int8, or bytes of two
+    numbers each."""
 
     up: tuple[int, ...]
     down: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.int8, torch.int8)
 
     @property
     def bytes(self) -> int:
@@ -43,8 +45,8 @@ class Layout:
 
     def views(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both stacks in an image, int8 and one-dimensional."""
-        first = prod(self.up)
-        return image[:first].view(self.up), image[first : self.bytes].view(self.down)
+        first, (up, down) = prod(self.up), self.dtypes
+        return image[:first].view(up).view(self.up), image[first : self.bytes].view(down).view(self.down)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,12 @@ class FromFiles:
 
     def __init__(self, folder: Path, stacks: Mapping[str, tuple[str, str]]) -> None:
         headers = headers_in(folder, _ADVICE)
-        self._where = {layer: [_int8(folder, headers, name) for name in names] for layer, names in stacks.items()}
-        self.layouts = {layer: Layout(up[2], down[2]) for layer, (up, down) in self._where.items()}
+        self._where = {layer: [_rounded(folder, headers, name) for name in names] for layer, names in stacks.items()}
+        dtypes = {layer: [_DTYPES[headers[name].dtype] for name in names] for layer, names in stacks.items()}
+        self.layouts = {
+            layer: Layout(up[2], down[2], (dtypes[layer][0], dtypes[layer][1]))
+            for layer, (up, down) in self._where.items()
+        }
         self._files = {path: os.open(path, os.O_RDONLY) for where in self._where.values() for path, *_ in where}
         self._readers = ThreadPoolExecutor(_READERS, "onecard-stack-reader")
 
@@ -183,12 +189,14 @@ class Staged:
         return self._staging
 
 
+_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
+
 _Where = tuple[Path, int, tuple[int, ...]]
 
 
-def _int8(folder: Path, headers: Mapping[str, Placed], name: str) -> _Where:
-    if name not in headers or headers[name].dtype != "I8":
-        raise ModelError(f"{folder}: {name} is not there in int8; {_ADVICE}")
+def _rounded(folder: Path, headers: Mapping[str, Placed], name: str) -> _Where:
+    if name not in headers or headers[name].dtype not in _DTYPES:
+        raise ModelError(f"{folder}: {name} is not there in 8 or 4 bit; {_ADVICE}")
     tensor = headers[name]
     return tensor.path, tensor.offset, tensor.shape
 

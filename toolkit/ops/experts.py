@@ -46,6 +46,11 @@ class ExpertStack:
         return kind_of(self.weight, self.scale, self.step)
 
     @property
+    def experts(self) -> int:
+        """E."""
+        return self.weight.shape[0]
+
+    @property
     def outputs(self) -> int:
         """O."""
         return self.weight.shape[2 if self.is_transposed else 1]

@@ -20,22 +20,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from toolkit.parts import FOUR_BIT_GROUP
+
 __all__ = [
-    "GROUP",
     "FourBits",
-    "can_hold",
     "dequantize",
     "group_of",
     "integers",
     "kind_of",
+    "packed_codes",
     "quantize_int4",
     "quantize_mxfp4",
     "rows_into",
     "turned",
 ]
 
-GROUP = 32
-"""Inputs that share a step or a scale where nothing else is said."""
 _MOST_STEPS = 15
 _LARGEST_CODE = 8
 _SHRINKS = (1.04, 1.0, 0.95, 0.9, 0.85, 0.8)
@@ -53,11 +52,6 @@ class FourBits(NamedTuple):
     step: Tensor | None = None
 
 
-def can_hold(inputs: int, group: int = GROUP) -> bool:
-    """Whether so many inputs are whole groups in either half."""
-    return inputs > 0 and inputs % (2 * group) == 0
-
-
 def kind_of(weight: Tensor, scale: Tensor | None, step: Tensor | None) -> str | None:
     """`int4`, `mxfp4` or `grouped` by what a stack is stored in; None for one that is not of four bits."""
     if scale is None or weight.dtype != torch.uint8:
@@ -71,6 +65,11 @@ def turned(codes: Tensor) -> Tensor:
     """Codes of 0 to 15, uint8 [..., O, I], as they are stored: [..., I/2, O]."""
     low, high = codes.transpose(-1, -2).chunk(2, -2)
     return low.contiguous() | (high << 4)
+
+
+def packed_codes(codes: Tensor) -> Tensor:
+    """Codes of −8 to 7, [..., O, I], as they are stored."""
+    return turned(codes.to(torch.int8).bitwise_and_(15).view(torch.uint8))
 
 
 def codes_of(packed: Tensor) -> Tensor:
@@ -153,31 +152,36 @@ def float_into(low: Tensor, high: Tensor, packed: Tensor, low_scale: Tensor, hig
 
 
 @torch.no_grad()
-def quantize_int4(weight: Tensor, group: int = GROUP) -> FourBits:
-    """Round a float matrix [O, I] to int4: of a few steps for each group the one that errs least."""
+def quantize_int4(weight: Tensor, group: int = FOUR_BIT_GROUP, importance: Tensor | None = None) -> FourBits:
+    """Round a float matrix [O, I] to int4: of a few steps for each group the one that errs least.
+
+    Args:
+        importance: [I], what a squared error of each input counts; all the same by default.
+    """
     grouped = weight.float().unflatten(-1, (-1, group))  # [O, I/G, G]
     scale = grouped.abs().amax((-1, -2)) / (_LARGEST_CODE * _MOST_STEPS)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     grouped = grouped / scale[:, None, None]
     largest = grouped.abs().amax(-1)
+    counts = None if importance is None else importance.float().unflatten(-1, (-1, group))
     # The code −8 has no counterpart: the step's sign gives it to the group's largest weight.
     sign = torch.where(grouped.amax(-1) == largest, -1.0, 1.0)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for shrink in _SHRINKS:
         step = (largest * (shrink / _LARGEST_CODE)).round_().clamp_(1, _MOST_STEPS).mul_(sign)
         codes = (grouped / step[..., None]).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE - 1)
-        error = (grouped - codes * step[..., None]).square_().sum(-1)
+        squared = (grouped - codes * step[..., None]).square_()
+        error = (squared if counts is None else squared.mul_(counts)).sum(-1)
         best = (error, step, codes) if best is None else _better(best, (error, step, codes))
     assert best is not None
     _, step, codes = best
-    packed = turned(codes.flatten(-2).to(torch.int8).bitwise_and_(15).view(torch.uint8))
-    return FourBits(packed, scale, step.t().to(torch.int8).contiguous())
+    return FourBits(packed_codes(codes.flatten(-2)), scale, step.t().to(torch.int8).contiguous())
 
 
 @torch.no_grad()
 def quantize_mxfp4(weight: Tensor) -> FourBits:
     """Round a float matrix [O, I] to MXFP4: of two powers of two for each group the one that errs least."""
-    grouped = weight.float().unflatten(-1, (-1, GROUP))
+    grouped = weight.float().unflatten(-1, (-1, FOUR_BIT_GROUP))
     largest = grouped.abs().amax(-1)
     power = torch.floor(torch.log2(largest.clamp_min(2.0**-100) / _E2M1[-1])).clamp_(-126, 126)
     grouped = grouped * torch.exp2(-power)[..., None]

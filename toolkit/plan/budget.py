@@ -145,8 +145,7 @@ class Budget:
     def place(self, recipe: Recipe) -> dict[str, str]:
         """MoE layer to resident, host or disk: what the recipe says, or what fits with the least traffic."""
         wanted, sizes = recipe.placement, stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize)
-        is_int8 = recipe.quantization.experts == "int8"
-        if wanted.experts == "resident" or not is_int8:
+        if wanted.experts == "resident" or recipe.quantization.experts == "none":
             return spread(sizes, 0, "resident")
         if wanted.share is not None:
             count = share_of(sizes, wanted.share)

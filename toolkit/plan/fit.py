@@ -112,7 +112,7 @@ def _for_time(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
 
 
 def _streamed(recipe: Recipe, budget: Budget, prefix: str) -> Iterator[tuple[str, str, Recipe]]:
-    if recipe.quantization.experts != "int8" or recipe.placement.experts == "auto":
+    if recipe.quantization.experts == "none" or recipe.placement.experts == "auto":
         return
     layers, place = budget.layers, "disk" if budget.device.kind == "cpu" else "host"
     for count in range(1, len(layers) + 1):

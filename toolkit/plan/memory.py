@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from toolkit.errors import ModelError
 from toolkit.mtp.cost import HEAD_BYTES, head_bytes
 from toolkit.offload.place import resident_bytes
-from toolkit.parts import LINEAR_ROLES
+from toolkit.parts import FOUR_BIT_GROUP, FOUR_BITS, LINEAR_ROLES, can_hold_four_bits
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
@@ -79,9 +79,18 @@ def stack_bytes(shapes: Shapes, how: str, itemsize: int) -> dict[str, int]:
     result = {}
     for layer in shapes.architecture.layers:
         axis = 2 if layer.is_transposed else 1
-        stacks = [shapes.parameters[name] for name in layer.stacks]
-        result[layer.name] = _stored([(math.prod(s), s[0] * s[axis]) for s in stacks], how, itemsize)
+        result[layer.name] = sum(
+            _stack_bytes(math.prod(shape), shape[0] * shape[axis], how, itemsize)
+            for shape in (shapes.parameters[name] for name in layer.stacks)
+        )
     return result
+
+
+def _stack_bytes(size: int, rows: int, how: str, itemsize: int) -> int:
+    """Of a stack's parameters and output rows: four bits and a byte a group, and a scale a row for int4."""
+    if how not in FOUR_BITS or not can_hold_four_bits(size // rows):
+        return _stored([(size, rows)], "none" if how == "none" else "int8", itemsize)
+    return size // 2 + size // FOUR_BIT_GROUP + (4 * rows if how == "int4" else 0)
 
 
 def count_bytes(

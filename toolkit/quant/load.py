@@ -7,8 +7,9 @@ Everything about files, revisions and key layouts is transformers' `from_pretrai
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,16 +22,19 @@ from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.errors import ModelError, first_line, machine_failed
-from toolkit.ops.experts import expert_weights
-from toolkit.ops.int8 import dequantize
+from toolkit.ops.experts import ExpertStack, expert_weights
 from toolkit.quant.quantizer import Int8Config
+from toolkit.quant.stored import EXPERT_KINDS, multiplied_out, rounded_in
 
 __all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What is int8, counted: stacks and linears as (int8, all), and the bytes of the expert stacks."""
+    """What is rounded, counted: stacks and linears in 8 bit of all, and the bytes of the expert stacks.
+
+    `stacks_stored` counts all stacks by what they are in: int8, int4, mxfp4, grouped or float.
+    """
 
     stacks_int8: int
     stacks: int
@@ -39,8 +43,9 @@ class Coverage:
     expert_bytes: int
     expert_bytes_fp32: int
     model_bytes: int
+    stacks_stored: Mapping[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
 
@@ -64,7 +69,7 @@ def load_int8(
     Args:
         name_or_path: local folder or Hub repository with safetensors.
         dtype: of everything that is not int8.
-        experts: int8 or none. linears: int8, bnb or none.
+        experts: int8, int4, mxfp4 or none. linears: int8, bnb or none.
         experts_implementation: the expert backend, by the name `toolkit.ops` registered it under.
 
     Raises:
@@ -102,8 +107,8 @@ def load_int8(
     model.requires_grad_(False)
     model.eval()
     coverage = measure(model)
-    if experts == "int8" and coverage.stacks_int8 != coverage.stacks:
-        raise ModelError(f"{name_or_path}: only {coverage.stacks_int8} of {coverage.stacks} expert stacks are int8")
+    if experts in EXPERT_KINDS and (floats := coverage.stacks_stored.get("float")):
+        raise ModelError(f"{name_or_path}: {floats} of {coverage.stacks} expert stacks are not {experts}")
     if linears != "none" and coverage.linears_8bit != coverage.linears:
         raise ModelError(f"{name_or_path}: only {coverage.linears_8bit} of {coverage.linears} linears are 8-bit")
     return model, coverage
@@ -174,24 +179,30 @@ def measure(model: nn.Module, architecture: Architecture | None = None) -> Cover
         stacks=len(stacks),
         linears_8bit=sum(linear.weight.dtype == torch.int8 for linear in linears),
         linears=len(linears),
-        expert_bytes=sum(_nbytes(stack.weight) + _nbytes(stack.scale) for stack in stacks),
-        expert_bytes_fp32=sum(stack.weight.numel() * 4 for stack in stacks),
+        expert_bytes=sum(_nbytes(stack.weight) + _nbytes(stack.scale) + _nbytes(stack.step) for stack in stacks),
+        expert_bytes_fp32=sum(stack.experts * stack.outputs * stack.inputs * 4 for stack in stacks),
         model_bytes=sum(_nbytes(p) for name, p in model.named_parameters() if ".lora_" not in name),
+        stacks_stored=Counter(_kind(stack) for stack in stacks),
     )
 
 
 def dequantize_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict in fp32 under the stock parameter names, int8 weights multiplied out."""
+    """The state dict in fp32 under the stock parameter names, rounded weights multiplied out."""
     transposed = {name for layer in describe(model).layers if layer.is_transposed for name in layer.stacks}
     state = model.state_dict()
-    scales = {f"{name}_scale" for name, value in state.items() if value.dtype == torch.int8}
+    rounded = rounded_in(state)
+    beside = {key for name, keys in rounded.items() for key in keys if key != name}
     result: dict[str, torch.Tensor] = {}
     for name, value in state.items():
-        if f"{name}_scale" in scales:
-            result[name] = dequantize(value, state[f"{name}_scale"], -2 if name in transposed else -1)
-        elif name not in scales:
+        if name in rounded:
+            result[name] = multiplied_out(state, name, is_transposed=name in transposed)
+        elif name not in beside:
             result[name] = value.float() if value.is_floating_point() else value
     return result
+
+
+def _kind(stack: ExpertStack) -> str:
+    return stack.four_bits or ("int8" if stack.weight.dtype == torch.int8 else "float")
 
 
 def _nbytes(tensor: torch.Tensor | None) -> int:

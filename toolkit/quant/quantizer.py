@@ -24,13 +24,14 @@ from toolkit.checkpoint.files import METHOD
 from toolkit.checkpoint.weights import Unread
 from toolkit.ops import DEFAULT_BACKEND
 from toolkit.ops.int8 import Int8Linear
-from toolkit.quant.rounding import Round, Workspace, is_int8
+from toolkit.quant.rounding import Round, Workspace
+from toolkit.quant.stored import EXPERT_KINDS, declare_stack, is_stored
 
 __all__ = ["Int8Config", "Int8Quantizer", "register"]
 
 
 class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """What is stored in 8 bit: `experts` int8 or none, `linears` int8, bnb or none.
+    """What is stored rounded: `experts` in int8, int4, mxfp4 or none, `linears` in int8, bnb or none.
 
     `source` is the quantization_config the checkpoint declared before it was requantised, None for a 16- or 32-bit one;
     `requantised` is what that cost, as `Requantised.to_dict` says it.
@@ -81,7 +82,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """
         if self.is_stored_int8:
             config.__dict__.pop("transformers_weights", None)  # `REQUIRES`, which says that we were missing
-        if self.quantization_config.experts == "int8" and not str(config._experts_implementation).startswith(
+        if self.quantization_config.experts in EXPERT_KINDS and not str(config._experts_implementation).startswith(
             "onecard_"
         ):
             config._experts_implementation = DEFAULT_BACKEND
@@ -89,9 +90,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         architecture = describe(model)
-        if self.quantization_config.experts == "int8":
+        if self.quantization_config.experts in EXPERT_KINDS:
             for layer in architecture.layers:
-                _declare_stacks(model.get_submodule(layer.name), (layer.up, layer.down))
+                for stack in (layer.up, layer.down):
+                    declare_stack(model.get_submodule(layer.name), stack, self.quantization_config.experts)
         names = architecture.linear_names(*LINEAR_ROLES)
         if self.quantization_config.linears == "int8":
             for name in names:
@@ -179,13 +181,13 @@ def _bare(model: nn.Module) -> Iterator[str]:
     """Every 8-bit parameter's name without what differs between layers, as a pattern the loader matches keys with."""
     for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            if is_int8(module, name) or (name == "weight" and type(module).__name__ == "Linear8bitLt"):
+            if is_stored(module, name) or (name == "weight" and type(module).__name__ == "Linear8bitLt"):
                 yield strip_index(f"{module_name}.{name}")
 
 
 def _int8_modules(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if any(is_int8(module, name) for name, _ in module.named_parameters(recurse=False)):
+        if any(is_stored(module, name) for name, _ in module.named_parameters(recurse=False)):
             yield module
 
 
@@ -198,16 +200,6 @@ def _refuse_unread(model: nn.Module) -> None:
                 f"the checkpoint lacks {name}, or has it in another shape than {tuple(parameter.shape)}; download it "
                 "again or fix config.json"
             )
-
-
-def _declare_stacks(experts: nn.Module, names: tuple[str, ...]) -> None:
-    outputs = 2 if experts.is_transposed else 1
-    for name in names:
-        stack = getattr(experts, name)
-        stored = torch.empty(stack.shape, dtype=torch.int8, device=stack.device)
-        scale = torch.empty((stack.shape[0], stack.shape[outputs]), dtype=torch.float32, device=stack.device)
-        setattr(experts, name, nn.Parameter(stored, requires_grad=False))
-        setattr(experts, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
 
 
 def register() -> None:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.ops.int8 import dequantize
-
 __all__ = ["Requantised"]
 
 _INPUTS = 32
@@ -31,9 +29,9 @@ class Requantised:
     zero_experts: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
 
-    def compare(self, weight: Tensor, stored: Tensor, scale: Tensor, input_dim: int) -> None:
-        """One matrix [O, I], or [I, O] with `input_dim` -2, and what it was rounded to."""
-        wanted, off = weight.float(), dequantize(stored, scale, input_dim) - weight.float()
+    def compare(self, weight: Tensor, found: Tensor, input_dim: int) -> None:
+        """One matrix [O, I], or [I, O] with `input_dim` -2, and what it was rounded to, multiplied out."""
+        wanted, off = weight.float(), found - weight.float()
         if input_dim == -2:
             wanted, off = wanted.t(), off.t()
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""One conversion operation that rounds weights to int8 expert by expert, as they come out of the checkpoint's files.
+"""One conversion operation that rounds weights expert by expert, as they come out of the checkpoint's files.
 
 transformers would build a whole float stack first, and cast it to the compute dtype before that: several layers' worth
 of memory. Here a family's own chain of operations (merge experts, concatenate gate and up) runs inside ours, on one
@@ -19,12 +19,14 @@ from transformers.integrations.bitsandbytes import Bnb8bitQuantize
 
 from toolkit.architecture import is_experts
 from toolkit.checkpoint.weights import Unread
+from toolkit.ops.four_bit import quantize_int4, quantize_mxfp4
 from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
 from toolkit.quant.requantised import Requantised
+from toolkit.quant.stored import float_shape, input_dim, is_stored, multiplied_out, names_of
 from toolkit.steps import advance
 
-__all__ = ["Round", "Workspace", "is_int8"]
+__all__ = ["Round", "Workspace"]
 
 Tensors = dict[str, Any]
 
@@ -42,7 +44,7 @@ class Workspace:
 
     device: Any = "cpu"
     requantised: Requantised = field(default_factory=Requantised)
-    _results: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _results: dict[str, Tensors] = field(default_factory=dict)
     _scratch: torch.Tensor | None = None
     _expected: dict[int, list[Any]] = field(default_factory=dict)
     _ahead: ReadAhead | None = None
@@ -50,21 +52,21 @@ class Workspace:
     _due: int = 0
 
     def reserve(self, model: nn.Module) -> None:
-        """Allocate every int8 parameter of a model on meta; nothing is touched yet."""
+        """Allocate every rounded parameter of a model on meta; nothing is touched yet."""
         for module_name, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if is_int8(module, name):
-                    self._results[f"{module_name}.{name}"] = self._new(parameter, getattr(module, f"{name}_scale"))
-                    self._due += parameter.numel()
+            for name, _ in module.named_parameters(recurse=False):
+                if is_stored(module, name):
+                    self._results[f"{module_name}.{name}"] = self._new(module, module_name, name)
+                    self._due += float_shape(module, name).numel()
 
     def has_reserved(self, name: str) -> bool:
-        """Whether a parameter, int8 or the scales of one, is allocated and not filled yet."""
-        return name in self._results or name.removesuffix("_scale") in self._results
+        """Whether a parameter, rounded or beside such a one, is allocated and not filled yet."""
+        return any(name in parts for parts in self._results.values())
 
-    def result(self, model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The int8 tensor and scales to fill for a parameter."""
-        reserved = self._results.pop(name, None)
-        return reserved or self._new(model.get_parameter(name), model.get_parameter(f"{name}_scale"))
+    def result(self, model: nn.Module, name: str) -> Tensors:
+        """A stored parameter's tensors to fill, by full name."""
+        module_name, _, leaf = name.rpartition(".")
+        return self._results.pop(name, None) or self._new(model.get_submodule(module_name), module_name, leaf)
 
     def expect(self, reader: Round, source: Any) -> None:
         """A tensor of the files that `reader` will read; readers have their turns in their first tensors' order."""
@@ -84,21 +86,38 @@ class Workspace:
         self.requantised.formats.update(part.get_dtype() for part in found)
         return bool(found)
 
-    def quantize(self, weight: torch.Tensor, input_dim: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """As `int8.quantize`."""
+    def round(self, weight: torch.Tensor, input_dim: int, out: Tensors, name: str, rows: slice = slice(None)) -> None:
+        """A matrix [O, I], or [I, O], into these outputs of a stored one: `out` holds it and what is beside it."""
+        stored, scale, step = (out.get(f"{name}{ending}") for ending in ("", "_scale", "_step"))
+        assert stored is not None
+        assert scale is not None
+        if stored.dtype == torch.int8:
+            self._round_int8(weight, input_dim, (stored[rows] if input_dim == -1 else stored[:, rows], scale[rows]))
+        else:
+            matrix = weight.t() if input_dim == -2 else weight
+            found = quantize_mxfp4(matrix) if step is None else quantize_int4(matrix)
+            stored[:, rows], scale[..., rows] = found.packed, found.scale
+            if step is not None and found.step is not None:
+                step[:, rows] = found.step
+        self._rounded += weight.numel()
+        advance(self._rounded, self._due, "bytes")
+
+    def _round_int8(self, weight: torch.Tensor, input_dim: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
         wanted = scratch_for(weight)
         if self._scratch is None or self._scratch.numel() < wanted.numel():
             self._scratch = wanted
         quantize(weight, input_dim, out=out, scratch=self._scratch)
-        self._rounded += weight.numel()
-        advance(self._rounded, self._due, "bytes")
 
-    def _new(self, *declared: torch.Tensor) -> Any:
-        return tuple(torch.empty(part.shape, dtype=part.dtype, device=self.device) for part in declared)
+    def _new(self, module: nn.Module, module_name: str, name: str) -> Tensors:
+        parts = {each: getattr(module, each) for each in names_of(module, name)}
+        return {
+            f"{module_name}.{each}": torch.empty(part.shape, dtype=part.dtype, device=self.device)
+            for each, part in parts.items()
+        }
 
 
 class Round(ConversionOps):  # type: ignore[misc]
-    """Run `operations` (maybe none), then store each result as its parameter was declared: int8 and scale, or cast."""
+    """Run `operations` (maybe none), then store each result as its parameter was declared: rounded, or cast."""
 
     def __init__(self, operations: list[ConversionOps], workspace: Workspace) -> None:
         self.operations = operations
@@ -113,11 +132,11 @@ class Round(ConversionOps):  # type: ignore[misc]
 
     @torch.no_grad()
     def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
-        """{source pattern: tensors} to {full parameter name: tensor}, with `<name>_scale` beside each int8 one."""
+        """{source pattern: tensors} to {full parameter name: tensor}, with its scales beside each rounded one."""
         name, model = kwargs["full_layer_name"].replace("*.", "0."), kwargs["model"]
         self.workspace.used({})
         is_separable = all(_works_on_one_expert(operation) for operation in self.operations)
-        if is_separable and len(kwargs["target_patterns"]) == 1 and _is_int8_stack(model, name):
+        if is_separable and len(kwargs["target_patterns"]) == 1 and _is_stored_stack(model, name):
             return self._round_experts(input_dict, name, model, kwargs)
         stored: Tensors = {}
         self.workspace.saw(input_dict)
@@ -127,26 +146,31 @@ class Round(ConversionOps):  # type: ignore[misc]
         return stored
 
     def _round_experts(self, input_dict: Tensors, name: str, model: nn.Module, kwargs: dict[str, Any]) -> Tensors:
-        stored, scales = self.workspace.result(model, name)
-        input_dim = _input_dim(model, name)
-        outputs = -input_dim  # of [1, O, I], or of [1, I, O]
-        for expert, (weight, scale) in enumerate(zip(stored.split(1), scales, strict=True)):
-            parts = {pattern: _of_expert(tensors, expert, len(stored)) for pattern, tensors in input_dict.items()}
+        result = self.workspace.result(model, name)
+        module, _, leaf = name.rpartition(".")
+        experts = model.get_submodule(module)
+        shape, inputs = float_shape(experts, leaf), input_dim(experts)
+        outputs = -inputs  # of [1, O, I], or of [1, I, O]
+        for expert in range(shape[0]):
+            parts = {pattern: _of_expert(tensors, expert, shape[0]) for pattern, tensors in input_dict.items()}
             if not all(parts.values()):
                 return {}  # an expert is not in the checkpoint: the loader reports the stack as missing
             pieces = self._pieces(parts, outputs, kwargs)
-            if not _fills(pieces, outputs, weight.shape):
+            if not _fills(pieces, outputs, torch.Size((1, *shape[1:]))):
                 return {name: torch.cat(pieces, outputs)}  # the loader reports the mismatch by name
-            sizes = [piece.shape[outputs] for piece in pieces]
-            is_packed = self.workspace.saw(parts)
-            for piece, rows, row_scale in zip(pieces, weight.split(sizes, outputs), scale.split(sizes), strict=True):
-                self.workspace.quantize(piece[0], input_dim, (rows[0], row_scale))
-                if is_packed:
-                    self.workspace.requantised.zero_experts += not rows.any()
-                if is_packed and expert == 0:
-                    self.workspace.requantised.compare(piece[0], rows[0], row_scale, input_dim)
+            mine = {key: tensor[expert] for key, tensor in result.items()}
+            first = 0
+            for piece in pieces:
+                last = first + piece.shape[outputs]
+                self.workspace.round(piece[0], inputs, mine, name, slice(first, last))
+                first = last
+            if self.workspace.saw(parts):
+                self.workspace.requantised.zero_experts += not any(bool(piece.any()) for piece in pieces)
+                if expert == 0:
+                    found = multiplied_out(mine, name, is_transposed=inputs == -2)
+                    self.workspace.requantised.compare(torch.cat(pieces, outputs)[0], found, inputs)
             self.workspace.used(parts)
-        return {name: stored, f"{name}_scale": scales}
+        return result
 
     def _pieces(self, parts: Tensors, outputs: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """One expert in pieces [1, ., .] along its outputs; merging and joining them first would only copy them."""
@@ -178,21 +202,21 @@ class Round(ConversionOps):  # type: ignore[misc]
     def _store(self, model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
         module_name, _, leaf = name.rpartition(".")
         module, declared = model.get_submodule(module_name), model.get_parameter_or_buffer(name)
+        if is_stored(module, leaf):
+            if float_shape(module, leaf) != value.shape:
+                return {name: value}
+            result = self.workspace.result(model, name)
+            if value.dim() == 2:
+                self.workspace.round(value, input_dim(module), result, name)
+            for expert in range(len(value) if value.dim() == 3 else 0):
+                mine = {key: tensor[expert] for key, tensor in result.items()}
+                self.workspace.round(value[expert], input_dim(module), mine, name)
+            return result
         if declared.shape != value.shape:
             return {name: value}
-        if is_int8(module, leaf):
-            stored, scale = self.workspace.result(model, name)
-            self.workspace.quantize(value, _input_dim(model, name), (stored, scale))
-            return {name: stored, f"{name}_scale": scale}
         if type(module).__name__ == "Linear8bitLt" and leaf == "weight":
             return dict(Bnb8bitQuantize(None).convert({name: value}, model=model))
         return {name: value if self.dtype is None else value.to(self.dtype)}
-
-
-def is_int8(module: nn.Module, name: str) -> bool:
-    """Whether a module's parameter `name` is stored in our format: int8, with its scales beside it."""
-    parameter = getattr(module, name, None)
-    return parameter is not None and parameter.dtype == torch.int8 and hasattr(module, f"{name}_scale")
 
 
 def _works_on_one_expert(operation: ConversionOps) -> bool:
@@ -221,15 +245,10 @@ def _of_expert(tensors: list[torch.Tensor], expert: int, num_experts: int) -> li
     return []
 
 
-def _is_int8_stack(model: nn.Module, name: str) -> bool:
+def _is_stored_stack(model: nn.Module, name: str) -> bool:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    return is_experts(module) and is_int8(module, leaf)
-
-
-def _input_dim(model: nn.Module, name: str) -> int:
-    module = model.get_submodule(name.rpartition(".")[0])
-    return -2 if is_experts(module) and module.is_transposed else -1
+    return is_experts(module) and is_stored(module, leaf)
 
 
 def _full_names(result: Tensors, first: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -81,6 +81,7 @@ def quantize_checkpoint(
     revision: str = "main",
     compensated: nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    experts: str = "int8",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenCheckpoint:
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
@@ -93,6 +94,7 @@ def quantize_checkpoint(
         compensated: this checkpoint as `load_int8` gave it and `compensate_model` rounded it again: its integers and
             scales are written, and what they were rounded from is not read again.
         dtype: of the weights that are not int8; as in the source by default.
+        experts: what stacks are rounded to: int8, int4 or mxfp4.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -103,7 +105,7 @@ def quantize_checkpoint(
     refuse_existing(target)
     source = fetch(name_or_path, revision)
     config = read_config(str(source))
-    wanted = storage(name_or_path, config)
+    wanted = storage(name_or_path, config, experts)
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
     try:
@@ -190,7 +192,7 @@ def _write_weights(
 
 
 def _with_scales(names: Iterable[str], rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    keys = (key for name in names for key in (name, f"{name}_scale"))
+    keys = (key for name in names for key in (name, f"{name}_scale", f"{name}_step"))
     return {key: rounded[key].cpu() for key in keys if key in rounded}
 
 

@@ -51,10 +51,11 @@ class ModelSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """What is stored in 8 bit. Router, norms, embeddings and head always keep their own dtype."""
+    """What is stored in 8 or 4 bit. Router, norms, embeddings and head always keep their own dtype."""
 
-    experts: Literal["int8", "none"] = "int8"
-    """Expert stacks: int8 with one scale per output row, or left in the compute dtype."""
+    experts: Literal["int8", "int4", "mxfp4", "none"] = "int8"
+    """Expert stacks: int8 with one scale per output row; int4 or mxfp4, about half of that and coarser; or left in the
+    compute dtype. A stack whose inputs are no multiple of 64 stays int8."""
     linears: Literal["int8", "bnb", "none"] = "int8"
     """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
     activations too; or left alone."""
@@ -69,10 +70,10 @@ class QuantizationSection(_Section):
 
     @model_validator(mode="after")
     def _something_to_compensate(self) -> QuantizationSection:
-        if self.activations == "int8" and self.experts != "int8":
-            raise ValueError("activations: int8 needs experts: int8")
-        if self.error_compensation != "none" and self.experts != "int8" and self.linears != "int8":
-            raise ValueError("error_compensation needs experts or linears in int8")
+        if self.activations == "int8" and self.experts not in ("int8", "int4"):
+            raise ValueError("activations: int8 needs experts: int8 or int4")
+        if self.error_compensation != "none" and self.experts not in ("int8", "int4") and self.linears != "int8":
+            raise ValueError("error_compensation needs experts in int8 or int4, or linears in int8")
         return self
 
 

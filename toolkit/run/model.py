@@ -143,10 +143,11 @@ def requantised(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
-    """What is int8, what is adapted and what has moved: each as [done, all], or a plain count."""
+    """What is stored rounded, what is adapted and what has moved: each as [done, all], or a plain count."""
     stored, adapted = measure(model.get_base_model(), plan.architecture), adapter_coverage(model)
+    kinds = sorted(stored.stacks_stored.items(), key=lambda kind: -kind[1])
     return {
-        "expert stacks int8": [stored.stacks_int8, stored.stacks],
+        **{f"expert stacks {kind}": [count, stored.stacks] for kind, count in kinds},
         "linears 8-bit": [stored.linears_8bit, stored.linears],
         "expert stacks adapted": [adapted.stacks, adapted.stacks_all],
         "routers adapted": [adapted.routers, adapted.routers_all],

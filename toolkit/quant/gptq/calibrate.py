@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from toolkit.architecture import Architecture, ExpertLayer, describe
 from toolkit.errors import ModelError
 from toolkit.ops.experts import ExpertStack, expert_weights
+from toolkit.ops.four_bit import packed_codes
 from toolkit.ops.int8 import Int8Linear, quantize
-from toolkit.quant.gptq.error_feedback import blend, compensate, row_errors
+from toolkit.quant.gptq.error_feedback import Solved, blend, compensate, compensate_int4, rounded_to_int4, row_errors
 from toolkit.quant.gptq.observe import Batch, ExpertInputs, LayerVisit, LinearInputs, decoder_layers, observe, walk
 from toolkit.quant.gptq.search import effort_for
 from toolkit.quant.source import SourceWeights
@@ -166,6 +167,8 @@ class _Part:
     source: torch.Tensor
     moment_of: Callable[[int], torch.Tensor]
     rows: torch.Tensor
+    is_transposed: bool = False
+    """Whether the original is [E, I, O]."""
 
     def mean_moment(self) -> torch.Tensor:
         """Of one row, whichever expert it went to: [I, I]."""
@@ -177,13 +180,20 @@ class _Part:
     def original(self, group: range) -> torch.Tensor:
         """These experts' weights [B, O, I] in fp32, where the stack lies."""
         weight = self.source[group.start : group.stop].to(self.stack.weight.device)
-        return (weight.transpose(-1, -2) if self.stack.is_transposed else weight).float()
+        return (weight.transpose(-1, -2) if self.is_transposed else weight).float()
 
-    def write(self, expert: int, stored: torch.Tensor, scale: torch.Tensor) -> None:
-        """Replace one expert's integers [O, I] and scales [O]."""
-        self.stack.weight[expert].copy_(stored.t() if self.stack.is_transposed else stored)
-        assert self.stack.scale is not None
-        self.stack.scale[expert].copy_(scale)
+    def write(self, expert: int, solved: Solved, position: int) -> None:
+        """Replace one expert's integers and scales by those of a matrix that was solved."""
+        stack, stored = self.stack, solved.stored[position]
+        assert stack.scale is not None
+        stack.scale[expert].copy_(solved.scale[position])
+        if stack.step is None or solved.step is None:
+            stack.weight[expert].copy_(stored.t() if stack.is_transposed else stored)
+            return
+        step = solved.step[position]
+        stack.step[expert].copy_(step)
+        codes = stored.unflatten(-1, (len(step), -1)) // step.t().unsqueeze(-1)
+        stack.weight[expert].copy_(packed_codes(codes.flatten(-2)))
 
 
 def _solve_layer(
@@ -198,7 +208,7 @@ def _parts(model: nn.Module, visit: LayerVisit, architecture: Architecture, sour
     linears = [linear.name for linear in architecture.linears if linear.name.startswith(inside)]
     linears = [name for name in linears if isinstance(model.get_submodule(name), Int8Linear)]
     layers = [layer for layer in architecture.layers if layer.name.startswith(inside)]
-    layers = [layer for layer in layers if expert_weights(model.get_submodule(layer.name)).up.scale is not None]
+    layers = [layer for layer in layers if expert_weights(model.get_submodule(layer.name)).up.row_scale is not None]
     if not linears and not layers:
         return
     seen = observe(model, visit, linears, [layer.name for layer in layers])
@@ -240,8 +250,8 @@ def _expert_parts(
         return _moment(weights.gate(_project(x_TH[token].float(), weights.up, expert)), weight)
 
     up, down = layer.stacks
-    yield _Part(name, up, weights.up, source[up], up_moment, rows)
-    yield _Part(name, down, weights.down, source[down], down_moment, rows)
+    yield _Part(name, up, weights.up, source[up], up_moment, rows, layer.is_transposed)
+    yield _Part(name, down, weights.down, source[down], down_moment, rows, layer.is_transposed)
 
 
 def _moment(x_NI: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
@@ -269,9 +279,14 @@ def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
     weight, moment = part.original(group), torch.stack([part.moment_of(expert) for expert in group])
     rows = part.rows[group.start : group.stop].to(moment.device)
     damping = (_DAMPING + _FEW_ROWS * weight.shape[-1] / (rows + _TYPICAL_ROWS)).clamp(max=1.0)
-    effort = effort_for(*weight.shape[1:])
-    solved = compensate(weight, blend(moment, rows, mean, _TYPICAL_ROWS), damping, effort)
-    plain, scale = quantize(weight)
+    blended = blend(moment, rows, mean, _TYPICAL_ROWS)
+    if part.stack.four_bits:
+        solved = compensate_int4(weight, blended, damping)
+        found = rounded_to_int4(weight)
+        plain, scale = found.stored, found.scale
+    else:
+        solved = compensate(weight, blended, damping, effort_for(*weight.shape[1:]))
+        plain, scale = quantize(weight)
     before = row_errors(weight, plain, scale, moment).sum(-1)
     after = row_errors(weight, solved.stored, solved.scale, moment).sum(-1)
     signal = row_errors(weight, plain, torch.zeros_like(scale), moment).sum(-1)
@@ -279,7 +294,7 @@ def _solve_group(part: _Part, group: range, mean: torch.Tensor) -> torch.Tensor:
     worse = after > before
     for position, expert in enumerate(group):
         if not worse[position]:
-            part.write(expert, solved.stored[position], solved.scale[position])
+            part.write(expert, solved, position)
     return torch.stack([signal, before, torch.where(worse, before, after), worse.float()], dim=-1).cpu()
 
 

@@ -1,4 +1,4 @@
-"""Row-wise int8 with error feedback: rounding that knows which inputs a weight will meet (GPTQ).
+"""Row-wise int8, or int4, with error feedback: rounding that knows which inputs a weight will meet (GPTQ).
 
 Plain rounding minimises |W - Ŵ|; this minimises |X(W - Ŵ)ᵀ| for inputs X like the calibration rows, in the same
 storage. Libraries that ship GPTQ quantise `nn.Linear` to their own formats; expert stacks and our storage they lack.
@@ -9,14 +9,16 @@ storage. Libraries that ship GPTQ quantise `nn.Linear` to their own formats; exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from toolkit.ops.four_bit import integers, quantize_int4
 from toolkit.ops.int8 import quantize
 from toolkit.quant.gptq.search import Effort, decode, pivot_order, scales_around
 
-__all__ = ["Solved", "blend", "compensate", "row_errors"]
+__all__ = ["Solved", "blend", "compensate", "compensate_int4", "rounded_to_int4", "row_errors"]
 
 _LEVELS = 127.0
 _BLOCK = 64
@@ -26,12 +28,16 @@ _REFIT = 0.02
 
 @dataclass(frozen=True)
 class Solved:
-    """int8 [B, O, I], scales [B, O], and each row's |X(w - ŵ)|² under the given H, [B, O], before and after."""
+    """int8 [B, O, I], scales [B, O], and each row's |X(w - ŵ)|² under the given H, [B, O], before and after.
+
+    Of int4 the integers are code times step, with the steps [B, I/G, O] that they are multiples of.
+    """
 
     stored: torch.Tensor
     scale: torch.Tensor
     rounded_error: torch.Tensor
     error: torch.Tensor
+    step: torch.Tensor | None = None
 
 
 def compensate(
@@ -60,10 +66,46 @@ def compensate(
         return best if weight.shape[0] == 1 else _one_by_one(weight, hessian, damping_B, effort)
     # The scale that just avoids clipping stays: at a smaller one a row's largest weight is off by whole levels, which
     # nothing makes good. Trying 0.95, 0.9 and 0.85 of it for every row of the embedded model changed nothing.
-    levels = _take(_round_columns(_take(weight_BOI, order), scale, feedback), order.argsort(dim=-1))
+    level = torch.ones((), device=scale.device).expand_as(weight_BOI)
+    levels = _fed_back(weight_BOI, scale, level, (-_LEVELS, _LEVELS), order, feedback)
     for candidate in (scale, _refit(weight_BOI, levels, hessian_BII, scale)):
         best = _better_rows(best, weight_BOI, levels, candidate, hessian_BII)
     return best if effort is None else _search(best, weight_BOI, hessian_BII, damping_B, effort)
+
+
+def compensate_int4(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor | float = 0.01) -> Solved:
+    """As `compensate`, in int4: each group's step is chosen for the inputs that the weights will meet, then kept."""
+    weight_BOI, hessian_BII = weight.float(), hessian.float()
+    plain = rounded_to_int4(weight_BOI)
+    rounded = row_errors(weight_BOI, plain.stored, plain.scale, hessian_BII)
+    best = replace(plain, rounded_error=rounded, error=rounded.clone())
+    diagonal_BI = hessian_BII.diagonal(dim1=-2, dim2=-1)
+    damping_B = torch.as_tensor(damping, dtype=torch.float32, device=weight.device).expand(weight.shape[0])
+    order = diagonal_BI.argsort(dim=-1, descending=True, stable=True)
+    feedback = _feedback(_take(_take(hessian_BII, order).transpose(-1, -2), order), damping_B)
+    if feedback is None:
+        if weight.shape[0] == 1:
+            return best
+        each = zip(weight.split(1), hessian.split(1), damping_B.split(1), strict=True)
+        return _joined([compensate_int4(*one) for one in each])
+    for chosen in (plain, rounded_to_int4(weight_BOI, diagonal_BI)):
+        assert chosen.step is not None
+        group = weight.shape[-1] // chosen.step.shape[-2]
+        step = chosen.step.transpose(-1, -2).float().repeat_interleave(group, -1)
+        levels = _fed_back(weight_BOI, chosen.scale, step, (-8.0, 7.0), order, feedback)
+        for candidate in (chosen.scale, _refit(weight_BOI, levels, hessian_BII, chosen.scale)):
+            best = _better_rows(best, weight_BOI, levels, candidate, hessian_BII, chosen.step)
+    return best
+
+
+def rounded_to_int4(weight: torch.Tensor, importance: torch.Tensor | None = None) -> Solved:
+    """Matrices [B, O, I] rounded to int4, their steps chosen by errors that count as `importance` [B, I] says."""
+    found = [
+        quantize_int4(each, importance=None if importance is None else importance[n]) for n, each in enumerate(weight)
+    ]
+    stored = torch.stack([integers(each) for each in found]).transpose(-1, -2)
+    scale, step = (torch.stack([getattr(each, name) for each in found]) for name in ("scale", "step"))
+    return Solved(stored, scale, torch.zeros_like(scale), torch.zeros_like(scale), step)
 
 
 def blend(hessian: torch.Tensor, rows: torch.Tensor, mean: torch.Tensor, strength: float) -> torch.Tensor:
@@ -103,8 +145,24 @@ def _feedback(hessian: torch.Tensor, damping: torch.Tensor) -> torch.Tensor | No
     return None
 
 
-def _round_columns(weight: torch.Tensor, scale: torch.Tensor, feedback: torch.Tensor) -> torch.Tensor:
-    """Round column by column, handing each column's error on to those still to come: integers [B, O, I] as floats."""
+def _fed_back(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    step: torch.Tensor,
+    codes: tuple[float, float],
+    order: torch.Tensor,
+    feedback: torch.Tensor,
+) -> torch.Tensor:
+    """Integers [B, O, I] as floats: codes within limits times steps [B, O, I], decided in `order` [B, I]."""
+    units = _take(step * scale.unsqueeze(-1), order)
+    back = order.argsort(dim=-1)
+    return _take(_round_columns(_take(weight, order), units, codes, feedback), back) * step
+
+
+def _round_columns(
+    weight: torch.Tensor, unit: torch.Tensor, codes: tuple[float, float], feedback: torch.Tensor
+) -> torch.Tensor:
+    """Round column by column, handing each column's error on to those still to come: codes [B, O, I] as floats."""
     rest_BIO = weight.transpose(-1, -2).contiguous()
     result_BIO = torch.empty_like(rest_BIO)
     inputs = weight.shape[-1]
@@ -113,9 +171,9 @@ def _round_columns(weight: torch.Tensor, scale: torch.Tensor, feedback: torch.Te
         errors_BNO = torch.empty_like(rest_BIO[:, start:end])
         for column in range(start, end):
             value = rest_BIO[:, column]
-            level = torch.round(value / scale).clamp_(-_LEVELS, _LEVELS)
+            level = torch.round(value / unit[..., column]).clamp_(*codes)
             result_BIO[:, column] = level
-            error = (value - level * scale) / feedback[:, column, column, None]
+            error = (value - level * unit[..., column]) / feedback[:, column, column, None]
             errors_BNO[:, column - start] = error
             if column + 1 < end:
                 ahead = feedback[:, column, column + 1 : end, None]
@@ -136,7 +194,12 @@ def _refit(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, sc
 
 
 def _better_rows(
-    best: Solved, weight: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
+    best: Solved,
+    weight: torch.Tensor,
+    levels: torch.Tensor,
+    scale: torch.Tensor,
+    hessian: torch.Tensor,
+    step: torch.Tensor | None = None,
 ) -> Solved:
     error = row_errors(weight, levels, scale, hessian)
     better = error < best.error
@@ -145,6 +208,7 @@ def _better_rows(
         torch.where(better, scale, best.scale),
         best.rounded_error,
         torch.where(better, error, best.error),
+        best.step if step is None or best.step is None else torch.where(better.unsqueeze(-2), step, best.step),
     )
 
 
@@ -174,11 +238,15 @@ def _search_one(
 
 
 def _one(solved: Solved, index: int) -> Solved:
-    return Solved(*(getattr(solved, name)[index : index + 1] for name in Solved.__dataclass_fields__))
+    parts: dict[str, Any] = {name: getattr(solved, name) for name in Solved.__dataclass_fields__}
+    mine: dict[str, Any] = {name: part if part is None else part[index : index + 1] for name, part in parts.items()}
+    return Solved(**mine)
 
 
 def _joined(solved: list[Solved]) -> Solved:
-    return Solved(*(torch.cat([getattr(one, name) for one in solved]) for name in Solved.__dataclass_fields__))
+    parts: dict[str, Any] = {name: [getattr(one, name) for one in solved] for name in Solved.__dataclass_fields__}
+    joined: dict[str, Any] = {name: None if part[0] is None else torch.cat(part) for name, part in parts.items()}
+    return Solved(**joined)
 
 
 def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor, effort: Effort | None) -> Solved:

@@ -19,6 +19,7 @@ from toolkit.checkpoint.files import read_header
 from toolkit.durable import replaced_file
 from toolkit.errors import ModelError, ResourceError, first_line
 from toolkit.quant.gptq.calibrate import Compensation, ExpertError, PartError
+from toolkit.quant.stored import rounded_in
 
 __all__ = ["int8_state", "read_compensated", "write_compensated"]
 
@@ -28,10 +29,9 @@ _ABOUT = "onecard"
 
 
 def int8_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A bare model's int8 weights and their scales, by parameter name; nothing is copied."""
+    """A bare model's rounded weights and what is beside them, by parameter name; nothing is copied."""
     state = model.state_dict()
-    stored = [name for name, value in state.items() if value.dtype == torch.int8 and f"{name}_scale" in state]
-    return {key: state[key] for name in stored for key in (name, f"{name}_scale")}
+    return {key: state[key] for keys in rounded_in(state).values() for key in keys}
 
 
 def write_compensated(model: nn.Module, report: Compensation, path: Path, base: str) -> None:
