@@ -26,10 +26,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from toolkit.architecture import describe
 from toolkit.checkpoint.files import METHOD, declared_format, read_header, shards_of
 from toolkit.checkpoint.formats import BESIDE_PACKED, Files, Packed, packed_weights
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError, first_line
+from toolkit.parts import FOUR_BITS
 
 __all__ = ["Shards", "refuse_wrong_shapes", "targets"]
 
@@ -139,9 +141,11 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
         ModelError: a tensor disagrees with the config, or the tensors of a stack do not fit together.
     """
     declared = declared_format(name, model.config)
+    is_ours = declared is not None and declared["quant_method"] == METHOD
+    if is_ours and declared is not None and declared.get("experts") in FOUR_BITS:
+        shapes = _unpacked(shapes, model)
     with torch.device("meta"):
         tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes}
-    is_ours = declared is not None and declared["quant_method"] == METHOD
     mapping = [] if is_ours else copy.deepcopy(get_model_conversion_mapping(model))
     for conversion in mapping:
         if isinstance(conversion, WeightConverter):
@@ -161,6 +165,19 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
         )
     for parameter in sorted(info.conversion_errors):
         raise ModelError(f"{name}: the tensors for {parameter} do not fit together; download the checkpoint again")
+
+
+def _unpacked(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], model: PreTrainedModel
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Shapes with those of four-bit stacks, [E, I/2, O] bytes, as the family's own."""
+    transposed = {name: layer.is_transposed for layer in describe(model).layers for name in layer.stacks}
+    for key, shape in shapes:
+        if key in transposed and len(shape) == 3:
+            experts, half, outputs = shape
+            packed = (experts, 2 * half, outputs) if transposed[key] else (experts, outputs, 2 * half)
+            shape = packed if tuple(model.get_parameter(key).shape) == packed else shape
+        yield key, shape
 
 
 def _times(shape: Iterable[int]) -> str:
