@@ -56,6 +56,17 @@ PACKAGES = {
     "bitsandbytes": Side(
         "bitsandbytes_side.py", ("bitsandbytes==0.50.2", _TRANSFORMERS, "accelerate==1.15.0", "safetensors==0.8.0")
     ),
+    "gptqmodel": Side(
+        "gptqmodel_side.py",
+        (
+            _TRANSFORMERS,
+            *("accelerate==1.15.0", "datasets==5.2.0", "pillow==13.0.0", "protobuf==7.36.2", "requests==2.34.2"),
+            *("defuser==0.0.28", "device-smi==0.5.7", "logbar==0.4.15", "pypcre==0.6.4", "tokenicer==0.0.14"),
+            *("threadpoolctl==3.8.0", "torchao==0.18.0", "safetensors==0.8.0", "setuptools==84.2.1"),
+        ),
+        ("GPTQModel==7.7.0",),
+    ),
+    "mlx": Side("mlx_side.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "transformers==5.24.0", "safetensors==0.8.0")),
 }
 
 

@@ -30,8 +30,10 @@ __all__ = [
     "Written",
     "by_expert",
     "golden_source",
+    "plain_tensors",
     "renamed",
     "run",
+    "save_plain",
     "tree",
     "whole_source",
     "with_routers",
@@ -98,6 +100,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_method": "greedy",
         "routed_scaling_factor": 1.0,
         "norm_topk_prob": False,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
     },
     "glm4_moe": {
         **_SHARED,
@@ -113,6 +124,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.0,
         "norm_topk_prob": True,
         "use_qk_norm": True,
+        "rope_scaling": None,
         "partial_rotary_factor": 0.5,
     },
     "gpt_oss": {
@@ -165,6 +177,7 @@ class Written:
         config: the quantization_config as the package writes it; None where it writes none.
         dtype: the type that the package computed `expected` in.
         metadata: of the safetensors file. files: other JSON files by name. more: other keys of config.json.
+        whole: whether `tensors` are all of the file; else what was left plain is added to them.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -174,6 +187,7 @@ class Written:
     metadata: Mapping[str, str] | None = None
     files: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -226,7 +240,7 @@ def run(package: str, variants: Mapping[str, Variant], also: tuple[str, ...] = (
             if family:
                 _save_whole(options.out / f"{family}-{name}", family, source, written, told)
             else:
-                _save_golden(options.out, f"{package}-{name}".replace("_", "-"), written, told)
+                _save_golden(options.out, f"{package}-{name}".lower().replace("_", "-"), written, told)
 
 
 def golden_source(shapes: Mapping[str, tuple[int, ...]]) -> Source:
@@ -363,9 +377,23 @@ def _mlp(
     return {gate: (width, HIDDEN), up: (width, HIDDEN), down: (HIDDEN, width)}
 
 
+def plain_tensors(source: Source) -> dict[str, torch.Tensor]:
+    """What a package leaves alone, by its whole name."""
+    return {**source.others, **{f"{name}.weight": weight for name, weight in source.left.items()}}
+
+
+def save_plain(folder: Path, source: Source) -> None:
+    """The checkpoint before it is quantised, in bf16, for packages that read one from a folder."""
+    linears = {f"{name}.weight": weight for name, weight in source.linears.items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in {**linears, **plain_tensors(source)}.items()}
+    save_file(_own(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    config = {**FAMILIES[source.family or ""], "model_type": source.family}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _save_whole(folder: Path, family: str, source: Source, written: Written, told: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {**source.others, **{f"{name}.weight": weight for name, weight in source.left.items()}}
+    plain = {} if written.whole else plain_tensors(source)
     config = {**FAMILIES[family], "model_type": family, **written.more}
     if written.config is not None:
         config["quantization_config"] = written.config
