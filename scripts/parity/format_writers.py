@@ -67,6 +67,16 @@ PACKAGES = {
         ("GPTQModel==7.7.0",),
     ),
     "mlx": Side("mlx_side.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "transformers==5.24.0", "safetensors==0.8.0")),
+    "autoawq": Side(
+        "autoawq_side.py",
+        (
+            *("transformers==4.51.3", "accelerate==1.6.0", "datasets==3.6.0", "zstandard==0.25.0", "triton==3.7.1"),
+            *("safetensors==0.8.0", "setuptools==84.2.1"),
+        ),
+        ("autoawq==0.2.9",),
+    ),
+    "modelopt": Side("modelopt_side.py", ("nvidia-modelopt[hf]==0.47.0", "transformers==5.14.1", "safetensors==0.8.0")),
+    "hqq": Side("hqq_side.py", ("hqq==0.2.8.post1", "transformers==5.24.0", "safetensors==0.8.0")),
 }
 
 

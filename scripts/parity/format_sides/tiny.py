@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "q_lora_rank": None,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
+        "qk_rope_head_dim": 32,
         "v_head_dim": 16,
         "n_routed_experts": EXPERTS,
         "n_shared_experts": 1,
@@ -333,8 +333,8 @@ def _shapes(family: str) -> dict[str, tuple[int, ...]]:
 def _attention(family: str, at: str) -> dict[str, tuple[int, ...]]:
     if family == "deepseek_v2":
         shapes: dict[str, tuple[int, ...]] = {
-            "q_proj.weight": (4 * 32, HIDDEN),
-            "kv_a_proj_with_mqa.weight": (32 + 16, HIDDEN),
+            "q_proj.weight": (4 * 48, HIDDEN),
+            "kv_a_proj_with_mqa.weight": (32 + 32, HIDDEN),
             "kv_a_layernorm.weight": (32,),
             "kv_b_proj.weight": (4 * 32, 32),
             "o_proj.weight": (HIDDEN, 4 * 16),
