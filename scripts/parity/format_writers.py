@@ -77,6 +77,9 @@ PACKAGES = {
     ),
     "modelopt": Side("modelopt_side.py", ("nvidia-modelopt[hf]==0.47.0", "transformers==5.14.1", "safetensors==0.8.0")),
     "hqq": Side("hqq_side.py", ("hqq==0.2.8.post1", "transformers==5.24.0", "safetensors==0.8.0")),
+    "torchao": Side("torchao_side.py", ("torchao==0.18.0", _TRANSFORMERS, "accelerate==1.15.0", "safetensors==0.8.0")),
+    "auto_round": Side("auto_round_side.py", ("auto-round==0.16.1", "transformers==5.24.0", "safetensors==0.8.0")),
+    "transformers": Side("transformers_side.py", (_TRANSFORMERS, "safetensors==0.8.0")),
 }
 
 

@@ -139,8 +139,8 @@ def _variants() -> dict[str, Variant]:
         ("w4a16-nvfp4", "W4A16_NVFP4_CFG", ("qwen3_moe",), None),
         ("w4a8-nvfp4-fp8", "W4A8_NVFP4_FP8_CFG", ("qwen3_moe",), case),
         ("mxfp8", "MXFP8_DEFAULT_CFG", ("qwen3_moe",), None),
-        ("mxfp4", "MXFP4_DEFAULT_CFG", ("qwen3_moe",), case),
-        ("int8", "INT8_WEIGHT_ONLY_CFG", ("qwen3_moe",), case),
+        ("mxfp4", "MXFP4_DEFAULT_CFG", ("qwen3_moe",), None),
+        ("int8", "INT8_WEIGHT_ONLY_CFG", ("qwen3_moe",), None),
         ("int8-smoothquant", "INT8_SMOOTHQUANT_CFG", ("qwen3_moe",), None),
         ("mixed", MIXED, ("qwen3_moe",), None),
     ):
