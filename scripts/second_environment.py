@@ -19,32 +19,39 @@ PINS = Path(__file__).resolve().parents[1] / "constraints.txt"
 STAMP = "complete"
 
 
-def python_with(folder: Path, packages: tuple[str, ...]) -> str:
+def python_with(folder: Path, packages: tuple[str, ...], pins: Path | None = PINS, alone: tuple[str, ...] = ()) -> str:
     """The Python of the environment in `folder`, made anew where it is missing, incomplete or of other versions.
 
     torch comes first, so that no other package's requirement chooses another build of it.
+
+    Args:
+        pins: a file of constraints; None where `packages` have their versions with them, torch first.
+        alone: packages that are installed without what they ask for.
 
     Raises:
         RuntimeError: pip failed; its last line.
     """
     python, stamp = folder / "bin" / "python", folder / STAMP
-    if not stamp.is_file() or stamp.read_text() != fingerprint(packages):
-        print(f"making {folder} with {', '.join(packages)}; this takes minutes once", file=sys.stderr)
+    wanted = fingerprint((*packages, *alone), pins)
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print(f"making {folder} with {', '.join((*packages, *alone))}; this takes minutes once", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
-        for some in (["torch"], ["torch", *packages]):
-            _install(python, folder, some)
-        stamp.write_text(fingerprint(packages))
+        constraints = ["-c", str(pins)] if pins else []
+        torch = "torch" if pins else packages[0]
+        for some in ([torch], [torch, *packages], *([["--no-deps", "--no-build-isolation", *alone]] if alone else [])):
+            _install(python, folder, [*constraints, *some])
+        stamp.write_text(wanted)
     return str(python)
 
 
-def fingerprint(packages: tuple[str, ...]) -> str:
+def fingerprint(packages: tuple[str, ...], pins: Path | None = PINS) -> str:
     """What the file STAMP of a complete environment says."""
-    return hashlib.sha256(PINS.read_bytes() + " ".join(packages).encode()).hexdigest()
+    return hashlib.sha256((pins.read_bytes() if pins else b"") + " ".join(packages).encode()).hexdigest()
 
 
 def _install(python: Path, folder: Path, packages: list[str]) -> None:
     index = os.environ.get("ONECARD_TORCH_INDEX")
-    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(PINS), *packages]
+    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]
     command += ["--extra-index-url", index] if index else []
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
