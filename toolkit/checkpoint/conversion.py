@@ -8,7 +8,7 @@ the files hold expert by expert is compared as the stack that it becomes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,35 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from toolkit.checkpoint.files import METHOD, declared_format, shards_of
+from toolkit.checkpoint.files import METHOD, declared_format, read_header, shards_of
+from toolkit.checkpoint.formats import BESIDE_PACKED, Files, Packed, packed_weights
+from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError, first_line
 
 __all__ = ["Shards", "refuse_wrong_shapes", "targets"]
 
 
 class Shards:
-    """The files of one checkpoint folder, mapped while the block lasts; `name` is what errors call it.
+    """The tensors of one checkpoint folder as plain weights, mapped while the block lasts or a slice of them lives.
+
+    Args:
+        name: what errors call it. declared: its quantization_config, as `declared_format` gives it; what is stored in
+            parts is multiplied out when it is read.
 
     Raises:
-        ModelError: no safetensors there, or a shard is missing or damaged.
+        ModelError: no safetensors there, a shard is missing or damaged, or a quantised weight lacks a part.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, declared: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self.files = [folder / file for file in shards_of(folder, name)]
+        self._declared = declared
         self._stack = ExitStack()
         self._opened: dict[str, Any] = {}
+        self._packed: dict[str, Packed] = {}
 
     def __enter__(self) -> Shards:
+        metadata: dict[str, str] = {}
         for path in self.files:
             try:
                 opened = self._stack.enter_context(safe_open(path, framework="pt"))
@@ -55,6 +64,9 @@ class Shards:
                     f"{self.name}: {path.name} cannot be read: {first_line(error)}; download the checkpoint again"
                 ) from None
             self._opened |= dict.fromkeys(opened.keys(), opened)
+            metadata |= opened.metadata() or {}
+        if (self._declared or {}).get("quant_method") != METHOD:
+            self._packed = self._find_packed(metadata)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -63,13 +75,15 @@ class Shards:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of every tensor, in the files' order."""
-        return tuple(self._opened)
+        """Of every weight, in the files' order; one that is stored in parts stands where its first part does."""
+        whole = {part.key: name for name, weight in self._packed.items() for part in weight.parts.values()}
+        beside = {key for key in self._opened if key not in whole and _belongs(key, self._packed)}
+        return tuple(dict.fromkeys(whole.get(key, key) for key in self._opened if key not in beside))
 
     @property
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor with its shape."""
-        return ((key, tuple(self.slice(key).get_shape())) for key in self._opened)
+        """Every weight with its shape."""
+        return ((key, tuple(self.slice(key).get_shape())) for key in self.keys)
 
     @property
     def bytes(self) -> int:
@@ -77,8 +91,28 @@ class Shards:
         return sum(path.stat().st_size for path in self.files)
 
     def slice(self, key: str) -> Any:
-        """The tensor, unread until it is indexed."""
+        """A weight, unread until it is indexed, or until its `read` where it is stored in parts."""
+        if (packed := self._packed.get(key)) is not None:
+            return PackedSlice(packed, {part.key: self._get_slice(part.key) for part in packed.parts.values()})
+        return self._get_slice(key)
+
+    def _get_slice(self, key: str) -> Any:
         return self._opened[key].get_slice(key)
+
+    def _find_packed(self, metadata: Mapping[str, str]) -> dict[str, Packed]:
+        headers = {key: tensor for path in self.files for key, tensor in read_header(path).items()}
+        values = lambda key: self._opened[key].get_tensor(key)  # noqa: E731
+        try:
+            return packed_weights(Files(self.name, headers, self._declared or {}, values, metadata))
+        except ModelError:
+            self._stack.close()
+            raise
+
+
+def _belongs(key: str, packed: Mapping[str, Packed]) -> bool:
+    """Whether a tensor says something of a packed weight that its values do not need: its shape, scales of inputs."""
+    module, _, leaf = key.rpartition(".")
+    return leaf in BESIDE_PACKED and f"{module}.weight" in packed
 
 
 def targets(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str]) -> dict[str, str]:

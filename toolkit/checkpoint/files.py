@@ -28,6 +28,7 @@ __all__ = [
     "METHOD",
     "REQUIRES",
     "SINGLE",
+    "SOURCES",
     "Header",
     "Placed",
     "beside",
@@ -65,8 +66,13 @@ transformers only warns of a format that it does not know and would take the int
 there it refuses, and quotes it.
 """
 
-_SOURCES = ("fp8", "mxfp8", "mxfp4")
-"""Quantised formats that are read: transformers multiplies each tensor out and it is rounded to int8 at once."""
+SOURCES = (
+    *("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "intel/auto-round"),
+    *("bitsandbytes", "modelopt", "mlx", "hqq", "torchao"),
+)
+"""Formats of others that are read: each weight is multiplied out and rounded to int8 at once."""
+_BESIDE_CONFIG = "hf_quant_config.json"
+"""Where modelopt says what it did, if not in config.json."""
 
 
 @dataclass(frozen=True)
@@ -181,23 +187,44 @@ def beside(folder: Path) -> list[Path]:
 
 
 def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint, None where its weights are plain floats.
+    """The quantization_config of a checkpoint, with its `quant_method`; None where its weights are plain floats.
 
     Raises:
         ModelError: a format that can be neither loaded nor requantised.
     """
     parts = (config, config.get_text_config())
     declared = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    declared = declared or next((found for part in parts if (found := getattr(part, "quantization", None))), None)
     if declared is None:
-        return None
+        beside = _beside_config(name_or_path, config)
+        return None if beside is None else {**beside, "quant_method": "modelopt"}
     declared = dict(declared) if isinstance(declared, Mapping) else {}
+    if "quant_method" not in declared and {"bits", "group_size"} <= declared.keys():
+        declared["quant_method"] = "mlx"  # which names itself nowhere
     method = declared.get("quant_method")
-    if method not in (METHOD, *_SOURCES):
+    if method not in (METHOD, *SOURCES):
         raise ModelError(
-            f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; only "
-            f"{', '.join(_SOURCES)} can be requantised, so take the unquantised checkpoint of this model"
+            f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; read are "
+            f"{', '.join(SOURCES)}; take the unquantised checkpoint of this model"
         )
     return declared
+
+
+def _beside_config(name_or_path: str, config: PretrainedConfig) -> dict[str, Any] | None:
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        commit = getattr(config, "_commit_hash", None)
+        cached = whole_snapshot(name_or_path, commit) if commit else None
+        if cached is None:
+            return None
+        folder = cached
+    path = folder / _BESIDE_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON that says how weights are stored ({first_line(error)[:120]})") from None
 
 
 def stored_headers(name_or_path: str | Path, revision: str = "main") -> Sequence[Header]:

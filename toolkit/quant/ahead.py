@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from toolkit.checkpoint.weights import Unread
+
 __all__ = ["ReadAhead"]
 
 _AHEAD = 256 << 20
@@ -47,8 +49,10 @@ class ReadAhead:
 def _chunks(sources: Iterable[Any]) -> Iterator[torch.Tensor]:
     """Their bytes, a part at a time; what is not contiguous is no mapped file."""
     for source in sources:
-        if (tensor := source[...]).is_contiguous():
-            yield from tensor.reshape(-1).view(torch.uint8).split(_CHUNK)
+        part = source[...]
+        for tensor in part.pages() if isinstance(part, Unread) else (part,):
+            if tensor.is_contiguous():
+                yield from tensor.reshape(-1).view(torch.uint8).split(_CHUNK)
 
 
 def _touch(chunk: torch.Tensor) -> None:

@@ -6,16 +6,22 @@ Everything about files, revisions and key layouts is transformers' `from_pretrai
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
+from toolkit.checkpoint.conversion import Shards
 from toolkit.checkpoint.files import METHOD, declared_format
+from toolkit.checkpoint.remote import fetch
+from toolkit.checkpoint.stacks import fitted
 from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.ops.experts import expert_weights
 from toolkit.ops.int8 import dequantize
@@ -54,8 +60,8 @@ def load_int8(
 ) -> tuple[PreTrainedModel, Coverage]:
     """Load a frozen model whose expert stacks and linears become int8 as the shards stream in.
 
-    A checkpoint of 16- or 32-bit weights is rounded, one of FP8 or MXFP4 weights is requantised, and one that
-    `onecard quantize` wrote is mapped from the disk as it is.
+    A checkpoint of 16- or 32-bit weights is rounded, one that others quantised is multiplied out and requantised, and
+    one that `onecard quantize` wrote is mapped from the disk as it is.
 
     Args:
         name_or_path: local folder or Hub repository with safetensors.
@@ -69,11 +75,15 @@ def load_int8(
     """
     config = read_config(name_or_path, revision)
     wanted = storage(name_or_path, config, experts, linears)
+    kind, weights = auto_class(config), None
+    if wanted is not None and wanted.source is not None:
+        kind, weights = _plain(name_or_path, revision, config, wanted.source)
     try:
-        model, info = auto_class(config).from_pretrained(
-            name_or_path,
+        model, info = kind.from_pretrained(
+            name_or_path if weights is None else None,
             config=config,
             revision=revision,
+            state_dict=weights,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
@@ -89,6 +99,8 @@ def load_int8(
             raise
         raise ModelError(f"{name_or_path}: {first_line(error)}") from None
     _refuse_incomplete(name_or_path, info)
+    if weights is not None:
+        _as_if_from(model, name_or_path, revision)
     model.requires_grad_(False)
     model.eval()
     coverage = measure(model)
@@ -97,6 +109,25 @@ def load_int8(
     if linears != "none" and coverage.linears_8bit != coverage.linears:
         raise ModelError(f"{name_or_path}: only {coverage.linears_8bit} of {coverage.linears} linears are 8-bit")
     return model, coverage
+
+
+def _plain(
+    name_or_path: str, revision: str, config: PretrainedConfig, declared: Mapping[str, Any]
+) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    """The model's class, and every weight of a checkpoint that others quantised, unread, as a plain one has it."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=False)
+    with Shards(name_or_path, fetch(name_or_path, revision), declared) as shards:
+        # safetensors keeps a file mapped as long as a slice of it lives.
+        slices = {key: shards.slice(key) for key in shards.keys}
+    return type(model), fitted(slices, model, get_model_conversion_mapping(model))
+
+
+def _as_if_from(model: PreTrainedModel, name_or_path: str, revision: str) -> None:
+    """What `from_pretrained` sets beside the weights where it is given a name."""
+    model.config.name_or_path = name_or_path
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, revision=revision)
 
 
 def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
@@ -131,8 +162,9 @@ def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", 
             )
         return None
     for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+        for name in ("quantization_config", "quantization"):
+            if hasattr(part, name):
+                delattr(part, name)
     return Int8Config(experts, linears, source=declared)
 
 

@@ -7,7 +7,6 @@ checkpoint that `onecard quantize` or `save_pretrained` wrote holds those parame
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,16 +15,16 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from toolkit.architecture import LINEAR_ROLES, describe, strip_index
 from toolkit.checkpoint.files import METHOD
+from toolkit.checkpoint.weights import Unread
 from toolkit.ops import DEFAULT_BACKEND
 from toolkit.ops.int8 import Int8Linear
-from toolkit.quant.rounding import RaggedFp8Dequantize, Round, Workspace, is_int8
+from toolkit.quant.rounding import Round, Workspace, is_int8
 
 __all__ = ["Int8Config", "Int8Quantizer", "register"]
 
@@ -62,7 +61,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
         self.is_stored_int8 = bool(kwargs.get("pre_quantized", True))
         self.workspace = Workspace()
-        self._source: HfQuantizer | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
@@ -87,10 +85,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.quantization_config.source is not None and not self.is_stored_int8:
-            declared = AutoQuantizationConfig.from_dict({**self.quantization_config.source, "dequantize": True})
-            self._source = AutoHfQuantizer.from_config(declared, pre_quantized=True)
-            self.workspace.source = nn.Module.to(copy.deepcopy(model), torch.float32)
         architecture = describe(model)
         if self.quantization_config.experts == "int8":
             for layer in architecture.layers:
@@ -117,8 +111,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             return []
         if self.keeps_results:
             self.workspace.reserve(model)
-        if self._source is not None:
-            weight_conversions = self._source.update_weight_conversions(weight_conversions, model)
         wrapped = [self._rounding(entry) for entry in weight_conversions]
         return [*wrapped, *(self._plain(name) for name in sorted(set(_bare(model))))]
 
@@ -143,10 +135,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 self.workspace.expect(operation, param)
                 return None
         wanted: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return wanted
+        return torch.float32 if wanted is None and isinstance(param, Unread) else wanted
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        self._source, self.workspace = None, Workspace()
+        self.workspace = Workspace()
         _refuse_unread(model)
         # Names and shapes in an int8 checkpoint are the model's own, so saving has nothing to convert back.
         model._weight_conversions = []
@@ -165,22 +157,16 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return Round(operations, self.workspace)
 
     def _plain(self, name: str) -> WeightConverter:
-        """A conversion of a parameter that the checkpoint holds under its own name, with block scales or without."""
-        if not (self._source and name.rpartition(".")[2] != "weight" and "weight" in self._source.serialized_names):
-            return WeightConverter(name, name, [self._round([])], force_cpu=True)
-        operations = [self._round([RaggedFp8Dequantize(self._source)])]
-        return WeightConverter([name, f"{name}_scale_inv"], name, operations, force_cpu=True)
+        """A conversion of a parameter that the checkpoint holds under its own name."""
+        return WeightConverter(name, name, [self._round([])], force_cpu=True)
 
     def _rounding(self, entry: Any) -> Any:
         if not isinstance(entry, WeightConverter):
             return entry
-        operations = [
-            RaggedFp8Dequantize(op.hf_quantizer) if type(op) is Fp8Dequantize else op for op in entry.operations
-        ]
         return entry.copy(
             list(entry._original_source_patterns),
             list(entry._original_target_patterns),
-            operations=[self._round(operations)],
+            operations=[self._round(list(entry.operations))],
             force_cpu=True,  # as a page of the file; each part is sent to the device when its turn comes
         )
 

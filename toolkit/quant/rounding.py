@@ -1,8 +1,8 @@
 """One conversion operation that rounds weights to int8 expert by expert, as they come out of the checkpoint's files.
 
 transformers would build a whole float stack first, and cast it to the compute dtype before that: several layers' worth
-of memory. Here a family's own chain of operations (merge experts, concatenate gate and up, dequantise FP8) runs inside
-ours, on one expert at a time, over tensors that are still pages of the mapped file.
+of memory. Here a family's own chain of operations (merge experts, concatenate gate and up) runs inside ours, on one
+expert at a time, over tensors that are still pages of the mapped file, or packed.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
 from transformers.integrations.bitsandbytes import Bnb8bitQuantize
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 from toolkit.architecture import is_experts
+from toolkit.checkpoint.weights import Unread
 from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
 from toolkit.steps import advance
 
-__all__ = ["RaggedFp8Dequantize", "Round", "Workspace", "is_int8"]
+__all__ = ["Round", "Workspace", "is_int8"]
 
 Tensors = dict[str, Any]
 
@@ -38,11 +37,9 @@ class Workspace:
 
     Args:
         device: where the results go; each expert is sent there before it is rounded.
-        source: a twin of the model with float parameters, for operations that ask for a parameter's dtype.
     """
 
     device: Any = "cpu"
-    source: nn.Module | None = None
     _results: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _scratch: torch.Tensor | None = None
     _expected: dict[int, list[Any]] = field(default_factory=dict)
@@ -110,7 +107,6 @@ class Round(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
         """{source pattern: tensors} to {full parameter name: tensor}, with `<name>_scale` beside each int8 one."""
         name, model = kwargs["full_layer_name"].replace("*.", "0."), kwargs["model"]
-        kwargs["model"] = self.workspace.source or model
         self.workspace.used({})
         is_separable = all(_works_on_one_expert(operation) for operation in self.operations)
         if is_separable and len(kwargs["target_patterns"]) == 1 and _is_int8_stack(model, name):
@@ -159,7 +155,11 @@ class Round(ConversionOps):  # type: ignore[misc]
         return tensors
 
     def _placed(self, tensors: Tensors) -> Tensors:
-        return {pattern: [part.to(self.workspace.device) for part in parts] for pattern, parts in tensors.items()}
+        device = self.workspace.device
+        return {
+            pattern: [part.read(device) if isinstance(part, Unread) else part.to(device) for part in parts]
+            for pattern, parts in tensors.items()
+        }
 
     def _store(self, model: PreTrainedModel, name: str, value: torch.Tensor) -> Tensors:
         module_name, _, leaf = name.rpartition(".")
@@ -175,39 +175,6 @@ class Round(ConversionOps):  # type: ignore[misc]
         return {name: value if self.dtype is None else value.to(self.dtype)}
 
 
-class RaggedFp8Dequantize(Fp8Dequantize):  # type: ignore[misc]
-    """transformers' operation, also for weights whose last blocks are cut off, and for stacks that are stored fused.
-
-    It takes a block's size to be rows / scales: 576 rows in blocks of 128 are an error to it, and 192 rows count as two
-    blocks of 96. Here such a weight is filled up to whole blocks first.
-    """
-
-    def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
-        """As there; scales under any name have had their use."""
-        result: Tensors = super().convert(input_dict, **kwargs)
-        return {key: value for key, value in result.items() if not key.endswith("_scale_inv")}
-
-    def _dequantize_one(self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: Any = None) -> torch.Tensor:
-        block = self.hf_quantizer.quantization_config.weight_block_size
-        rows, columns = quantized.shape[-2:]
-        filled = _filled_up(quantized, tuple(scales.shape[-2:]), tuple(block or ()))
-        result: torch.Tensor = super()._dequantize_one(filled, scales, output_dtype)
-        return result if filled is quantized else result[..., :rows, :columns]
-
-
-def _filled_up(weight: torch.Tensor, grid: tuple[int, ...], block: tuple[int, ...]) -> torch.Tensor:
-    """A weight whose last blocks of the grid of scales are cut off, with zeros to their end; any other as it is."""
-    size = tuple(weight.shape[-2:])
-    if len(grid) != 2 or len(block) != 2 or grid != tuple(-(-n // step) for n, step in zip(size, block, strict=True)):
-        return weight
-    whole = tuple(count * step for count, step in zip(grid, block, strict=True))
-    if whole == size:
-        return weight
-    filled = weight.new_zeros((*weight.shape[:-2], *whole))
-    filled[..., : size[0], : size[1]] = weight
-    return filled
-
-
 def is_int8(module: nn.Module, name: str) -> bool:
     """Whether a module's parameter `name` is stored in our format: int8, with its scales beside it."""
     parameter = getattr(module, name, None)
@@ -218,7 +185,7 @@ def _works_on_one_expert(operation: ConversionOps) -> bool:
     """Whether an operation gives the same result for a stack of one expert as for that expert in the whole stack."""
     merges = isinstance(operation, MergeModulelist) and operation.dim == 0
     joins = isinstance(operation, Concatenate) and operation.dim != 0
-    return merges or joins or isinstance(operation, (Fp8Dequantize, Mxfp4Dequantize))
+    return merges or joins
 
 
 def _listed(part: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:

@@ -29,6 +29,7 @@ from toolkit.checkpoint.conversion import Shards, refuse_wrong_shapes, targets
 from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, write_index
 from toolkit.checkpoint.identity import license_of
 from toolkit.checkpoint.remote import fetch
+from toolkit.checkpoint.stacks import fitted
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state
@@ -106,7 +107,7 @@ def quantize_checkpoint(
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
     try:
-        with Shards(name_or_path, source) as shards, staged_folder(target) as workplace:
+        with Shards(name_or_path, source, wanted.source) as shards, staged_folder(target) as workplace:
             rounded = {} if compensated is None else int8_state(compensated)
             skeleton = _skeleton(name_or_path, config)
             if wanted.source is None:
@@ -161,7 +162,8 @@ def _write_weights(
     quantizer.dtype = dtype
     quantizer.preprocess_model(model)
     mapping = get_model_conversion_mapping(model, None, quantizer)
-    parameters = targets(model, mapping, shards.keys)
+    slices = fitted({key: shards.slice(key) for key in shards.keys}, model, mapping)
+    parameters = targets(model, mapping, slices)
     sizes = {key: value.numel() * value.element_size() for key, value in model.state_dict().items()}
     bins = list(_bins({key: target for key, target in parameters.items() if target in sizes}, sizes))
     _refuse_full_disk(workplace, sum(sizes.values()))
@@ -170,7 +172,7 @@ def _write_weights(
     total = 0
     for number, keys in enumerate(bins, 1):
         done = {parameters[key] for key in keys} & rounded.keys()
-        unread = {key: shards.slice(key) for key in keys if parameters[key] not in done}
+        unread = {key: slices[key] for key in keys if parameters[key] not in done}
         tensors = (_convert(name, model, unread, loading) if unread else {}) | _with_scales(done, rounded)
         file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else SINGLE
         if number == len(bins):  # the other parameters that one tensor of the checkpoint becomes

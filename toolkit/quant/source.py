@@ -1,8 +1,8 @@
 """The weights of a checkpoint as they were before rounding, one decoder layer at a time.
 
-`from_pretrained` loads whole models. Here transformers' own key conversion (fused experts, renamed prefixes, FP8 and
-MXFP4 multiplied out) runs on the few keys of one layer, sliced lazily from the safetensors files, into a skeleton that
-is otherwise on meta.
+`from_pretrained` loads whole models. Here transformers' own key conversion (fused experts, renamed prefixes) runs on
+the few keys of one layer, sliced lazily from the safetensors files and multiplied out where they are quantised, into a
+skeleton that is otherwise on meta.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import auto_class
 from toolkit.checkpoint.conversion import Shards, targets
 from toolkit.checkpoint.remote import fetch
+from toolkit.checkpoint.stacks import fitted
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
@@ -50,11 +51,11 @@ class SourceWeights:
             )
         with torch.device("meta"):
             self._model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
-        self._quantizer = _multiplied_out(self._model, declared.source)
+        self._quantizer = _keeps_floats(self._model) if declared.source is not None else None
         self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
-        with Shards(name_or_path, fetch(name_or_path, revision)) as shards:
+        with Shards(name_or_path, fetch(name_or_path, revision), declared.source) as shards:
             # safetensors keeps a file mapped as long as a slice of it lives.
-            self._slices = {key: shards.slice(key) for key in shards.keys}
+            self._slices = fitted({key: shards.slice(key) for key in shards.keys}, self._model, self._mapping)
         self._targets = targets(self._model, self._mapping, self._slices)
 
     @contextmanager
@@ -103,11 +104,9 @@ class SourceWeights:
             raise ModelError(f"{self.name}: cannot read {bad[0]} as its config says; download the checkpoint again")
 
 
-def _multiplied_out(model: PreTrainedModel, source: Mapping[str, Any] | None) -> Int8Quantizer | None:
-    """What reads a checkpoint of FP8 or MXFP4 weights as float ones; nothing is needed for plain ones."""
-    if source is None:
-        return None
-    quantizer = Int8Quantizer(Int8Config("none", "none", source=source), pre_quantized=False)
+def _keeps_floats(model: PreTrainedModel) -> Int8Quantizer:
+    """What reads packed weights inside a family's conversions and leaves them floats."""
+    quantizer = Int8Quantizer(Int8Config("none", "none"), pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=torch.float32)
     return quantizer
 

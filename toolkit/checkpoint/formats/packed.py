@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import torch
 
-__all__ = ["Packed", "Part", "Tensors"]
+from toolkit.checkpoint.files import Header
+from toolkit.errors import ModelError
+
+__all__ = ["Files", "Packed", "Part", "Tensors", "Unpack"]
 
 Tensors = Mapping[str, torch.Tensor]
+Unpack = Callable[[Tensors], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,75 @@ class Packed:
     name: str
     shape: tuple[int, ...]
     parts: Mapping[str, Part]
-    unpack: Callable[[Tensors], torch.Tensor]
+    unpack: Unpack
     stored: str
     bytes: int
 
     @property
     def step(self) -> int:
         """The fewest rows that can be read by themselves; all of them where the parts do not divide."""
-        rows = self.shape[0]
-        step = math.lcm(*(part.rows.numerator for part in self.parts.values() if part.axis is not None))
-        return step if step < rows and any(part.axis is not None for part in self.parts.values()) else rows
+        divided = [part.rows.numerator for part in self.parts.values() if part.axis is not None]
+        return min(math.lcm(*divided), self.shape[0]) if divided else self.shape[0]
 
     def spans(self, first: int, last: int) -> Iterator[tuple[str, int | None, int, int]]:
         """Where rows `first` to `last` lie: (part, axis, from, to) of each; `first` is a multiple of `step`."""
         for name, part in self.parts.items():
             yield name, part.axis, math.floor(first / part.rows), math.ceil(last / part.rows)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What the headers of a checkpoint say, as a format's reader sees it.
+
+    Args:
+        name: of the checkpoint, for errors. headers: of every tensor by its key.
+        declared: the quantization_config. value: reads a small tensor by its key.
+        metadata: of the files' headers.
+    """
+
+    name: str
+    headers: Mapping[str, Header]
+    declared: Mapping[str, Any]
+    value: Callable[[str], torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def modules(self, leaf: str) -> Iterator[str]:
+        """Names of modules with a tensor `leaf`, in the files' order."""
+        return (key.removesuffix(f".{leaf}") for key in self.headers if key.endswith(f".{leaf}"))
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor that has to be there.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if key not in self.headers:
+            raise ModelError(f"{self.name}: lacks {key}, a part of a quantised weight; download the checkpoint again")
+        return self.headers[key].shape
+
+    def matrix(self, key: str) -> tuple[int, int]:
+        """The shape of a tensor that has to be there, with two dimensions.
+
+        Raises:
+            ModelError: it is not, or has others.
+        """
+        shape = self.shape(key)
+        if len(shape) != 2:
+            raise self.wrong(key, f"has {len(shape)} dimensions, not 2")
+        return shape[0], shape[1]
+
+    def wrong(self, key: str, why: str) -> ModelError:
+        """The error of a weight that cannot be read."""
+        return ModelError(f"{self.name}: {key}: {why}; take the unquantised checkpoint, or download this one again")
+
+    def packed(
+        self, name: str, shape: tuple[int, ...], parts: Mapping[str, Part], unpack: Unpack, stored: str
+    ) -> Packed:
+        """A weight of these parts, all of them there.
+
+        Raises:
+            ModelError: one is missing.
+        """
+        for part in parts.values():
+            self.shape(part.key)
+        return Packed(name, shape, parts, unpack, stored, sum(self.headers[part.key].bytes for part in parts.values()))

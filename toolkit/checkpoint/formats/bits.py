@@ -1,0 +1,118 @@
+"""Codes out of packed words, and what small floats are worth: the arithmetic that formats share.
+
+Sources: the Open Compute Project's "Microscaling Formats (MX) Specification" 1.0 for E2M1, E2M3, E3M2 and E8M0; the
+rest was measured on files that each format's own package wrote (`scripts/parity/format_writers.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_bytes", "fields", "fp4", "grid", "nibbles", "planes", "powers", "small_floats"]
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The values of FP4's codes without the sign, which is the fourth bit."""
+_SIGNED = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
+_PAIRS = torch.stack((_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)), -1)
+"""Of each byte, [256, 2]: the low nibble comes first."""
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Elements of any dtype as the bytes that they lie in, [..., n] to [..., n · size]."""
+    return words.contiguous().view(torch.uint8)
+
+
+def nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:
+    """4-bit codes, uint8 [..., 2n], of bytes [..., n]."""
+    packed = as_bytes(packed)
+    pair = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
+    return torch.stack(pair, -1).flatten(-2)
+
+
+def fp4(packed: Tensor) -> Tensor:
+    """E2M1 values in fp32, [..., 2n], of bytes [..., n] or of words; low nibbles first."""
+    stream = as_bytes(packed)
+    pairs: Tensor = _PAIRS.to(stream.device).index_select(0, stream.flatten().int())
+    return pairs.reshape(*stream.shape[:-1], -1)
+
+
+def fields(words: Tensor, bits: int, count: int, *, across: bool = True) -> Tensor:
+    """The first `count` codes of `bits` bits, uint8 [..., count], of integer words [..., n], lowest bits first.
+
+    Args:
+        across: a code may begin in one 32-bit word and end in the next; otherwise each word holds whole codes alone.
+    """
+    if not across and 32 % bits:
+        whole = fields(words[..., None], bits, 32 // bits)
+        return whole.flatten(-2)[..., :count]
+    stream = as_bytes(words)
+    if bits == 8:
+        return stream[..., :count]
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        codes: Tensor = (stream[..., None] >> shifts) & (2**bits - 1)
+        return codes.flatten(-2)[..., :count]
+    # Eight codes lie in `bits` bytes.
+    groups = -(-count // 8)
+    stream = torch.nn.functional.pad(stream, (0, max(0, groups * bits - stream.shape[-1])))
+    stream = stream[..., : groups * bits].unflatten(-1, (groups, bits)).to(torch.int16)
+    eight = []
+    for number in range(8):
+        byte, shift = divmod(number * bits, 8)
+        code = stream[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | (stream[..., byte + 1] << (8 - shift))
+        eight.append((code & (2**bits - 1)).to(torch.uint8))
+    return torch.stack(eight, -1).flatten(-2)[..., :count]
+
+
+def planes(words: Tensor, bits: int) -> Tensor:
+    """Codes stored by planes, uint8 [..., n · 32 / bits], of 32-bit words [..., n].
+
+    Each 32 codes take `bits` words: first the lowest 4 (or 2, or 1) bits of all of them, then the next ones.
+    """
+    blocks = words.unflatten(-1, (-1, bits))
+    found, word, shift = None, 0, 0
+    for width in (4, 2, 1):
+        if bits & width:
+            plane = fields(blocks[..., word : word + width], width, 32) << shift
+            found = plane if found is None else found | plane
+            word, shift = word + width, shift + width
+    assert found is not None
+    return found.flatten(-2)
+
+
+def small_floats(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
+    """Floats of a sign, `exponent` and `mantissa` bits without infinities, fp32, of codes in uint8."""
+    table = []
+    for code in range(2 ** (1 + exponent + mantissa)):
+        power, fraction = (code >> mantissa) & (2**exponent - 1), code & (2**mantissa - 1)
+        bias = 2 ** (exponent - 1) - 1
+        size = (fraction / 2**mantissa + (power > 0)) * 2.0 ** (max(power, 1) - bias)
+        table.append(-size if code >> (exponent + mantissa) else size)
+    return torch.tensor(table, device=codes.device)[codes.long()]
+
+
+def powers(scale: Tensor) -> Tensor:
+    """E8M0 scales, stored as such or as bytes, in fp32: 2 to the (byte − 127)."""
+    return torch.exp2(scale.view(torch.uint8).float() - 127)
+
+
+def grid(scale: Tensor, rows: int, columns: int, block: tuple[int, int] | None = None) -> Tensor:
+    """Scales of blocks as they apply to each value, fp32 and broadcast to [..., rows, columns].
+
+    Args:
+        scale: one number, one a row [rows] or [rows, 1], or one a block [..., row blocks, column blocks].
+        block: rows and columns of a block; by default as many as divide the weight evenly. The last may be cut off.
+    """
+    scale = scale.float()
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    down, across = scale.shape[-2:]
+    high, wide = block or (-(-rows // down), -(-columns // across))
+    if down not in (1, rows):
+        scale = scale.repeat_interleave(high, -2)[..., :rows, :]
+    return scale if across in (1, columns) else scale.repeat_interleave(wide, -1)[..., :columns]

@@ -1,0 +1,196 @@
+"""compressed-tensors, which llm-compressor and vLLM write: integers packed or plain, FP8, NVFP4 and the MX formats.
+
+Which scheme a module has is read from its config group: by exact name, by a pattern at the start of its name, or by its
+class, in this order. Which modules are quantised at all is read from the tensors, so one expert may be plain.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.formats.bits import fields, fp4, grid, powers, small_floats
+from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.scaled import scaled
+
+__all__ = ["read_compressed_tensors"]
+
+_MX_GROUP = 32
+_NV_GROUP = 16
+_DENSE_SINCE = [0, 18]
+"""From this version on codes of odd widths are packed across words."""
+_SPARSE = ("marlin-24", "sparse-24", "sparse-24-bitmask", "sparse-bitmask")
+
+
+def read_compressed_tensors(files: Files) -> Iterator[Packed]:
+    """Every weight that is stored in parts.
+
+    Raises:
+        ModelError: no group says how a module is stored, a sparse format, or parts that do not fit together.
+    """
+    for module in files.modules("weight_packed"):
+        yield _packed(files, module, _scheme(files, module))
+    for module in files.modules("weight_scale"):
+        if f"{module}.weight" in files.headers:
+            zero = f"{module}.weight_zero_point"
+            block = _block(files, module, _scheme(files, module))
+            has_zero = zero in files.headers
+            yield scaled(files, f"{module}.weight", f"{module}.weight_scale", block, zero if has_zero else None)
+
+
+def _scheme(files: Files, module: str) -> Mapping[str, Any]:
+    """The weights' arguments of the first group that names a module, with its format beside them."""
+    groups = files.declared.get("config_groups")
+    listed = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    for named in (lambda target: target == module, lambda target: _matches(target, module), _is_class):
+        for group in listed:
+            weights = group.get("weights")
+            if isinstance(weights, Mapping) and any(map(named, map(str, group.get("targets") or ()))):
+                chosen = str(group.get("format") or files.declared.get("format") or "")
+                if chosen in _SPARSE:
+                    raise files.wrong(module, f"stored as {chosen}, which is not read")
+                return {**weights, "format": chosen}
+    raise files.wrong(module, "no group of the quantization_config names it")
+
+
+def _matches(target: str, module: str) -> bool:
+    try:
+        return target.startswith("re:") and re.match(target[3:], module) is not None
+    except re.error:
+        return False
+
+
+def _is_class(target: str) -> bool:
+    return not target.startswith("re:") and "." not in target
+
+
+def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
+    name, key = f"{module}.weight", f"{module}.weight_packed"
+    parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale")}
+    scale = files.shape(f"{module}.weight_scale")
+    rows, width = files.matrix(key)
+    dtype = files.headers[key].dtype
+    if dtype == "I32":
+        return _integers(files, module, scheme)
+    if f"{module}.weight_global_scale" in files.headers:
+        parts["global"] = Part(f"{module}.weight_global_scale", None)
+        return files.packed(name, (rows, 2 * width), parts, _nvfp4, f"NVFP4, groups of {_NV_GROUP}")
+    if dtype not in ("U8", "F8_E8M0", "F4") or len(scale) != 2:
+        raise files.wrong(key, f"packed in {dtype}, which no known format does")
+    columns = scale[1] * _MX_GROUP
+    if width * 2 == columns:
+        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}")
+    if width * 8 == columns * 6:
+        kind = (3, 2) if "e3m2" in str(scheme).lower() else (2, 3)
+        unpack = partial(_mxfp6, columns=columns, exponent=kind[0], mantissa=kind[1])
+        return files.packed(name, (rows, columns), parts, unpack, f"MXFP6, groups of {_MX_GROUP}")
+    raise files.wrong(key, f"{rows}×{width} does not fit its {scale[0]}×{scale[1]} scales")
+
+
+def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
+    key, bits, group = f"{module}.weight_packed", _number(scheme.get("num_bits")), _number(scheme.get("group_size"))
+    if not 2 <= bits <= 8:
+        raise files.wrong(key, f"the quantization_config says {scheme.get('num_bits')!r} bits")
+    rows, words = files.matrix(key)
+    scale = files.shape(f"{module}.weight_scale")
+    columns = _columns(files, module, bits, words, scale, group)
+    across = _runs_across(files, key, bits, words, columns)
+    axis = 0 if len(scale) == 2 and scale[0] == rows else None
+    parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale", axis)}
+    zeros_across = across
+    if (zero := f"{module}.weight_zero_point") in files.headers:
+        parts["zero"] = Part(zero, axis)
+        if files.headers[zero].dtype == "I32" and axis == 0:
+            zeros_across = _runs_across(files, zero, bits, files.shape(zero)[0], rows)
+            parts["zero"] = Part(zero, 0, Fraction(32 // bits))
+            if 32 % bits:  # codes of one row lie in two words, so that rows cannot be read by themselves
+                parts = {name: Part(part.key, None) for name, part in parts.items()}
+    order = f"{module}.weight_g_idx"
+    if files.headers.get(order) and files.shape(order) == (columns,) and int(files.value(order).max()) >= 0:
+        parts["group"] = Part(order, None)  # -1 where it was never filled
+    unpack = partial(
+        _unpack_integers, bits=bits, columns=columns, group=group, across=across, zeros_across=zeros_across
+    )
+    return files.packed(f"{module}.weight", (rows, columns), parts, unpack, f"int{bits}{_groups(scale, group)}")
+
+
+def _runs_across(files: Files, key: str, bits: int, words: int, count: int) -> bool:
+    """Whether `words` words hold `count` codes as one stream of bits, not as whole codes in each word."""
+    stream, whole = words == -(-count * bits // 32), words == -(-count // (32 // bits))
+    if not stream and not whole:
+        raise files.wrong(key, f"{words} words do not hold {count} values of {bits} bits")
+    if stream and whole and 32 % bits:
+        numbers = [int(part) for part in re.findall(r"\d+", str(files.declared.get("version") or ""))[:2]]
+        return not numbers or numbers >= _DENSE_SINCE
+    return stream
+
+
+def _columns(files: Files, module: str, bits: int, words: int, scale: tuple[int, ...], group: int) -> int:
+    """Inputs of a packed weight: as its shape tensor says, else as many as its groups or its words hold."""
+    if (told := f"{module}.weight_shape") in files.headers and files.shape(told) == (2,):
+        return max(0, int(files.value(told)[1]))
+    if group > 0 and len(scale) == 2 and scale[1] > 1:
+        return group * scale[1]
+    return words * 32 // bits if 32 % bits == 0 else words * (32 // bits)
+
+
+def _block(files: Files, key: str, scheme: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the scheme says so."""
+    told = scheme.get("block_structure")
+    if told is None:
+        group = _number(scheme.get("group_size"))
+        return (1, group) if group > 0 else None
+    if isinstance(told, (list, tuple)) and len(told) == 2 and all(_number(size) > 0 for size in told):
+        return (told[0], told[1])
+    raise files.wrong(key, f"the quantization_config says blocks of {told!r}")
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _groups(scale: tuple[int, ...], group: int) -> str:
+    if math.prod(scale) <= 1:
+        return ", one scale"
+    return f", groups of {group}" if group > 0 else ", a scale a row"
+
+
+def _unpack_integers(
+    parts: Tensors, *, bits: int, columns: int, group: int, across: bool, zeros_across: bool
+) -> Tensor:
+    """(q − z) · s; codes are stored with half their range added, zero points too."""
+    half = 2 ** (bits - 1)
+    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float() - half
+    scale, zero, rows = parts["scale"].float(), parts.get("zero"), codes.shape[0]
+    if zero is not None and zero.dtype == torch.int32:
+        zero = fields(zero.T, bits, rows, across=zeros_across).T.float() - half
+    if "group" in parts:
+        order = parts["group"].long()
+        scale, zero, group = scale[:, order], zero if zero is None else zero[:, order], 1
+    block = (1, group) if group > 0 else None
+    if zero is not None:
+        codes -= grid(zero, rows, columns, block)
+    return codes * grid(scale, rows, columns, block)
+
+
+def _nvfp4(parts: Tensors) -> Tensor:
+    values = fp4(parts["packed"])
+    scale = parts["scale"].float() / parts["global"].float().reshape(())
+    return values * grid(scale, *values.shape)
+
+
+def _mxfp4(parts: Tensors) -> Tensor:
+    values = fp4(parts["packed"])
+    return values * grid(powers(parts["scale"]), *values.shape)
+
+
+def _mxfp6(parts: Tensors, *, columns: int, exponent: int, mantissa: int) -> Tensor:
+    values = small_floats(fields(parts["packed"], 6, columns), exponent, mantissa)
+    return values * grid(powers(parts["scale"]), *values.shape)

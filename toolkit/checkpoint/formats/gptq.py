@@ -1,0 +1,184 @@
+"""GPTQ and AWQ, auto-round's files too: `qweight`, `qzeros` and `scales`, whose shapes say bits, groups and layout.
+
+So overrides by module (`dynamic`, `extra_config`) need not be read: what is not quantised has no such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.formats.bits import fields, nibbles, planes
+from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+
+__all__ = ["read_gptq"]
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where the codes of eight outputs stand in a word of AWQ."""
+_BORROWED = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""One in each code of a word: GPTQ's first format took it from the word as a whole, so borrows cross the codes."""
+
+
+def read_gptq(files: Files) -> Iterator[Packed]:
+    """Every weight with a `qweight`.
+
+    Raises:
+        ModelError: its parts do not fit together.
+    """
+    version = str(files.declared.get("version") or "").lower()
+    for module in files.modules("qweight"):
+        dtype = files.headers[f"{module}.qweight"].dtype
+        if dtype == "I16":
+            yield _gemv_fast(files, module)
+            continue
+        if dtype not in ("I32", "U32"):
+            raise files.wrong(f"{module}.qweight", f"packed in {dtype}, which no known layout does")
+        across, scales = files.matrix(f"{module}.qweight")[1], files.matrix(f"{module}.scales")
+        if "gemv" in version:
+            yield _gemv(files, module)
+        elif across == scales[1]:
+            yield _gptq(files, module)
+        elif across * 8 == scales[1]:
+            yield _gemm(files, module)
+        else:
+            raise files.wrong(f"{module}.qweight", f"{across} columns do not fit {scales[1]} columns of scales")
+
+
+def _gptq(files: Files, module: str) -> Packed:
+    keys = {name: f"{module}.{name}" for name in ("qweight", "qzeros", "scales")}
+    words, outputs = files.matrix(keys["qweight"])
+    groups = files.shape(keys["scales"])[0]
+    zeros = files.matrix(keys["qzeros"])
+    bits = zeros[1] * 32 // max(1, outputs)
+    if not 2 <= bits <= 8 or zeros != (groups, outputs * bits // 32) or outputs * bits % 32 or words * 32 % bits:
+        raise files.wrong(keys["qzeros"], f"is {'×'.join(map(str, zeros))} for {outputs} outputs in {groups} groups")
+    inputs = words * 32 // bits
+    size = _group_size(files, inputs, groups)
+    # A word of zeros holds some outputs' codes; by planes, or where codes cross words, 32 outputs lie in `bits` words.
+    step = Fraction(32 // bits) if 32 % bits == 0 else Fraction(32, bits)
+    parts = {
+        "codes": Part(keys["qweight"], 1),
+        "zeros": Part(keys["qzeros"], 1, step),
+        "scales": Part(keys["scales"], 1),
+    }
+    if f"{module}.g_idx" in files.headers:
+        parts["order"] = Part(f"{module}.g_idx", None)
+    told = str(files.declared.get("checkpoint_format") or "gptq").lower()
+    is_planar = told == "gptq_p" or bits in (5, 6, 7)
+    unpack = partial(_unpack_gptq, bits=bits, size=size, is_planar=is_planar, is_first=told == "gptq")
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int{bits}, groups of {size}")
+
+
+def _group_size(files: Files, inputs: int, groups: int) -> int:
+    """Inputs of a group; the last may be cut off."""
+    told = files.declared.get("group_size")
+    if isinstance(told, int) and told > 0 and -(-inputs // told) == groups:
+        return told
+    return -(-inputs // groups)
+
+
+def _unpack_gptq(parts: Tensors, *, bits: int, size: int, is_planar: bool, is_first: bool) -> Tensor:
+    outputs = parts["codes"].shape[1]
+    words, zeros = parts["codes"].T.contiguous(), parts["zeros"].contiguous()
+    if is_planar:
+        codes, zero = planes(words, bits), planes(zeros, bits)
+    else:
+        inputs = words.shape[1] * 32 // bits
+        if is_first and bits in _BORROWED:
+            zeros = ((zeros.long() + _BORROWED[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        codes, zero = fields(words, bits, inputs), fields(zeros, bits, outputs)
+    if is_first and bits not in _BORROWED and not is_planar:
+        zero = (zero + 1) & (2**bits - 1)
+    scales = parts["scales"].float().T  # [outputs, groups]
+    shift = zero.float().T
+    order = parts["order"].long() if "order" in parts else torch.arange(codes.shape[1], device=codes.device) // size
+    return (codes.float() - shift[:, order]) * scales[:, order]
+
+
+def _gemm(files: Files, module: str) -> Packed:
+    inputs, words = files.matrix(f"{module}.qweight")
+    groups, outputs = files.shape(f"{module}.scales")
+    if files.shape(f"{module}.qzeros") != (groups, words) or inputs % groups:
+        raise files.wrong(f"{module}.qzeros", f"does not fit {inputs} inputs in {groups} groups")
+    eight = Fraction(8)
+    parts = {
+        "codes": Part(f"{module}.qweight", 1, eight),
+        "zeros": Part(f"{module}.qzeros", 1, eight),
+        "scales": Part(f"{module}.scales", 1),
+    }
+    words_ = f"int4, groups of {inputs // groups}"
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, words_)
+
+
+def _unpack_gemm(parts: Tensors) -> Tensor:
+    codes, zeros = (_in_order(nibbles(parts[name])) for name in ("codes", "zeros"))
+    scales = parts["scales"].float()
+    size = codes.shape[0] // scales.shape[0]
+    shift, scale = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
+    weight: Tensor = (codes.float() - shift) * scale
+    return weight.T
+
+
+def _in_order(codes: Tensor) -> Tensor:
+    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
+
+
+def _gemv(files: Files, module: str) -> Packed:
+    """Codes in order along the inputs; columns of scales and zeros are padded."""
+    outputs, words = files.matrix(f"{module}.qweight")
+    inputs, size = 8 * words, _declared_group(files, module, 8 * words)
+    padded = files.shape(f"{module}.scales")[1]
+    if padded * size < inputs or files.shape(f"{module}.qzeros") != (outputs, -(-padded // 8)):
+        raise files.wrong(f"{module}.qzeros", f"does not fit {inputs} inputs in groups of {size}")
+    parts = {name: Part(f"{module}.{key}") for name, key in _NAMES.items()}
+    unpack = partial(_unpack_gemv, size=size)
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int4, groups of {size}")
+
+
+_NAMES = {"codes": "qweight", "zeros": "qzeros", "scales": "scales"}
+
+
+def _declared_group(files: Files, module: str, inputs: int) -> int:
+    size = files.declared.get("group_size", files.declared.get("q_group_size"))
+    if not isinstance(size, int) or size == 0 or size < -1:
+        raise files.wrong(module, f"the quantization_config says a group_size of {size!r}")
+    return inputs if size == -1 else size
+
+
+def _unpack_gemv(parts: Tensors, *, size: int) -> Tensor:
+    codes, zeros = nibbles(parts["codes"]), nibbles(parts["zeros"])
+    group = torch.arange(codes.shape[1], device=codes.device) // size
+    return (codes.float() - zeros.float()[:, group]) * parts["scales"].float()[:, group]
+
+
+def _gemv_fast(files: Files, module: str) -> Packed:
+    """Four outputs interleaved in 16-bit words; what is called zeros is −z·s, and both are transposed."""
+    quarter, inputs = files.matrix(f"{module}.qweight")
+    outputs, size = 4 * quarter, _declared_group(files, module, inputs)
+    for name in ("scales", "qzeros"):
+        found = files.shape(f"{module}.{name}")
+        if len(found) != 2 or found[1] != outputs or found[0] * size < inputs:
+            raise files.wrong(f"{module}.{name}", f"does not fit {outputs}×{inputs} in groups of {size}")
+    parts = {
+        "codes": Part(f"{module}.qweight", 0, Fraction(4)),
+        "zeros": Part(f"{module}.qzeros", 1),
+        "scales": Part(f"{module}.scales", 1),
+    }
+    unpack = partial(_unpack_gemv_fast, size=size)
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int4, groups of {size}")
+
+
+def _unpack_gemv_fast(parts: Tensors, *, size: int) -> Tensor:
+    """Blocks of 64 inputs by four outputs; in each 32 inputs pairs stand apart, and even before odd ones."""
+    stored = parts["codes"]
+    rows, inputs = 4 * stored.shape[0], stored.shape[1]
+    by_row = nibbles(stored).reshape(-1, inputs // 64, 4, 64).transpose(1, 2).reshape(rows, inputs)
+    pairs = by_row.reshape(rows, inputs // 32, 4, 2, 4).transpose(3, 4)
+    codes = pairs.transpose(2, 3).reshape(rows, inputs)
+    group = torch.arange(inputs, device=codes.device) // size
+    scales, shift = parts["scales"].float().T, parts["zeros"].float().T
+    return codes.float() * scales[:, group] + shift[:, group]

@@ -1,0 +1,65 @@
+"""MLX: dense streams of codes with a scale and a bias a group, or the MX and NVIDIA formats without biases.
+
+Files of mlx-lm say group, bits and mode once, with an entry for each module that differs. Bits follow from the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint.formats.bits import fields, fp4, powers
+from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+
+__all__ = ["read_mlx"]
+
+_GROUP = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+
+
+def read_mlx(files: Files) -> Iterator[Packed]:
+    """Every weight, or stack of experts, with `scales` beside it.
+
+    Raises:
+        ModelError: an unknown mode, or parts that do not fit together.
+    """
+    for module in files.modules("scales"):
+        key = f"{module}.weight"
+        declared = {**files.declared, **_own(files, module)}
+        mode = str(declared.get("mode") or "affine")
+        group = declared.get("group_size") or _GROUP.get(mode)
+        if mode not in _GROUP or not isinstance(group, int) or group < 1:
+            raise files.wrong(module, f"stored in mode {mode!r} with groups of {group!r}, which is not read")
+        shape, scales = files.shape(key), files.shape(f"{module}.scales")
+        columns = scales[-1] * group if scales else 0
+        bits = shape[-1] * 32 // max(1, columns) if shape else 0
+        if shape[:-1] != scales[:-1] or not 2 <= bits <= 8 or bits * columns != shape[-1] * 32:
+            raise files.wrong(key, f"{'×'.join(map(str, shape))} words do not fit groups of {group}")
+        parts = {"codes": Part(key), "scales": Part(f"{module}.scales")}
+        if mode == "affine":
+            parts["biases"] = Part(f"{module}.biases")
+        elif (bits, mode) not in ((4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")):
+            raise files.wrong(key, f"{bits} bits in mode {mode}")
+        unpack = partial(_unpack, bits=bits, group=group, mode=mode)
+        words = f"int{bits}" if mode == "affine" else mode.upper()
+        yield files.packed(key, (*shape[:-1], columns), parts, unpack, f"{words}, groups of {group}")
+
+
+def _own(files: Files, module: str) -> Mapping[str, object]:
+    own = files.declared.get(module)
+    return own if isinstance(own, Mapping) else {}
+
+
+def _unpack(parts: Tensors, *, bits: int, group: int, mode: str) -> Tensor:
+    stored, scales = parts["codes"], parts["scales"]
+    if mode == "mxfp8":
+        values = stored.contiguous().view(torch.float8_e4m3fn).float()
+    else:
+        values = fields(stored, bits, scales.shape[-1] * group).float() if mode == "affine" else fp4(stored)
+    if mode == "affine":
+        spread = scales.float().repeat_interleave(group, -1)
+        return values * spread + parts["biases"].float().repeat_interleave(group, -1)
+    scale = scales.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else powers(scales)
+    return values * scale.repeat_interleave(group, -1)

@@ -1,0 +1,36 @@
+"""gpt-oss' own MXFP4: stacks as `_blocks` of 32 values and their `_scales`, transposed against the plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from toolkit.checkpoint.formats.bits import fp4, powers
+from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+
+__all__ = ["read_mxfp4"]
+
+_GROUP = 32
+
+
+def read_mxfp4(files: Files) -> Iterator[Packed]:
+    """Every stack [E, inputs, outputs], stored as [E, outputs, groups, 16] bytes.
+
+    Raises:
+        ModelError: blocks without their scales, or of another shape.
+    """
+    for key in files.headers:
+        if not key.endswith("_blocks"):
+            continue
+        name = key.removesuffix("_blocks")
+        blocks, scales = files.shape(key), files.shape(f"{name}_scales")
+        if len(blocks) != 4 or blocks[3] != _GROUP // 2 or scales != blocks[:3]:
+            raise files.wrong(key, f"{'×'.join(map(str, blocks))} does not fit its scales")
+        shape = (blocks[0], blocks[2] * _GROUP, blocks[1])
+        parts = {"blocks": Part(key), "scales": Part(f"{name}_scales")}
+        yield files.packed(name, shape, parts, _unpack, f"MXFP4, groups of {_GROUP}")
+
+
+def _unpack(parts: Tensors) -> Tensor:
+    return (fp4(parts["blocks"]) * powers(parts["scales"])[..., None]).flatten(2).transpose(1, 2)

@@ -1,0 +1,117 @@
+"""8-bit values with scales beside them: FP8 and int8 of a row, group, block or whole tensor, MXFP8, and packed FP4.
+
+transformers' own FP8 files have this form (`weight_scale_inv`, which multiplies), compressed-tensors' and modelopt's
+too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import partial
+
+from torch import Tensor
+
+from toolkit.checkpoint.formats.bits import fp4, grid, powers
+from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+
+__all__ = ["groups_in_words", "read_fp8", "scaled"]
+
+_EXPONENTS = ("U8", "F8_E8M0")
+_NIBBLES = ("I8", "F4")
+"""What two FP4 values lie in, in DeepSeek's files; an int8 weight of this format has no other meaning."""
+
+
+def read_fp8(files: Files) -> Iterator[Packed]:
+    """What transformers calls fp8, mxfp8 and fbgemm_fp8: a weight, or a stack, with `_scale_inv` or `_scale` beside it.
+
+    Raises:
+        ModelError: a scale without its weight, or a grid of scales that does not fit.
+    """
+    declared = files.declared.get("weight_block_size")
+    block = tuple(map(int, declared)) if isinstance(declared, (list, tuple)) and len(declared) == 2 else None
+    for ending in ("_scale_inv", "_scale"):
+        for scales in [key for key in files.headers if key.endswith(ending)]:
+            key = scales.removesuffix(ending)
+            if key in files.headers and files.headers[key].dtype.startswith(("F8_", *_NIBBLES)):
+                yield scaled(files, key, scales, block)  # type: ignore[arg-type]
+            elif key.rpartition(".")[2] in ("weight", "gate_up_proj", "down_proj") and key not in files.headers:
+                raise files.wrong(scales, f"there is no {key} that it belongs to")
+
+
+def scaled(
+    files: Files, key: str, scales: str, block: tuple[int, int] | None = None, zero: str | None = None
+) -> Packed:
+    """A weight [rows, columns], or a stack [E, rows, columns], of 8-bit values, or of two FP4 values a byte.
+
+    Args:
+        block: rows and columns of a block, where the files say it and the scales fit; else what divides evenly.
+        zero: the key of zero points, in the form of the scales.
+    """
+    shape, found, dtype = files.shape(key), files.shape(scales), files.headers[key].dtype
+    is_fp4 = dtype in _NIBBLES and zero is None and files.headers[scales].dtype in _EXPONENTS
+    if is_fp4:
+        shape = (*shape[:-1], 2 * shape[-1])
+    elif not dtype.startswith("F8_") and dtype != "I8":
+        raise files.wrong(key, f"scaled values in {dtype}, which no known format has")
+    if len(shape) not in (2, 3):
+        raise files.wrong(key, f"has {len(shape)} dimensions")
+    block = _fitting(files, key, shape, found, block)
+    part = Part(scales, None)
+    if len(shape) == 3:
+        part = Part(scales, 0 if found and found[0] == shape[0] else None)
+    elif len(found) in (1, 2) and found[0] == shape[0] > 1:
+        part = Part(scales)
+    elif len(found) == 2 and found[0] > 1:
+        part = Part(scales, 0, Fraction(block[0]))
+    parts = {"weight": Part(key), "scale": part}
+    if zero is not None:
+        parts["zero"] = Part(zero, part.axis, part.rows)
+    is_mx = files.headers[scales].dtype in _EXPONENTS
+    kind = "MXFP4" if is_fp4 else "MXFP8" if is_mx else "FP8" if dtype.startswith("F8_") else "int8"
+    unpack = partial(_unpack, block=block, is_mx=is_mx, is_fp4=is_fp4)
+    return files.packed(key, shape, parts, unpack, kind + groups_in_words(found, shape, block))
+
+
+def _fitting(
+    files: Files, key: str, shape: tuple[int, ...], found: tuple[int, ...], block: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns of a block, of which the last may be cut off."""
+    rows, columns = shape[-2:]
+    if math.prod(found) in (1, shape[0] if len(shape) == 3 else 1) or len(found) == 1:
+        fits = math.prod(found) in (1, shape[0])
+        down, across = (1 if len(shape) == 3 or math.prod(found) == 1 else rows), 1
+    else:
+        fits = len(found) == len(shape) and found[:-2] in (shape[:-2], (1,) * (len(shape) - 2))
+        down, across = found[-2:]
+    if fits and block and (down, across) == (-(-rows // block[0]), -(-columns // block[1])):
+        return block
+    if fits and down and across and rows % down == 0 and columns % across == 0:
+        return (rows // down, columns // across)
+    raise files.wrong(key, f"its scales are {'×'.join(map(str, found))}, the weight {'×'.join(map(str, shape))}")
+
+
+def groups_in_words(found: tuple[int, ...], shape: tuple[int, ...], block: tuple[int, int]) -> str:
+    """What shares a scale."""
+    if math.prod(found) <= 1:
+        return ", one scale"
+    if block[0] not in (1, shape[-2]) or (block[0] > 1 and block[1] < shape[-1]):
+        return f", blocks of {block[0]}×{block[1]}"
+    return ", a scale a row" if block[1] >= shape[-1] else f", groups of {block[1]}"
+
+
+def _unpack(parts: Tensors, *, block: tuple[int, int], is_mx: bool, is_fp4: bool) -> Tensor:
+    stored = parts["weight"]
+    weight = fp4(stored) if is_fp4 else stored.float()
+    rows, columns = weight.shape[-2:]
+    if "zero" in parts:
+        weight -= grid(_of_stack(parts["zero"], weight), rows, columns, block)
+    scale = powers(parts["scale"]) if is_mx else parts["scale"]
+    return weight * grid(_of_stack(scale, weight), rows, columns, block)
+
+
+def _of_stack(scale: Tensor, weight: Tensor) -> Tensor:
+    """A scale an expert as [E, 1, 1]."""
+    is_short = weight.dim() == 3 and scale.dim() < 3 and scale.numel() == len(weight)
+    return scale.reshape(-1, 1, 1) if is_short else scale

@@ -1,0 +1,87 @@
+"""Expert stacks under names that a family's own key conversions do not know: put together from what the files hold.
+
+Quantisers rename experts (llm-compressor splits any fused stack, and writes Mixtral's under names of its own), MLX and
+GGUF stack each projection. transformers would leave such experts random, with a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from toolkit.architecture import describe
+from toolkit.checkpoint.conversion import targets
+from toolkit.checkpoint.weights import StackSlice
+from toolkit.parts import ExpertLayer
+
+__all__ = ["fitted"]
+
+_ROLES = {
+    **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
+    **dict.fromkeys(("up_proj", "w3", "up"), "up"),
+    **dict.fromkeys(("down_proj", "w2", "down"), "down"),
+    "gate_up_proj": "both",
+}
+_NAME = re.compile(
+    rf"\.(\d+)\.(?:[^.]+\.)*?(?:experts|switch_mlp)\.(?:(\d+)\.)?(?:switch_mlp\.)?({'|'.join(_ROLES)})"
+    r"(?:\.(weight|bias)|(_bias))?$"
+)
+
+
+def fitted(weights: Mapping[str, Any], model: PreTrainedModel, mapping: Iterable[Any]) -> dict[str, Any]:
+    """Slices by key, where those that become no parameter of the model but are parts of its stacks are put together.
+
+    Args:
+        mapping: the family's key conversions.
+    """
+    known, names = model.state_dict().keys(), targets(model, mapping, weights)
+    unknown = {key: match for key, target in names.items() if target not in known and (match := _NAME.search(key))}
+    if not unknown:
+        return dict(weights)
+    layers = {int(re.findall(r"\.(\d+)\.", layer.name)[-1]): layer for layer in describe(model).layers}
+    parts: dict[tuple[int, str], dict[tuple[str, int], str]] = {}
+    for key, match in unknown.items():
+        kind = "bias" if match[4] == "bias" or match[5] else "weight"
+        parts.setdefault((int(match[1]), kind), {})[_ROLES[match[3]], int(match[2] or -1)] = key
+    result = dict(weights)
+    for (number, kind), found in parts.items():
+        if number not in layers or any(stack in names.values() for stack in _names(layers[number], kind)):
+            continue
+        made = _stacks(layers[number], model, {place: weights[key] for place, key in found.items()}, kind)
+        if made:
+            result = {key: part for key, part in result.items() if key not in found.values()} | made
+    return result
+
+
+def _names(layer: ExpertLayer, kind: str) -> tuple[str, str]:
+    up, down = layer.stacks
+    return (f"{up}_bias", f"{down}_bias") if kind == "bias" else (up, down)
+
+
+def _stacks(
+    layer: ExpertLayer, model: PreTrainedModel, parts: Mapping[tuple[str, int], Any], kind: str
+) -> dict[str, StackSlice]:
+    """Both stacks of a layer by name; none where a part of an expert is missing."""
+    is_joined = bool(getattr(model.get_submodule(layer.name), "is_concatenated", True))
+    inputs = ("both",) if any(role == "both" for role, _ in parts) else ("gate", "up")
+    if not any(role == "gate" for role, _ in parts) and inputs != ("both",):
+        inputs = ("up",)
+    up, down = _names(layer, kind)
+    result = {}
+    for name, roles in ((up, inputs), (down, ("down",))):
+        experts = [[_expert(parts, role, number) for role in roles] for number in range(layer.num_experts)]
+        if any(piece is None for expert in experts for piece in expert):
+            return {}
+        transposed = layer.is_transposed and kind == "weight"
+        result[name] = StackSlice(experts, is_concatenated=is_joined, is_transposed=transposed)
+    return result
+
+
+def _expert(parts: Mapping[tuple[str, int], Any], role: str, number: int) -> Any:
+    """One expert's own tensor, or its place in the tensor of all of them."""
+    if (whole := parts.get((role, -1))) is not None:
+        return whole[number : number + 1] if number < whole.get_shape()[0] else None
+    return parts.get((role, number))
