@@ -30,6 +30,7 @@ __all__ = [
     "DRAFT_CARRIER",
     "GGUF_NAMES",
     "GGUF_NORMS_FROM_ONE",
+    "GGUF_READ",
     "GGUF_ROTATED_IN_PAIRS",
     "GGUF_TAKES_FOR_GRANTED",
     "GGUF_TILED_VALUE_HEADS",
@@ -314,10 +315,21 @@ GGUF_ROTATED_IN_PAIRS = frozenset({"granitemoe", "granitemoehybrid", "granitemoe
 """Model types whose rows of query and key llama.cpp's converter reorders from halves to pairs (`LlamaModel.permute`,
 for classes with `undo_permute`), since its rotary embedding of these architectures turns neighbours."""
 
+GGUF_READ = frozenset(
+    {
+        *("afmoe", "deepseek2", "dots1", "ernie4_5-moe", "exaone-moe", "glm-dsa", "glm4moe", "gpt-oss"),
+        *("granitehybrid", "granitemoe", "hunyuan-moe", "jamba", "lfm2moe", "llama", "minimax-m2"),
+        *("nemotron_h_moe", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next"),
+    }
+)
+"""llama.cpp's architectures of which a tiny model, written by its converter, came back here as it was, config and every
+parameter. `scripts/parity/gguf_source.py` shows it."""
+
 GGUF_WITH_EXPERTS: Mapping[str, str] = {"nemotron_h_moe": "nemotron_h"}
 """Model type of an architecture that has a name of its own over there where it has experts."""
 
 GGUF_TAKES_FOR_GRANTED: Mapping[str, Mapping[str, Any]] = {
+    "afmoe": {"mup_enabled": True},
     "deepseek_v2": {"norm_topk_prob": False},
     "deepseek_v3": {"norm_topk_prob": False},
     "qwen3_moe": {"norm_topk_prob": True},

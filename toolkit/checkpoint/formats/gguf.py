@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, GGUF_TOKENIZER_TYPES
 
-from toolkit.architecture import auto_class
+from toolkit.architecture import GGUF_READ, auto_class
 from toolkit.checkpoint.formats.gguf_config import config_of, is_named, model_types
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Slice, open_gguf
 from toolkit.checkpoint.formats.gguf_names import parameters
@@ -32,7 +31,8 @@ class GgufCheckpoint:
     """A file, or the parts of one, that holds a whole model.
 
     Args:
-        file: its headers. architecture: llama.cpp's name. config: of transformers. config_from: "config.json" or "metadata".
+        file: its headers. architecture: llama.cpp's name.
+        config: of transformers. config_from: "config.json" or "metadata".
         weights: every parameter by the model's own name, tied ones left out.
         plain: of these, the floating-point tensors stored just as they are, with their names in the file.
         left_out: tensors that belong to no parameter: draft layers, and what follows from the config.
@@ -67,9 +67,9 @@ class GgufCheckpoint:
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:
-    """Open the model at `path`: a .gguf file, any part of a split one, or a folder with one such model. No weight is read.
+    """Open the model at `path`: a .gguf file, any part of a split one, or a folder with one such model.
 
-    A config.json beside the file is believed; without one the config is made of the file's metadata.
+    No weight is read. A config.json beside the file is believed; without one the config is made of the file's metadata.
 
     Raises:
         ModelError: a damaged or hostile file, a part that is missing, an architecture that transformers or the `gguf`
@@ -80,6 +80,11 @@ def read_gguf(path: str | Path) -> GgufCheckpoint:
     where, architecture = file.files[0], file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture.isprintable():
         raise ModelError(f"{where}: it does not say its architecture, so it holds no model; download it again")
+    if architecture not in GGUF_READ:
+        raise ModelError(
+            f"{where}: GGUF files of architecture {architecture[:80]} are not read; give the original checkpoint, or a "
+            f"file of one of these: {', '.join(sorted(GGUF_READ))}"
+        )
     refused: list[ModelError] = []
     is_beside = (where.parent / "config.json").is_file()
     for config in _configs(file, architecture, refused, is_beside=is_beside):

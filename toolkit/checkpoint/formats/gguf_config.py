@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from toolkit.architecture import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_EXPERTS
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings
@@ -25,12 +25,11 @@ __all__ = ["config_of", "is_named", "model_types"]
 
 @cache
 def model_types(architecture: str) -> tuple[str, ...]:
-    """transformers' model types that llama.cpp calls `architecture`, those of the very name first."""
-    if architecture in GGUF_WITH_EXPERTS:
-        return (GGUF_WITH_EXPERTS[architecture],)
+    """transformers' model types of text that llama.cpp calls `architecture`, those of the very name first."""
     found = [name for name in CONFIG_MAPPING if is_named(name, architecture)]
-    texts = {name for name in found if f"{name}_text" in found}  # of these the file holds the text part alone
-    return tuple(sorted(set(found) - texts, key=lambda name: (_bare(name) != _bare(architecture), name)))
+    whole = {name for name in found if f"{name}_text" in found}  # of these the file holds the text part alone
+    writing = [name for name in found if name not in whole and CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
+    return tuple(sorted(writing, key=lambda name: (_bare(name) != _bare(architecture), name)))
 
 
 def is_named(model_type: str, architecture: str) -> bool:
@@ -52,6 +51,7 @@ def config_of(file: GgufFile, model_type: str) -> PretrainedConfig:
         **dict(_copied(facts, known)),
         **dict(_shown(facts, known)),
         **dict(_attention(facts, known)),
+        **dict(_state_space(facts, known)),
     }
     if "rope_parameters" in known and (rope := _rope(facts, known, fields)) is not None:
         fields["rope_parameters"] = rope
@@ -71,10 +71,10 @@ class _Facts:
         for name in file.tensors:
             if match := re.match(r"blk\.(\d{1,4})\.(.+)", name):
                 self.leaves[int(match[1])].add(match[2])
-        count = self.whole("block_count") or 0
-        self.layers = count - (self.whole("nextn_predict_layers") or 0)
-        if sorted(self.leaves) != list(range(count)) or self.layers < 1:
-            raise ModelError(f"{self.where}: its block_count is {count}, and it has {len(self.leaves)} blocks")
+        self.layers = -1
+        self.layers = self.needed("block_count") - (self.whole("nextn_predict_layers") or 0)
+        if self.layers < 1 or not all(number in self.leaves for number in range(min(self.layers, 10**4))):
+            raise ModelError(f"{self.where}: not all of its {self.layers} layers are there; download it again")
 
     def number(self, key: str) -> Any:
         """The number of that key; of a list by layer the one that is not 0. None where there is no such key."""
@@ -112,6 +112,13 @@ class _Facts:
     def has(self, pattern: str) -> bool:
         return bool(self.having(pattern))
 
+    def block(self, number: int) -> str:
+        """What a layer is that is one thing alone."""
+        leaves = self.leaves[number]
+        if "ssm_out.weight" in leaves:
+            return "linear_attention"
+        return "full_attention" if "attn_q.weight" in leaves else "moe" if "ffn_down_exps.weight" in leaves else "mlp"
+
     def width(self, leaf: str, axis: int) -> int | None:
         """A size of the first tensor of that name in a layer."""
         names = (f"blk.{number}.{leaf}" for number in range(self.layers))
@@ -138,17 +145,15 @@ def _copied(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]
 
 
 def _shown(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What tensors show by being there."""
+    """What tensors show by being there, and by their shapes."""
     tensors = facts.file.tensors
     yield "tie_word_embeddings", "output.weight" not in tensors
-    yield "vocab_size", tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0
     yield "num_hidden_layers", facts.layers
-    experts, dense = facts.having(r"ffn_down_exps\.weight"), []
+    experts = facts.having(r"ffn_down_exps\.weight")
     dense = [number for number in range(facts.layers) if number not in experts]
-    kinds = [
-        "linear_attention" if n in facts.having(r"ssm_out\.weight") else "full_attention" for n in range(facts.layers)
-    ]
+    of_expert, of_dense = facts.width("ffn_down_exps.weight", -1), facts.width("ffn_up.weight", 0)
     shown = {
+        "vocab_size": tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else None,
         "mlp_layer_types": ["dense" if number in dense else "sparse" for number in range(facts.layers)],
         "mlp_only_layers": dense,
         "decoder_sparse_step": 1,
@@ -163,13 +168,16 @@ def _shown(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
         "use_qk_norm": facts.has(r"attn_q_norm\.weight"),
         "lm_head_bias": "output.bias" in tensors,
         "use_expert_bias": facts.has(r"exp_probs_b.*"),
-        "moe_intermediate_size": facts.width("ffn_down_exps.weight", -1),
+        "intermediate_size": of_dense if "moe_intermediate_size" in known else of_expert,
+        "moe_intermediate_size": of_expert,
         "shared_expert_intermediate_size": facts.width("ffn_down_shexp.weight", -1),
         "moe_latent_size": facts.width("ffn_latent_down.weight", 0),
     }
     yield from ((field, value) for field, value in shown.items() if field in known and value is not None)
-    if "linear_num_key_heads" in known:
-        yield "layer_types", kinds
+    if "position_embedding_type" in known and facts.number("rope.scaling.finetuned"):
+        yield "position_embedding_type", "rope"  # this family's converter says by that key whether there is one
+    if "topk_method" in known and (facts.whole("expert_group_count") or 0) > 1:
+        yield "topk_method", "group_limited_greedy"
 
 
 def _attention(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -177,18 +185,36 @@ def _attention(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, A
     heads = facts.needed("attention.head_count")
     if "kv_lora_rank" in known:
         yield from _latent(facts, known, heads)
-    elif "head_dim" in known:
-        shown = (facts.width("attn_q.weight", 0) or 0) // heads
-        yield "head_dim", facts.whole("attention.key_length") or shown
-    if "linear_value_head_dim" in known:
-        yield "linear_value_head_dim", facts.needed("ssm.inner_size") // facts.needed("ssm.time_step_rank")
+    elif size := facts.whole("attention.key_length") or (facts.width("attn_q.weight", 0) or 0) // heads:
+        yield "head_dim", size
     if "sliding_window" in known:
         yield "sliding_window", facts.whole("attention.sliding_window") or None
-        if (pattern := facts.bools("attention.sliding_window_pattern")) and "layer_types" in known:
-            yield "layer_types", ["sliding_attention" if slides else "full_attention" for slides in pattern]
-    if "conv_L_cache" in known:
-        short = facts.having(r"shortconv\.conv\.weight")
-        yield "layer_types", ["conv" if number in short else "full_attention" for number in range(facts.layers)]
+    if "layer_types" in known and (pattern := facts.bools("attention.sliding_window_pattern")):
+        yield "layer_types", ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    for leaf, kind in ((r"ssm_out\.weight", "linear_attention"), (r"shortconv\.conv\.weight", "conv")):
+        if "layer_types" in known and "layers_block_type" not in known and (others := facts.having(leaf)):
+            yield "layer_types", [kind if number in others else "full_attention" for number in range(facts.layers)]
+
+
+def _state_space(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Sizes of mixers without attention, and where they stand between layers that attend and layers with experts."""
+    if not facts.has(r"ssm_out\.weight"):
+        return
+    inner, heads = facts.needed("ssm.inner_size"), facts.needed("ssm.time_step_rank")
+    sizes = {
+        "linear_value_head_dim": inner // heads,
+        "mamba_head_dim": inner // heads,
+        "mamba_d_head": inner // heads,
+        "mamba_expand": inner // facts.needed("embedding_length"),
+    }
+    yield from ((field, value) for field, value in sizes.items() if field in known)
+    if "layers_block_type" in known:
+        yield "layers_block_type", [facts.block(number) for number in range(facts.layers)]
+    for kind, leaf in (("attn", r"attn_q\.weight"), ("expert", r"ffn_down_exps\.weight")):
+        if f"{kind}_layer_period" in known:
+            first, *others = facts.having(leaf) or [0]
+            yield f"{kind}_layer_offset", first
+            yield f"{kind}_layer_period", others[0] - first if others else facts.layers
 
 
 def _latent(facts: _Facts, known: Mapping[str, Any], heads: int) -> Iterator[tuple[str, Any]]:
@@ -220,9 +246,9 @@ def _rope(facts: _Facts, known: Mapping[str, Any], fields: Mapping[str, Any]) ->
     kind = "default" if kind == "none" else kind
     rope = {**default} if default.get("rope_type") == kind else {"rope_type": kind}
     rope["rope_theta"] = float(theta)
-    head = fields.get("head_dim")
-    if "kv_lora_rank" not in known and head and (rotated := facts.whole("rope.dimension_count")) is not None:
-        rope = {**rope, "partial_rotary_factor": rotated / head} if rotated != head else rope
+    head, rotated = fields.get("head_dim"), facts.whole("rope.dimension_count")
+    if "kv_lora_rank" not in known and head and rotated and (rotated != head or "partial_rotary_factor" in rope):
+        rope["partial_rotary_factor"] = rotated / head
     for key, place in _ROPE:
         if kind != "default" and (value := facts.number(f"rope.scaling.{key}")) is not None:
             rope[place] = value
@@ -268,10 +294,10 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     ("expert_weights_scale", "routed_scaling_factor route_scale"),
     ("expert_weights_norm", "norm_topk_prob route_norm"),
     ("interleave_moe_layer_step", "moe_layer_interval"),
-    ("ssm.conv_kernel", "linear_conv_kernel_dim"),
-    ("ssm.state_size", "linear_key_head_dim"),
-    ("ssm.group_count", "linear_num_key_heads"),
-    ("ssm.time_step_rank", "linear_num_value_heads"),
+    ("ssm.conv_kernel", "linear_conv_kernel_dim mamba_d_conv conv_kernel"),
+    ("ssm.state_size", "linear_key_head_dim mamba_d_state ssm_state_size"),
+    ("ssm.group_count", "linear_num_key_heads mamba_n_groups n_groups"),
+    ("ssm.time_step_rank", "linear_num_value_heads mamba_n_heads mamba_num_heads mamba_dt_rank"),
     ("shortconv.l_cache", "conv_L_cache"),
 )
 """A key of the metadata, and the fields that hold it: the first that a config has. As the converter reads them
