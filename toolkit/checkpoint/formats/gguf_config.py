@@ -236,9 +236,9 @@ def _rope(facts: _Facts, known: Mapping[str, Any], fields: Mapping[str, Any]) ->
     """The rotary embedding; None where the file does not speak of one."""
     if (theta := facts.number("rope.freq_base")) is None:
         return None
-    if "rope_freqs.weight" in facts.file.tensors:
+    if stretched := [name for name in facts.file.tensors if re.search(r"(^|\.)rope_(freqs|factors)", name)]:
         raise ModelError(
-            f"{facts.where}: how its rotary embedding is stretched is not in the metadata (only rope_freqs.weight is); "
+            f"{facts.where}: how its rotary embedding is stretched lies in {stretched[0]} and not in the metadata; "
             "put its config.json beside it"
         )
     default = known["rope_parameters"] or {}
@@ -254,10 +254,6 @@ def _rope(facts: _Facts, known: Mapping[str, Any], fields: Mapping[str, Any]) ->
             rope[place] = value
     if kind == "yarn" and (multiplier := facts.number("rope.scaling.yarn_log_multiplier")):
         rope["mscale"] = rope["mscale_all_dim"] = round(10 * multiplier, 6)
-    if kind == "longrope":
-        for which in ("long", "short"):
-            name = f"rope_factors_{which}.weight"
-            rope[f"{which}_factor"] = facts.file.slice(name)[:].tolist() if name in facts.file.tensors else None
     return rope
 
 
