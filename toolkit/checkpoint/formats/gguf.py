@@ -17,11 +17,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, GGUF_TOKENIZER_TYPES
 
 from toolkit.architecture import GGUF_READ, auto_class
-from toolkit.checkpoint.formats.gguf_config import config_of, is_named, model_types
+from toolkit.checkpoint.formats.gguf_config import WRONG_CONFIG, config_of, in_one_line, is_named, model_types
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Slice, open_gguf
 from toolkit.checkpoint.formats.gguf_names import parameters
 from toolkit.checkpoint.formats.packed import Packed
-from toolkit.errors import ModelError, first_line
+from toolkit.errors import ModelError
 
 __all__ = ["GgufCheckpoint", "read_gguf"]
 
@@ -137,13 +137,13 @@ def _configs(
 def _beside(where: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(where.parent, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{where.parent / 'config.json'}: {first_line(error)}") from None
+    except (OSError, *WRONG_CONFIG) as error:
+        raise ModelError(f"{where.parent / 'config.json'}: {in_one_line(error)}") from None
 
 
 def _skeleton(where: Path, config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, IndexError) as error:
-        raise ModelError(f"{where}: no {config.model_type} can be built of its config: {first_line(error)}") from None
+    except WRONG_CONFIG as error:
+        raise ModelError(f"{where}: no {config.model_type} can be built of its config: {in_one_line(error)}") from None

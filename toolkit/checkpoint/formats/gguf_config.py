@@ -14,21 +14,23 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from toolkit.architecture import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_EXPERTS
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings
-from toolkit.errors import ModelError, first_line
+from toolkit.errors import ModelError
 
-__all__ = ["config_of", "is_named", "model_types"]
+__all__ = ["WRONG_CONFIG", "config_of", "in_one_line", "is_named", "model_types"]
 
 
 @cache
 def model_types(architecture: str) -> tuple[str, ...]:
-    """transformers' model types of text that llama.cpp calls `architecture`, those of the very name first."""
+    """transformers' types of text models with experts that llama.cpp calls `architecture`; those of the name first."""
     found = [name for name in CONFIG_MAPPING if is_named(name, architecture)]
     whole = {name for name in found if f"{name}_text" in found}  # of these the file holds the text part alone
     writing = [name for name in found if name not in whole and CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
+    writing = [name for name in writing if _defaults(name).keys() & _COUNTS]
     return tuple(sorted(writing, key=lambda name: (_bare(name) != _bare(architecture), name)))
 
 
@@ -57,8 +59,10 @@ def config_of(file: GgufFile, model_type: str) -> PretrainedConfig:
         fields["rope_parameters"] = rope
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except _WRONG as error:
-        raise ModelError(f"{facts.where}: no config of a {model_type} can be made of it: {first_line(error)}") from None
+    except WRONG_CONFIG as error:
+        raise ModelError(
+            f"{facts.where}: no config of a {model_type} can be made of it: {in_one_line(error)}"
+        ) from None
 
 
 class _Facts:
@@ -261,7 +265,19 @@ def _bare(name: str) -> str:
     return name.replace("-", "").replace("_", "")
 
 
-_WRONG = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, IndexError)
+def in_one_line(error: Exception) -> str:
+    """What transformers says of a config, which takes two lines for a field of the wrong type."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+WRONG_CONFIG = (
+    *(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, IndexError),
+    StrictDataclassError,
+)
+"""What transformers raises, in one family or another, for numbers that make no sense together."""
+
+_COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+"""Fields that count experts; a config without one is of a family that has none."""
 
 _FIELDS: tuple[tuple[str, str], ...] = (
     ("context_length", "max_position_embeddings"),
