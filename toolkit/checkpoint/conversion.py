@@ -112,7 +112,8 @@ class Shards:
 def _belongs(key: str, packed: Mapping[str, Packed]) -> bool:
     """Whether a tensor says something of a packed weight that its values do not need: its shape, scales of inputs."""
     module, _, leaf = key.rpartition(".")
-    return leaf in BESIDE_PACKED and f"{module}.weight" in packed
+    is_of_weight = key.partition(".weight.")[0] + ".weight" in packed and ".weight." in key
+    return is_of_weight or (leaf in BESIDE_PACKED and f"{module}.weight" in packed)
 
 
 def targets(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str]) -> dict[str, str]:
@@ -132,19 +133,16 @@ def targets(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str])
 
 
 def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    """Compare a checkpoint's (key, shape) pairs with a model on meta, which stays as it is.
-
-    FP8 and MXFP4 weights are left to the loader: their blocks and scales have shapes of their own.
+    """Compare the (key, shape) pairs of a checkpoint's plain weights with a model on meta, which stays as it is.
 
     Raises:
         ModelError: a tensor disagrees with the config, or the tensors of a stack do not fit together.
     """
     declared = declared_format(name, model.config)
-    if declared is not None and declared["quant_method"] != METHOD:
-        return
     with torch.device("meta"):
         tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes}
-    mapping = copy.deepcopy(get_model_conversion_mapping(model)) if declared is None else []
+    is_ours = declared is not None and declared["quant_method"] == METHOD
+    mapping = [] if is_ours else copy.deepcopy(get_model_conversion_mapping(model))
     for conversion in mapping:
         if isinstance(conversion, WeightConverter):
             conversion.force_cpu = False  # a matrix too large for a card; there is nothing here to move

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.architecture import describe
-from toolkit.checkpoint.conversion import targets
-from toolkit.checkpoint.weights import StackSlice
+from toolkit.checkpoint.conversion import Shards, targets
+from toolkit.checkpoint.weights import StackSlice, unread
 from toolkit.parts import ExpertLayer
 
-__all__ = ["fitted"]
+__all__ = ["fitted", "plain_weights"]
 
 _ROLES = {
     **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
@@ -29,6 +31,23 @@ _NAME = re.compile(
     rf"\.(\d+)\.(?:[^.]+\.)*?(?:experts|switch_mlp)\.(?:(\d+)\.)?(?:switch_mlp\.)?({'|'.join(_ROLES)})"
     r"(?:\.(weight|bias)|(_bias))?$"
 )
+
+
+def plain_weights(
+    name: str, folder: Path, declared: Mapping[str, Any] | None, model: PreTrainedModel
+) -> dict[str, Any]:
+    """Every weight of a checkpoint, unread, under the names of a plain one where others quantised it.
+
+    Args:
+        name: what errors call it. declared: its quantization_config, None where it is plain. model: on meta.
+
+    Raises:
+        ModelError: a part of a weight is missing, or a scheme is unknown.
+    """
+    with Shards(name, folder, declared) as shards:
+        # safetensors keeps a file mapped as long as a slice of it lives.
+        slices = {key: shards.slice(key) for key in shards.keys}
+    return fitted(slices, model, get_model_conversion_mapping(model))
 
 
 def fitted(weights: Mapping[str, Any], model: PreTrainedModel, mapping: Iterable[Any]) -> dict[str, Any]:
@@ -75,13 +94,15 @@ def _stacks(
         experts = [[_expert(parts, role, number) for role in roles] for number in range(layer.num_experts)]
         if any(piece is None for expert in experts for piece in expert):
             return {}
-        transposed = layer.is_transposed and kind == "weight"
-        result[name] = StackSlice(experts, is_concatenated=is_joined, is_transposed=transposed)
+        is_bias = kind == "bias"
+        result[name] = StackSlice(
+            experts, is_concatenated=is_joined, is_transposed=layer.is_transposed and not is_bias, is_bias=is_bias
+        )
     return result
 
 
 def _expert(parts: Mapping[tuple[str, int], Any], role: str, number: int) -> Any:
     """One expert's own tensor, or its place in the tensor of all of them."""
     if (whole := parts.get((role, -1))) is not None:
-        return whole[number : number + 1] if number < whole.get_shape()[0] else None
+        return unread(whole)[number : number + 1] if number < whole.get_shape()[0] else None
     return parts.get((role, number))

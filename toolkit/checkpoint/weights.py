@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.packed import Packed
+from toolkit.checkpoint.formats.packed import Packed, Part
 
-__all__ = ["PackedSlice", "StackSlice", "Unread"]
+__all__ = ["PackedSlice", "StackSlice", "Unread", "unread"]
 
 _BLOCK = 4 << 20
 """Values multiplied out at a time where a whole weight is read: 16 MiB in fp32."""
@@ -132,7 +132,8 @@ class StackSlice(Unread):
     """Experts of a stack that the files hold apart: each as one tensor, or as its gate and its up projection.
 
     Args:
-        experts: of each expert its pieces, slices [O, I] or biases [O], or of one expert in a stack, [1, …].
+        experts: of each expert its pieces, slices [O, I], or [1, O, I] where they are one of a stack.
+        is_bias: pieces are [O], or [1, O].
         is_concatenated: pieces one after the other along the outputs; otherwise their outputs by turns.
         is_transposed: the stack is [E, I, O].
     """
@@ -143,10 +144,12 @@ class StackSlice(Unread):
         *,
         is_concatenated: bool = True,
         is_transposed: bool = False,
+        is_bias: bool = False,
         rows: tuple[int, int] | None = None,
     ) -> None:
         self._experts, self._is_concatenated, self._is_transposed = experts, is_concatenated, is_transposed
-        pieces = [_of_one(piece) for piece in experts[0]]
+        self._dim = 1 if is_bias else 2
+        pieces = [tuple(piece.get_shape())[-self._dim :] for piece in experts[0]]
         outputs, inputs = sum(piece[0] for piece in pieces), pieces[0][1:]
         size = (*inputs, outputs) if is_transposed else (outputs, *inputs)
         super().__init__((len(experts), *size), rows)
@@ -171,18 +174,22 @@ class StackSlice(Unread):
             self._experts,
             is_concatenated=self._is_concatenated,
             is_transposed=self._is_transposed,
+            is_bias=self._dim == 1,
             rows=(first, last),
         )
 
     def _joined(self, pieces: Iterable[Any], device: Any, dtype: torch.dtype) -> Tensor:
         read: list[Tensor] = [piece[...].to(device=device, dtype=dtype) for piece in pieces]
-        read = [tensor[0] if tensor.dim() == 3 else tensor for tensor in read]
+        read = [tensor[0] if tensor.dim() > self._dim else tensor for tensor in read]
         joined = read[0] if len(read) == 1 else torch.cat(read)
         if len(read) > 1 and not self._is_concatenated:
             joined = torch.stack(read, 1).flatten(0, 1)
         return joined.T if self._is_transposed and joined.dim() == 2 else joined
 
 
-def _of_one(piece: Any) -> tuple[int, ...]:
-    shape = tuple(piece.get_shape())
-    return shape[1:] if len(shape) == 3 else shape
+def unread(plain: Any) -> Unread:
+    """A slice of safetensors whose rows can be taken without reading them; one that can already is as it is."""
+    if isinstance(plain, Unread):
+        return plain
+    whole = Packed("", tuple(plain.get_shape()), {"": Part("")}, lambda parts: parts[""], plain.get_dtype(), 0)
+    return PackedSlice(whole, {"": plain})

@@ -6,16 +6,19 @@ Read from the config and the safetensors headers alone, in a folder or on the Hu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.files import declared_format, stored_headers
+from toolkit.checkpoint.files import METHOD, declared_format, stored_headers, whole_snapshot
 from toolkit.parts import LINEAR_ROLES, Architecture
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["Audit", "Part", "audit", "parts_of"]
 
@@ -25,7 +28,11 @@ _EXPERTS, _UNSEEN = "expert stacks", "expert stacks that text never reaches"
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of tensor: how many, parameters, bytes as int8 (with scales) or 16 bit, and whether LoRA reaches it."""
+    """One kind of tensor: how many, parameters, bytes as int8 (with scales) or 16 bit, and whether LoRA reaches it.
+
+    `source` counts the files' tensors by how they are stored there. `rounding` is the relative error that int8 adds to
+    values spread as a Gaussian, None where nothing is rounded.
+    """
 
     name: str
     tensors: int
@@ -33,6 +40,8 @@ class Part:
     stored: str
     bytes: int
     adapted: str
+    source: Mapping[str, int] = field(default_factory=dict)
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,23 +86,61 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
     if not Path(name_or_path).exists():
         ask_hub(name_or_path, revision)
     model = skeleton(name_or_path, revision=revision)
-    declared_format(name_or_path, model.config)
+    declared = declared_format(name_or_path, model.config)
     architecture = describe(model)
     tensors = stored_headers(name_or_path, revision)
-    refuse_wrong_shapes(name_or_path, model, ((tensor.name, tensor.shape) for tensor in tensors))
+    found: _Found = {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}
+    if declared is not None and declared["quant_method"] != METHOD:
+        found = _multiplied_out(name_or_path, revision, declared, model)
+    refuse_wrong_shapes(name_or_path, model, ((key, shape) for key, (shape, _) in found.items()))
     return Audit(
         model=name_or_path,
         moe_layers=len(architecture.layers),
         experts=sum(layer.num_experts for layer in architecture.layers),
-        parts=parts_of(model, architecture),
+        parts=parts_of(model, architecture, _by_parameter(model, found, declared)),
         checkpoint_bytes=sum(tensor.bytes for tensor in tensors),
         checkpoint_dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
         checkpoint_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
     )
 
 
-def parts_of(model: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
-    """Every parameter of `model` (meta is enough) in exactly one part."""
+_Found = Mapping[str, tuple[tuple[int, ...], str]]
+"""Weights of the files by key: shape, and how it is stored."""
+
+
+def _multiplied_out(name: str, revision: str, declared: Mapping[str, Any], model: PreTrainedModel) -> _Found:
+    """Of a checkpoint that others quantised; empty where its files are not here."""
+    from toolkit.checkpoint.stacks import plain_weights
+
+    folder = Path(name) if Path(name).is_dir() else whole_snapshot(name, revision)
+    weights = {} if folder is None else plain_weights(name, folder, declared, model)
+    return {key: (tuple(weight.get_shape()), weight.get_dtype()) for key, weight in weights.items()}
+
+
+def _by_parameter(
+    model: PreTrainedModel, found: _Found, declared: Mapping[str, Any] | None
+) -> Mapping[str, Counter[str]]:
+    """How the tensors that become a parameter are stored, counted."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from toolkit.checkpoint.conversion import targets
+
+    is_ours = declared is not None and declared["quant_method"] == METHOD
+    names = targets(model, [] if is_ours else get_model_conversion_mapping(model), found)
+    result: dict[str, Counter[str]] = {}
+    for key, target in names.items():
+        result.setdefault(target, Counter())[found[key][1]] += 1
+    return result
+
+
+def parts_of(
+    model: nn.Module, architecture: Architecture, stored: Mapping[str, Counter[str]] | None = None
+) -> tuple[Part, ...]:
+    """Every parameter of `model` (meta is enough) in exactly one part.
+
+    Args:
+        stored: how the tensors of the files that become a parameter are stored, counted.
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     rows = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
     text, other = ([layer for layer in architecture.layers if layer.sees_text is sees] for sees in (True, False))
@@ -104,7 +151,18 @@ def parts_of(model: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
     groups["routers"] = [f"{layer.router}.weight" for layer in text]
     taken = {name for names in groups.values() for name in names}
     groups["embeddings, head, norms and the rest"] = [name for name in shapes if name not in taken]
-    return tuple(_part(title, names, shapes, rows) for title, names in groups.items() if names)
+    return tuple(
+        replace(_part(title, names, shapes, rows), source=_sources(names, stored or {}))
+        for title, names in groups.items()
+        if names
+    )
+
+
+def _sources(names: list[str], stored: Mapping[str, Counter[str]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for name in names:
+        total.update(stored.get(name, {}))
+    return dict(total)
 
 
 def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int]) -> Part:
@@ -115,4 +173,14 @@ def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], r
     if title not in (_EXPERTS, _UNSEEN, *_INT8_ROLES.values()):
         return Part(title, len(names), parameters, "16 bit", 2 * parameters, adapted)
     scales = sum(shapes[name][0] * shapes[name][rows[name]] if name in rows else shapes[name][0] for name in names)
-    return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted)
+    rounding = _rounding(parameters // max(1, scales))
+    return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted, rounding=rounding)
+
+
+def _rounding(width: int) -> float:
+    """Relative error of int8 with a scale for `width` values of a Gaussian: a step over the root of 12.
+
+    The largest of n is taken to lie where 1/(2n) of the curve is beyond it on either side.
+    """
+    largest = NormalDist().inv_cdf(1 - 1 / (4 * max(1, width)))
+    return largest / 127 / math.sqrt(12)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from toolkit.checkpoint.files import METHOD, Header, declared_format, stored_headers, whole_snapshot
 from toolkit.errors import HubError
@@ -50,7 +51,7 @@ def what_is_stored(budget: Budget) -> Stored:
         note = "download: estimated at 16 bits per parameter; the Hub did not return the headers"
         return Stored(_reckoned(budget.shapes, None), note=note)
     if not is_published(name, revision):
-        _refuse_wrong_shapes(budget, headers)
+        _refuse_wrong_shapes(budget, headers, folder, declared)
     dtypes: Counter[str] = Counter()
     for header in headers:
         dtypes[header.dtype] += header.bytes
@@ -58,10 +59,18 @@ def what_is_stored(budget: Budget) -> Stored:
     return Stored(sum(dtypes.values()), dict(dtypes), folder is not None, is_int8)
 
 
-def _refuse_wrong_shapes(budget: Budget, headers: Sequence[Header]) -> None:
+def _refuse_wrong_shapes(
+    budget: Budget, headers: Sequence[Header], folder: Path | None, declared: Mapping[str, Any] | None
+) -> None:
+    """Of weights that others quantised only where the files are here: their parts have shapes of their own."""
     from toolkit.checkpoint.conversion import refuse_wrong_shapes
+    from toolkit.checkpoint.stacks import plain_weights
 
-    refuse_wrong_shapes(budget.name, budget.model, ((tensor.name, tensor.shape) for tensor in headers))
+    shapes = {tensor.name: tensor.shape for tensor in headers}
+    if declared is not None and declared["quant_method"] != METHOD:
+        weights = {} if folder is None else plain_weights(budget.name, folder, declared, budget.model)
+        shapes = {key: tuple(weight.get_shape()) for key, weight in weights.items()}
+    refuse_wrong_shapes(budget.name, budget.model, shapes.items())
 
 
 def _reckoned(shapes: Shapes, method: str | None) -> int:

@@ -15,13 +15,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
-from toolkit.checkpoint.conversion import Shards
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
-from toolkit.checkpoint.stacks import fitted
+from toolkit.checkpoint.stacks import plain_weights
 from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.ops.experts import expert_weights
 from toolkit.ops.int8 import dequantize
@@ -117,10 +115,7 @@ def _plain(
     """The model's class, and every weight of a checkpoint that others quantised, unread, as a plain one has it."""
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=False)
-    with Shards(name_or_path, fetch(name_or_path, revision), declared) as shards:
-        # safetensors keeps a file mapped as long as a slice of it lives.
-        slices = {key: shards.slice(key) for key in shards.keys}
-    return type(model), fitted(slices, model, get_model_conversion_mapping(model))
+    return type(model), plain_weights(name_or_path, fetch(name_or_path, revision), declared, model)
 
 
 def _as_if_from(model: PreTrainedModel, name_or_path: str, revision: str) -> None:

@@ -32,7 +32,8 @@ __all__ = ["Int8Config", "Int8Quantizer", "register"]
 class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
     """What is stored in 8 bit: `experts` int8 or none, `linears` int8, bnb or none.
 
-    `source` is the quantization_config the checkpoint declared before it was requantised, None for a 16- or 32-bit one.
+    `source` is the quantization_config the checkpoint declared before it was requantised, None for a 16- or 32-bit one;
+    `requantised` is what that cost, as `Requantised.to_dict` says it.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         experts: str = "int8",
         linears: str = "int8",
         source: Mapping[str, Any] | None = None,
+        requantised: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(quant_method=METHOD)
         self.experts = experts
         self.linears = linears
         self.source = None if source is None else dict(source)
+        self.requantised = None if requantised is None else dict(requantised)
 
 
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
@@ -138,6 +141,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return torch.float32 if wanted is None and isinstance(param, Unread) else wanted
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.quantization_config.requantised = self.workspace.requantised.to_dict()
         self.workspace = Workspace()
         _refuse_unread(model)
         # Names and shapes in an int8 checkpoint are the model's own, so saving has nothing to convert back.

@@ -21,6 +21,7 @@ from toolkit.architecture import is_experts
 from toolkit.checkpoint.weights import Unread
 from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
+from toolkit.quant.requantised import Requantised
 from toolkit.steps import advance
 
 __all__ = ["Round", "Workspace", "is_int8"]
@@ -40,6 +41,7 @@ class Workspace:
     """
 
     device: Any = "cpu"
+    requantised: Requantised = field(default_factory=Requantised)
     _results: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _scratch: torch.Tensor | None = None
     _expected: dict[int, list[Any]] = field(default_factory=dict)
@@ -75,6 +77,12 @@ class Workspace:
             self._expected = {}
         if self._ahead is not None:
             self._ahead.used(sum(part.nbytes for parts in tensors.values() for part in parts))
+
+    def saw(self, tensors: Tensors) -> bool:
+        """Count what of this is packed; whether any is."""
+        found = [part for parts in tensors.values() for part in parts if isinstance(part, Unread)]
+        self.requantised.formats.update(part.get_dtype() for part in found)
+        return bool(found)
 
     def quantize(self, weight: torch.Tensor, input_dim: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
         """As `int8.quantize`."""
@@ -112,6 +120,7 @@ class Round(ConversionOps):  # type: ignore[misc]
         if is_separable and len(kwargs["target_patterns"]) == 1 and _is_int8_stack(model, name):
             return self._round_experts(input_dict, name, model, kwargs)
         stored: Tensors = {}
+        self.workspace.saw(input_dict)
         for full_name, value in _full_names(self._run(input_dict, kwargs), name):
             stored |= self._store(model, full_name, value)
         self.workspace.used(input_dict)
@@ -129,8 +138,13 @@ class Round(ConversionOps):  # type: ignore[misc]
             if not _fills(pieces, outputs, weight.shape):
                 return {name: torch.cat(pieces, outputs)}  # the loader reports the mismatch by name
             sizes = [piece.shape[outputs] for piece in pieces]
+            is_packed = self.workspace.saw(parts)
             for piece, rows, row_scale in zip(pieces, weight.split(sizes, outputs), scale.split(sizes), strict=True):
                 self.workspace.quantize(piece[0], input_dim, (rows[0], row_scale))
+                if is_packed:
+                    self.workspace.requantised.zero_experts += not rows.any()
+                if is_packed and expert == 0:
+                    self.workspace.requantised.compare(piece[0], rows[0], row_scale, input_dim)
             self.workspace.used(parts)
         return {name: stored, f"{name}_scale": scales}
 

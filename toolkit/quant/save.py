@@ -110,8 +110,7 @@ def quantize_checkpoint(
         with Shards(name_or_path, source, wanted.source) as shards, staged_folder(target) as workplace:
             rounded = {} if compensated is None else int8_state(compensated)
             skeleton = _skeleton(name_or_path, config)
-            if wanted.source is None:
-                refuse_wrong_shapes(name_or_path, skeleton, shards.shapes)
+            refuse_wrong_shapes(name_or_path, skeleton, shards.shapes)
             written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
             config.quantization_config = wanted
             config.save_pretrained(workplace)
@@ -183,6 +182,7 @@ def _write_weights(
         advance(total, sum(sizes.values()), "bytes")
         progress(number, len(bins))
     _refuse_missing(name, model, weight_map)
+    wanted.requantised = quantizer.workspace.requantised.to_dict()
     if len(bins) > 1:
         write_index(workplace, weight_map, total)
     left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))

@@ -20,9 +20,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
-from toolkit.checkpoint.conversion import Shards, targets
+from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.remote import fetch
-from toolkit.checkpoint.stacks import fitted
+from toolkit.checkpoint.stacks import plain_weights
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
@@ -53,9 +53,7 @@ class SourceWeights:
             self._model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
         self._quantizer = _keeps_floats(self._model) if declared.source is not None else None
         self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
-        with Shards(name_or_path, fetch(name_or_path, revision), declared.source) as shards:
-            # safetensors keeps a file mapped as long as a slice of it lives.
-            self._slices = fitted({key: shards.slice(key) for key in shards.keys}, self._model, self._mapping)
+        self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), declared.source, self._model)
         self._targets = targets(self._model, self._mapping, self._slices)
 
     @contextmanager

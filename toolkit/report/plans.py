@@ -93,10 +93,13 @@ def _bar(groups: dict[str, int], memory: int) -> Text:
 def show_audit(console: Console, found: Audit) -> None:
     """What a checkpoint is made of, what becomes int8, what is adapted, what is left."""
     console.print(f"[bold]{found.model}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
-    table = table_of("part", "tensors", "parameters", "stored", "MiB", "LoRA")
+    table = table_of("part", "tensors", "parameters", "stored", "rounding", "MiB", "LoRA")
     for part in found.parts:
-        table.add_row(part.name, str(part.tensors), f"{part.parameters:,}", part.stored, mib(part.bytes), part.adapted)
-    table.add_row("total", "", f"{found.parameters:,}", "", mib(found.bytes), "")
+        error = "" if part.rounding is None else f"{part.rounding:.1%}"
+        table.add_row(
+            part.name, str(part.tensors), f"{part.parameters:,}", part.stored, error, mib(part.bytes), part.adapted
+        )
+    table.add_row("total", "", f"{found.parameters:,}", "", "", mib(found.bytes), "")
     console.print(table)
     share = found.bytes / (4 * found.parameters)
     console.print(f"{share:.1%} of fp32 ({mib(4 * found.parameters)} MiB), {2 * share:.1%} of bf16")
@@ -104,6 +107,10 @@ def show_audit(console: Console, found: Audit) -> None:
         f"on disk: {mib(found.checkpoint_bytes)} MiB in {', '.join(found.checkpoint_dtypes)}, "
         f"{found.checkpoint_parameters:,} elements"
     )
+    for part in found.parts:
+        if part.source:
+            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(part.source.items()))
+            console.print(f"  {part.name}: from {kinds}")
 
 
 def table_of(title: str, *columns: str) -> Table:

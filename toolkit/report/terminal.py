@@ -14,7 +14,17 @@ from toolkit.data import DataReport
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.report.plans import mib, table_of
 
-__all__ = ["benchmarks", "checks", "comparison", "compensation", "data", "draft_table", "reached", "summary"]
+__all__ = [
+    "benchmarks",
+    "checks",
+    "comparison",
+    "compensation",
+    "data",
+    "draft_table",
+    "reached",
+    "requantised",
+    "summary",
+]
 
 _WORST_SHOWN = 3
 _HEADS = ("base", "stale", "trained")
@@ -62,6 +72,20 @@ def compensation(console: Console, found: Compensation) -> None:
             f"  {expert.part}, expert {expert.expert}: {expert.rounded:.3%} rounded, {expert.compensated:.3%} "
             f"compensated, {expert.rows} rows",
             markup=False,
+        )
+
+
+def requantised(console: Console, found: Mapping[str, Any]) -> None:
+    """What a checkpoint was quantised as, and what int8 adds to that: relative errors, measured while it loaded."""
+    formats = "; ".join(f"{name} ({count:,})" for name, count in found["formats"].items())
+    console.print(
+        f"[bold]requantised[/bold]  from {escape(formats)}; int8 adds {found['weights']:.2%} to the weights, "
+        f"{found['outputs']:.2%} to outputs of random inputs ({found['matrices']} matrices compared)"
+    )
+    if zeros := found["zero_experts"]:
+        console.print(
+            f"[yellow]note[/yellow]  {zeros} projections of experts are all zeros: what quantised this checkpoint "
+            "never reached those experts"
         )
 
 

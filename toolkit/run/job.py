@@ -37,7 +37,7 @@ from toolkit.run.folder import (
     owned,
     with_decided,
 )
-from toolkit.run.model import attach, compensate, coverage, load
+from toolkit.run.model import attach, compensate, coverage, load, requantised
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run_folder import RunFolder
 from toolkit.steps import listening, seconds_by_part
@@ -138,6 +138,8 @@ def _finish(
     before = anonymous_memory()
     show.data(console, batches.report)
     model, tokenizer = load(plan)
+    if added := requantised(model):
+        show.requantised(console, added)
     if compensated := compensate(model, batches, plan, folder.compensated):
         show.compensation(console, compensated)
     adapted = attach(model, plan)
@@ -192,6 +194,7 @@ def _summarize(
         "seconds": seconds_by_part(),
         "memory": _memory(result, made, before),
         "compensation": compensated.to_dict() if compensated else None,
+        "requantised": requantised(result.model),
         "data": batches.report.to_dict(),
         "samples": samples[:most],
         "changed": {how: [samples[index] for index in indexes] for how, indexes in changed.items()},

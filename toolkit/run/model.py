@@ -28,7 +28,7 @@ from toolkit.run.data import build_batches, dialogue, load_tokenizer, stop_as_tr
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
-__all__ = ["attach", "compensate", "coverage", "load", "reopen"]
+__all__ = ["attach", "compensate", "coverage", "load", "reopen", "requantised"]
 
 _COMPENSATED = "onecard_compensated"
 """Attribute of a base model whose integers are those of error compensation."""
@@ -134,6 +134,12 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
             compensate(model, build_batches(tokenizer, plan), plan)
     stop_as_trained(model, dialogue(tokenizer, plan, Path(artifact)).form)
     return load_adapter(model, artifact), tokenizer
+
+
+def requantised(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What int8 added to weights that others had quantised, as `Requantised.to_dict` says it; None for plain ones."""
+    found = getattr(getattr(model.config, "quantization_config", None), "requantised", None)
+    return None if found is None else dict(found)
 
 
 def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Codes out of packed words, and what small floats are worth: the arithmetic that formats share.
 
-Sources: the Open Compute Project's "Microscaling Formats (MX) Specification" 1.0 for E2M1, E2M3, E3M2 and E8M0; the
+Sources: the Open Compute Project's "Microscaling Formats (MX) Specification" 1.0 for E2M1, E2M3 and E8M0; the
 rest was measured on files that each format's own package wrote (`scripts/parity/format_writers.py`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_bytes", "fields", "fp4", "grid", "nibbles", "planes", "powers", "small_floats"]
+__all__ = ["as_bytes", "fields", "fp4", "fp6", "grid", "nibbles", "planes", "powers"]
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of FP4's codes without the sign, which is the fourth bit."""
@@ -83,15 +83,14 @@ def planes(words: Tensor, bits: int) -> Tensor:
     return found.flatten(-2)
 
 
-def small_floats(codes: Tensor, exponent: int, mantissa: int) -> Tensor:
-    """Floats of a sign, `exponent` and `mantissa` bits without infinities, fp32, of codes in uint8."""
+def fp6(codes: Tensor) -> Tensor:
+    """E2M3 values in fp32 of codes in uint8: a sign, two bits of exponent and three of mantissa."""
     table = []
-    for code in range(2 ** (1 + exponent + mantissa)):
-        power, fraction = (code >> mantissa) & (2**exponent - 1), code & (2**mantissa - 1)
-        bias = 2 ** (exponent - 1) - 1
-        size = (fraction / 2**mantissa + (power > 0)) * 2.0 ** (max(power, 1) - bias)
-        table.append(-size if code >> (exponent + mantissa) else size)
-    return torch.tensor(table, device=codes.device)[codes.long()]
+    for code in range(32):
+        power, fraction = code >> 3, code & 7
+        table.append((fraction / 8 + (power > 0)) * 2.0 ** (max(power, 1) - 1))
+    values = torch.tensor([*table, *(-value for value in table)], device=codes.device)
+    return values[codes.long()]
 
 
 def powers(scale: Tensor) -> Tensor:

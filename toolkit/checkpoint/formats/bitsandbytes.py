@@ -21,8 +21,8 @@ from toolkit.errors import first_line
 __all__ = ["read_bitsandbytes"]
 
 _STATE = ".quant_state.bitsandbytes__"
-_LARGEST = 127
-"""Code of the row's largest value in int8."""
+_UNIT = 7.874015718698502e-3
+"""What an int8 code is worth at scale 1: 1/127 in fp32, by which bitsandbytes multiplies."""
 
 
 def read_bitsandbytes(files: Files) -> Iterator[Packed]:
@@ -45,7 +45,7 @@ def read_bitsandbytes(files: Files) -> Iterator[Packed]:
 
 
 def _unpack_int8(parts: Tensors) -> Tensor:
-    return parts["codes"].float() * parts["scale"].float().reshape(-1, 1) / _LARGEST
+    return parts["codes"].float() * parts["scale"].float().reshape(-1, 1) * _UNIT
 
 
 def _four_bits(files: Files, weight: str, kind: str, key: str) -> Packed:

@@ -1,14 +1,15 @@
 """compressed-tensors, which llm-compressor and vLLM write: integers packed or plain, FP8, NVFP4 and the MX formats.
 
-Which scheme a module has is read from its config group: by exact name, by a pattern at the start of its name, or by its
-class, in this order. Which modules are quantised at all is read from the tensors, so one expert may be plain.
+A module has the scheme of the config group that names it exactly, by a pattern at the start of its name, or by its
+class, in this order; of several patterns the first by text, as in the package. A scheme that the widths of the tensors
+contradict is passed over. Which modules are quantised is read from the tensors, so one expert may be plain.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fields, fp4, grid, powers, small_floats
+from toolkit.checkpoint.formats.bits import fields, fp4, fp6, grid, powers
 from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
 from toolkit.checkpoint.formats.scaled import scaled
+from toolkit.errors import ModelError
 
 __all__ = ["read_compressed_tensors"]
 
@@ -36,28 +38,38 @@ def read_compressed_tensors(files: Files) -> Iterator[Packed]:
         ModelError: no group says how a module is stored, a sparse format, or parts that do not fit together.
     """
     for module in files.modules("weight_packed"):
-        yield _packed(files, module, _scheme(files, module))
+        yield _first_that_fits(files, module, _packed)
     for module in files.modules("weight_scale"):
         if f"{module}.weight" in files.headers:
-            zero = f"{module}.weight_zero_point"
-            block = _block(files, module, _scheme(files, module))
-            has_zero = zero in files.headers
-            yield scaled(files, f"{module}.weight", f"{module}.weight_scale", block, zero if has_zero else None)
+            yield _first_that_fits(files, module, _scaled)
 
 
-def _scheme(files: Files, module: str) -> Mapping[str, Any]:
-    """The weights' arguments of the first group that names a module, with its format beside them."""
+_Reader = Callable[[Files, str, Mapping[str, Any]], Packed]
+
+
+def _first_that_fits(files: Files, module: str, read: _Reader) -> Packed:
+    error: ModelError | None = None
+    for scheme in _schemes(files, module):
+        try:
+            return read(files, module, scheme)
+        except ModelError as why:
+            error = error or why
+    raise error or files.wrong(module, "no group of the quantization_config names it")
+
+
+def _schemes(files: Files, module: str) -> list[Mapping[str, Any]]:
+    """The weights' arguments of every group that names a module, the one that counts first."""
     groups = files.declared.get("config_groups")
-    listed = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-    for named in (lambda target: target == module, lambda target: _matches(target, module), _is_class):
-        for group in listed:
-            weights = group.get("weights")
-            if isinstance(weights, Mapping) and any(map(named, map(str, group.get("targets") or ()))):
-                chosen = str(group.get("format") or files.declared.get("format") or "")
-                if chosen in _SPARSE:
-                    raise files.wrong(module, f"stored as {chosen}, which is not read")
-                return {**weights, "format": chosen}
-    raise files.wrong(module, "no group of the quantization_config names it")
+    found: dict[tuple[bool, bool, str], Mapping[str, Any]] = {}
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            continue
+        for target in map(str, group.get("targets") or ()):
+            if target == module or _matches(target, module) or _is_class(target):
+                stored = str(group.get("format") or files.declared.get("format") or "")
+                found[_is_class(target), target.startswith("re:"), target] = {**weights, "format": stored}
+    return [found[place] for place in sorted(found)]
 
 
 def _matches(target: str, module: str) -> bool:
@@ -72,6 +84,8 @@ def _is_class(target: str) -> bool:
 
 
 def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
+    if scheme["format"] in _SPARSE:
+        raise files.wrong(module, f"stored as {scheme['format']}, which is not read")
     name, key = f"{module}.weight", f"{module}.weight_packed"
     parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale")}
     scale = files.shape(f"{module}.weight_scale")
@@ -88,8 +102,7 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if width * 2 == columns:
         return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}")
     if width * 8 == columns * 6:
-        kind = (3, 2) if "e3m2" in str(scheme).lower() else (2, 3)
-        unpack = partial(_mxfp6, columns=columns, exponent=kind[0], mantissa=kind[1])
+        unpack = partial(_mxfp6, columns=columns)
         return files.packed(name, (rows, columns), parts, unpack, f"MXFP6, groups of {_MX_GROUP}")
     raise files.wrong(key, f"{rows}×{width} does not fit its {scale[0]}×{scale[1]} scales")
 
@@ -102,6 +115,8 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     scale = files.shape(f"{module}.weight_scale")
     columns = _columns(files, module, bits, words, scale, group)
     across = _runs_across(files, key, bits, words, columns)
+    if group > 0 and scale[-1:] not in ((-(-columns // group),), (1,)):
+        raise files.wrong(key, f"{'×'.join(map(str, scale))} scales are not for groups of {group}")
     axis = 0 if len(scale) == 2 and scale[0] == rows else None
     parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale", axis)}
     zeros_across = across
@@ -139,6 +154,12 @@ def _columns(files: Files, module: str, bits: int, words: int, scale: tuple[int,
     if group > 0 and len(scale) == 2 and scale[1] > 1:
         return group * scale[1]
     return words * 32 // bits if 32 % bits == 0 else words * (32 // bits)
+
+
+def _scaled(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
+    zero, block = f"{module}.weight_zero_point", _block(files, module, scheme)
+    has_zero = zero in files.headers
+    return scaled(files, f"{module}.weight", f"{module}.weight_scale", block, zero if has_zero else None)
 
 
 def _block(files: Files, key: str, scheme: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -191,6 +212,6 @@ def _mxfp4(parts: Tensors) -> Tensor:
     return values * grid(powers(parts["scale"]), *values.shape)
 
 
-def _mxfp6(parts: Tensors, *, columns: int, exponent: int, mantissa: int) -> Tensor:
-    values = small_floats(fields(parts["packed"], 6, columns), exponent, mantissa)
+def _mxfp6(parts: Tensors, *, columns: int) -> Tensor:
+    values = fp6(fields(parts["packed"], 6, columns))
     return values * grid(powers(parts["scale"]), *values.shape)

@@ -53,9 +53,12 @@ def _gptq(files: Files, module: str) -> Packed:
     words, outputs = files.matrix(keys["qweight"])
     groups = files.shape(keys["scales"])[0]
     zeros = files.matrix(keys["qzeros"])
-    bits = zeros[1] * 32 // max(1, outputs)
-    if not 2 <= bits <= 8 or zeros != (groups, outputs * bits // 32) or outputs * bits % 32 or words * 32 % bits:
+    fitting = [bits for bits in range(2, 9) if zeros == (groups, -(-outputs * bits // 32)) and words * 32 % bits == 0]
+    if (order := files.headers.get(f"{module}.g_idx")) is not None:
+        fitting = [bits for bits in fitting if order.shape == (words * 32 // bits,)]
+    if not fitting:
         raise files.wrong(keys["qzeros"], f"is {'×'.join(map(str, zeros))} for {outputs} outputs in {groups} groups")
+    bits = int(files.declared["bits"]) if files.declared.get("bits") in fitting else fitting[0]
     inputs = words * 32 // bits
     size = _group_size(files, inputs, groups)
     # A word of zeros holds some outputs' codes; by planes, or where codes cross words, 32 outputs lie in `bits` words.
@@ -65,7 +68,7 @@ def _gptq(files: Files, module: str) -> Packed:
         "zeros": Part(keys["qzeros"], 1, step),
         "scales": Part(keys["scales"], 1),
     }
-    if f"{module}.g_idx" in files.headers:
+    if order is not None:
         parts["order"] = Part(f"{module}.g_idx", None)
     told = str(files.declared.get("checkpoint_format") or "gptq").lower()
     is_planar = told == "gptq_p" or bits in (5, 6, 7)
@@ -91,10 +94,10 @@ def _unpack_gptq(parts: Tensors, *, bits: int, size: int, is_planar: bool, is_fi
         if is_first and bits in _BORROWED:
             zeros = ((zeros.long() + _BORROWED[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
         codes, zero = fields(words, bits, inputs), fields(zeros, bits, outputs)
-    if is_first and bits not in _BORROWED and not is_planar:
+    if is_first and bits not in _BORROWED:
         zero = (zero + 1) & (2**bits - 1)
     scales = parts["scales"].float().T  # [outputs, groups]
-    shift = zero.float().T
+    shift = zero[:, :outputs].float().T
     order = parts["order"].long() if "order" in parts else torch.arange(codes.shape[1], device=codes.device) // size
     return (codes.float() - shift[:, order]) * scales[:, order]
 
@@ -110,8 +113,8 @@ def _gemm(files: Files, module: str) -> Packed:
         "zeros": Part(f"{module}.qzeros", 1, eight),
         "scales": Part(f"{module}.scales", 1),
     }
-    words_ = f"int4, groups of {inputs // groups}"
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, words_)
+    stored = f"int4, groups of {inputs // groups}"
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, stored)
 
 
 def _unpack_gemm(parts: Tensors) -> Tensor:
@@ -120,11 +123,12 @@ def _unpack_gemm(parts: Tensors) -> Tensor:
     size = codes.shape[0] // scales.shape[0]
     shift, scale = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
     weight: Tensor = (codes.float() - shift) * scale
-    return weight.T
+    return weight.t()
 
 
 def _in_order(codes: Tensor) -> Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
+    eight: Tensor = codes.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)]
+    return eight.flatten(-2)
 
 
 def _gemv(files: Files, module: str) -> Packed:

@@ -16,6 +16,8 @@ from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
 
 __all__ = ["read_mlx"]
 
+_LARGEST = 6 * 448
+"""Of FP4's codes times E4M3's."""
 _GROUP = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 
 
@@ -27,21 +29,25 @@ def read_mlx(files: Files) -> Iterator[Packed]:
     """
     for module in files.modules("scales"):
         key = f"{module}.weight"
-        declared = {**files.declared, **_own(files, module)}
-        mode = str(declared.get("mode") or "affine")
+        declared = _own(files, module) or files.declared
+        mode = str(declared.get("mode") or "affine")  # an entry of its own inherits nothing
+        mode = mode if files.headers[f"{module}.scales"].dtype == "U8" else "affine"
         group = declared.get("group_size") or _GROUP.get(mode)
         if mode not in _GROUP or not isinstance(group, int) or group < 1:
             raise files.wrong(module, f"stored in mode {mode!r} with groups of {group!r}, which is not read")
         shape, scales = files.shape(key), files.shape(f"{module}.scales")
         columns = scales[-1] * group if scales else 0
         bits = shape[-1] * 32 // max(1, columns) if shape else 0
-        if shape[:-1] != scales[:-1] or not 2 <= bits <= 8 or bits * columns != shape[-1] * 32:
+        if shape[:-1] != scales[:-1] or not 1 <= bits <= 8 or bits * columns != shape[-1] * 32:
             raise files.wrong(key, f"{'×'.join(map(str, shape))} words do not fit groups of {group}")
         parts = {"codes": Part(key), "scales": Part(f"{module}.scales")}
         if mode == "affine":
             parts["biases"] = Part(f"{module}.biases")
         elif (bits, mode) not in ((4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")):
             raise files.wrong(key, f"{bits} bits in mode {mode}")
+        if (whole := f"{module}.global_scale") in files.headers:
+            is_stack = len(shape) == 3 and files.shape(whole)[:1] == shape[:1]
+            parts["global"] = Part(whole, 0 if is_stack else None)
         unpack = partial(_unpack, bits=bits, group=group, mode=mode)
         words = f"int{bits}" if mode == "affine" else mode.upper()
         yield files.packed(key, (*shape[:-1], columns), parts, unpack, f"{words}, groups of {group}")
@@ -62,4 +68,6 @@ def _unpack(parts: Tensors, *, bits: int, group: int, mode: str) -> Tensor:
         spread = scales.float().repeat_interleave(group, -1)
         return values * spread + parts["biases"].float().repeat_interleave(group, -1)
     scale = scales.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else powers(scales)
+    if "global" in parts:  # the largest value, which the largest code times the largest scale stands for
+        scale = scale * (parts["global"].float() / _LARGEST).reshape(-1, *[1] * (scale.dim() - 1))
     return values * scale.repeat_interleave(group, -1)
