@@ -31,6 +31,7 @@ from tests.harness.families import build, tiny_config  # noqa: E402
 from toolkit.architecture import GGUF_READ, GGUF_TAKES_FOR_GRANTED, auto_class  # noqa: E402
 from toolkit.checkpoint.formats.gguf import GgufCheckpoint, read_gguf  # noqa: E402
 from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
+from toolkit.checkpoint.weights import PackedSlice  # noqa: E402
 from toolkit.errors import ModelError  # noqa: E402
 
 __all__ = ["main"]
@@ -156,8 +157,7 @@ def _loaded(found: GgufCheckpoint) -> PreTrainedModel:
     model: PreTrainedModel = auto_class(found.config).from_config(found.config, dtype=torch.float32).eval()
     state = model.state_dict()
     for name, weight in found.weights.items():
-        raw = {part: found.slice(it.key)[...] for part, it in weight.parts.items()}
-        state[name].copy_(weight.unpack(raw))
+        state[name].copy_(PackedSlice(weight, found.slices)[...].read())
     return model
 
 

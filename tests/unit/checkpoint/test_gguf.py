@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from toolkit.architecture import GGUF_READ, auto_class
 from toolkit.checkpoint.formats.gguf_config import model_types
+from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError
 
 gguf = pytest.importorskip("gguf")
@@ -32,12 +33,7 @@ QUANTISED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_
 
 def rows(found: GgufCheckpoint, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
     """Rows of a parameter, read as the loader reads them: only the parts that they are made of."""
-    weight = found.weights[name]
-    raw = {}
-    for part, axis, begin, end in weight.spans(first, weight.shape[0] if last is None else last):
-        tensor = found.slice(weight.parts[part].key)[...]
-        raw[part] = tensor if axis is None else tensor.narrow(axis, begin, end - begin)
-    return weight.unpack(raw)
+    return PackedSlice(found.weights[name], found.slices)[first:last].read()
 
 
 @torch.no_grad()
@@ -89,7 +85,7 @@ def test_what_is_stored_as_it_is_needs_no_unpacking(tmp_path: Path) -> None:
     assert {"model.norm.weight", "model.layers.1.mlp.gate.weight"} <= found.plain.keys()
     assert all(not re.search(r"experts|q_proj", name) for name in found.plain)
     for name, key in found.plain.items():
-        assert torch.equal(found.slice(key)[...], original.state_dict()[name])
+        assert torch.equal(found.slices[key][...], original.state_dict()[name])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

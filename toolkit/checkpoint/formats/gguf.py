@@ -61,9 +61,10 @@ class GgufCheckpoint:
             return f"elsewhere: transformers does not know how {split} splits text"
         return "the GGUF file"
 
-    def slice(self, key: str) -> Slice:
-        """A raw tensor by its name in the file, unread until it is indexed."""
-        return self.file.slice(key)
+    @property
+    def slices(self) -> Mapping[str, Slice]:
+        """Every raw tensor by its name in the file, mapped and unread until it is indexed."""
+        return {key: self.file.slice(key) for key in self.file.tensors}
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:
