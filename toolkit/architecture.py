@@ -29,6 +29,7 @@ from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 __all__ = [
     "DRAFT_CARRIER",
     "GGUF_NAMES",
+    "GGUF_NORMALISED",
     "GGUF_NORMS_FROM_ONE",
     "GGUF_READ",
     "GGUF_ROTATED_IN_PAIRS",
@@ -343,3 +344,6 @@ GGUF_NORMS_FROM_ONE = frozenset({"qwen3next", "qwen35moe"})
 
 GGUF_TILED_VALUE_HEADS = frozenset({"qwen35moe"})
 """Those whose value heads of linear attention are stored tiled. Source: `_LinearAttentionVReorderBase` there."""
+
+GGUF_NORMALISED = frozenset({"deepseek-r1-qwen", "qwen2", "qwen35"})
+"""llama.cpp's names of ways to split text whose tokenizers normalise it to NFC. Source: `tokenizer.json` of Qwen2.5."""

@@ -154,7 +154,6 @@ SEAMS = (
         "checkpoint",
         "to know which tokenizers of GGUF files it builds right",
         "GGUF_PRE_TOKENIZER_SPLITS",
-        "GGUF_TOKENIZER_TYPES",
     ),
     *_at("transformers.core_model_loading", "quant", "to save int8 weights under their names", "_weight_conversions"),
     *_at(

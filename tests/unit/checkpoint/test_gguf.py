@@ -269,20 +269,3 @@ def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_pat
     writer.close()
     with pytest.raises(ModelError, match=r"architecture grok are not read; .*qwen3moe"):
         read_gguf(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "words"),
-    [
-        ({"model": "gpt2", "pre": "qwen2"}, "the GGUF file"),
-        ({"model": "llama"}, "the GGUF file"),
-        ({"model": "gpt2", "pre": "deepseek-v3"}, "elsewhere: transformers does not know how deepseek-v3 splits text"),
-        ({"model": "rwkv"}, "elsewhere: no tokenizer of a kind that transformers builds"),
-    ],
-)
-def test_where_the_tokenizer_comes_from_is_said(tokenizer: dict[str, str], words: str, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    found = read_gguf(write_gguf(tmp_path / "model.gguf", tiny("qwen3_moe", num_hidden_layers=1)))
-    metadata = {**found.file.metadata, **{f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}}
-    assert replace(found, file=replace(found.file, metadata=metadata)).tokenizer.startswith(words)

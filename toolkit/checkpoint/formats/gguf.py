@@ -14,7 +14,6 @@ from types import MappingProxyType
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, GGUF_TOKENIZER_TYPES
 
 from toolkit.architecture import GGUF_READ, auto_class
 from toolkit.checkpoint.formats.gguf_config import WRONG_CONFIG, config_of, in_one_line, is_named, model_types
@@ -50,16 +49,6 @@ class GgufCheckpoint:
     def stored(self) -> Mapping[str, int]:
         """How many tensors are of which type, by ggml's names."""
         return dict(Counter(tensor.kind for tensor in self.file.tensors.values()).most_common())
-
-    @property
-    def tokenizer(self) -> str:
-        """Where the tokenizer should come from, in words: "the GGUF file", or why not from there."""
-        kind, split = (self.file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-        if kind not in GGUF_TOKENIZER_TYPES:
-            return f"elsewhere: no tokenizer of a kind that transformers builds ({kind})"
-        if kind == "gpt2" and split not in GGUF_PRE_TOKENIZER_SPLITS:
-            return f"elsewhere: transformers does not know how {split} splits text"
-        return "the GGUF file"
 
     @property
     def slices(self) -> Mapping[str, Slice]:
