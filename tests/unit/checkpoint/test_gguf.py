@@ -190,8 +190,17 @@ def test_draft_layers_are_left_out_and_named(tmp_path: Path) -> None:
         edit=lambda it: it.update(block_count=3, nextn_predict_layers=1),
     )
     found = read_gguf(path)
-    assert found.config.num_hidden_layers == 2
+    assert (found.config.num_hidden_layers, found.config.architectures) == (2, ["Glm4MoeForCausalLM"])
     assert set(found.left_out) == set(extra)
+
+
+def test_a_norm_in_blocks_is_read_whole(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    original = tiny("qwen3_moe")
+    norm = original.state_dict()["model.norm.weight"].numpy()
+    blocks = gguf.quants.quantize(norm, kind)
+    found = read_gguf(write_gguf(tmp_path / "model.gguf", original, raw={"output_norm.weight": (blocks, kind)}))
+    np.testing.assert_array_equal(rows(found, "model.norm.weight"), gguf.quants.dequantize(blocks, kind))
 
 
 def test_a_tied_head_has_no_tensor(tmp_path: Path) -> None:
@@ -231,6 +240,7 @@ def test_every_architecture_that_is_read_is_a_family_of_text() -> None:
             {"config": {"model_type": "olmoe"}},
             "its architecture is qwen3moe, and the config.json beside it is of a olmoe",
         ),
+        ({"config": {"num_hidden_layers": 1}}, r"blk\.1\.\w+\.weight \(and 11 other tensors\) belong to no part"),
         ({"without": "blk.1.attn_norm.weight"}, r"no tensor for model\.layers\.1\.input_layernorm\.weight"),
         ({"without": "blk.0.ffn_up_exps.weight"}, r"no tensor for model\.layers\.0\.mlp\.experts\.gate_up_proj"),
         ({"more": "blk.1.attn_sinks.weight"}, r"blk\.1\.attn_sinks\.weight \(and 0 other tensors\) belong to no part"),

@@ -83,6 +83,7 @@ def read_gguf(path: str | Path) -> GgufCheckpoint:
         except ModelError as error:
             refused.append(error)
             continue
+        model.config.architectures = model.config.architectures or [type(model).__name__]
         used = {part.key for weight in weights.values() for part in weight.parts.values()}
         return GgufCheckpoint(
             file,

@@ -9,7 +9,7 @@ Source of both: `conversion/` of llama.cpp (in llama-cpp-python 0.3.36).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -99,23 +99,30 @@ class _Finder:
         reverted = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(single)).items()}
         self.original = {name: reverted[id(tensor)] for name, tensor in single.items() if id(tensor) in reverted}
         self.table = _table(self.architecture, self.where)
-        self.passed_over = {
-            name
-            for name in file.tensors
-            if re.search(_PASSED_OVER, name)
-            or (name == "output.weight" and "lm_head.weight" in tied)
-            or ((match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= self.config.num_hidden_layers)
-        }
+        is_over = re.compile(_PASSED_OVER + (r"|^output\.weight$" if "lm_head.weight" in tied else ""))
+        self.passed_over = {name for name in file.tensors if is_over.search(name)} | set(self._drafts())
+
+    def _drafts(self) -> Iterator[str]:
+        """Tensors of the layers that the file itself says are for drafts, behind the model's own."""
+        counts = (
+            self.file.metadata.get(f"{self.architecture}.{key}") for key in ("block_count", "nextn_predict_layers")
+        )
+        count, drafts = (value if isinstance(value, int) else 0 for value in counts)
+        for name in self.file.tensors:
+            match = re.match(r"blk\.(\d{1,4})\.", name)
+            if match and max(self.config.num_hidden_layers, count - drafts) <= int(match[1]) < count:
+                yield name
 
     def recipe(self, name: str) -> _Recipe | None:
         """How `name` is made of the file's tensors; None where they are not all there."""
         ways = (self._experts, self._router, self._latent, self._linear_attention, self._simple, self._fused, self._cut)
         return next((recipe for way in ways if (recipe := way(name)) is not None), None)
 
-    def _take(self, layer: str | None, **leaves: str) -> dict[str, Stored] | None:
-        """Tensors by name, `leaves` of the layer; None, and none is taken, where one is missing."""
+    def _take(self, layer: str | None, *, is_shared: bool = False, **leaves: str) -> dict[str, Stored] | None:
+        """Tensors by name, `leaves` of the layer; None, and none is taken, where one is missing or another's."""
         names = {part: leaf if layer is None else f"blk.{layer}.{leaf}" for part, leaf in leaves.items()}
-        if not set(names.values()) <= self.file.tensors.keys():
+        wanted = set(names.values())
+        if not wanted <= self.file.tensors.keys() or (wanted & self.used and not is_shared):
             return None
         self.used |= set(names.values())
         return {part: self.file.tensors[name] for part, name in names.items()}
@@ -202,7 +209,8 @@ class _Finder:
         if (heads := self._rotated(leaf)) is not None:
             return _Recipe(found, lambda it: halves(it["it"], heads).reshape(shape), None)
         is_from_one = self.architecture in GGUF_NORMS_FROM_ONE and re.search(_FROM_ONE, leaf) is not None
-        rows = _EACH if stored.shape[0] == shape[0] else None
+        is_one_row = len(stored.shape) == 1 and not stored.is_plain
+        rows = _EACH if stored.shape[0] == shape[0] and not is_one_row else None
 
         def make(it: Numbers) -> torch.Tensor:
             return (it["it"] - 1 if is_from_one else _plain(name, it["it"])).reshape(-1, *shape[1:])
@@ -234,11 +242,11 @@ class _Finder:
         if match is None:
             return None
         sizes = [self.wanted.get(f"{match[1]}{which}_proj.{match[3]}", (0,))[0] for which in "qkv"]
-        found = self._take(_number(name), it=f"attn_qkv.{match[3]}")
+        found = self._take(_number(name), is_shared=True, it=f"attn_qkv.{match[3]}")
         if found is None or found["it"].shape[0] != sum(sizes):
             return None
-        start = sum(sizes["qkv".index(match[2]) :: -1][1:]) if match[2] != "q" else 0
-        rows = slice(start, start + sizes["qkv".index(match[2])])
+        place = "qkv".index(match[2])
+        rows = slice(sum(sizes[:place]), sum(sizes[: place + 1]))
         heads = self._rotated(f"attn_{match[2]}.{match[3]}")
         return _Recipe(found, lambda it: halves(it["it"][rows], heads) if heads else it["it"][rows], None)
 
