@@ -150,6 +150,13 @@ SEAMS = (
         "all_tied_weights_keys",
     ),
     *_at(
+        "transformers.integrations.gguf.dequant",
+        "checkpoint",
+        "to multiply blocks of GGUF files out on a card",
+        "GGML_NAME",
+        "dequantize",
+    ),
+    *_at(
         "transformers.integrations.gguf.gguf_tokenizer_mapping",
         "checkpoint",
         "to know which tokenizers of GGUF files it builds right",

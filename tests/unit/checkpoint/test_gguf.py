@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from toolkit.architecture import GGUF_READ, auto_class
 from toolkit.checkpoint.formats.gguf_config import model_types
+from toolkit.checkpoint.formats.gguf_undo import ON_A_CARD, by_gguf, by_torch
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError
 
@@ -114,6 +115,16 @@ def test_every_block_type_is_worth_what_gguf_says(kind: Any, tmp_path: Path) -> 
     np.testing.assert_array_equal(
         rows(found, "model.layers.0.mlp.experts.down_proj").view(torch.int32), down.view(np.int32)
     )
+
+
+@pytest.mark.parametrize("kind", sorted(ON_A_CARD))
+def test_what_a_card_computes_is_the_same_to_the_bit(kind: str) -> None:
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = torch.randint(0, 256, (3, 16, 4 * size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted, found = by_gguf(blocks, kind), by_torch(blocks, kind)
+    assert torch.isfinite(wanted).float().mean() > 0.5
+    assert torch.equal(wanted.isnan(), found.isnan())
+    assert torch.equal(wanted.nan_to_num(), found.nan_to_num())
 
 
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "I32"])

@@ -1,6 +1,7 @@
 """What llama.cpp's converter does to a weight on its way into a GGUF file, undone on fp32 rows; pure functions.
 
-Shapes: E experts, O outputs, I inputs. Block types are multiplied out by the `gguf` library, not here.
+Shapes: E experts, O outputs, I inputs. Block types are multiplied out by the `gguf` library, and on a card by the torch
+functions of transformers.
 """
 
 from __future__ import annotations
@@ -12,10 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.integrations.gguf.dequant import GGML_NAME, dequantize
 
 from toolkit.checkpoint.formats.gguf_file import library
 
-__all__ = ["Numbers", "ValueHeads", "can_multiply_out", "gate_and_up", "halves", "latent", "multiply_out", "stack"]
+__all__ = [
+    "ON_A_CARD",
+    "Numbers",
+    "ValueHeads",
+    "by_gguf",
+    "by_torch",
+    "can_multiply_out",
+    "gate_and_up",
+    "halves",
+    "latent",
+    "multiply_out",
+    "stack",
+]
 
 Numbers = Mapping[str, torch.Tensor]
 
@@ -34,14 +48,30 @@ def can_multiply_out(kind: str) -> bool:
 
 def multiply_out(raw: torch.Tensor, kind: str, scale: torch.Tensor | None = None) -> torch.Tensor:
     """fp32 of a raw tensor of type `kind`; `scale` is one number, or one for each element of dimension 0 (NVFP4)."""
-    if raw.dtype == torch.uint8:
-        gguf = library()
-        with np.errstate(all="ignore"):  # a scale may be infinite in a damaged file; whoever reads the values looks
-            values = gguf.quants.dequantize(raw.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[kind])
-        numbers = torch.from_numpy(values).to(raw.device)
-    else:
+    if raw.dtype != torch.uint8:
         numbers = raw.float()
+    else:
+        numbers = by_gguf(raw, kind) if raw.device.type == "cpu" or kind not in ON_A_CARD else by_torch(raw, kind)
     return numbers if scale is None else numbers * scale.float().reshape(-1, *[1] * (numbers.dim() - 1))
+
+
+def by_gguf(blocks: torch.Tensor, kind: str) -> torch.Tensor:
+    """fp32 of blocks, by the library that says what they are worth; on a CPU, wherever they lie."""
+    gguf = library()
+    with np.errstate(all="ignore"):  # a scale may be infinite in a damaged file; whoever reads the values looks
+        values = gguf.quants.dequantize(blocks.cpu().contiguous().numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(values).to(blocks.device)
+
+
+def by_torch(blocks: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same to the bit for types of `ON_A_CARD`, where the blocks lie."""
+    number = next(number for number, name in GGML_NAME.items() if name == kind)
+    values: torch.Tensor = dequantize(blocks.contiguous(), number)
+    return values.reshape(*blocks.shape[:-1], -1)
+
+
+ON_A_CARD = frozenset(GGML_NAME.values())
+"""Types that transformers multiplies out with torch, so on a card without a way back to the CPU."""
 
 
 def stack(part: str, is_transposed: bool) -> Callable[[Numbers], torch.Tensor]:
