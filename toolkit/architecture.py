@@ -29,7 +29,13 @@ from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 __all__ = [
     "DRAFT_CARRIER",
     "GGUF_NAMES",
+    "GGUF_NORMALISED",
+    "GGUF_NORMS_FROM_ONE",
+    "GGUF_READ",
     "GGUF_ROTATED_IN_PAIRS",
+    "GGUF_TAKES_FOR_GRANTED",
+    "GGUF_TILED_VALUE_HEADS",
+    "GGUF_WITH_EXPERTS",
     "LINEAR_ROLES",
     "MTP_LAYOUTS",
     "MTP_WITHOUT_END_NORM",
@@ -306,6 +312,38 @@ GGUF_NAMES: Mapping[str, str] = {
 """llama.cpp's name of an architecture, by model type, where more than hyphens differ from transformers'. Source: the
 classes that its `conversion` package registers (llama.cpp of llama-cpp-python 0.3.36)."""
 
-GGUF_ROTATED_IN_PAIRS = frozenset({"granitemoe", "granitemoehybrid", "granitemoeshared", "mixtral"})
+GGUF_ROTATED_IN_PAIRS = frozenset({"granitemoe", "granitemoehybrid", "granitemoeshared", "mixtral", "nemotron_h"})
 """Model types whose rows of query and key llama.cpp's converter reorders from halves to pairs (`LlamaModel.permute`,
 for classes with `undo_permute`), since its rotary embedding of these architectures turns neighbours."""
+
+GGUF_READ = frozenset(
+    {
+        *("afmoe", "deepseek2", "dots1", "ernie4_5-moe", "exaone-moe", "glm-dsa", "glm4moe", "gpt-oss"),
+        *("granitehybrid", "granitemoe", "hunyuan-moe", "jamba", "lfm2moe", "llama", "minimax-m2"),
+        *("nemotron_h_moe", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next"),
+    }
+)
+"""llama.cpp's architectures of which a tiny model, written by its converter, came back here as it was, config and every
+parameter. `scripts/parity/gguf_source.py` shows it."""
+
+GGUF_WITH_EXPERTS: Mapping[str, str] = {"nemotron_h_moe": "nemotron_h"}
+"""Model type of an architecture that has a name of its own over there where it has experts."""
+
+GGUF_TAKES_FOR_GRANTED: Mapping[str, Mapping[str, Any]] = {
+    "afmoe": {"mup_enabled": True},
+    "deepseek_v2": {"norm_topk_prob": False},
+    "deepseek_v3": {"norm_topk_prob": False},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
+"""By model type: fields of which a GGUF file says nothing, because llama.cpp computes so whatever the file says
+(`src/models/`), or because the converter writes no other value than the other one."""
+
+GGUF_NORMS_FROM_ONE = frozenset({"qwen3next", "qwen35moe"})
+"""llama.cpp's architectures whose norms are stored as one more than the weight. Source: `data_torch + 1` in its
+`conversion/qwen.py`."""
+
+GGUF_TILED_VALUE_HEADS = frozenset({"qwen35moe"})
+"""Those whose value heads of linear attention are stored tiled. Source: `_LinearAttentionVReorderBase` there."""
+
+GGUF_NORMALISED = frozenset({"deepseek-r1-qwen", "qwen2", "qwen35"})
+"""llama.cpp's names of ways to split text whose tokenizers normalise it to NFC. Source: `tokenizer.json` of Qwen2.5."""

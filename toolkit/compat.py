@@ -118,8 +118,8 @@ SEAMS = (
     *_at("transformers.core_model_loading", "mtp", "to convert keys as the loader does", "dot_natural_key"),
     *_at(
         "transformers.core_model_loading",
-        "adapters export",
-        "to write tensors under a family's own keys",
+        "adapters checkpoint export",
+        "to know a family's own keys",
         "revert_weight_conversion",
     ),
     *_at(
@@ -142,7 +142,25 @@ SEAMS = (
         "quant",
         "to know which keys a checkpoint may lack",
         "_keys_to_ignore_on_load_missing",
+    ),
+    *_at(
+        "transformers.modeling_utils.PreTrainedModel",
+        "checkpoint quant",
+        "to know which keys a checkpoint may lack",
         "all_tied_weights_keys",
+    ),
+    *_at(
+        "transformers.integrations.gguf.dequant",
+        "checkpoint",
+        "to multiply blocks of GGUF files out on a card",
+        "GGML_NAME",
+        "dequantize",
+    ),
+    *_at(
+        "transformers.integrations.gguf.gguf_tokenizer_mapping",
+        "checkpoint",
+        "to know which tokenizers of GGUF files it builds right",
+        "GGUF_PRE_TOKENIZER_SPLITS",
     ),
     *_at("transformers.core_model_loading", "quant", "to save int8 weights under their names", "_weight_conversions"),
     *_at(

@@ -223,6 +223,37 @@ def _templates(folder: Path) -> Target:
     return Target("chat template", seeds, read, (mutate_bytes, mutate_template), whole)
 
 
+def _gguf(folder: Path) -> Target:
+    """A small model's header and numbers; every 250th on to its config and its parameters."""
+    from tests.harness.as_gguf import tiny, write_gguf
+    from toolkit.checkpoint.formats.gguf import read_gguf
+    from toolkit.checkpoint.formats.gguf_file import open_gguf
+
+    file = folder / "model.gguf"
+    small = tiny("qwen3_moe", num_hidden_layers=1, num_experts=4, hidden_size=32, vocab_size=16)
+    seeds = [write_gguf(file, small).read_bytes()]
+    header = seeds[0].rindex(b"output.weight") + 100
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        open_gguf(file)
+
+    def whole(data: bytes) -> None:
+        file.write_bytes(data)
+        read_gguf(file)
+
+    def in_header(seed: bytes, chance: Any) -> bytes:
+        return mutate_bytes(seed[:header], chance) + seed[header:]
+
+    def a_number(seed: bytes, chance: Any) -> bytes:
+        """One that says a length, a size, a place or a setting, exchanged."""
+        at, width = chance.randrange(4, header), chance.choice((1, 2, 4, 8))
+        value = chance.choice((0, 1, 2, 3, 31, 255, 2**16, 2**31, 2**32 - 1, 2**63, 2**64 - 1, chance.getrandbits(64)))
+        return seed[:at] + (value % 256**width).to_bytes(width, "little") + seed[at + width :]
+
+    return Target("gguf", seeds, read, (in_header, a_number, a_number), whole)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "recipe": _recipes,
     "jsonl": _rows,
@@ -232,4 +263,5 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "safetensors header": _header,
     "checkpoint manifest": _checkpoint,
     "chat template": _templates,
+    "gguf": _gguf,
 }

@@ -35,7 +35,7 @@ from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
-__all__ = ["main"]
+__all__ = ["TOKENS", "main", "other_side"]
 
 LIBRARY, SOURCE = "xllamacpp==2026.10.11549", "llama-cpp-python==0.3.36"
 TOKENS = [int(token) for token in torch.randint(3, 97, (23,), generator=torch.Generator().manual_seed(5))]
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status."""
     options = family_parser(__doc__, ROOT / ".venv-llama").parse_args(arguments)
     warnings.simplefilter("ignore")
-    python, converter = _other_side(options.venv)
+    python, converter = other_side(options.venv)
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         models, ours = {}, {}
@@ -135,7 +135,7 @@ def _cell(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else "–"
 
 
-def _other_side(folder: Path) -> tuple[str, Path]:
+def other_side(folder: Path) -> tuple[str, Path]:
     """The environment's Python, and the folder with llama.cpp's converter."""
     python = python_with(folder, ("torch", "transformers", "numpy", "sentencepiece", LIBRARY))
     source = folder / "llama.cpp"

@@ -4,7 +4,8 @@
     python llama_side.py run JOB.json NAME    logits of one family's files, by libllama
 
 A job holds `converter` (a folder with `conversion` and `gguf-py`), `tokens`, `out`, and `models`: by name, the folders
-`base` and `merged` and the file `adapter`, each None where there is none. Logits go to NAME.npz, failures to NAME.json.
+`base` and `merged` and the file `adapter`, each None where there is none, and perhaps `settings` that go before
+those of the config. Logits go to NAME.npz, failures to NAME.json.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def convert(job: dict[str, Any]) -> None:
                 continue
             folder = Path(files[kind])
             try:
-                architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+                settings = {**json.loads((folder / "config.json").read_text()), **files.get("settings", {})}
                 with torch.inference_mode():
-                    model = _without_words(get_model_class(architecture))
-                    model(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf")).write()
+                    model = _without_words(get_model_class(settings["architectures"][0]))
+                    hparams = settings if files.get("settings") else None
+                    model(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams).write()
             except (Exception, SystemExit) as error:  # whatever it is, the table tells of it and goes on
                 _note(job, name, kind, f"converter: {type(error).__name__}: {error}")
 
@@ -47,6 +49,7 @@ def _without_words(converter: Any) -> type:
 
     class WithoutWords(converter):  # type: ignore[misc]
         model_arch = converter.model_arch
+        no_mtp = True  # tiny models have no draft layers
 
         def set_vocab(self) -> None:
             self._set_vocab_none()

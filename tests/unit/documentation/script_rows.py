@@ -220,6 +220,14 @@ ROWS = (
         ),
     ),
     Row(
+        "parity/gguf_source.py",
+        "qwen3_moe --venv {llama}",
+        (
+            r"^\| qwen3_moe \| qwen3moe \| (\d+) \| \1 \| 0e\+00 \| 0e\+00 \|$",
+            r"^1 of 1 families come back, 1 of 22 architectures; .*: none$",
+        ),
+    ),
+    Row(
         "parity/mtp_families.py",
         "exaone_moe",
         (r"trained, same names; stock drafts the same$", r"^1 families come back"),

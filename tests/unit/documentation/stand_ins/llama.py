@@ -1,4 +1,4 @@
-"""`scripts/parity/llama_side.py` on stock transformers: the logits of base, base with the GGUF LoRA, and merge.
+"""`scripts/parity/llama_side.py` on stock transformers: a GGUF file, and the logits of base, base with LoRA, and merge.
 
     llama.py LLAMA_SIDE convert JOB.json
     llama.py LLAMA_SIDE run JOB.json NAME
@@ -45,6 +45,18 @@ def run(job: dict[str, Any], name: str) -> None:
     np.savez(Path(job["out"]) / f"{name}.npz", **found)
 
 
+def convert(job: dict[str, Any]) -> None:
+    """Each base to a file beside it, by the tests' own conversion."""
+    from transformers import AutoModelForCausalLM
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
+    from tests.harness.as_gguf import write_gguf
+
+    for files in job["models"].values():
+        model = AutoModelForCausalLM.from_pretrained(files["base"])
+        write_gguf(Path(f"{files['base']}.gguf"), model)
+
+
 def apply(model: Any, adapter: str) -> None:
     """Add every pair of the GGUF file to the weights that it names."""
     import torch
@@ -74,4 +86,4 @@ if __name__ == "__main__":
     if sys.argv[2] == "run":
         run(given, sys.argv[4])
     else:
-        assert all((Path(files["base"]) / "config.json").is_file() for files in given["models"].values())
+        convert(given)
