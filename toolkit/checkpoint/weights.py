@@ -70,6 +70,15 @@ class Unread(ABC):
     def read(self, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Multiplied out on a device."""
 
+    @property
+    @abstractmethod
+    def four_bit(self) -> str | None:
+        """What it can be kept as, as `FourBit.name` says; None where it has to be multiplied out."""
+
+    @abstractmethod
+    def codes(self, device: Any = "cpu") -> tuple[Tensor, Tensor]:
+        """Codes of four bits, uint8 [..., O, I], and scales [..., O, I/G], as `FourBit` has them."""
+
     @abstractmethod
     def pages(self) -> Iterator[Tensor]:
         """What it is made of as it lies in the files, for who fetches them beforehand."""
@@ -106,6 +115,21 @@ class PackedSlice(Unread):
             at = max(begin, self._first) - self._first
             result[at : at + len(rows)] = rows
         return result
+
+    @property
+    def four_bit(self) -> str | None:
+        """As its format says."""
+        return None if self.packed.four_bit is None else self.packed.four_bit.name
+
+    def codes(self, device: Any = "cpu") -> tuple[Tensor, Tensor]:
+        """All rows at once."""
+        assert self.packed.four_bit is not None
+        begin = self._first // self.packed.step * self.packed.step
+        end = min(-(-self._last // self.packed.step) * self.packed.step, self._whole[0])
+        parts = {name: part.to(device) for name, part in self._parts(begin, end)}
+        rows = slice(self._first - begin, self._last - begin)
+        codes, scales = self.packed.four_bit.codes(parts)
+        return codes[rows], scales[rows]
 
     def pages(self) -> Iterator[Tensor]:
         """Of its parts."""
@@ -163,6 +187,29 @@ class StackSlice(Unread):
         made = [self._joined(self._experts[number], device, dtype) for number in range(self._first, self._last)]
         return made[0][None] if len(made) == 1 else torch.stack(made)
 
+    @property
+    def four_bit(self) -> str | None:
+        """Where all pieces agree on it."""
+        pieces = [piece for expert in self._experts[self._first : self._last] for piece in expert]
+        kinds = {piece.four_bit if isinstance(piece, Unread) else None for piece in pieces}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def codes(self, device: Any = "cpu") -> tuple[Tensor, Tensor]:
+        """Expert by expert."""
+        made = [self._joined_codes(self._experts[number], device) for number in range(self._first, self._last)]
+        codes, scales = zip(*made, strict=True)
+        return torch.stack(codes), torch.stack(scales)
+
+    def _joined_codes(self, pieces: Sequence[Any], device: Any) -> tuple[Tensor, Tensor]:
+        found = [[part[0] if part.dim() == 3 else part for part in piece.codes(device)] for piece in pieces]
+        codes, scales = ([piece[side] for piece in found] for side in (0, 1))
+        return self._in_turn(codes), self._in_turn(scales)
+
+    def _in_turn(self, read: list[Tensor]) -> Tensor:
+        if len(read) == 1:
+            return read[0]
+        return torch.cat(read) if self._is_concatenated else torch.stack(read, 1).flatten(0, 1)
+
     def pages(self) -> Iterator[Tensor]:
         """Of its pieces."""
         for expert in self._experts[self._first : self._last]:
@@ -181,9 +228,7 @@ class StackSlice(Unread):
     def _joined(self, pieces: Iterable[Any], device: Any, dtype: torch.dtype) -> Tensor:
         read: list[Tensor] = [piece[...].to(device=device, dtype=dtype) for piece in pieces]
         read = [tensor[0] if tensor.dim() > self._dim else tensor for tensor in read]
-        joined = read[0] if len(read) == 1 else torch.cat(read)
-        if len(read) > 1 and not self._is_concatenated:
-            joined = torch.stack(read, 1).flatten(0, 1)
+        joined = self._in_turn(read)
         return joined.T if self._is_transposed and joined.dim() == 2 else joined
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
 from toolkit.checkpoint.files import METHOD, declared_format
@@ -23,6 +24,7 @@ from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.ops.experts import ExpertStack, expert_weights
+from toolkit.quant.kept import kept_stacks
 from toolkit.quant.quantizer import Int8Config
 from toolkit.quant.stored import EXPERT_KINDS, multiplied_out, rounded_in
 
@@ -69,7 +71,7 @@ def load_int8(
     Args:
         name_or_path: local folder or Hub repository with safetensors.
         dtype: of everything that is not int8.
-        experts: int8, int4, mxfp4 or none. linears: int8, bnb or none.
+        experts: int8, int4, mxfp4, source or none. linears: int8, bnb or none.
         experts_implementation: the expert backend, by the name `toolkit.ops` registered it under.
 
     Raises:
@@ -80,7 +82,7 @@ def load_int8(
     wanted = storage(name_or_path, config, experts, linears)
     kind, weights = auto_class(config), None
     if wanted is not None and wanted.source is not None:
-        kind, weights = _plain(name_or_path, revision, config, wanted.source)
+        kind, weights = _plain(name_or_path, revision, config, wanted)
     try:
         model, info = kind.from_pretrained(
             name_or_path if weights is None else None,
@@ -115,12 +117,15 @@ def load_int8(
 
 
 def _plain(
-    name_or_path: str, revision: str, config: PretrainedConfig, declared: Mapping[str, Any]
+    name_or_path: str, revision: str, config: PretrainedConfig, wanted: Int8Config
 ) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """The model's class, and every weight of a checkpoint that others quantised, unread, as a plain one has it."""
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=False)
-    return type(model), plain_weights(name_or_path, fetch(name_or_path, revision), declared, model)
+    weights = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, model)
+    if wanted.experts == "source":
+        wanted.stacks = kept_stacks(name_or_path, model, weights, get_model_conversion_mapping(model))
+    return type(model), weights
 
 
 def _as_if_from(model: PreTrainedModel, name_or_path: str, revision: str) -> None:
@@ -152,6 +157,11 @@ def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", 
     """
     declared = declared_format(name_or_path, config)
     if declared is None:
+        if experts == "source":
+            raise ModelError(
+                f"{name_or_path}: quantization.experts=source keeps what is stored in four bits, and these weights are "
+                "floats; set it to int8 or int4"
+            )
         return Int8Config(experts, linears)
     if declared["quant_method"] == METHOD:
         stored = Int8Config.from_dict(declared)

@@ -34,7 +34,8 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
     """What is stored rounded: `experts` in int8, int4, mxfp4 or none, `linears` in int8, bnb or none.
 
     `source` is the quantization_config the checkpoint declared before it was requantised, None for a 16- or 32-bit one;
-    `requantised` is what that cost, as `Requantised.to_dict` says it.
+    `requantised` is what that cost, as `Requantised.to_dict` says it. `stacks` says of each expert stack what it is in,
+    where they differ: `experts` is source then, or a mixture.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         linears: str = "int8",
         source: Mapping[str, Any] | None = None,
         requantised: Mapping[str, Any] | None = None,
+        stacks: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(quant_method=METHOD)
@@ -50,6 +52,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.linears = linears
         self.source = None if source is None else dict(source)
         self.requantised = None if requantised is None else dict(requantised)
+        self.stacks = None if stacks is None else dict(stacks)
 
 
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
@@ -92,8 +95,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         architecture = describe(model)
         if self.quantization_config.experts in EXPERT_KINDS:
             for layer in architecture.layers:
-                for stack in (layer.up, layer.down):
-                    declare_stack(model.get_submodule(layer.name), stack, self.quantization_config.experts)
+                for leaf, stack in zip((layer.up, layer.down), layer.stacks, strict=True):
+                    kind = (self.quantization_config.stacks or {}).get(stack, self.quantization_config.experts)
+                    declare_stack(model.get_submodule(layer.name), leaf, kind)
+            self.workspace.keeps = self.quantization_config.experts == "source"
         names = architecture.linear_names(*LINEAR_ROLES)
         if self.quantization_config.linears == "int8":
             for name in names:

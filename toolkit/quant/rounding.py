@@ -19,7 +19,8 @@ from transformers.integrations.bitsandbytes import Bnb8bitQuantize
 
 from toolkit.architecture import is_experts
 from toolkit.checkpoint.weights import Unread
-from toolkit.ops.four_bit import quantize_int4, quantize_mxfp4
+from toolkit.errors import ModelError
+from toolkit.ops.four_bit import quantize_int4, quantize_mxfp4, turned
 from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
 from toolkit.quant.requantised import Requantised
@@ -44,6 +45,8 @@ class Workspace:
 
     device: Any = "cpu"
     requantised: Requantised = field(default_factory=Requantised)
+    keeps: bool = False
+    """Whether stacks of four bits are taken as the files have them."""
     _results: dict[str, Tensors] = field(default_factory=dict)
     _scratch: torch.Tensor | None = None
     _expected: dict[int, list[Any]] = field(default_factory=dict)
@@ -80,6 +83,11 @@ class Workspace:
         if self._ahead is not None:
             self._ahead.used(sum(part.nbytes for parts in tensors.values() for part in parts))
 
+    def kept(self, count: int) -> None:
+        """So many values were taken as they are."""
+        self._rounded += count
+        advance(self._rounded, self._due, "bytes")
+
     def saw(self, tensors: Tensors) -> bool:
         """Count what of this is packed; whether any is."""
         found = [part for parts in tensors.values() for part in parts if isinstance(part, Unread)]
@@ -94,6 +102,8 @@ class Workspace:
         if stored.dtype == torch.int8:
             self._round_int8(weight, input_dim, (stored[rows] if input_dim == -1 else stored[:, rows], scale[rows]))
         else:
+            if step is None and scale.dtype != torch.uint8:
+                raise ModelError(f"{name}: cannot be kept in four bits in this family; set quantization.experts=int8")
             matrix = weight.t() if input_dim == -2 else weight
             found = quantize_mxfp4(matrix) if step is None else quantize_int4(matrix)
             stored[:, rows], scale[..., rows] = found.packed, found.scale
@@ -151,10 +161,17 @@ class Round(ConversionOps):  # type: ignore[misc]
         experts = model.get_submodule(module)
         shape, inputs = float_shape(experts, leaf), input_dim(experts)
         outputs = -inputs  # of [1, O, I], or of [1, I, O]
+        keeps = self.workspace.keeps and result[name].dtype == torch.uint8
         for expert in range(shape[0]):
             parts = {pattern: _of_expert(tensors, expert, shape[0]) for pattern, tensors in input_dict.items()}
             if not all(parts.values()):
                 return {}  # an expert is not in the checkpoint: the loader reports the stack as missing
+            if keeps:
+                self._keep(
+                    parts, kwargs["source_patterns"], {key: tensor[expert] for key, tensor in result.items()}, name
+                )
+                self.workspace.used(parts)
+                continue
             pieces = self._pieces(parts, outputs, kwargs)
             if not _fills(pieces, outputs, torch.Size((1, *shape[1:]))):
                 return {name: torch.cat(pieces, outputs)}  # the loader reports the mismatch by name
@@ -171,6 +188,14 @@ class Round(ConversionOps):  # type: ignore[misc]
                     self.workspace.requantised.compare(torch.cat(pieces, outputs)[0], found, inputs)
             self.workspace.used(parts)
         return result
+
+    def _keep(self, parts: Tensors, patterns: list[str], out: Tensors, name: str) -> None:
+        """One expert's codes and scales as the files have them, its projections one after the other."""
+        pieces = [part.codes(self.workspace.device) for pattern in patterns for part in parts.get(pattern, ())]
+        codes, scales = (torch.cat([piece[side].flatten(0, -2) for piece in pieces]) for side in (0, 1))
+        out[name].copy_(turned(codes))
+        out[f"{name}_scale"].copy_(scales.t())
+        self.workspace.kept(codes.numel())
 
     def _pieces(self, parts: Tensors, outputs: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """One expert in pieces [1, ., .] along its outputs; merging and joining them first would only copy them."""

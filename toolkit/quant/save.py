@@ -33,6 +33,7 @@ from toolkit.checkpoint.stacks import fitted
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state
+from toolkit.quant.kept import kept_stacks
 from toolkit.quant.load import read_config, storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.steps import advance, part
@@ -113,6 +114,10 @@ def quantize_checkpoint(
             rounded = {} if compensated is None else int8_state(compensated)
             skeleton = _skeleton(name_or_path, config)
             refuse_wrong_shapes(name_or_path, skeleton, shards.shapes)
+            if experts == "source":
+                mapping = get_model_conversion_mapping(skeleton)
+                slices = fitted({key: shards.slice(key) for key in shards.keys}, skeleton, mapping)
+                wanted.stacks = kept_stacks(name_or_path, skeleton, slices, mapping)
             written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
             config.quantization_config = wanted
             config.save_pretrained(workplace)

@@ -24,8 +24,9 @@ __all__ = [
     "rounded_in",
 ]
 
-EXPERT_KINDS = ("int8", *FOUR_BITS)
-"""What expert stacks can be rounded to."""
+EXPERT_KINDS = ("int8", *FOUR_BITS, "source")
+"""What expert stacks can be stored in: rounded, or as the checkpoint has them in four bits."""
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _BESIDE = ("", "_scale", "_step")
 
 
@@ -49,16 +50,21 @@ def rounded_in(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def declare_stack(experts: nn.Module, name: str, kind: str) -> str:
-    """Put empty rounded parameters in the place of a float stack; gives what it is stored in.
+def declare_stack(experts: nn.Module, name: str, kind: str) -> None:
+    """Put empty rounded parameters in the place of a float stack.
 
     A stack whose inputs are no whole groups in either half stays int8.
+
+    Args:
+        kind: int8, int4, mxfp4, or what a checkpoint keeps: grouped, its group and the dtype of its scales.
     """
     stack: Tensor = getattr(experts, name)
     transposed = bool(experts.is_transposed)
     count, outputs, inputs = stack.shape[0], stack.shape[2 if transposed else 1], stack.shape[1 if transposed else 2]
-    kind = kind if can_hold_four_bits(inputs) else "int8"
-    turned, groups = (count, inputs // 2, outputs), (count, inputs // FOUR_BIT_GROUP, outputs)
+    kind, *more = kind.split(":")
+    group, scales = (int(more[0]), _DTYPES[more[1]]) if more else (FOUR_BIT_GROUP, torch.float32)
+    kind = kind if can_hold_four_bits(inputs, group) else "int8"
+    turned, groups = (count, inputs // 2, outputs), (count, inputs // group, outputs)
     shapes: dict[str, dict[str, tuple[Sequence[int], torch.dtype]]] = {
         "int8": {"": (stack.shape, torch.int8), "_scale": ((count, outputs), torch.float32)},
         "int4": {
@@ -67,11 +73,11 @@ def declare_stack(experts: nn.Module, name: str, kind: str) -> str:
             "_step": (groups, torch.int8),
         },
         "mxfp4": {"": (turned, torch.uint8), "_scale": (groups, torch.uint8)},
+        "grouped": {"": (turned, torch.uint8), "_scale": (groups, scales)},
     }
     for ending, (shape, dtype) in shapes[kind].items():
         empty = torch.empty(tuple(shape), dtype=dtype, device=stack.device)
         setattr(experts, f"{name}{ending}", nn.Parameter(empty, requires_grad=False))
-    return kind
 
 
 def input_dim(module: nn.Module) -> int:

@@ -53,9 +53,10 @@ class ModelSection(_Section):
 class QuantizationSection(_Section):
     """What is stored in 8 or 4 bit. Router, norms, embeddings and head always keep their own dtype."""
 
-    experts: Literal["int8", "int4", "mxfp4", "none"] = "int8"
-    """Expert stacks: int8 with one scale per output row; int4 or mxfp4, about half of that and coarser; or left in the
-    compute dtype. A stack whose inputs are no multiple of 64 stays int8."""
+    experts: Literal["int8", "int4", "mxfp4", "source", "none"] = "int8"
+    """Expert stacks: int8 with one scale per output row; int4 or mxfp4, about half of that and coarser; source, which
+    keeps the four bits of a checkpoint that has them; or none, the compute dtype. A stack whose inputs are no multiple
+    of 64 stays int8."""
     linears: Literal["int8", "bnb", "none"] = "int8"
     """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
     activations too; or left alone."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fields, fp4, fp6, grid, powers
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import fields, fp4, fp6, grid, nibbles, powers
+from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
 from toolkit.checkpoint.formats.scaled import scaled
 from toolkit.errors import ModelError
 
@@ -100,7 +100,8 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
         raise files.wrong(key, f"packed in {dtype}, which no known format does")
     columns = scale[1] * _MX_GROUP
     if width * 2 == columns:
-        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}")
+        kept = FourBit("mxfp4", _MX_GROUP, lambda parts: (nibbles(parts["packed"]), parts["scale"].view(torch.uint8)))
+        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}", kept)
     if width * 8 == columns * 6:
         unpack = partial(_mxfp6, columns=columns)
         return files.packed(name, (rows, columns), parts, unpack, f"MXFP6, groups of {_MX_GROUP}")
@@ -133,7 +134,16 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     unpack = partial(
         _unpack_integers, bits=bits, columns=columns, group=group, across=across, zeros_across=zeros_across
     )
-    return files.packed(f"{module}.weight", (rows, columns), parts, unpack, f"int{bits}{_groups(scale, group)}")
+    kept = None
+    if bits == 4 and group > 0 and columns % group == 0 and parts.keys() == {"packed", "scale"}:
+        kept = FourBit("grouped", group, _codes, files.headers[f"{module}.weight_scale"].dtype)
+    return files.packed(f"{module}.weight", (rows, columns), parts, unpack, f"int{bits}{_groups(scale, group)}", kept)
+
+
+def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
+    """Symmetric int4: stored with 8 added, as a kept stack has it; columns that fill no word are padding."""
+    scale = parts["scale"]
+    return nibbles(parts["packed"]), scale
 
 
 def _runs_across(files: Files, key: str, bits: int, words: int, count: int) -> bool:

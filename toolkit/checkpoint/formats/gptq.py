@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import fields, nibbles, planes
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_gptq"]
 
@@ -73,7 +73,27 @@ def _gptq(files: Files, module: str) -> Packed:
     told = str(files.declared.get("checkpoint_format") or "gptq").lower()
     is_planar = told == "gptq_p" or bits in (5, 6, 7)
     unpack = partial(_unpack_gptq, bits=bits, size=size, is_planar=is_planar, is_first=told == "gptq")
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int{bits}, groups of {size}")
+    kept = None
+    if bits == 4 and inputs % groups == 0 and _is_symmetric(files, module, told == "gptq", size):
+        kept = FourBit("grouped", size, _codes, files.headers[keys["scales"]].dtype)
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int{bits}, groups of {size}", kept)
+
+
+def _is_symmetric(files: Files, module: str, is_first: bool, size: int) -> bool:
+    """Whether every zero point is 8 and inputs are in order, so that a weight is (code − 8) · scale."""
+    zeros = files.value(f"{module}.qzeros").view(torch.uint8)
+    wanted = 0x77 if is_first else 0x88
+    if not bool((zeros == wanted).all()):
+        return False
+    order = f"{module}.g_idx"
+    if order not in files.headers:
+        return True
+    found = files.value(order)
+    return bool((found == torch.arange(len(found)) // size).all())
+
+
+def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
+    return nibbles(parts["codes"].T.contiguous()), parts["scales"].T
 
 
 def _group_size(files: Files, inputs: int, groups: int) -> int:

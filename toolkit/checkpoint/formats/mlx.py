@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fields, fp4, powers
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import fields, fp4, nibbles, powers
+from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_mlx"]
 
@@ -50,7 +50,12 @@ def read_mlx(files: Files) -> Iterator[Packed]:
             parts["global"] = Part(whole, 0 if is_stack else None)
         unpack = partial(_unpack, bits=bits, group=group, mode=mode)
         words = f"int{bits}" if mode == "affine" else mode.upper()
-        yield files.packed(key, (*shape[:-1], columns), parts, unpack, f"{words}, groups of {group}")
+        kept = FourBit("mxfp4", group, _codes) if mode == "mxfp4" else None
+        yield files.packed(key, (*shape[:-1], columns), parts, unpack, f"{words}, groups of {group}", kept)
+
+
+def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
+    return nibbles(parts["codes"]), parts["scales"]
 
 
 def _own(files: Files, module: str) -> Mapping[str, object]:

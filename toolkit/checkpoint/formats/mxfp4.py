@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fp4, powers
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import fp4, nibbles, powers
+from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_mxfp4"]
 
@@ -29,7 +30,12 @@ def read_mxfp4(files: Files) -> Iterator[Packed]:
             raise files.wrong(key, f"{'×'.join(map(str, blocks))} does not fit its scales")
         shape = (blocks[0], blocks[2] * _GROUP, blocks[1])
         parts = {"blocks": Part(key), "scales": Part(f"{name}_scales")}
-        yield files.packed(name, shape, parts, _unpack, f"MXFP4, groups of {_GROUP}")
+        kept = FourBit("mxfp4", _GROUP, _codes)
+        yield files.packed(name, shape, parts, _unpack, f"MXFP4, groups of {_GROUP}", kept)
+
+
+def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
+    return nibbles(parts["blocks"]).flatten(2), parts["scales"].view(torch.uint8)
 
 
 def _unpack(parts: Tensors) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from toolkit.checkpoint.files import Header
 from toolkit.errors import ModelError
 
-__all__ = ["Files", "Packed", "Part", "Tensors", "Unpack"]
+__all__ = ["Files", "FourBit", "Packed", "Part", "Tensors", "Unpack"]
 
 Tensors = Mapping[str, torch.Tensor]
 Unpack = Callable[[Tensors], torch.Tensor]
@@ -33,6 +33,25 @@ class Part:
 
 
 @dataclass(frozen=True)
+class FourBit:
+    """How a weight of four bits can be kept as it is: `codes` gives its codes of 0 to 15, uint8 [..., O, I], and their
+    scales [..., O, I/G].
+
+    `kind` is mxfp4 (E2M1 codes, E8M0 scales in uint8) or grouped (a code less 8, times its scale, in `dtype`).
+    """
+
+    kind: str
+    group: int
+    codes: Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]
+    dtype: str = "U8"
+
+    @property
+    def name(self) -> str:
+        """One word that says it all: mxfp4, or grouped:128:BF16."""
+        return self.kind if self.kind == "mxfp4" else f"{self.kind}:{self.group}:{self.dtype}"
+
+
+@dataclass(frozen=True)
 class Packed:
     """A weight stored in parts.
 
@@ -41,7 +60,7 @@ class Packed:
         parts: by the names that `unpack` knows them under.
         unpack: some rows' parts to these rows in fp32, [rows, …] of `shape`; pure.
         stored: the format in words, for people: "int4, groups of 128".
-        bytes: of its parts in the files.
+        bytes: of its parts in the files. four_bit: where it can be kept as it is stored.
     """
 
     name: str
@@ -50,6 +69,7 @@ class Packed:
     unpack: Unpack
     stored: str
     bytes: int
+    four_bit: FourBit | None = None
 
     @property
     def step(self) -> int:
@@ -109,7 +129,13 @@ class Files:
         return ModelError(f"{self.name}: {key}: {why}; take the unquantised checkpoint, or download this one again")
 
     def packed(
-        self, name: str, shape: tuple[int, ...], parts: Mapping[str, Part], unpack: Unpack, stored: str
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        parts: Mapping[str, Part],
+        unpack: Unpack,
+        stored: str,
+        four_bit: FourBit | None = None,
     ) -> Packed:
         """A weight of these parts, all of them there.
 
@@ -118,4 +144,5 @@ class Files:
         """
         for part in parts.values():
             self.shape(part.key)
-        return Packed(name, shape, parts, unpack, stored, sum(self.headers[part.key].bytes for part in parts.values()))
+        size = sum(self.headers[part.key].bytes for part in parts.values())
+        return Packed(name, shape, parts, unpack, stored, size, four_bit)
