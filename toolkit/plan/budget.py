@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -225,6 +226,8 @@ class Budget:
         spec = step_spec(
             recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
         )
+        if self.shapes.stacks:  # of the kinds that are kept, the one that most stacks are in
+            spec = replace(spec, experts=Counter(self.shapes.stacks.values()).most_common(1)[0][0])
         if spec not in self._held:
             self._held[spec] = cached_bytes(spec, self._config, self._record) or self._rehearse(recipe, spec)
         return self._held[spec]

@@ -19,6 +19,7 @@ from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device, this_device
 from toolkit.plan.duration import Duration
 from toolkit.plan.fit import Change, cheapest_changes, settle
+from toolkit.plan.kept import kept_in
 from toolkit.plan.memory import Bytes, stack_bytes
 from toolkit.plan.steps import StepShape
 from toolkit.plan.stored import Stored, what_is_stored
@@ -155,6 +156,8 @@ def make_plan(
     dtype = default_dtype(device) if recipe.model.dtype == "auto" else recipe.model.dtype
     budget = Budget(name, revision, device, dtype, backend, recipe.model.attn_implementation, for_training, shape)
     stored = what_is_stored(budget)
+    if recipe.quantization.experts == "source":
+        budget.shapes = replace(budget.shapes, stacks=kept_in(budget))
     recipe, notes = settle(recipe, budget)
     placement = budget.place(recipe)
     sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)

@@ -32,6 +32,7 @@ _HEAD_WEIGHT = 4
 _A_THREAD = 13 << 20
 """What a thread keeps on a CPU, where micro-batches that go together have one each: MKL's own allocator about 10 MiB
 (measured: with MKL_DISABLE_FAST_MM=1 they are gone), the expert engine a buffer of 2 MiB."""
+_SCALES = {"F16": 2, "BF16": 2, "F32": 4}
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
@@ -80,17 +81,19 @@ def stack_bytes(shapes: Shapes, how: str, itemsize: int) -> dict[str, int]:
     for layer in shapes.architecture.layers:
         axis = 2 if layer.is_transposed else 1
         result[layer.name] = sum(
-            _stack_bytes(math.prod(shape), shape[0] * shape[axis], how, itemsize)
-            for shape in (shapes.parameters[name] for name in layer.stacks)
+            _stack_bytes(math.prod(shape), shape[0] * shape[axis], shapes.stacks.get(name, how), itemsize)
+            for name, shape in ((name, shapes.parameters[name]) for name in layer.stacks)
         )
     return result
 
 
 def _stack_bytes(size: int, rows: int, how: str, itemsize: int) -> int:
-    """Of a stack's parameters and output rows: four bits and a byte a group, and a scale a row for int4."""
-    if how not in FOUR_BITS or not can_hold_four_bits(size // rows):
+    """Of a stack's parameters and output rows: four bits, a byte or a scale a group, and a scale a row for int4."""
+    kind, *more = how.split(":")
+    group, scale = (int(more[0]), _SCALES[more[1]]) if more else (FOUR_BIT_GROUP, 1)
+    if kind not in (*FOUR_BITS, "grouped") or not can_hold_four_bits(size // rows, group):
         return _stored([(size, rows)], "none" if how == "none" else "int8", itemsize)
-    return size // 2 + size // FOUR_BIT_GROUP + (4 * rows if how == "int4" else 0)
+    return size // 2 + scale * size // group + (4 * rows if kind == "int4" else 0)
 
 
 def count_bytes(

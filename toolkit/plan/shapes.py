@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -44,11 +44,13 @@ class Shapes:
         parameters: name to shape, in the model's order.
         numbers: of its text config: hidden_size, num_hidden_layers, vocab_size, num_attention_heads, head_dim,
             max_position_embeddings, experts_per_token; head_parameters: of one multi-token-prediction layer.
+        stacks: what an expert stack is in, where that is not what the recipe says of all.
     """
 
     architecture: Architecture
     parameters: Mapping[str, tuple[int, ...]]
     numbers: Mapping[str, int]
+    stacks: Mapping[str, str] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able and short: what repeats from layer to layer is said once."""

@@ -25,7 +25,7 @@ from toolkit.checkpoint.weights import Unread
 from toolkit.ops import DEFAULT_BACKEND
 from toolkit.ops.int8 import Int8Linear
 from toolkit.quant.rounding import Round, Workspace
-from toolkit.quant.stored import EXPERT_KINDS, declare_stack, is_stored
+from toolkit.quant.stored import declare_stack, is_stored
 
 __all__ = ["Int8Config", "Int8Quantizer", "register"]
 
@@ -85,7 +85,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """
         if self.is_stored_int8:
             config.__dict__.pop("transformers_weights", None)  # `REQUIRES`, which says that we were missing
-        if self.quantization_config.experts in EXPERT_KINDS and not str(config._experts_implementation).startswith(
+        if self.quantization_config.experts != "none" and not str(config._experts_implementation).startswith(
             "onecard_"
         ):
             config._experts_implementation = DEFAULT_BACKEND
@@ -93,7 +93,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         architecture = describe(model)
-        if self.quantization_config.experts in EXPERT_KINDS:
+        if self.quantization_config.experts != "none":
             for layer in architecture.layers:
                 for leaf, stack in zip((layer.up, layer.down), layer.stacks, strict=True):
                     kind = (self.quantization_config.stacks or {}).get(stack, self.quantization_config.experts)
