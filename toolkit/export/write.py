@@ -177,7 +177,7 @@ def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
     from toolkit.quant.source import SourceWeights
 
     source, worst = SourceWeights(str(merged)), 0.0
-    with Shards(str(int8), int8) as shards:
+    with Shards(str(int8), int8, {"quant_method": METHOD}) as shards:
         for factors in adapter:
             if f"{factors.parameter}_scale" not in shards.keys:
                 continue  # routers stay as they are

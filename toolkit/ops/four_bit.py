@@ -28,6 +28,7 @@ __all__ = [
     "group_of",
     "integers",
     "kind_of",
+    "outputs_of",
     "packed_codes",
     "quantize_int4",
     "quantize_mxfp4",
@@ -93,6 +94,12 @@ def group_of(stored: FourBits) -> int:
     """Inputs that share a step or a scale."""
     beside = stored.scale if stored.step is None else stored.step
     return 2 * stored.packed.shape[-2] // beside.shape[-2]
+
+
+def outputs_of(stored: FourBits, outputs: slice) -> FourBits:
+    """Some outputs of a matrix; nothing is copied."""
+    packed, scale, step = stored
+    return FourBits(packed[:, outputs], scale[..., outputs], None if step is None else step[:, outputs])
 
 
 def integers(stored: FourBits) -> Tensor:

@@ -41,15 +41,19 @@ _AT_ONCE = 1 << 18
 _PROBE = 64
 
 
-def can_multiply(x: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether `multiply` takes these, where that pays: with this weight (or stack of such), on this machine."""
+def can_multiply(x: torch.Tensor, stored: torch.Tensor, sides: tuple[int, ...] | None = None) -> bool:
+    """Whether `multiply` takes these, where that pays: with this weight (or stack of such), on this machine.
+
+    `sides` of a weight, where they are not those of the bytes that it is stored in.
+    """
+    sides = sides or stored.shape[-2:]
     return (
         x.dtype == torch.float32
         and stored.dtype == torch.int8
         and stored.is_cpu
         and not isinstance(x, FakeTensor)
-        and max(stored.shape[-2:]) <= _MOST_INPUTS
-        and prod(stored.shape[-2:]) >= _FEWEST_WEIGHTS
+        and max(sides) <= _MOST_INPUTS
+        and prod(sides) >= _FEWEST_WEIGHTS
         and _has_integer_units()
     )
 

@@ -145,6 +145,10 @@ class Products:
         result = x.new_empty(x.shape[0], width)
         for segment in block.segments:
             mine, out = segment.of(x), segment.of(result)
+            if self.stack.four_bits and not transposed:
+                for outputs, weight in self._by_outputs(segment.expert, x.dtype):
+                    torch.mm(mine, weight, out=out[:, outputs])
+                continue
             for rows, weight in self._parts(segment.expert, x.dtype):
                 if transposed:
                     torch.mm(mine, weight.t(), out=out[:, rows])
@@ -155,10 +159,9 @@ class Products:
         return result
 
     def _takes_digits(self, x: torch.Tensor) -> bool:
-        whole = self.stack.weight
-        if self.stack.four_bits == "int4":  # twice as many numbers as bytes
-            whole = whole.view(torch.int8).expand(2, *whole.shape).movedim(0, 1).flatten(1, 2)
-        return can_multiply(x, whole)
+        if self.stack.four_bits == "int4":
+            return can_multiply(x, self.stack.weight.view(torch.int8), (self.inputs, self.outputs))
+        return can_multiply(x, self.stack.weight)
 
     def _integers(self, expert: int) -> torch.Tensor:
         """An expert's weight in int8 as it is stored, or unpacked."""
@@ -181,23 +184,35 @@ class Products:
             part = weight[rows]
             yield rows, buffer[: part.numel()].view(part.shape).copy_(part)
 
+    def _by_outputs(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Outputs of a weight of four bits [I, O] in the compute dtype, all inputs of them: nothing has to be added."""
+        stored, inputs = self.stack.packed(expert), self.inputs
+        step = max(1, _FOUR_BIT_BUFFER // inputs) if stored.packed.device.type == "cpu" else self.outputs
+        for start in range(0, self.outputs, step):
+            outputs = slice(start, min(start + step, self.outputs))
+            part = four_bit.outputs_of(stored, outputs)
+            whole = self._room(part.packed, inputs * part.packed.shape[-1], dtype).view(inputs, -1)
+            low, high = whole.chunk(2)
+            four_bit.rows_into(low, high, part, 0, inputs // 2)
+            yield outputs, whole
+
     def _unpacked(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The same of four bits: each run of bytes is a run of rows in either half."""
+        """Rows of it: each run of bytes is a run of rows in either half."""
         stored = self.stack.packed(expert)
         half, width = stored.packed.shape
         group = four_bit.group_of(stored)
         many = max(1, _FOUR_BIT_BUFFER // (2 * width * group)) * group if stored.packed.device.type == "cpu" else half
-        elements = 2 * min(many, half) * width
-        if is_fake(stored.packed):
-            buffer = stored.packed.new_empty(elements, dtype=dtype)
-        else:
-            buffer = _buffer(elements, dtype, stored.packed.device)
         for start in range(0, half, many):
             stop = min(start + many, half)
-            low, high = buffer[: 2 * (stop - start) * width].view(2, stop - start, width)
+            low, high = self._room(stored.packed, 2 * (stop - start) * width, dtype).view(2, stop - start, width)
             four_bit.rows_into(low, high, stored, start, stop)
             yield slice(start, stop), low
             yield slice(half + start, half + stop), high
+
+    def _room(self, like: torch.Tensor, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        if is_fake(like):
+            return like.new_empty(elements, dtype=dtype)
+        return _buffer(elements, dtype, like.device)
 
 
 _kept = threading.local()
