@@ -5,7 +5,8 @@
 Each family's tiny random checkpoint, with settings other than its defaults wherever a file can say so, is converted in
 fp32 and read from the file alone: the config from metadata, every parameter from its tensors. Prints how many
 parameters are the same to the bit, how far off the others are, and the logits' largest difference over their standard
-deviation. Exits with 1 where a family is not read, or is further off than fp32 rounds on the converter's side.
+deviation. Blocks of every type that ggml makes of random numbers are compared with what its own C code makes of them.
+Exits with 1 where a family is not read, or is further off than fp32 rounds on the converter's side, or a block differs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from transformers import PretrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +34,7 @@ from tests.harness.families import build, tiny_config  # noqa: E402
 from toolkit.architecture import GGUF_READ, GGUF_TAKES_FOR_GRANTED, auto_class  # noqa: E402
 from toolkit.checkpoint.formats.gguf import GgufCheckpoint, read_gguf  # noqa: E402
 from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
+from toolkit.checkpoint.formats.gguf_undo import can_multiply_out, multiply_out  # noqa: E402
 from toolkit.checkpoint.weights import PackedSlice  # noqa: E402
 from toolkit.errors import ModelError  # noqa: E402
 
@@ -109,12 +113,14 @@ def main(arguments: list[str] | None = None) -> int:
         job = {"converter": str(converter), "tokens": TOKENS, "out": scratch, "models": models}
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job))
-        side = [python, str(Path(__file__).with_name("llama_side.py")), "convert", str(path)]
-        subprocess.run(side, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for verb in ("convert", "blocks"):
+            side = [python, str(Path(__file__).with_name("llama_side.py")), verb, str(path)]
+            subprocess.run(side, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for name, files in models.items():
             rows[name] = _row(name, Path(str(files["base"])), Path(scratch) / f"{name}.json")
             print(name, rows[name], file=sys.stderr, flush=True)
-    return _printed(rows, options.json)
+        wrong = _blocks(Path(scratch) / "blocks.npz")
+    return max(_printed(rows, options.json), wrong)
 
 
 def _unusual(name: str) -> PretrainedConfig:
@@ -159,6 +165,18 @@ def _loaded(found: GgufCheckpoint) -> PreTrainedModel:
     for name, weight in found.weights.items():
         state[name].copy_(PackedSlice(weight, found.slices)[...].read())
     return model
+
+
+def _blocks(path: Path) -> int:
+    """Print how many block types are worth what ggml says; 1 where one is not."""
+    with np.load(path) as there:
+        kinds = [key.removeprefix("blocks ") for key in there.files if key.startswith("blocks ")]
+        read = [kind for kind in kinds if kind in GGMLQuantizationType.__members__ and can_multiply_out(kind)]
+        ours = {kind: multiply_out(torch.from_numpy(there[f"blocks {kind}"]), kind).numpy() for kind in read}
+        same = [kind for kind in read if np.array_equal(ours[kind], there[f"values {kind}"])]
+    others = ", ".join(sorted(set(kinds) - set(read))) or "none"
+    print(f"{len(same)} of {len(read)} block types are worth what ggml's C code says, to the bit; not read: {others}\n")
+    return int(same != read)
 
 
 def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
