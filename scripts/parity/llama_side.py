@@ -16,6 +16,7 @@ import importlib.util
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ def convert(job: dict[str, Any]) -> None:
             try:
                 settings = {**json.loads((folder / "config.json").read_text()), **files.get("settings", {})}
                 with torch.inference_mode():
-                    model = _without_words(get_model_class(settings["architectures"][0]))
+                    kind = _without_words(get_model_class(settings["architectures"][0]))
                     hparams = settings if files.get("settings") else None
-                    model(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams).write()
+                    model = kind(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams)
+                    if inner := getattr(model, "impl", None):  # a class that hands all of it to another
+                        inner.set_vocab = partial(kind.set_vocab, inner)
+                    model.write()
             except (Exception, SystemExit) as error:  # whatever it is, the table tells of it and goes on
                 _note(job, name, kind, f"converter: {type(error).__name__}: {error}")
 
