@@ -40,11 +40,11 @@ def convert(job: dict[str, Any]) -> None:
             try:
                 settings = {**json.loads((folder / "config.json").read_text()), **files.get("settings", {})}
                 with torch.inference_mode():
-                    kind = _without_words(get_model_class(settings["architectures"][0]))
+                    wordless = _without_words(get_model_class(settings["architectures"][0]))
                     hparams = settings if files.get("settings") else None
-                    model = kind(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams)
+                    model = wordless(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams)
                     if inner := getattr(model, "impl", None):  # a class that hands all of it to another
-                        inner.set_vocab = partial(kind.set_vocab, inner)
+                        inner.set_vocab = partial(wordless.set_vocab, inner)
                     model.write()
             except (Exception, SystemExit) as error:  # whatever it is, the table tells of it and goes on
                 _note(job, name, kind, f"converter: {type(error).__name__}: {error}")
