@@ -29,6 +29,7 @@ from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 __all__ = [
     "DRAFT_CARRIER",
     "GGUF_NAMES",
+    "GGUF_NEEDS_CONFIG",
     "GGUF_NORMALISED",
     "GGUF_NORMS_FROM_ONE",
     "GGUF_READ",
@@ -318,13 +319,17 @@ for classes with `undo_permute`), since its rotary embedding of these architectu
 
 GGUF_READ = frozenset(
     {
-        *("afmoe", "deepseek2", "dots1", "ernie4_5-moe", "exaone-moe", "glm-dsa", "glm4moe", "gpt-oss"),
+        *("afmoe", "gemma4", "kimi-linear", "mimo2", "mistral4"),
+        *("deepseek2", "dots1", "ernie4_5-moe", "exaone-moe", "glm-dsa", "glm4moe", "gpt-oss"),
         *("granitehybrid", "granitemoe", "hunyuan-moe", "jamba", "lfm2moe", "llama", "minimax-m2"),
         *("nemotron_h_moe", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next"),
     }
 )
 """llama.cpp's architectures of which a tiny model, written by its converter, came back here as it was, config and every
 parameter. `scripts/parity/gguf_source.py` shows it."""
+
+GGUF_NEEDS_CONFIG = frozenset({"gemma4", "kimi-linear", "mimo2", "mistral4"})
+"""Those of `GGUF_READ` whose metadata does not say enough for a config, such as how each kind of layer rotates."""
 
 GGUF_WITH_EXPERTS: Mapping[str, str] = {"nemotron_h_moe": "nemotron_h"}
 """Model type of an architecture that has a name of its own over there where it has experts."""

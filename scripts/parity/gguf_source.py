@@ -3,14 +3,18 @@
     .venv/bin/python scripts/parity/gguf_source.py [FAMILY …] [--json FILE]
 
 Each family's tiny random checkpoint, with settings other than its defaults wherever a file can say so, is converted in
-fp32 and read from the file alone: the config from metadata, every parameter from its tensors. Prints how many
-parameters are the same to the bit, how far off the others are, and the logits' largest difference over their standard
-deviation. Exits with 1 where a family is not read, or is further off than fp32 rounds on the converter's side.
+fp32 and read from the file alone: the config from metadata (where that does not hold it, from config.json), every
+parameter from its tensors. Prints how many parameters are the same to the bit, how far off the others are, and the
+logits' largest difference over their standard deviation. Blocks of every type that ggml makes of random numbers are
+compared with what its own C code makes of them. Exits with 1 where a family is not read, or is further off than fp32
+rounds on the converter's side, or a block differs.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,19 +22,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 
-from layouts import family_parser  # noqa: E402
+from layouts import NANO, family_parser  # noqa: E402
 from llama_cpp import TOKENS, other_side  # noqa: E402
 
 from tests.harness.families import build, tiny_config  # noqa: E402
-from toolkit.architecture import GGUF_READ, GGUF_TAKES_FOR_GRANTED, auto_class  # noqa: E402
+from toolkit.architecture import GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_TAKES_FOR_GRANTED, auto_class  # noqa: E402
 from toolkit.checkpoint.formats.gguf import GgufCheckpoint, read_gguf  # noqa: E402
-from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
+from toolkit.checkpoint.formats.gguf_config import is_named, model_types  # noqa: E402
+from toolkit.checkpoint.formats.gguf_undo import can_multiply_out, multiply_out  # noqa: E402
 from toolkit.checkpoint.weights import PackedSlice  # noqa: E402
 from toolkit.errors import ModelError  # noqa: E402
 
@@ -86,9 +94,24 @@ OWN: dict[str, dict[str, Any]] = {
 """What a family needs besides: what llama.cpp takes for granted, and what its published models have."""
 
 OLDER: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"global_head_dim": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "hunyuan_v1_moe": {"moe_intermediate_size": [40] * 3, "moe_topk": [3] * 3, "num_shared_expert": [1] * 3},
+    "kimi_linear": {
+        "linear_attn_config": {"full_attn_layers": [3], "short_conv_kernel_size": 4, "head_dim": 16},
+        "first_k_dense_replace": 2,
+    },
+    "mimo_v2_flash": {
+        "swa_head_dim": 16,
+        "swa_v_head_dim": 12,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "hybrid_layer_pattern": [0, 1, 1],
+        "rope_parameters": {"partial_rotary_factor": 0.334, "rope_theta": 5e6},
+        "topk_method": "noaux_tc",
+    },
     "minimax_m2": {"rotary_dim": 8},
+    "mistral4": {"architectures": ["Mistral3ForConditionalGeneration"]},
     "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 128},
 }
 """Fields of published configs that the converter asks for, and transformers 5 no longer writes or writes otherwise."""
@@ -104,17 +127,29 @@ def main(arguments: list[str] | None = None) -> int:
         models = {}
         for name in options.families or [name for known in sorted(GGUF_READ) for name in model_types(known)]:
             folder = Path(scratch) / name / "base"
-            build(_unusual(name)).save_pretrained(folder)
+            _save(name, folder)
             models[name] = {"base": str(folder), "merged": None, "settings": OLDER.get(name, {})}
         job = {"converter": str(converter), "tokens": TOKENS, "out": scratch, "models": models}
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job))
-        side = [python, str(Path(__file__).with_name("llama_side.py")), "convert", str(path)]
-        subprocess.run(side, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for verb in ("convert", "blocks"):
+            side = [python, str(Path(__file__).with_name("llama_side.py")), verb, str(path)]
+            subprocess.run(side, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for name, files in models.items():
             rows[name] = _row(name, Path(str(files["base"])), Path(scratch) / f"{name}.json")
             print(name, rows[name], file=sys.stderr, flush=True)
-    return _printed(rows, options.json)
+        wrong = _blocks(Path(scratch) / "blocks.npz")
+    return max(_printed(rows, options.json), wrong)
+
+
+def _save(name: str, folder: Path) -> None:
+    """The checkpoint, with what the converter wants of one family or another."""
+    build(_unusual(name)).save_pretrained(folder)
+    shutil.copy(NANO / "tokenizer.json", folder)  # one counts its entries, to cut the embedding
+    if name == "kimi_linear":  # transformers 5.23 writes dense layers under the name of sparse ones
+        tensors = load_file(folder / "model.safetensors")
+        dense = re.compile(r"\.block_sparse_moe\.((gate|up|down)_proj)")
+        save_file({dense.sub(r".mlp.\1", key): value for key, value in tensors.items()}, folder / "model.safetensors")
 
 
 def _unusual(name: str) -> PretrainedConfig:
@@ -132,8 +167,11 @@ def _unusual(name: str) -> PretrainedConfig:
 def _row(name: str, folder: Path, failed: Path) -> dict[str, Any]:
     if failed.is_file():
         return {"not read": json.loads(failed.read_text())["base"]}
+    file = Path(f"{folder}.gguf")
+    if any(is_named(name, known) for known in GGUF_NEEDS_CONFIG):
+        file = file.rename(folder / file.name)
     try:
-        found = read_gguf(Path(f"{folder}.gguf"))
+        found = read_gguf(file)
     except ModelError as error:
         return {"not read": str(error).partition(": ")[2]}
     original = auto_class(_unusual(name)).from_pretrained(folder, dtype=torch.float32).eval()
@@ -159,6 +197,18 @@ def _loaded(found: GgufCheckpoint) -> PreTrainedModel:
     for name, weight in found.weights.items():
         state[name].copy_(PackedSlice(weight, found.slices)[...].read())
     return model
+
+
+def _blocks(path: Path) -> int:
+    """Print how many block types are worth what ggml says; 1 where one is not."""
+    with np.load(path) as there:
+        kinds = [key.removeprefix("blocks ") for key in there.files if key.startswith("blocks ")]
+        read = [kind for kind in kinds if kind in GGMLQuantizationType.__members__ and can_multiply_out(kind)]
+        ours = {kind: multiply_out(torch.from_numpy(there[f"blocks {kind}"]), kind).numpy() for kind in read}
+        same = [kind for kind in read if np.array_equal(ours[kind], there[f"values {kind}"])]
+    others = ", ".join(sorted(set(kinds) - set(read))) or "none"
+    print(f"{len(same)} of {len(read)} block types are worth what ggml's C code says, to the bit; not read: {others}\n")
+    return int(same != read)
 
 
 def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:

@@ -40,7 +40,18 @@ __all__ = ["TOKENS", "main", "other_side"]
 LIBRARY, SOURCE = "xllamacpp==2026.10.11549", "llama-cpp-python==0.3.36"
 TOKENS = [int(token) for token in torch.randint(3, 97, (23,), generator=torch.Generator().manual_seed(5))]
 SPREAD = 1e-3
-TOLD = {"qwen3_moe": {"norm_topk_prob": True}}
+TOLD: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        "mup_enabled": True,
+        "route_norm": True,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "laguna": {"sliding_window": 0},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "solar_open": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}},
+}
 """What llama.cpp takes for granted of a family, as in its published models, where the config's default is otherwise."""
 
 

@@ -1,11 +1,12 @@
 """The other side of the llama.cpp check: its own converter and its own library, without onecard.
 
     python llama_side.py convert JOB.json     Hugging Face folders to GGUF files, by llama.cpp's `conversion` package
+    python llama_side.py blocks JOB.json      random numbers in every block type, and what they are worth, by ggml
     python llama_side.py run JOB.json NAME    logits of one family's files, by libllama
 
 A job holds `converter` (a folder with `conversion` and `gguf-py`), `tokens`, `out`, and `models`: by name, the folders
 `base` and `merged` and the file `adapter`, each None where there is none, and perhaps `settings` that go before
-those of the config. Logits go to NAME.npz, failures to NAME.json.
+those of the config. Logits go to NAME.npz, failures to NAME.json, blocks to blocks.npz.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["convert", "run"]
+__all__ = ["blocks", "convert", "run"]
 
 
 def convert(job: dict[str, Any]) -> None:
@@ -37,9 +40,12 @@ def convert(job: dict[str, Any]) -> None:
             try:
                 settings = {**json.loads((folder / "config.json").read_text()), **files.get("settings", {})}
                 with torch.inference_mode():
-                    model = _without_words(get_model_class(settings["architectures"][0]))
+                    wordless = _without_words(get_model_class(settings["architectures"][0]))
                     hparams = settings if files.get("settings") else None
-                    model(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams).write()
+                    model = wordless(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"), hparams=hparams)
+                    if inner := getattr(model, "impl", None):  # a class that hands all of it to another
+                        inner.set_vocab = partial(wordless.set_vocab, inner)
+                    model.write()
             except (Exception, SystemExit) as error:  # whatever it is, the table tells of it and goes on
                 _note(job, name, kind, f"converter: {type(error).__name__}: {error}")
 
@@ -56,6 +62,30 @@ def _without_words(converter: Any) -> type:
             self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
 
     return WithoutWords
+
+
+def blocks(job: dict[str, Any]) -> None:
+    """By type: the blocks that ggml makes of random rows ("blocks NAME"), and their values ("values NAME")."""
+    sys.path[:0] = [f"{job['converter']}/gguf-py"]
+    import gguf
+
+    lib = _library()
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, address, address, count, count, count, address]
+    numbers = np.random.default_rng(0).standard_normal((16, 512)).astype(np.float32)
+    evenly, found = np.ones(512, dtype=np.float32), {}
+    for kind, (width, size) in gguf.GGML_QUANT_SIZES.items():
+        name = re.sub(r"_k$", "_K", kind.name.lower())
+        if width == 1 or kind.name in ("Q8_1", "Q8_K") or not hasattr(lib, f"dequantize_row_{name}"):
+            continue  # no blocks, types that ggml has for its own products alone, or one that it lacks
+        made, values = np.zeros((16, 512 // width * size), dtype=np.uint8), np.zeros_like(numbers)
+        lib.ggml_quantize_init(int(kind))
+        lib.ggml_quantize_chunk(int(kind), numbers.ctypes.data, made.ctypes.data, 0, *numbers.shape, evenly.ctypes.data)
+        worth = getattr(lib, f"dequantize_row_{name}")
+        worth.argtypes = [address, address, count]
+        worth(made.ctypes.data, values.ctypes.data, values.size)
+        found |= {f"blocks {kind.name}": made, f"values {kind.name}": values}
+    np.savez(Path(job["out"]) / "blocks.npz", **found)
 
 
 class _Batch(ctypes.Structure):
@@ -166,4 +196,4 @@ def _note(job: dict[str, Any], name: str, kind: str, line: str) -> None:
 
 if __name__ == "__main__":
     read = json.loads(Path(sys.argv[2]).read_text())
-    convert(read) if sys.argv[1] == "convert" else run(read, sys.argv[3])
+    convert(read) if sys.argv[1] == "convert" else blocks(read) if sys.argv[1] == "blocks" else run(read, sys.argv[3])

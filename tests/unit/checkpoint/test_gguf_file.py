@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import struct
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings, open_gguf
-from toolkit.errors import ModelError
+from toolkit.errors import ModelError, RecipeError
 
 gguf = pytest.importorskip("gguf")
 
@@ -233,6 +234,13 @@ def test_a_folder_with_more_than_one_model_asks_for_a_name(tmp_path: Path) -> No
         open_gguf(tmp_path)
     with pytest.raises(ModelError, match="No such file"):
         open_gguf(tmp_path / "c.gguf")
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "model.gguf", {"a": NUMBERS})
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(RecipeError, match=r"pip install 'onecard\[gguf\]'"):
+        open_gguf(path)
 
 
 def test_a_file_that_got_shorter_is_one_line(tmp_path: Path) -> None:

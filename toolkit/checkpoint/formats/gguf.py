@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import GGUF_READ, auto_class
+from toolkit.architecture import GGUF_NEEDS_CONFIG, GGUF_READ, auto_class
 from toolkit.checkpoint.formats.gguf_config import WRONG_CONFIG, config_of, in_one_line, is_named, model_types
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Slice, open_gguf
 from toolkit.checkpoint.formats.gguf_names import parameters
@@ -113,12 +113,11 @@ def _configs(
         if (text := config.get_text_config()) is not config:
             yield text
         return
-    types = model_types(architecture)
-    if not types:
+    if architecture in GGUF_NEEDS_CONFIG:
         raise ModelError(
-            f"{where}: no model of transformers is called {architecture[:80]}; give the original checkpoint"
+            f"{where}: a {architecture} file does not say all of its config; put its config.json beside it"
         )
-    for model_type in types:
+    for model_type in model_types(architecture):
         try:
             yield config_of(file, model_type)
         except ModelError as error:

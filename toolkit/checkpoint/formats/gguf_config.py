@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+)
 
 from toolkit.architecture import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_EXPERTS
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings
@@ -27,10 +33,12 @@ __all__ = ["WRONG_CONFIG", "config_of", "in_one_line", "is_named", "model_types"
 @cache
 def model_types(architecture: str) -> tuple[str, ...]:
     """transformers' types of text models with experts that llama.cpp calls `architecture`; those of the name first."""
-    found = [name for name in CONFIG_MAPPING if is_named(name, architecture)]
-    whole = {name for name in found if f"{name}_text" in found}  # of these the file holds the text part alone
-    writing = [name for name in found if name not in whole and CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
-    writing = [name for name in writing if _defaults(name).keys() & _COUNTS]
+    writing = []
+    for name in CONFIG_MAPPING:
+        cls = CONFIG_MAPPING[name] if is_named(name, architecture) else None
+        is_built = cls in MODEL_FOR_CAUSAL_LM_MAPPING or cls in MODEL_FOR_MULTIMODAL_LM_MAPPING
+        if cls and is_built and not cls.sub_configs and _defaults(name).keys() & _COUNTS:
+            writing.append(name)
     return tuple(sorted(writing, key=lambda name: (_bare(name) != _bare(architecture), name)))
 
 

@@ -148,15 +148,14 @@ class _Finder:
         return None
 
     def _router(self, name: str) -> _Recipe | None:
-        """A router's linear, and the biases that only choose experts."""
+        """A router's linear, and what else decides between experts."""
         for layer in self.layers:
             if name.startswith(f"{layer.router}.") and name.rpartition(".")[2] in ("weight", "bias"):
                 return self._shaped(name, self._take(_number(name), it=f"ffn_gate_inp.{name.rpartition('.')[2]}"))
-            if re.search(_CHOOSING, name) and name.startswith(layer.name.rpartition(".")[0]):
+        for pattern, places in _CHOOSING.items():
+            if re.search(pattern, name):
                 number = _number(name)
-                return self._shaped(
-                    name, self._take(number, it="exp_probs_b.bias") or self._take(number, it="exp_probs_b")
-                )
+                return next((it for place in places if (it := self._shaped(name, self._take(number, it=place)))), None)
         return None
 
     def _latent(self, name: str) -> _Recipe | None:
@@ -226,7 +225,12 @@ class _Finder:
         return count.get(leaf.rpartition(".")[0])
 
     def _fused(self, name: str) -> _Recipe | None:
-        """A gate and an up projection outside of the experts that are one linear here."""
+        """What is one parameter here and several tensors there: convolutions, a gate and an up projection."""
+        if name.endswith(".conv1d.weight"):
+            q, k, v = (f"ssm_conv1d_{which}.weight" for which in "qkv")
+            found = self._take(_number(name), q=q, k=k, v=v)
+            shape = self.wanted[name]
+            return _recipe(found, lambda it: torch.cat([it[which].reshape(-1, *shape[1:]) for which in "qkv"]), None)
         if not name.endswith((".input_linear.weight", ".gate_up_proj.weight")):
             return None
         number = _number(name)
@@ -251,9 +255,10 @@ class _Finder:
         return _Recipe(found, lambda it: halves(it["it"][rows], heads) if heads else it["it"][rows], None)
 
     def scale(self, stored: Stored) -> Stored | None:
-        """The number, or one for each expert, that a block type is still to be multiplied by."""
+        """The number, or one for each expert, that NVFP4 is still to be multiplied by, if no parameter is just that."""
         name = f"{stored.name.removesuffix('.weight')}.scale"
-        if name == stored.name or name not in self.file.tensors:
+        has_own = any(key.endswith("per_expert_scale") for key in self.wanted) and name.endswith("ffn_down_exps.scale")
+        if stored.kind != "NVFP4" or has_own or name not in self.file.tensors:
             return None
         self.used.add(name)
         return self.file.tensors[name]
@@ -321,8 +326,12 @@ def _packed(name: str, shape: tuple[int, ...], recipe: _Recipe, finder: _Finder)
 
 _SCALE = ".scale"
 
-_CHOOSING = r"(e_score_correction|expert)_bias$"
-"""Biases that are added to scores only to choose experts."""
+_CHOOSING: Mapping[str, tuple[str, ...]] = {
+    r"(e_score_correction|expert)_bias$": ("exp_probs_b.bias", "exp_probs_b"),
+    r"router\.scale$": ("ffn_gate_inp.scale",),
+    r"router\.per_expert_scale$": ("ffn_down_exps.scale",),
+}
+"""Parameters beside a router's matrix, and their tensors: biases of scores, scales of its inputs and its choices."""
 
 _FROM_ONE = r"(?<!ssm_)norm\.weight$"
 """Of architectures whose norms multiply by one more than their weight: those are stored with the one. The norm inside

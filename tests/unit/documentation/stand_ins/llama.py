@@ -57,6 +57,16 @@ def convert(job: dict[str, Any]) -> None:
         write_gguf(Path(f"{files['base']}.gguf"), model)
 
 
+def blocks(job: dict[str, Any]) -> None:
+    """One type, which the gguf library can make."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quants
+
+    made = quants.quantize(np.linspace(-1, 1, 64, dtype=np.float32)[None], GGMLQuantizationType.Q8_0)
+    values = quants.dequantize(made, GGMLQuantizationType.Q8_0)
+    np.savez(Path(job["out"]) / "blocks.npz", **{"blocks Q8_0": made, "values Q8_0": values})
+
+
 def apply(model: Any, adapter: str) -> None:
     """Add every pair of the GGUF file to the weights that it names."""
     import torch
@@ -86,4 +96,4 @@ if __name__ == "__main__":
     if sys.argv[2] == "run":
         run(given, sys.argv[4])
     else:
-        convert(given)
+        {"convert": convert, "blocks": blocks}[sys.argv[2]](given)
