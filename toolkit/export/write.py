@@ -30,7 +30,7 @@ from toolkit.artifact.manifest import (
 )
 from toolkit.artifact.tokenizer import declare_stops, put_stops, put_tokenizer, read_stops, token_text
 from toolkit.artifact.verify import require_base, verify_artifact
-from toolkit.checkpoint.files import read_header
+from toolkit.checkpoint.files import METHOD, read_header
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.export.gguf import modelfile, read_gguf, write_gguf
