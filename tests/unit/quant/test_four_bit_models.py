@@ -1,4 +1,4 @@
-"""Models whose experts are in four bits: loaded, written, streamed, adapted, compensated and planned as int8 ones are."""
+"""Models whose experts are in four bits: loaded, written, streamed, adapted, compensated, planned as int8 ones are."""
 
 from __future__ import annotations
 
