@@ -145,7 +145,10 @@ def _run(python: str, side: Side, what: str, out: Path) -> None:
     program = Path(__file__).with_name("format_sides") / side.program
     alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [python, str(program), what, str(out)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env={**os.environ, **alone})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **alone})
+    for line in done.stdout.splitlines():
+        if line.startswith("left out:"):
+            print(line)
     if done.returncode:
         print("\n".join(done.stderr.splitlines()[-8:]), file=sys.stderr)
 

@@ -42,6 +42,7 @@ __all__ = [
 
 STD = 0.2
 MAIN = ("qwen3_moe", "mixtral", "deepseek_v2", "glm4_moe")
+LEFT_OUT = "left out:"
 GATE, DOWN = "model.layers.0.mlp.experts.0.gate_proj", "model.layers.0.mlp.experts.1.down_proj"
 GOLDEN = {GATE: (12, 64), DOWN: (4, 32)}
 """Modules of a golden case, [outputs, inputs], where a variant names no others."""
@@ -125,7 +126,8 @@ def run(package: str, variants: Mapping[str, Variant], also: tuple[str, ...] = (
             try:
                 written = variant.write(source)
             except Exception as error:  # a variant that the package cannot write; the others go on
-                print(f"{name} {family or 'golden'}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                print(f"\n{LEFT_OUT} {name} {family or 'golden'}: {why}")
                 continue
             told = {
                 **facts,
