@@ -16,6 +16,7 @@ import tiny
 import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors_side import decompressed
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 IGNORE = ["lm_head", r"re:.*\.(gate|router)$"]
 
 
-def _write(source: Source, **scheme: Any) -> Written:
+def _write(source: Source, data: bool = False, **scheme: Any) -> Written:
     with tempfile.TemporaryDirectory() as scratch:
         before, after = Path(scratch) / "plain", Path(scratch) / "quantised"
         before.mkdir()
@@ -35,7 +36,9 @@ def _write(source: Source, **scheme: Any) -> Written:
         words = Tokenizer(models.WordLevel({f"w{word}": word for word in range(101)}, unk_token="w0"))
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(before)
         model = AutoModelForCausalLM.from_pretrained(before, dtype=torch.bfloat16)
-        oneshot(model=model, recipe=QuantizationModifier(ignore=IGNORE, **scheme), output_dir=str(after))
+        rows = {"input_ids": torch.randint(3, 100, (8, 16), generator=torch.Generator().manual_seed(3)).tolist()}
+        data = {"dataset": Dataset.from_dict(rows), "num_calibration_samples": 8, "max_seq_length": 16} if data else {}
+        oneshot(model=model, recipe=QuantizationModifier(ignore=IGNORE, **scheme), output_dir=str(after), **data)
         tensors = load_file(after / "model.safetensors")
         more = json.loads((after / "config.json").read_text())
     written = more.pop("quantization_config")
@@ -76,6 +79,7 @@ def _group(bits: int, kind: str = "int", **weights: Any) -> dict[str, Any]:
 
 def _variants() -> dict[str, Variant]:
     everyone = (*MAIN, "gpt_oss")
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     by_group = {"strategy": "group", "group_size": 32}
     rows: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "w4a16": (_group(4, **by_group), everyone),
@@ -83,6 +87,11 @@ def _variants() -> dict[str, Variant]:
         "w8a16": (_group(8, strategy="channel"), everyone),
         "w8a8": ({"scheme": "W8A8", "targets": "Linear"}, ("qwen3_moe",)),
         "fp8-dynamic": ({"scheme": "FP8_DYNAMIC", "targets": "Linear"}, everyone),
+        "fp8-static-and-cache": (
+            {"scheme": "FP8", "targets": "Linear", "kv_cache_scheme": cache, "data": True},
+            ("qwen3_moe",),
+        ),
+        "nvfp4": ({"scheme": "NVFP4", "targets": "Linear", "data": True}, ("qwen3_moe",)),
         "fp8-block": ({"scheme": "FP8_BLOCK", "targets": "Linear"}, ("qwen3_moe",)),
         "nvfp4a16": ({"scheme": "NVFP4A16", "targets": "Linear"}, everyone),
         "mxfp4": ({"scheme": "MXFP4A16", "targets": "Linear"}, ("qwen3_moe",)),
