@@ -155,6 +155,16 @@ def test_dequantised_experts_give_what_the_kernel_gives(
     torch.testing.assert_close(chunked(one), fused(one), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("is_gradient", [False, True], ids=["forward", "input gradient"])
+def test_sixteen_bits_hold_weights_whose_scale_they_do_not(is_gradient: bool) -> None:
+    """E2M1's bits need 2^14 more than the weight's scale, which fp16 has not from a scale of four on."""
+    one = product("mxfp4", 32, is_gradient)
+    assert one.scale is not None
+    assert int(one.scale.max()) > 128
+    half = replace(one, x=one.x.half(), dtype=torch.float16, bias=None, low=None, factor=None)
+    torch.testing.assert_close(chunked(half), fused(half), rtol=2e-3, atol=2e-2)
+
+
 def test_ways_and_kinds_tell_what_a_stack_is_stored_in() -> None:
     ones = [product(*stored, is_gradient) for stored in STORED[:3] for is_gradient in (False, True)]
     kinds = [tune.kind_of(one, "card") for one in ones]
