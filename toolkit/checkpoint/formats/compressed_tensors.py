@@ -60,6 +60,8 @@ def _first_that_fits(files: Files, module: str, read: _Reader) -> Packed:
 def _schemes(files: Files, module: str) -> list[Mapping[str, Any]]:
     """The weights' arguments of every group that names a module, the one that counts first."""
     groups = files.declared.get("config_groups")
+    if groups is None:  # auto-round's files in this form, which have no integers packed: shapes say it all
+        return [{"format": ""}]
     found: dict[tuple[bool, bool, str], Mapping[str, Any]] = {}
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
@@ -116,8 +118,7 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     scale = files.shape(f"{module}.weight_scale")
     columns = _columns(files, module, bits, words, scale, group)
     across = _runs_across(files, key, bits, words, columns)
-    if group > 0 and scale[-1:] not in ((-(-columns // group),), (1,)):
-        raise files.wrong(key, f"{'×'.join(map(str, scale))} scales are not for groups of {group}")
+    _check_scales(files, module, scheme, rows, columns)
     axis = 0 if len(scale) == 2 and scale[0] == rows else None
     parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale", axis)}
     zeros_across = across
@@ -125,10 +126,16 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
         parts["zero"] = Part(zero, axis)
         if files.headers[zero].dtype == "I32" and axis == 0:
             zeros_across = _runs_across(files, zero, bits, files.shape(zero)[0], rows)
+            if files.shape(zero)[1:] != scale[1:]:
+                raise files.wrong(zero, "does not fit the scales beside it")
             parts["zero"] = Part(zero, 0, Fraction(32 // bits))
             if 32 % bits:  # codes of one row lie in two words, so that rows cannot be read by themselves
                 parts = {name: Part(part.key, None) for name, part in parts.items()}
+        elif files.shape(zero) != scale:
+            raise files.wrong(zero, "does not fit the scales beside it")
     order = f"{module}.weight_g_idx"
+    if scheme.get("actorder") in ("group", "dynamic"):
+        files.shape(order)
     if files.headers.get(order) and files.shape(order) == (columns,) and int(files.value(order).max()) >= 0:
         parts["group"] = Part(order, None)  # -1 where it was never filled
     unpack = partial(
@@ -138,6 +145,22 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if bits == 4 and group > 0 and columns % group == 0 and parts.keys() == {"packed", "scale"}:
         kept = FourBit("grouped", group, _codes, files.headers[f"{module}.weight_scale"].dtype)
     return files.packed(f"{module}.weight", (rows, columns), parts, unpack, f"int{bits}{_groups(scale, group)}", kept)
+
+
+def _check_scales(files: Files, module: str, scheme: Mapping[str, Any], rows: int, columns: int) -> None:
+    """That there are as many scales as the scheme says, and zero points where it says that there are some."""
+    scale, group = files.shape(f"{module}.weight_scale"), _number(scheme.get("group_size"))
+    wanted = {
+        "tensor": [(), (1,), (1, 1)],
+        "channel": [(rows,), (rows, 1)],
+        "group": [(rows, -(-columns // max(1, group)))],
+    }
+    known = [shape for shapes in wanted.values() for shape in shapes]
+    if scale not in wanted.get(str(scheme.get("strategy")), known):
+        found = "×".join(map(str, scale))
+        raise files.wrong(f"{module}.weight_scale", f"is {found}, which a weight of {rows}×{columns} does not have here")
+    if scheme.get("symmetric") is False:
+        files.shape(f"{module}.weight_zero_point")
 
 
 def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
@@ -168,6 +191,8 @@ def _columns(files: Files, module: str, bits: int, words: int, scale: tuple[int,
 
 def _scaled(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     zero, block = f"{module}.weight_zero_point", _block(files, module, scheme)
+    if scheme.get("strategy") in ("tensor", "channel", "group"):
+        _check_scales(files, module, scheme, *files.matrix(f"{module}.weight"))
     has_zero = zero in files.headers
     return scaled(files, f"{module}.weight", f"{module}.weight_scale", block, zero if has_zero else None)
 

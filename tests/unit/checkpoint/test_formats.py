@@ -1,0 +1,106 @@
+"""Every format of others: worth what its own package says, whole and in parts, and refused in a line where it is not whole.
+
+The golden cases were written and read back by the packages themselves (`scripts/parity/format_writers.py --golden`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.harness.formats import CASES, FOLDER, Case, as_slice
+from toolkit.checkpoint import weights
+from toolkit.checkpoint.files import SOURCES
+from toolkit.checkpoint.formats import _READERS, packed_weights
+from toolkit.errors import ModelError
+
+BY_ITS_FAKE_QUANTISER = "nvidia-modelopt-int4"
+"""Whose values the package cannot read back: they come from its training code, which multiplies in another order."""
+
+
+def agrees(case: Case, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """To the last bit of the dtype that the package computes in."""
+    if case.name == BY_ITS_FAKE_QUANTISER:
+        return torch.allclose(ours, theirs, rtol=2**-22, atol=0)
+    return torch.equal(ours.to(case.dtype), theirs.to(case.dtype))
+
+
+def test_every_case_is_there() -> None:
+    assert len(CASES) == 96
+    assert {path.stem for path in FOLDER.glob("*.safetensors")} == CASES.keys()
+    assert {told["package"] for told in CASES.values()} == {
+        *("compressed-tensors", "GPTQModel", "autoawq", "auto-round", "bitsandbytes", "nvidia-modelopt"),
+        *("mlx", "hqq", "torchao", "transformers"),
+    }
+
+
+def test_every_format_that_is_named_has_a_reader() -> None:
+    assert set(SOURCES) == _READERS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_those_of_the_package(name: str) -> None:
+    case = Case(name)
+    found = packed_weights(case.files())
+    assert case.expected
+    for key, theirs in case.expected.items():
+        ours = as_slice(found[key], case.tensors).read()
+        assert ours.dtype == torch.float32
+        assert tuple(ours.shape) == found[key].shape
+        assert agrees(case, ours, theirs), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_by_themselves_are_the_rows_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, chance = Case(name), random.Random(name)
+    for key, packed in packed_weights(case.files()).items():
+        unread = as_slice(packed, case.tensors)
+        whole, rows = unread.read(), packed.shape[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "_BLOCK", 1)  # as few rows as the format allows
+            assert torch.equal(unread.read(), whole), key
+            for number in range(rows) if len(packed.shape) == 3 else ():
+                assert torch.equal(unread[number : number + 1].read(), whole[number : number + 1]), key
+            for _ in range(6):
+                first = chance.randrange(rows)
+                last = chance.randint(first + 1, rows)
+                part = unread[first:last]
+                assert part.get_shape() == [last - first, *packed.shape[1:]]
+                assert torch.equal(part.read(), whole[first:last]), (key, first, last)
+                begin = chance.randrange(last - first)
+                assert torch.equal(part[begin:].read(), whole[first + begin : last]), (key, first, last)
+
+
+def faults(case: Case) -> Iterator[tuple[str, str]]:
+    """Makes one fault of the case's tensors after the other and undoes it: (tensor, what is wrong with it)."""
+    whole = dict(case.tensors)
+    for key, tensor in whole.items():
+        del case.tensors[key]
+        yield key, "missing"
+        for axis, size in enumerate(tensor.shape):
+            case.tensors[key] = tensor.narrow(axis, 0, size - 1).clone()
+            yield key, f"one short along {axis}"
+        case.tensors.clear()
+        case.tensors.update(whole)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_part_can_be_missing_or_misshapen_unseen(name: str) -> None:
+    case, refused = Case(name), 0
+    for key, fault in faults(case):
+        try:
+            found = packed_weights(case.files())
+        except ModelError as error:
+            refused += 1
+            assert key.partition(".weight.")[0].rpartition(".")[0] in str(error), (key, fault)
+            assert "\n" not in str(error), (key, fault)
+            continue
+        for weight, theirs in case.expected.items():
+            if weight not in found or found[weight].shape != theirs.shape:  # as the model's own shapes tell
+                continue
+            ours = as_slice(found[weight], case.tensors).read()
+            assert agrees(case, ours, theirs), (key, fault)
+    assert refused > 1
