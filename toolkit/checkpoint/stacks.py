@@ -51,7 +51,7 @@ def plain_weights(
 
 
 def _are_halves(declared: Mapping[str, Any]) -> bool:
-    """Whether GPTQModel cut the stacks: it calls the halves of a gpt-oss expert gate and up, whose rows are by turns."""
+    """Whether GPTQModel cut the stacks: halves of a gpt-oss expert are called gate and up, whose rows are by turns."""
     meta = declared.get("meta")
     told = meta.get("quantizer") if isinstance(meta, Mapping) else None
     return declared.get("quant_method") == "gptq" and "gptqmodel" in str(told).lower()

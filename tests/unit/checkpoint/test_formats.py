@@ -1,4 +1,4 @@
-"""Every format of others: worth what its own package says, whole and in parts, and refused in a line where it is not whole.
+"""Every format of others: worth what its own package says, whole and in parts; a part that is not whole is named.
 
 The golden cases were written and read back by the packages themselves (`scripts/parity/format_writers.py --golden`).
 """
@@ -74,13 +74,18 @@ def test_rows_by_themselves_are_the_rows_of_the_whole(name: str, monkeypatch: py
                 assert torch.equal(part[begin:].read(), whole[first + begin : last]), (key, first, last)
 
 
+ODD_WIDTHS = ("old-int3", "old-int5", "old-int7")
+"""Of compressed-tensors up to 0.17: one word less is exactly what later versions take for as many codes."""
+
+
 def faults(case: Case) -> Iterator[tuple[str, str]]:
     """Makes one fault of the case's tensors after the other and undoes it: (tensor, what is wrong with it)."""
     whole = dict(case.tensors)
     for key, tensor in whole.items():
         del case.tensors[key]
         yield key, "missing"
-        for axis, size in enumerate(tensor.shape):
+        is_other = any(width in case.name for width in ODD_WIDTHS) and key.endswith("weight_packed")
+        for axis, size in enumerate(tensor.shape[: 1 if is_other else None]):
             case.tensors[key] = tensor.narrow(axis, 0, size - 1).clone()
             yield key, f"one short along {axis}"
         case.tensors.clear()

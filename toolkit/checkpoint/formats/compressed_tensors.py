@@ -95,7 +95,11 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     dtype = files.headers[key].dtype
     if dtype == "I32":
         return _integers(files, module, scheme)
+    if scale[:1] != (rows,):
+        raise files.wrong(f"{module}.weight_scale", f"is {'×'.join(map(str, scale))} for {rows} rows")
     if f"{module}.weight_global_scale" in files.headers:
+        if scale != (rows, 2 * width // _NV_GROUP):
+            raise files.wrong(f"{module}.weight_scale", f"is {'×'.join(map(str, scale))} for {rows}×{2 * width} values")
         parts["global"] = Part(f"{module}.weight_global_scale", None)
         return files.packed(name, (rows, 2 * width), parts, _nvfp4, f"NVFP4, groups of {_NV_GROUP}")
     if dtype not in ("U8", "F8_E8M0", "F4") or len(scale) != 2:
@@ -112,8 +116,8 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
 
 def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     key, bits, group = f"{module}.weight_packed", _number(scheme.get("num_bits")), _number(scheme.get("group_size"))
-    if not 2 <= bits <= 8:
-        raise files.wrong(key, f"the quantization_config says {scheme.get('num_bits')!r} bits")
+    if not 2 <= bits <= 8 or scheme.get("type") == "float":
+        raise files.wrong(key, f"the quantization_config says {scheme.get('num_bits')!r} bits of {scheme.get('type')}")
     rows, words = files.matrix(key)
     scale = files.shape(f"{module}.weight_scale")
     columns = _columns(files, module, bits, words, scale, group)
@@ -134,8 +138,8 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
         elif files.shape(zero) != scale:
             raise files.wrong(zero, "does not fit the scales beside it")
     order = f"{module}.weight_g_idx"
-    if scheme.get("actorder") in ("group", "dynamic"):
-        files.shape(order)
+    if scheme.get("actorder") in ("group", "dynamic") and files.shape(order) != (columns,):
+        raise files.wrong(order, f"does not order {columns} inputs")
     if files.headers.get(order) and files.shape(order) == (columns,) and int(files.value(order).max()) >= 0:
         parts["group"] = Part(order, None)  # -1 where it was never filled
     unpack = partial(
@@ -150,7 +154,7 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
 def _check_scales(files: Files, module: str, scheme: Mapping[str, Any], rows: int, columns: int) -> None:
     """That there are as many scales as the scheme says, and zero points where it says that there are some."""
     scale, group = files.shape(f"{module}.weight_scale"), _number(scheme.get("group_size"))
-    wanted = {
+    wanted: dict[str, list[tuple[int, ...]]] = {
         "tensor": [(), (1,), (1, 1)],
         "channel": [(rows,), (rows, 1)],
         "group": [(rows, -(-columns // max(1, group)))],
@@ -158,7 +162,7 @@ def _check_scales(files: Files, module: str, scheme: Mapping[str, Any], rows: in
     known = [shape for shapes in wanted.values() for shape in shapes]
     if scale not in wanted.get(str(scheme.get("strategy")), known):
         found = "×".join(map(str, scale))
-        raise files.wrong(f"{module}.weight_scale", f"is {found}, which a weight of {rows}×{columns} does not have here")
+        raise files.wrong(f"{module}.weight_scale", f"is {found}, which does not fit a weight of {rows}×{columns}")
     if scheme.get("symmetric") is False:
         files.shape(f"{module}.weight_zero_point")
 

@@ -50,8 +50,9 @@ def read_mlx(files: Files) -> Iterator[Packed]:
         elif (bits, mode) not in ((4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")):
             raise files.wrong(key, f"{bits} bits in mode {mode}")
         if (whole := f"{module}.global_scale") in files.headers or declared.get("global_scale"):
-            is_stack = len(shape) == 3 and files.shape(whole)[:1] == shape[:1]
-            parts["global"] = Part(whole, 0 if is_stack else None)
+            if files.shape(whole) not in (shape[: len(shape) - 2], (1,)):
+                raise files.wrong(whole, "is neither one scale nor one an expert")
+            parts["global"] = Part(whole, 0 if files.shape(whole) == shape[:1] else None)
         unpack = partial(_unpack, bits=bits, group=group, mode=mode)
         words = f"int{bits}" if mode == "affine" else mode.upper()
         kept = FourBit("mxfp4", group, _codes) if mode == "mxfp4" else None

@@ -18,6 +18,7 @@ from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
 
 __all__ = ["groups_in_words", "read_fp8", "scaled"]
 
+_MX_GROUP = 32
 _EXPONENTS = ("U8", "F8_E8M0")
 _NIBBLES = ("I8", "F4")
 """What two FP4 values lie in, in DeepSeek's files; an int8 weight of this format has no other meaning."""
@@ -62,7 +63,7 @@ def scaled(
         raise files.wrong(zero, f"is {'×'.join(map(str, files.shape(zero)))} for {'×'.join(map(str, found))} scales")
     is_fp4 = dtype in _NIBBLES and zero is None and files.headers[scales].dtype in _EXPONENTS
     if is_fp4:
-        shape, block = (*shape[:-1], 2 * shape[-1]), None
+        shape, block = (*shape[:-1], 2 * shape[-1]), (1, _MX_GROUP)
     elif not dtype.startswith("F8_") and dtype != "I8":
         raise files.wrong(key, f"scaled values in {dtype}, which no known format has")
     if len(shape) not in (2, 3):
