@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ class Case:
         self.name, self.dtype = name, getattr(torch, told["dtype"])
         self.expected = {key.removeprefix(_EXPECTED): stored[key] for key in stored if key.startswith(_EXPECTED)}
         self.tensors = {key: stored[key] for key in stored if not key.startswith(_EXPECTED)}
-        self.declared: dict[str, Any] = dict(told["quantization_config"] or {})
+        self.declared: dict[str, Any] = copy.deepcopy(told["quantization_config"] or {})
         self.declared.setdefault("quant_method", {"mlx": "mlx", "nvidia-modelopt": "modelopt"}.get(told["package"]))
         self.metadata: dict[str, str] = dict(told.get("metadata") or {})
 

@@ -6,7 +6,7 @@ The golden cases were written and read back by the packages themselves (`scripts
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -109,3 +109,68 @@ def test_no_part_can_be_missing_or_misshapen_unseen(name: str) -> None:
             ours = as_slice(found[weight], case.tensors).read()
             assert agrees(case, ours, theirs), (key, fault)
     assert refused > 1
+
+
+def as_text(word: str) -> torch.Tensor:
+    return torch.tensor(list(word.encode()), dtype=torch.uint8)
+
+
+def of_gate(case: Case, leaf: str) -> str:
+    return next(key for key in case.tensors if key.endswith(f"gate_proj.{leaf}"))
+
+
+def another_scheme(case: Case, **weights: object) -> None:
+    for group in case.declared["config_groups"].values():
+        group["weights"] |= weights
+
+
+UNKNOWN: dict[str, tuple[Callable[[Case], object], str]] = {
+    "compressed-tensors-int4-group": (lambda case: another_scheme(case, num_bits=9), "says 9 bits"),
+    "compressed-tensors-fp8-block": (lambda case: another_scheme(case, block_structure="all"), "blocks of 'all'"),
+    "compressed-tensors-int8-channel": (lambda case: case.declared.update(config_groups={}), "no group of the"),
+    "compressed-tensors-int4-tensor": (
+        lambda case: [group.update(format="marlin-24") for group in case.declared["config_groups"].values()],
+        "stored as marlin-24",
+    ),
+    "gptqmodel-v1-8-asym": (lambda case: case.declared.update(bits=4), "no weight of the 4 bits"),
+    "autoawq-gemv": (lambda case: case.declared.update(group_size="all"), "a group_size of 'all'"),
+    "hqq-4-axis-1": (
+        lambda case: case.tensors.update({of_gate(case, "packing"): as_text("5bit_u8")}),
+        "packed as '5bit_u8', which is not read",
+    ),
+    "mlx-mxfp4": (lambda case: case.declared.update(mode="nvfp8"), "mode 'nvfp8'"),
+    "torchao-int8": (
+        lambda case: case.metadata.update(dict.fromkeys(case.expected, '{"_type": "Int4Tensor"}')),
+        "stored as Int4Tensor in I8, which is not read",
+    ),
+    "torchao-nvfp4": (lambda case: case.metadata.clear(), "does not say in which order its scales lie"),
+    "bitsandbytes-nf4": (
+        lambda case: case.tensors.update({of_gate(case, "weight.quant_state.bitsandbytes__nf4"): as_text("[")}),
+        "not a state of bitsandbytes",
+    ),
+    "nvidia-modelopt-nvfp4": (lambda case: case.declared.update(quant_method=None), "nothing says what they are worth"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_scheme_that_is_not_known_is_refused_by_name(name: str) -> None:
+    case, (spoil, words) = Case(name), UNKNOWN[name]
+    spoil(case)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.experts\.[01]\.\w+_proj") as caught:
+        packed_weights(case.files())
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_scales_of_inputs_are_multiplied_into_a_weight() -> None:
+    case = Case("nvidia-modelopt-fp8")
+    key = of_gate(case, "weight")
+    before = as_slice(packed_weights(case.files())[key], case.tensors).read()
+    scale = torch.rand(before.shape[1]).bfloat16()
+    case.tensors[f"{key.removesuffix('.weight')}.pre_quant_scale"] = scale
+    after = as_slice(packed_weights(case.files())[key], case.tensors).read()
+    assert torch.equal(after, before * scale.float())
+    assert not torch.equal(after, before)
+    case.tensors[f"{key.removesuffix('.weight')}.pre_quant_scale"] = scale[1:].clone()
+    with pytest.raises(ModelError, match=r"gate_proj\.pre_quant_scale: does not fit a weight"):
+        packed_weights(case.files())
