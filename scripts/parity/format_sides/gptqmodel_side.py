@@ -142,7 +142,7 @@ def _variants() -> dict[str, Variant]:
                 name = f"{'gptq_v1' if form == 'gptq' else form}-{bits}{'' if sym else '-asym'}".removeprefix("gptq_")
                 planar = bits in {3, 5, 6, 7}
                 golden = None if sym or (form, bits) in {("gptq_p", 4), ("gptq_v2", 5)} else shapes
-                families = (*MAIN, "gpt_oss") if sym and form == "gptq" and bits in {4, 8} else ("qwen3_moe",)
+                families = MAIN if sym and form == "gptq" and bits in {4, 8} else ("qwen3_moe",)
                 write = partial(
                     _write, bits=bits, group_size=16 if planar else 32, sym=sym, format=form, desc_act=False
                 )
