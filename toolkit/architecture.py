@@ -12,10 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -23,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from toolkit.errors import ModelError, first_line
+from toolkit.errors import ModelError
 from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 
 __all__ = [
@@ -50,7 +48,6 @@ __all__ = [
     "expert_parameters",
     "is_experts",
     "is_plain_linear",
-    "skeleton",
     "strip_index",
 ]
 
@@ -92,20 +89,6 @@ def describe(model: nn.Module) -> Architecture:
             "give an MoE checkpoint, e.g. one named in recipes/"
         )
     return Architecture(layers, tuple(_linears(model, modules, layers)))
-
-
-def skeleton(name_or_path: str, *, revision: str = "main") -> PreTrainedModel:
-    """The model on the meta device, from its config alone: shapes and names, no weights.
-
-    Raises:
-        ModelError: no config there, a family this transformers does not know, or one that needs remote code.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -161,7 +161,7 @@ def step(folder: Path, rank: int, tokens: int) -> dict[str, Any]:
 
 def describe_folder(folder: Path) -> Any:
     """Its MoE layers, from the config alone."""
-    from toolkit.architecture import skeleton
+    from toolkit.checkpoint.config import skeleton
 
     return describe(skeleton(str(folder))).layers
 

@@ -24,7 +24,8 @@ from torch import nn
 from scripts.benchmarks.large_step import disk_rate, drop_cache
 from scripts.make_qwen3_30b_shape import write
 from toolkit.adapters import attach_lora
-from toolkit.architecture import describe, skeleton
+from toolkit.architecture import describe
+from toolkit.checkpoint.config import skeleton
 from toolkit.offload.attach import load_streamed, stream_of
 from toolkit.offload.place import spread
 from toolkit.ops import keep_up_outputs

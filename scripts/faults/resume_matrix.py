@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, set_seed
 
 from toolkit.adapters import attach_lora
-from toolkit.architecture import describe, skeleton
+from toolkit.architecture import describe
+from toolkit.checkpoint.config import skeleton
 from toolkit.mtp.build import new_head
 from toolkit.mtp.training import HeadTraining
 from toolkit.offload.attach import load_streamed

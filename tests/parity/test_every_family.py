@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from tests.harness.families import STOCK_LOSES_KEYS, Family, build, families, marked_folders, tiny_config
 from toolkit.adapters import AdapterCoverage, adapter_coverage, attach_lora, load_adapter
-from toolkit.architecture import auto_class, describe, skeleton
+from toolkit.architecture import auto_class, describe
+from toolkit.checkpoint.config import skeleton
 from toolkit.errors import ModelError
 from toolkit.plan import audit
 from toolkit.quant import Coverage, dequantize_state, load_int8

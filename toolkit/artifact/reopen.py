@@ -9,6 +9,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from toolkit.artifact.manifest import TEMPLATE, read_manifest
+from toolkit.checkpoint.files import gguf_at
 from toolkit.checkpoint.identity import cached_snapshot
 from toolkit.errors import ModelError
 from toolkit.recipe import Recipe, load, parse
@@ -21,8 +22,8 @@ def reopen_recipe(
 ) -> Recipe:
     """The recipe of a run folder, or of an artifact's manifest.
 
-    A chat template that it names is the artifact's own file: the path was one of the machine that trained, and what
-    lies there may have changed since.
+    A chat template or a tokenizer that it names is the artifact's own: the path was one of the machine that trained,
+    and what lies there may have changed since.
 
     Args:
         overrides: `section.key=value`, as for a recipe file.
@@ -33,7 +34,7 @@ def reopen_recipe(
     """
     given = [*overrides, *([f"model.model_name_or_path={base}"] if base else [])]
     if (path / "recipe.yaml").is_file():
-        return _with_template(load(path / "recipe.yaml", given, note), path / "adapter", given)
+        return _with_own_files(load(path / "recipe.yaml", given, note), path / "adapter", given)
     if not (path / "adapter_config.json").is_file():
         raise ModelError(
             f"{path}: neither a run folder nor an adapter; give the folder that `onecard train` named{runs_near(path)}"
@@ -45,15 +46,20 @@ def reopen_recipe(
         )
     stream = io.StringIO()
     YAML().dump(manifest["recipe"], stream)
-    return _with_template(parse(stream.getvalue(), str(path / "manifest.json"), given, note), path, given)
+    return _with_own_files(parse(stream.getvalue(), str(path / "manifest.json"), given, note), path, given)
 
 
-def _with_template(recipe: Recipe, artifact: Path, overrides: Sequence[str]) -> Recipe:
-    written = (artifact / TEMPLATE).absolute()
-    named = recipe.data.chat_template_path
-    if not named or not written.is_file() or any(each.startswith("data.chat_template") for each in overrides):
-        return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template_path": str(written)})})
+def _with_own_files(recipe: Recipe, artifact: Path, overrides: Sequence[str]) -> Recipe:
+    own = (
+        ("data", "chat_template_path", "data.chat_template", artifact / TEMPLATE, TEMPLATE),
+        ("model", "tokenizer_name_or_path", "model.tokenizer_name_or_path", artifact, "tokenizer.json"),
+    )
+    for section, field, key, place, file in own:
+        before = getattr(recipe, section)
+        is_given = any(each.startswith(key) for each in overrides)
+        if getattr(before, field) and (artifact / file).is_file() and not is_given:
+            recipe = recipe.model_copy(update={section: before.model_copy(update={field: str(place.absolute())})})
+    return recipe
 
 
 def runs_near(path: Path) -> str:
@@ -64,11 +70,11 @@ def runs_near(path: Path) -> str:
 
 
 def base_folder(path: Path, base: str | None = None) -> Path:
-    """The folder of the original checkpoint behind a run or artifact: given, the recipe's, or in the Hub's cache.
+    """The original checkpoint behind a run or artifact, a folder or a GGUF file: given, the recipe's, or in the cache.
 
     Raises:
         ModelError: it is not on this machine.
     """
     recipe = reopen_recipe(path, (), base, note=lambda line: None)
     folder = Path(recipe.model.model_name_or_path)
-    return folder if folder.is_dir() else cached_snapshot(str(folder), recipe.model.revision)
+    return folder if gguf_at(folder) or folder.is_dir() else cached_snapshot(str(folder), recipe.model.revision)

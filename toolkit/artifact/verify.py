@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key, match_target_against_key
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
@@ -31,6 +31,7 @@ from toolkit.artifact.manifest import (
     load_adapter_config,
     read_manifest,
 )
+from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.files import read_header
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, first_line
@@ -314,7 +315,7 @@ def _check_base_layout(folder: Path, base: str, revision: str) -> str:
 def _stock_shapes(folder: Path, base: str, revision: str) -> Shapes:
     """Names and shapes of the adapter that stock PEFT creates from this configuration on the base, without weights."""
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+        config = read_config(base, revision)
         lora = LoraConfig.from_pretrained(str(folder))
         lora.init_lora_weights = False
         with torch.device("meta"), warnings.catch_warnings():

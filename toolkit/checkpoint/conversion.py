@@ -82,16 +82,6 @@ class Shards:
         beside = {key for key in self._opened if key not in whole and _belongs(key, self._packed)}
         return tuple(dict.fromkeys(whole.get(key, key) for key in self._opened if key not in beside))
 
-    @property
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every weight with its shape."""
-        return ((key, tuple(self.slice(key).get_shape())) for key in self.keys)
-
-    @property
-    def bytes(self) -> int:
-        """On disk."""
-        return sum(path.stat().st_size for path in self.files)
-
     def slice(self, key: str) -> Any:
         """A weight, unread until it is indexed, or until its `read` where it is stored in parts."""
         if (packed := self._packed.get(key)) is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BESIDE",
+    "GGUF",
     "INDEX",
     "METHOD",
     "REQUIRES",
@@ -34,7 +35,9 @@ __all__ = [
     "beside",
     "cache_root",
     "declared_format",
+    "gguf_at",
     "headers_in",
+    "here",
     "listed",
     "raw_header",
     "read_header",
@@ -59,6 +62,9 @@ BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_P
 METHOD = "onecard_int8"
 """`quantization_config.quant_method` of our int8 checkpoints."""
 
+GGUF = "gguf"
+"""`quantization_config.quant_method` of what is read from a GGUF file, which has no such config itself."""
+
 REQUIRES = "onecard's int8 weights; call toolkit.register() before from_pretrained"
 """Stands as `transformers_weights` in the config.json of an int8 checkpoint.
 
@@ -68,7 +74,7 @@ there it refuses, and quotes it.
 
 SOURCES = (
     *("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "intel/auto-round"),
-    *("bitsandbytes", "modelopt", "mlx", "hqq", "torchao"),
+    *("bitsandbytes", "modelopt", "mlx", "hqq", "torchao", GGUF),
 )
 """Formats of others that are read: each weight is multiplied out and rounded to int8 at once."""
 _BESIDE_CONFIG = "hf_quant_config.json"
@@ -227,6 +233,28 @@ def _beside_config(name_or_path: str, config: PretrainedConfig) -> dict[str, Any
         raise ModelError(f"{path}: not JSON that says how weights are stored ({first_line(error)[:120]})") from None
 
 
+def gguf_at(name_or_path: str | Path) -> Path | None:
+    """What a name of a GGUF model leads to: the file, or a folder with GGUF files and no safetensors. None for others.
+
+    Raises:
+        ModelError: a name that ends in .gguf, and no such file.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        if path.is_file():
+            return path
+        raise ModelError(
+            f"{name_or_path}: no such file; a GGUF file of the Hub is not fetched: download it, and give its path"
+        )
+    return path if any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")) else None
+
+
+def here(name_or_path: str, revision: str = "main") -> Path | None:
+    """A checkpoint on this machine: a folder, a GGUF file, or a whole snapshot in the Hub's cache."""
+    is_local = gguf_at(name_or_path) or Path(name_or_path).is_dir()
+    return Path(name_or_path) if is_local else whole_snapshot(name_or_path, revision)
+
+
 def stored_headers(name_or_path: str | Path, revision: str = "main") -> Sequence[Header]:
     """Of every tensor in the checkpoint; of one on the Hub nothing but the headers is fetched.
 
@@ -234,6 +262,11 @@ def stored_headers(name_or_path: str | Path, revision: str = "main") -> Sequence
         ModelError: no safetensors there, or a shard is missing or damaged. HubError: the Hub does not give them.
     """
     folder = Path(name_or_path)
+    if gguf_at(folder):
+        from toolkit.checkpoint.gguf_source import opened
+
+        tensors = opened(folder).file.tensors.values()
+        return [Header(tensor.name, tensor.kind, tensor.shape, tensor.bytes) for tensor in tensors]
     if folder.is_dir():
         return _check_shards(folder)
     from toolkit.checkpoint.remote import hub_headers

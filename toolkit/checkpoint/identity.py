@@ -18,11 +18,19 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from toolkit.checkpoint.files import METHOD, shards_of
+from toolkit.checkpoint.files import METHOD, gguf_at, shards_of
 from toolkit.errors import ModelError
 from toolkit.steps import advance, part
 
-__all__ = ["BaseIdentity", "cached_snapshot", "config_sha256", "files_of", "identify_base", "license_of"]
+__all__ = [
+    "BaseIdentity",
+    "cached_snapshot",
+    "config_sha256",
+    "files_of",
+    "identify_base",
+    "license_of",
+    "weight_files",
+]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAYS_NOTHING = frozenset(
@@ -52,9 +60,12 @@ def identify_base(name_or_path: str, revision: str = "main") -> BaseIdentity:
     """The identity of a checkpoint that is a local folder or already lies in the Hub cache. Never downloads.
 
     Reads every shard once (disk speed), except in the Hub cache, where a large file is stored under its own SHA-256.
+    Of a GGUF file, or the parts of one, it is the same with their names, and `name` is that of the first.
     Raises `ModelError` where the checkpoint is not here or has no safetensors weights.
     """
     folder = Path(name_or_path)
+    if path := gguf_at(name_or_path):
+        return BaseIdentity(weight_files(path)[0].name, None, _weights_sha256(path))
     if folder.is_dir():
         name, commit = _hub_origin(folder) or (folder.resolve().name, None)
     else:
@@ -74,9 +85,13 @@ def _is_int8(folder: Path) -> bool:
 def config_sha256(name_or_path: str, revision: str = "main") -> str:
     """A hash of what `config.json` says of the computation: equal weights under another one are another base.
 
-    Raises `ModelError` where there is none that can be read.
+    What a GGUF file says of it is among its weights. Raises `ModelError` where there is none that can be read.
     """
     folder = Path(name_or_path)
+    if found := gguf_at(name_or_path):
+        folder = files_of(str(found)) or folder
+        if not (folder / "config.json").is_file():
+            return hashlib.sha256(b"{}").hexdigest()
     path = (folder if folder.is_dir() else cached_snapshot(name_or_path, revision)) / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -96,7 +111,12 @@ def _hub_origin(folder: Path) -> tuple[str, str] | None:
 
 
 def license_of(name_or_path: str, revision: str = "main") -> str | None:
-    """The Hub id of a checkpoint's licence, from the card that lies with it here, or None. Never downloads."""
+    """The Hub id of a checkpoint's licence, from the card or the GGUF file that is here, or None. Never downloads."""
+    if path := gguf_at(name_or_path):
+        from toolkit.checkpoint.gguf_source import opened
+
+        stated = opened(path).file.metadata.get("general.license")
+        return stated if isinstance(stated, str) else None
     card: Any = Path(name_or_path) / "README.md"
     if not Path(name_or_path).is_dir():
         card = try_to_load_from_cache(name_or_path, "README.md", revision=revision)
@@ -121,7 +141,9 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
 
 
 def files_of(name_or_path: str, revision: str = "main") -> Path | None:
-    """The folder of a checkpoint: itself, or its copy in the Hub's cache, None where neither is here."""
+    """The folder of a checkpoint: itself, its copy in the Hub's cache, or that of its GGUF file; None where none is."""
+    if path := gguf_at(name_or_path):
+        return path if path.is_dir() else path.parent
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
@@ -130,12 +152,25 @@ def files_of(name_or_path: str, revision: str = "main") -> Path | None:
         return None
 
 
-def _weights_sha256(folder: Path) -> str:
-    digest, shards = hashlib.sha256(), shards_of(folder)
+def weight_files(place: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, at the folder or GGUF file that `fetch` gives.
+
+    Raises:
+        ModelError: one is missing, or the index is damaged.
+    """
+    if gguf_at(place):
+        from toolkit.checkpoint.gguf_source import gguf_files
+
+        return list(gguf_files(place))
+    return [place / name for name in shards_of(place)]
+
+
+def _weights_sha256(place: Path) -> str:
+    digest, files = hashlib.sha256(), weight_files(place)
     with part("hash the base"):
-        for number, name in enumerate(shards, 1):
-            digest.update(f"{name} {_file_sha256(folder / name)}\n".encode())
-            advance(number, len(shards), "files")
+        for number, file in enumerate(files, 1):
+            digest.update(f"{file.name} {_file_sha256(file)}\n".encode())
+            advance(number, len(files), "files")
     return digest.hexdigest()
 
 

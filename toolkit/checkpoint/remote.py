@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from toolkit.checkpoint.files import BESIDE, Header, listed
+from toolkit.checkpoint.files import BESIDE, Header, gguf_at, listed
 from toolkit.errors import HubError, ModelError, first_line
 from toolkit.steps import Steps, current, part
 
@@ -93,7 +93,9 @@ def ask_hub(name: str, revision: str) -> None:
     except RepositoryNotFoundError:
         raise HubError(f"{name}: no such model on the Hub, or a private one; check the name, or set HF_TOKEN") from None
     except RemoteEntryNotFoundError:
-        raise ModelError(f"{name}: no config.json there; give a transformers checkpoint") from None
+        raise ModelError(
+            f"{name}: no config.json there; give a transformers checkpoint, or download a GGUF file and give its path"
+        ) from None
     except LocalEntryNotFoundError as error:
         raise HubError(f"{name}: not cached, nor available from the Hub: {first_line(error)}") from None
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -105,10 +107,12 @@ def ask_hub(name: str, revision: str) -> None:
 def fetch(name_or_path: str, revision: str = "main") -> Path:
     """The checkpoint's folder, downloaded where it is a Hub name: its shards and what lies beside them, no other form.
 
+    What `gguf_at` finds stays as it is.
+
     Raises:
         ModelError: no such folder and no Hub name, or a damaged index. HubError: the Hub does not give it.
     """
-    if Path(name_or_path).is_dir():
+    if gguf_at(name_or_path) or Path(name_or_path).is_dir():
         return Path(name_or_path)
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ModelError(f"{name_or_path}: no such folder, and not a Hub name (owner/name)")

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.architecture import describe
 from toolkit.checkpoint.conversion import Shards, targets
+from toolkit.checkpoint.files import GGUF
 from toolkit.checkpoint.weights import StackSlice, unread
 from toolkit.parts import ExpertLayer
 
@@ -39,11 +40,16 @@ def plain_weights(
     """Every weight of a checkpoint, unread, under the names of a plain one where others quantised it.
 
     Args:
-        name: what errors call it. declared: its quantization_config, None where it is plain. model: on meta.
+        name: what errors call it. folder: as `fetch` gives it. model: on meta.
+        declared: its quantization_config, None where it is plain.
 
     Raises:
         ModelError: a part of a weight is missing, or a scheme is unknown.
     """
+    if (declared or {}).get("quant_method") == GGUF:
+        from toolkit.checkpoint.gguf_source import gguf_weights
+
+        return dict(gguf_weights(folder))  # under the model's own names, whole and checked
     with Shards(name, folder, declared) as shards:
         # safetensors keeps a file mapped as long as a slice of it lives.
         slices = {key: shards.slice(key) for key in shards.keys}

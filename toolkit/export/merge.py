@@ -12,8 +12,10 @@ its own, where servers have a block that can hold it. config.json says how many 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,12 +31,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from toolkit.adapters.layouts import Factors, deltas
 from toolkit.artifact.manifest import write_json
+from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import Shards, targets
-from toolkit.checkpoint.files import beside, headers_in, write_index
+from toolkit.checkpoint.files import beside, gguf_at, headers_in, write_index
 from toolkit.errors import ModelError
 from toolkit.mtp.draft_folder import draft_config, draft_tensors
 from toolkit.mtp.head_file import config_with_head, merged_head_state, native_keys
-from toolkit.quant.load import read_config, storage
+from toolkit.quant.load import storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
@@ -59,7 +62,7 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
             "it was made from with --base FOLDER"
         )
     if wanted.source is not None:
-        return _merge_dequantised(base, adapter, skeleton, folder, beside(base))
+        return _merge_dequantised(base, adapter, skeleton, folder)
     with Shards(str(base), base) as shards:
         names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
         _copy(base, [path.name for path in shards.files], folder)
@@ -131,12 +134,10 @@ def _add(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str)
     _overwrite(file, offset, (original.float() + delta).to(original.dtype))
 
 
-def _merge_dequantised(
-    base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path, beside: Sequence[Path]
-) -> int:
+def _merge_dequantised(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
     """Write the merged checkpoint in bf16 into an empty folder, a shard a layer; returns how many parameters changed.
 
-    `beside` are the files that come along, config.json among them; what says there that it is quantised is left out.
+    The files beside its weights come along; what says in config.json that it is quantised is left out.
     Tensors that were plain floats keep their dtype.
 
     Raises:
@@ -144,7 +145,7 @@ def _merge_dequantised(
     """
     source = SourceWeights(str(base))
     by_parameter = {factors.parameter: factors for factors in adapter}
-    parts, weight_map, size, changed = source.parts(), dict[str, str](), 0, 0
+    parts, weight_map, sizes, changed = source.parts(), dict[str, str](), Counter[torch.dtype](), 0
     for number, (name, stored) in enumerate(parts.items(), 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         with source.layer(name) as layer:
@@ -153,13 +154,19 @@ def _merge_dequantised(
             tensors = {key: part.contiguous() for key, part in revert_weight_conversion(skeleton, merged).items()}
             save_file({key: tensors[key] for key in sorted(tensors)}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-        size += sum(part.nbytes for part in tensors.values())
+        for part in tensors.values():
+            sizes[part.dtype] += part.nbytes
     if by_parameter:
         raise ModelError(f"{base}: holds no {min(by_parameter)} that the adapter could be merged into")
-    for path in beside:
-        shutil.copyfile(path, folder / path.name)
+    if gguf_at(base):
+        config = copy.deepcopy(skeleton.config)
+        config.dtype = sizes.most_common(1)[0][0]  # the file does not say it
+        config.save_pretrained(folder)
+    else:
+        for path in beside(base):
+            shutil.copyfile(path, folder / path.name)
     _plain_config(folder / "config.json")
-    write_index(folder, weight_map, size)
+    write_index(folder, weight_map, sizes.total())
     return changed
 
 

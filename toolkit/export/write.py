@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors, from_per_expert, largest_difference, per_expert, read_factors
 from toolkit.architecture import describe
-from toolkit.architecture import skeleton as skeleton_of
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -30,7 +29,9 @@ from toolkit.artifact.manifest import (
 )
 from toolkit.artifact.tokenizer import declare_stops, put_stops, put_tokenizer, read_stops, token_text
 from toolkit.artifact.verify import require_base, verify_artifact
-from toolkit.checkpoint.files import METHOD, read_header
+from toolkit.checkpoint.config import skeleton as skeleton_of
+from toolkit.checkpoint.files import METHOD, gguf_at, read_header
+from toolkit.checkpoint.identity import files_of
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.export.gguf import modelfile, read_gguf, write_gguf
@@ -70,7 +71,7 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     Tokenizer, chat template and what ends an answer go along from the artifact, never from the base.
 
     Args:
-        base: folder of the original checkpoint.
+        base: folder of the original checkpoint, or its GGUF file.
         format: one of `FORMATS`.
 
     Raises:
@@ -147,9 +148,11 @@ def _merged(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTra
     put_stops(artifact, folder)
     head = stitch_head(artifact, skeleton, folder)
     for checkpoint in (folder, folder / DRAFT_FOLDER):
-        declare_stops(checkpoint, read_stops(artifact), base)
+        declare_stops(checkpoint, read_stops(artifact), files_of(str(base)) or base)
     _, steps = merged_difference(base, folder, adapter)
-    return f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}", steps, 1.01
+    source = " from the dequantised GGUF" if gguf_at(base) else ""
+    told = f"merged weights{source}, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
+    return told, steps, 1.01
 
 
 def _merged_int8(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:

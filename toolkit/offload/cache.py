@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
-from toolkit.checkpoint.files import METHOD, cache_root, declared_format, raw_header
+from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.files import METHOD, cache_root, declared_format, gguf_at, raw_header
+from toolkit.checkpoint.gguf_source import opened
+from toolkit.checkpoint.identity import config_sha256, weight_files
 from toolkit.checkpoint.remote import fetch
 from toolkit.quant import quantize_checkpoint
-from toolkit.quant.load import read_config
 
 __all__ = ["int8_folder"]
 
@@ -55,16 +57,23 @@ def int8_folder(
 
 def fingerprint(folder: Path, *more: str) -> str:
     """16 hex digits of a checkpoint's config, its files' headers and sizes, and of blocks all over their weights."""
-    digest = hashlib.sha256(_FORMAT)
+    digest, is_gguf = hashlib.sha256(_FORMAT), gguf_at(folder) is not None
     for part in more:
         digest.update(part.encode())
-    digest.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    digest.update(config_sha256(str(folder)).encode() if is_gguf else (folder / "config.json").read_bytes())
+    for path in weight_files(folder) if is_gguf else sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
-        digest.update(raw_header(path))
+        digest.update(_gguf_header(path) if is_gguf else raw_header(path))
         with path.open("rb") as file:
             for number in range(_SAMPLES):
                 file.seek(size * number // _SAMPLES)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def _gguf_header(path: Path) -> bytes:
+    """All that stands before the first tensor's data: metadata, names, types and places."""
+    tensors = opened(path).file.tensors.values()
+    with path.open("rb") as file:
+        return file.read(min((tensor.offset for tensor in tensors if tensor.path == path), default=path.stat().st_size))

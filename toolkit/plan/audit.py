@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.files import METHOD, declared_format, stored_headers, whole_snapshot
+from toolkit.checkpoint.files import METHOD, declared_format, gguf_at, here, stored_headers
 from toolkit.parts import LINEAR_ROLES, Architecture
 
 if TYPE_CHECKING:
@@ -79,11 +79,12 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
         ModelError: not an MoE, an unknown family or format, no safetensors there, or a shard is missing or damaged.
         HubError: the Hub cannot be reached, or has no such model for this user.
     """
-    from toolkit.architecture import describe, skeleton
+    from toolkit.architecture import describe
+    from toolkit.checkpoint.config import skeleton
     from toolkit.checkpoint.conversion import refuse_wrong_shapes
     from toolkit.checkpoint.remote import ask_hub
 
-    if not Path(name_or_path).exists():
+    if gguf_at(name_or_path) is None and not Path(name_or_path).exists():
         ask_hub(name_or_path, revision)
     model = skeleton(name_or_path, revision=revision)
     declared = declared_format(name_or_path, model.config)
@@ -112,7 +113,7 @@ def _multiplied_out(name: str, revision: str, declared: Mapping[str, Any], model
     """Of a checkpoint that others quantised; empty where its files are not here."""
     from toolkit.checkpoint.stacks import plain_weights
 
-    folder = Path(name) if Path(name).is_dir() else whole_snapshot(name, revision)
+    folder = here(name, revision)
     weights = {} if folder is None else plain_weights(name, folder, declared, model)
     return {key: (tuple(weight.get_shape()), weight.get_dtype()) for key, weight in weights.items()}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from toolkit.checkpoint.files import METHOD, declared_format, whole_snapshot
+from toolkit.checkpoint.files import METHOD, declared_format, here
 from toolkit.errors import ModelError
 from toolkit.plan.budget import Budget
 from toolkit.plan.shapes import is_published, stored_method
@@ -24,7 +23,7 @@ def kept_in(budget: Budget) -> Mapping[str, str]:
     """
     name, revision = budget.name, budget.revision
     stacks = [stack for layer in budget.shapes.architecture.layers for stack in layer.stacks]
-    folder = Path(name) if Path(name).is_dir() else whole_snapshot(name, revision)
+    folder = here(name, revision)
     if folder is None:
         if is_published(name, revision):
             method = stored_method(name)

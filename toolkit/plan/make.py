@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.checkpoint.files import gguf_at
 from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
 from toolkit.offload.place import streamed
 from toolkit.parts import Architecture
@@ -152,7 +153,7 @@ def make_plan(
     device = device or this_device(recipe.training.use_cpu)
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     backend = _backend(recipe, device)
-    _check_name(name)
+    _check_name(name, recipe.model.tokenizer_name_or_path)
     dtype = default_dtype(device) if recipe.model.dtype == "auto" else recipe.model.dtype
     budget = Budget(name, revision, device, dtype, backend, recipe.model.attn_implementation, for_training, shape)
     stored = what_is_stored(budget)
@@ -257,14 +258,20 @@ def _backend(recipe: Recipe, device: Device) -> str:
     return ROUNDED_ROWS
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, tokenizer: str | None) -> None:
+    if found := gguf_at(name):
+        from toolkit.checkpoint.gguf_source import require_tokenizer
+
+        if tokenizer is None:
+            require_tokenizer(found)
+        return
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: no config.json in this folder; give a transformers checkpoint")
         return
     if path.exists():
-        raise ModelError(f"{name}: a file; give the checkpoint's folder")
+        raise ModelError(f"{name}: a file; give the checkpoint's folder, or a .gguf file")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)

@@ -7,7 +7,8 @@ from contextlib import suppress
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.architecture import auto_class, describe, skeleton
+from toolkit.architecture import auto_class, describe
+from toolkit.checkpoint.config import skeleton
 from toolkit.mtp.cost import config_number, experts_per_token, head_parameters
 from toolkit.plan.shapes import Shapes, is_published, published_config
 
@@ -20,7 +21,7 @@ def shape_of(name: str, revision: str = "main", attn_implementation: str = "auto
     """The model on the meta device, from its config or a published one.
 
     Raises:
-        ModelError: as `toolkit.architecture.skeleton`.
+        ModelError: as `toolkit.checkpoint.config.skeleton`.
     """
     if not is_published(name, revision):
         model = skeleton(name, revision=revision)

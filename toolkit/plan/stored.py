@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.files import METHOD, Header, declared_format, stored_headers, whole_snapshot
+from toolkit.checkpoint.files import METHOD, Header, declared_format, here, stored_headers
 from toolkit.errors import HubError
 from toolkit.plan.budget import Budget
 from toolkit.plan.shapes import Shapes, is_published, stored_method
@@ -41,7 +41,7 @@ def what_is_stored(budget: Budget) -> Stored:
         ModelError: wrong shapes, a format that cannot be read, damaged or missing shards, or no safetensors.
     """
     name, revision = budget.name, budget.revision
-    folder = Path(name) if Path(name).is_dir() else whole_snapshot(name, revision)
+    folder = here(name, revision)
     if folder is None and is_published(name, revision):
         return Stored(_reckoned(budget.shapes, stored_method(name)))
     declared = None if is_published(name, revision) else declared_format(name, budget.model.config)

@@ -6,7 +6,6 @@ Everything about files, revisions and key layouts is transformers' `from_pretrai
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
+from toolkit.checkpoint.config import read_config, read_generation_config
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
@@ -28,7 +28,7 @@ from toolkit.quant.kept import kept_stacks
 from toolkit.quant.quantizer import Int8Config
 from toolkit.quant.stored import EXPERT_KINDS, multiplied_out, rounded_in
 
-__all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "read_config", "storage"]
+__all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "storage"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def load_int8(
     one that `onecard quantize` wrote is mapped from the disk as it is.
 
     Args:
-        name_or_path: local folder or Hub repository with safetensors.
+        name_or_path: local folder or Hub repository with safetensors, or a GGUF file.
         dtype: of everything that is not int8.
         experts: int8, int4, mxfp4, source or none. linears: int8, bnb or none.
         experts_implementation: the expert backend, by the name `toolkit.ops` registered it under.
@@ -135,20 +135,8 @@ def _plain(
 def _as_if_from(model: PreTrainedModel, name_or_path: str, revision: str) -> None:
     """What `from_pretrained` sets beside the weights where it is given a name."""
     model.config.name_or_path = name_or_path
-    with contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(name_or_path, revision=revision)
-
-
-def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
-    """The checkpoint's config.
-
-    Raises:
-        ModelError: none there, or a family this transformers does not know.
-    """
-    try:
-        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+    if (said := read_generation_config(name_or_path, revision)) is not None:
+        model.generation_config = said
 
 
 def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", linears: str = "int8") -> Any:

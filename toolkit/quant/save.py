@@ -25,16 +25,17 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
-from toolkit.checkpoint.conversion import Shards, refuse_wrong_shapes, targets
-from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, write_index
-from toolkit.checkpoint.identity import license_of
+from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.conversion import refuse_wrong_shapes, targets
+from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, gguf_at, write_index
+from toolkit.checkpoint.identity import license_of, weight_files
 from toolkit.checkpoint.remote import fetch
-from toolkit.checkpoint.stacks import fitted
+from toolkit.checkpoint.stacks import plain_weights
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state
 from toolkit.quant.kept import kept_stacks
-from toolkit.quant.load import read_config, storage
+from toolkit.quant.load import storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 from toolkit.steps import advance, part
 
@@ -110,22 +111,25 @@ def quantize_checkpoint(
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
     try:
-        with Shards(name_or_path, source, wanted.source) as shards, staged_folder(target) as workplace:
+        with staged_folder(target) as workplace:
             rounded = {} if compensated is None else int8_state(compensated)
             skeleton = _skeleton(name_or_path, config)
-            refuse_wrong_shapes(name_or_path, skeleton, shards.shapes)
+            slices = plain_weights(name_or_path, source, wanted.source, skeleton)
+            shapes = ((key, tuple(weight.get_shape())) for key, weight in slices.items())
+            refuse_wrong_shapes(name_or_path, skeleton, shapes)
             if experts == "source":
                 mapping = get_model_conversion_mapping(skeleton)
-                slices = fitted({key: shards.slice(key) for key in shards.keys}, skeleton, mapping)
                 wanted.stacks = kept_stacks(name_or_path, skeleton, slices, mapping)
-            written = _write_weights(name_or_path, shards, skeleton, wanted, workplace, rounded, progress, dtype)
+            written = _write_weights(name_or_path, slices, skeleton, wanted, workplace, rounded, progress, dtype)
             config.quantization_config = wanted
             config.save_pretrained(workplace)
             _copy_rest(source, workplace)
             _say_what_it_needs(workplace, Path(name_or_path).name, license_of(str(source)))
+            read = sum(file.stat().st_size for file in weight_files(source))
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({first_line(error)}); free space on the disk") from None
-    return WrittenCheckpoint(str(target), *written)
+    shards, size, left_out = written
+    return WrittenCheckpoint(str(target), shards, size, read, left_out)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -155,20 +159,19 @@ def _skeleton(name: str, config: PretrainedConfig) -> PreTrainedModel:
 
 def _write_weights(
     name: str,
-    shards: Shards,
+    slices: Mapping[str, Any],
     model: PreTrainedModel,
     wanted: Int8Config,
     workplace: Path,
     rounded: Mapping[str, torch.Tensor],
     progress: Callable[[int, int], None],
     dtype: torch.dtype | None,
-) -> tuple[int, int, int, tuple[str, ...]]:
-    """Shards, bytes, bytes read, keys left out."""
+) -> tuple[int, int, tuple[str, ...]]:
+    """Shards, bytes, keys left out."""
     quantizer = _WriterQuantizer(wanted, pre_quantized=False)
     quantizer.dtype = dtype
     quantizer.preprocess_model(model)
     mapping = get_model_conversion_mapping(model, None, quantizer)
-    slices = fitted({key: shards.slice(key) for key in shards.keys}, model, mapping)
     parameters = targets(model, mapping, slices)
     sizes = {key: value.numel() * value.element_size() for key, value in model.state_dict().items()}
     bins = list(_bins({key: target for key, target in parameters.items() if target in sizes}, sizes))
@@ -193,7 +196,7 @@ def _write_weights(
     if len(bins) > 1:
         write_index(workplace, weight_map, total)
     left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))
-    return len(bins), total, shards.bytes, left_out
+    return len(bins), total, left_out
 
 
 def _with_scales(names: Iterable[str], rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -284,7 +287,12 @@ def _say_what_it_needs(workplace: Path, name: str, license: str | None) -> None:
 
 
 def _copy_rest(source: Path, workplace: Path) -> None:
-    """Tokenizer, templates, generation config and licence, byte by byte."""
+    """Tokenizer, templates, generation config and licence, byte by byte; of a GGUF file what it holds of them."""
+    if gguf_at(source):
+        from toolkit.checkpoint.gguf_source import put_beside
+
+        put_beside(source, workplace)
+        return
     for path in beside(source):
         if path.name not in ("config.json", INDEX):
             shutil.copyfile(path, workplace / path.name)

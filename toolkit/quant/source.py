@@ -20,11 +20,12 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import auto_class
+from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.errors import ModelError, first_line
-from toolkit.quant.load import read_config, storage
+from toolkit.quant.load import storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 
 __all__ = ["SourceWeights"]

@@ -30,6 +30,7 @@ class Effect(Enum):
 EFFECTS: Mapping[str, Effect] = {
     "model.model_name_or_path": Effect.CONTENT,
     "model.revision": Effect.CONTENT,
+    "model.tokenizer_name_or_path": Effect.CONTENT,
     "model.dtype": Effect.BINDS,
     "model.attn_implementation": Effect.BINDS,
     "quantization.*": Effect.BINDS,

@@ -41,9 +41,11 @@ class ModelSection(_Section):
     """Which checkpoint is fine-tuned, and how its attention is computed."""
 
     model_name_or_path: NonEmpty
-    """A folder with a transformers checkpoint (safetensors), or a Hub repository `owner/name`."""
+    """A folder with a transformers checkpoint (safetensors), a Hub repository `owner/name`, or a GGUF file."""
     revision: NonEmpty = "main"
     """Hub branch, tag or commit; the commit it resolves to is recorded in the run."""
+    tokenizer_name_or_path: NonEmpty | None = None
+    """A folder or a Hub repository with another tokenizer than the checkpoint's; the artifact carries it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of what is not int8; `auto` is bfloat16 on a card and float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"

@@ -127,7 +127,7 @@ def dump(recipe: Recipe) -> str:
 
 
 _PATHS = {
-    "model": ("model_name_or_path",),
+    "model": ("model_name_or_path", "tokenizer_name_or_path"),
     "lora": ("adapter_name_or_path",),
     "data": ("train", "validation", "chat_template_path"),
     "eval": ("metric", "regression"),
@@ -156,8 +156,13 @@ def _existing(value: str | None, folder: Path) -> str | None:
     name, colon, attribute = (value or "").partition(".py:")
     name = f"{name}.py" if colon else name
     candidates = (Path(name).expanduser(), folder / name) if name else ()
-    found = next((str(path.resolve()) for path in candidates if path.exists()), None)
+    found = next((_absolute(path) for path in candidates if path.exists()), None)
     return f"{found}:{attribute}" if found and colon else found
+
+
+def _absolute(path: Path) -> str:
+    """A file keeps its name, which says how it is read: the Hub's cache calls what a link leads to by its hash."""
+    return str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
 
 
 _Lines = dict[tuple[str, ...], str]

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.artifact import read_manifest
+from toolkit.checkpoint.config import read_config, read_generation_config
+from toolkit.checkpoint.files import gguf_at
 from toolkit.data import Batches, ChatForm, Dialogue, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.data.storage import count_trained, sequence_lengths
@@ -25,6 +27,7 @@ from toolkit.durable import write_text
 from toolkit.errors import ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
+from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
@@ -42,16 +45,32 @@ __all__ = [
 
 
 def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with the recipe's chat template where it names one."""
+    """The recipe's tokenizer, or else the checkpoint's, with the recipe's chat template where it names one.
+
+    Raises:
+        ModelError: there is none, or that of a GGUF file must be given.
+    """
     recipe = plan.recipe
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.model, revision=recipe.model.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{plan.model}: no usable tokenizer: {first_line(error)}") from None
+    tokenizer = _tokenizer(recipe.model)
     if recipe.data.chat_template_path:
         tokenizer.chat_template = read_chat_template(Path(recipe.data.chat_template_path))
     result: PreTrainedTokenizerBase = tokenizer
     return result
+
+
+def _tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    given = model.tokenizer_name_or_path
+    if given is None and (path := gguf_at(model.model_name_or_path)):
+        from toolkit.checkpoint.gguf_source import tokenizer_of
+
+        found: PreTrainedTokenizerBase = tokenizer_of(path)
+        return found
+    name, revision = (given, "main") if given else (model.model_name_or_path, model.revision)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        field = "" if given else "; set model.tokenizer_name_or_path"
+        raise ModelError(f"{name}: no usable tokenizer: {first_line(error)}{field}") from None
 
 
 @part("tokenise")
@@ -126,14 +145,10 @@ _LONGEST_WINDOW = 512
 
 def _declared_stops(plan: Plan) -> list[int]:
     """Token ids at which the checkpoint's own generation stops."""
-    place = {"revision": plan.recipe.model.revision}
-    try:
-        ends = GenerationConfig.from_pretrained(plan.model, **place).eos_token_id
-    except (OSError, ValueError):  # many checkpoints have none
-        ends = None
+    place = (plan.model, plan.recipe.model.revision)
+    ends = getattr(read_generation_config(*place), "eos_token_id", None)
     if ends is None:
-        config: Any = AutoConfig.from_pretrained(plan.model, trust_remote_code=False, **place)
-        ends = getattr(config.get_text_config(), "eos_token_id", None)
+        ends = getattr(read_config(*place).get_text_config(), "eos_token_id", None)
     return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
 
 

@@ -44,8 +44,7 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise ModelError(f"{plan.backend}: no such expert backend; known: {', '.join(BACKENDS)}")
     join(plan.device)
     _forbid_spilling(plan)
-    if not Path(plan.model).is_dir():
-        fetch(plan.model, plan.recipe.model.revision)
+    fetch(plan.model, plan.recipe.model.revision)
     tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
     options: dict[str, Any] = {
         "revision": plan.recipe.model.revision,

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.artifact.conftest import BASE, stock_adapter
 from toolkit.adapters.layouts import from_per_expert, largest_difference, per_expert, read_factors
-from toolkit.architecture import skeleton
 from toolkit.artifact import combine_adapters, read_manifest, reopen_recipe, verify_artifact
+from toolkit.checkpoint.config import skeleton
 from toolkit.errors import ModelError, RecipeError
 from toolkit.export import export_adapter
 

@@ -10,7 +10,8 @@ import torch
 
 from tests.faults.conftest import MODEL
 from tests.harness.families import build, tiny_config
-from toolkit.architecture import describe, skeleton
+from toolkit.architecture import describe
+from toolkit.checkpoint.config import skeleton
 from toolkit.errors import HubError, ModelError
 from toolkit.plan import audit
 from toolkit.plan.audit import parts_of

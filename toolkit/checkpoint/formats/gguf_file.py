@@ -86,18 +86,19 @@ class GgufFile:
         """The raw tensor, unread until it is indexed."""
         return Slice(self, self.tensors[key])
 
-    def mapped(self, path: Path) -> torch.Tensor:
+    def mapped(self, path: Path) -> mmap.mmap:
         """The bytes of one of the files, mapped. Raises `ModelError` where it is gone or shorter than it was."""
         try:
             if path not in self._mapped:
                 size = max(t.offset + t.bytes for t in self.tensors.values() if t.path == path)
-                self._mapped[path] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        except RuntimeError as error:
+                with path.open("rb") as file:
+                    self._mapped[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
             _refuse(path, f"cannot be read any more: {first_line(error)}")
         return self._mapped[path]
 
     @cached_property
-    def _mapped(self) -> dict[Path, torch.Tensor]:
+    def _mapped(self) -> dict[Path, mmap.mmap]:
         return {}
 
 
@@ -123,10 +124,15 @@ class Slice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """That part, mapped. Raises `ModelError` where the file is gone or shorter than it was."""
-        stored = self._stored
-        data = self._file.mapped(stored.path)[stored.offset : stored.offset + stored.bytes]
-        tensor: torch.Tensor = data.view(_PLAIN.get(stored.kind, torch.uint8)).view(self.get_shape())[index]
-        return tensor
+        stored, shape = self._stored, self.get_shape()
+        # Of its own storage: autograd counts changes by storage, and a model's parameters are changed one by one.
+        data = torch.frombuffer(
+            self._file.mapped(stored.path),
+            dtype=_PLAIN.get(stored.kind, torch.uint8),
+            count=math.prod(shape),
+            offset=stored.offset,
+        )
+        return data.view(shape)[index]
 
 
 def library() -> Any:

@@ -1,0 +1,52 @@
+"""A checkpoint's config and its model without weights, whatever the files are: a folder, a Hub name, a GGUF."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from toolkit.architecture import auto_class
+from toolkit.checkpoint.files import gguf_at
+from toolkit.errors import ModelError, first_line
+
+__all__ = ["read_config", "read_generation_config", "skeleton"]
+
+
+def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
+    """The checkpoint's config.
+
+    Raises:
+        ModelError: none there, or a family this transformers does not know.
+    """
+    if path := gguf_at(name_or_path):
+        from toolkit.checkpoint.gguf_source import config_of
+
+        return config_of(path)
+    try:
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+
+
+def read_generation_config(name_or_path: str, revision: str = "main") -> GenerationConfig | None:
+    """What the checkpoint says of generation, None where it has no such file."""
+    try:
+        if path := gguf_at(name_or_path):
+            return GenerationConfig.from_pretrained(path if path.is_dir() else path.parent)
+        return GenerationConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError):  # many checkpoints have none
+        return None
+
+
+def skeleton(name_or_path: str, *, revision: str = "main") -> PreTrainedModel:
+    """The model on the meta device, from its config alone: shapes and names, no weights.
+
+    Raises:
+        ModelError: no config there, a family this transformers does not know, or one that needs remote code.
+    """
+    config = read_config(name_or_path, revision)
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
