@@ -20,7 +20,7 @@ from toolkit.checkpoint.files import GGUF
 from toolkit.checkpoint.weights import StackSlice, unread
 from toolkit.parts import ExpertLayer
 
-__all__ = ["fitted", "plain_weights"]
+__all__ = ["fitted", "plain_weights", "shapes_in"]
 
 _ROLES = {
     **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
@@ -61,6 +61,11 @@ def _are_halves(declared: Mapping[str, Any]) -> bool:
     meta = declared.get("meta")
     told = meta.get("quantizer") if isinstance(meta, Mapping) else None
     return declared.get("quant_method") == "gptq" and "gptqmodel" in str(told).lower()
+
+
+def shapes_in(weights: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Of slices by key: each weight's shape, and what it is stored in."""
+    return {key: (tuple(weight.get_shape()), str(weight.get_dtype())) for key, weight in weights.items()}
 
 
 def fitted(
