@@ -38,7 +38,7 @@ def test_every_case_is_there() -> None:
 
 
 def test_every_format_that_is_named_has_a_reader() -> None:
-    assert set(SOURCES) == _READERS.keys()
+    assert set(SOURCES) - {"gguf"} == _READERS.keys()  # a file of another kind, with a reader of its own
 
 
 @pytest.mark.parametrize("name", CASES)
