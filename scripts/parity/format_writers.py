@@ -71,7 +71,7 @@ PACKAGES = {
             *("defuser==0.0.28", "device-smi==0.5.7", "logbar==0.4.15", "pypcre==0.6.4", "tokenicer==0.0.14"),
             *("threadpoolctl==3.8.0", "torchao==0.18.0", "safetensors==0.8.0", "setuptools==84.2.1"),
         ),
-        ("GPTQModel==7.7.0",),
+        ("GPTQModel==7.7.0", "optimum==2.3.0"),  # the second, for transformers to read such files
     ),
     "mlx": Side("mlx_side.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "transformers==5.24.0", "safetensors==0.8.0")),
     "autoawq": Side(
