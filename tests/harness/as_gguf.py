@@ -6,6 +6,7 @@ families and one with linear attention. Source: `conversion/` of llama.cpp (in l
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tests.harness.families import build
 
-__all__ = ["CONFIGS", "Tensors", "as_llama_cpp", "metadata_of", "stored", "tiny", "write_gguf"]
+__all__ = ["CONFIGS", "Tensors", "add_vocabulary", "as_llama_cpp", "metadata_of", "stored", "tiny", "write_gguf"]
 
 Tensors = dict[str, np.ndarray]
 F32 = gguf.GGMLQuantizationType.F32
@@ -225,6 +226,28 @@ def metadata_of(model: PreTrainedModel) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def add_vocabulary(
+    writer: gguf.GGUFWriter, folder: Path, kind: str = "gpt2", split: str = "gpt-2", **changed: Any
+) -> None:
+    """A byte-level tokenizer and its chat template as the converter writes them.
+
+    Args:
+        changed: merges or eos, instead of the tokenizer's.
+    """
+    model = json.loads((folder / "tokenizer.json").read_text())
+    special = {token["content"] for token in model["added_tokens"]}
+    tokens = sorted(model["model"]["vocab"], key=model["model"]["vocab"].get)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges(changed.get("merges", [" ".join(pair) for pair in model["model"]["merges"]]))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(changed.get("eos", 2))
+    writer.add_pad_token_id(0)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
+
+
 def stored(tensors: Tensors, kind: gguf.GGMLQuantizationType) -> Tensors:
     """The tensors after that block type's rounding, where the converter would round them."""
     return {
@@ -244,6 +267,8 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = F32,
     raw: Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
     edit: Callable[[dict[str, Any]], object] = lambda metadata: None,
+    vocabulary: Path | None = None,
+    licence: str | None = None,
     **splits: Any,
 ) -> Path:
     """Write the model to `path`.
@@ -251,6 +276,7 @@ def write_gguf(
     Args:
         tensors: instead of all of the model's. kind: of those that the converter would round.
         raw: blocks of a tensor and their type, instead of its numbers. edit: changes the metadata.
+        vocabulary: a folder with a tokenizer, which the file is to hold. licence: what it says of it.
     """
     architecture = _ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(str(path), architecture, **splits)
@@ -269,6 +295,10 @@ def write_gguf(
                 writer.add_string(name, value)
             case _:
                 writer.add_array(name, value)
+    if licence:
+        writer.add_license(licence)
+    if vocabulary:
+        add_vocabulary(writer, vocabulary)
     for name, value in (as_llama_cpp(model) if tensors is None else tensors).items():
         if raw and name in raw:
             writer.add_tensor(name, raw[name][0], raw_dtype=raw[name][1])

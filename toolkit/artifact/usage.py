@@ -47,6 +47,8 @@ def loading_section(
     template = " --chat-template per-expert/chat_template.jinja" if is_chat and has_template else ""
     jinja = " --jinja --chat-template-file gguf/chat_template.jinja" if is_chat and has_template else ""
     ends = " --generation-config per-expert" if chat.get("stop_token_ids") else ""
+    if base.name.endswith(".gguf"):
+        return _of_a_gguf(base.name, chat, jinja)
     return "\n\n".join(
         (
             "## How to load it",
@@ -67,6 +69,27 @@ def loading_section(
             f"python convert_hf_to_gguf.py FOLDER_OF_{shlex.quote(base.name.rpartition('/')[2])} --outfile "
             f"gguf/base.gguf\nllama-server -m gguf/base.gguf --lora gguf/adapter.gguf{jinja}\n"
             "(cd gguf && ollama create tuned -f Modelfile)\n```",
+        )
+    )
+
+
+def _of_a_gguf(base: str, chat: Mapping[str, Any], jinja: str) -> str:
+    """The section where the base is a GGUF file, which llama.cpp reads as it is and others do not."""
+    name = shlex.quote(base)
+    return "\n\n".join(
+        (
+            "## How to load it",
+            f"The base is the GGUF file `{base}`. ADAPTER is this repository (`hf://owner/name`) or its folder; "
+            "exports are read back and compared with the adapter before they are called done.",
+            f"### llama.cpp and Ollama\n\nWhere llama.cpp has no name for a part, the export says which."
+            f"{_ends_there(chat)}\n\n```bash\nonecard export ADAPTER --format gguf --out gguf --base {name}\n"
+            f"cp {name} gguf/base.gguf\nllama-server -m gguf/base.gguf --lora gguf/adapter.gguf{jinja}\n"
+            "(cd gguf && ollama create tuned -f Modelfile)\n```",
+            "### transformers, vLLM and SGLang\n\nThe merged export is a plain checkpoint: the file multiplied out, "
+            "and the adapter added.\n\n```bash\n"
+            f"onecard export ADAPTER --format merged --out merged --base {name}\n"
+            f"vllm serve merged --served-model-name tuned\npython -m sglang.launch_server --model-path merged "
+            f"--served-model-name tuned\n{_request(chat)}```",
         )
     )
 

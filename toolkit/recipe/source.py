@@ -156,13 +156,9 @@ def _existing(value: str | None, folder: Path) -> str | None:
     name, colon, attribute = (value or "").partition(".py:")
     name = f"{name}.py" if colon else name
     candidates = (Path(name).expanduser(), folder / name) if name else ()
-    found = next((_absolute(path) for path in candidates if path.exists()), None)
+    # The last name stays: a file of the Hub's cache is a link to one that is called by its hash.
+    found = next((str(path.parent.resolve() / path.name) for path in candidates if path.exists()), None)
     return f"{found}:{attribute}" if found and colon else found
-
-
-def _absolute(path: Path) -> str:
-    """A file keeps its name, which says how it is read: the Hub's cache calls what a link leads to by its hash."""
-    return str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
 
 
 _Lines = dict[tuple[str, ...], str]

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
-from tests.harness.families import families
+from tests.harness.families import families, tiny_config
 from toolkit.architecture import GGUF_READ, auto_class
+from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.formats.gguf_config import model_types
 from toolkit.checkpoint.formats.gguf_undo import ON_A_CARD, by_gguf, by_torch
 from toolkit.checkpoint.weights import PackedSlice
@@ -301,3 +303,12 @@ def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_pat
     writer.close()
     with pytest.raises(ModelError, match=r"architecture grok are not read; .*qwen3moe"):
         read_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("family", sorted({family for name in GGUF_READ for family in model_types(name)}))
+def test_key_conversions_leave_a_models_own_names_alone(family: str) -> None:
+    """So that weights under these names go through the same loader as a checkpoint's."""
+    with torch.device("meta"):
+        model = auto_class(config := tiny_config(family)).from_config(config)
+    names = model.state_dict().keys()
+    assert targets(model, get_model_conversion_mapping(model), names) == {name: name for name in names}

@@ -169,9 +169,20 @@ def test_tensors_have_their_shapes_and_are_mapped(tmp_path: Path) -> None:
         assert torch.equal(file.slice(name)[1:].float(), torch.from_numpy(NUMBERS[1:]))
     blocks = file.slice("Q8_0")
     assert (blocks.get_shape(), blocks.get_dtype(), blocks[...].dtype) == ([3, 34], "Q8_0", torch.uint8)
-    mapped, stack = file.mapped(tmp_path / "model.gguf"), file.tensors["stack"]
-    begin = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
-    assert file.slice("stack")[1:].data_ptr() == begin + stack.offset + stack.bytes // 2
+    stack = file.tensors["stack"]
+    mapped = torch.frombuffer(file.mapped(tmp_path / "model.gguf"), dtype=torch.uint8)
+    assert file.slice("stack")[1:].data_ptr() == mapped.data_ptr() + stack.offset + stack.bytes // 2
+
+
+def test_a_tensor_that_is_changed_leaves_the_others_and_the_file_as_they_are(tmp_path: Path) -> None:
+    """Autograd takes what shares storage for changed, too."""
+    path = written(tmp_path / "model.gguf", {"a": NUMBERS, "b": NUMBERS})
+    before, file = path.read_bytes(), open_gguf(path)
+    first, second = file.slice("a")[...], file.slice("b")[...]
+    first.add_(1)
+    assert (first._version, second._version) == (1, 0)
+    assert torch.equal(second, torch.from_numpy(NUMBERS))
+    assert path.read_bytes() == before
 
 
 @pytest.fixture

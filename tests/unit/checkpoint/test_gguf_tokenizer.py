@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from toolkit.errors import ModelError
 
 gguf = pytest.importorskip("gguf")
 
+from tests.harness.as_gguf import add_vocabulary  # noqa: E402
+
 NANO = Path(__file__).parents[3] / "recipes/quickstart/nano-qwen3moe-2m"
 TEXTS = (
     "It is a truth universally acknowledged,  that\n\n a single man",
@@ -30,16 +31,8 @@ TEXTS = (
 
 def with_vocabulary(path: Path, kind: str = "gpt2", split: str = "gpt-2", **changed: Any) -> Path:
     """The nano model's vocabulary as the converter writes it."""
-    model = json.loads((NANO / "tokenizer.json").read_text())
-    special = {token["content"] for token in model["added_tokens"]}
-    tokens = sorted(model["model"]["vocab"], key=model["model"]["vocab"].get)
     writer = gguf.GGUFWriter(str(path), "deepseek2")
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(split)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges(changed.get("merges", [" ".join(pair) for pair in model["model"]["merges"]]))
-    writer.add_eos_token_id(changed.get("eos", 2))
+    add_vocabulary(writer, NANO, kind, split, **changed)
     writer.add_tensor("x", np.zeros(4, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

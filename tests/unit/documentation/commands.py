@@ -52,6 +52,7 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
         r"onecard quantize .*--recipe",
         "tests/parity/test_compensated_base.py::test_quantize_with_a_recipe_writes_the_compensated_integers",
     ),
+    (r"onecard .*model-Q4_K_M\.gguf", "tests/parity/test_gguf_source.py::test_the_commands_of_the_page"),
     (r"mkdocs build", "tests/unit/test_documentation.py::test_it_builds_without_warnings"),
     (r"onecard --install-completion", f"{_SHELL}::test_completion_is_installed"),
     (r"bash scripts/setup\.sh", f"{_SHELL}::test_setup_leaves_a_current_environment_alone"),
