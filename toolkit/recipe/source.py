@@ -152,11 +152,10 @@ def _existing_of(value: str | list[TrainSource] | None, folder: Path) -> str | l
 
 
 def _existing(value: str | None, folder: Path) -> str | None:
-    # A function of a file, `metric.py:function`, goes with its file.
+    # `metric.py:function` goes with its file; of a link the own name stays, as the Hub's cache has files by hashes.
     name, colon, attribute = (value or "").partition(".py:")
     name = f"{name}.py" if colon else name
     candidates = (Path(name).expanduser(), folder / name) if name else ()
-    # The last name stays: a file of the Hub's cache is a link to one that is called by its hash.
     found = next((str(path.parent.resolve() / path.name) for path in candidates if path.exists()), None)
     return f"{found}:{attribute}" if found and colon else found
 
