@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,35 @@ def test_a_native_head_goes_through_training_back_to_stock(family: str, tmp_path
         assert torch.equal(
             plain, theirs.generate(prompts[:1], max_new_tokens=8, do_sample=False, pad_token_id=0, use_mtp=True)
         )
+
+
+def test_a_head_that_others_quantised_is_multiplied_out(tmp_path: Path) -> None:
+    """Its FP8 codes would otherwise be taken for weights, its scales left aside without a word."""
+    plain, quantised = tmp_path / "plain", tmp_path / "fp8"
+    native_checkpoint("deepseek_v3", plain)
+    stored, exact = {}, {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if weight.dim() != 2 or "proj" not in name:
+            stored[name] = exact[name] = weight
+            continue
+        scale = weight.float().abs().amax() / 448
+        stored[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        exact[name] = stored[name].float() * scale
+    config = json.loads((plain / "config.json").read_text())
+    quantised.mkdir()
+    save_file(stored, quantised / "model.safetensors", metadata={"format": "pt"})
+    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    states = []
+    for folder in (quantised, plain):
+        model, _ = load_int8(str(folder))
+        keys = native_keys(folder, model.config)
+        assert keys is not None
+        assert not any("scale" in key for key in keys.files)
+        states.append(head_state(load_native(model, keys), model))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def _stitch(base: Path, merged: Path, head: dict[str, torch.Tensor]) -> None:

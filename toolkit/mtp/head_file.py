@@ -35,8 +35,10 @@ from transformers.modeling_layers import MtpModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
-from toolkit.checkpoint.files import headers_in
+from toolkit.checkpoint.conversion import Shards
+from toolkit.checkpoint.files import METHOD, headers_in
 from toolkit.checkpoint.remote import fetch
+from toolkit.checkpoint.weights import Unread
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.build import new_head
 from toolkit.mtp.head import MtpHead
@@ -69,10 +71,14 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class NativeKeys:
-    """A head's keys in a checkpoint: each key's file, and the number of layers."""
+    """A head's keys in a checkpoint: each key's file, and the number of layers.
+
+    `source` is the quantization_config of a checkpoint that others quantised, whose keys are those of the plain one.
+    """
 
     files: Mapping[str, Path]
     layers: int
+    source: Mapping[str, Any] | None = None
 
 
 def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str = "main") -> NativeKeys | None:
@@ -83,13 +89,25 @@ def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str =
     """
     text = config.get_text_config()
     pattern = re.compile(_pattern(text.num_hidden_layers))
-    tensors = headers_in(fetch(str(folder), revision))
-    files = {key: tensor.path for key, tensor in tensors.items() if pattern.search(key)}
+    where, source = fetch(str(folder), revision), _source(config)
+    files = {key: tensor.path for key, tensor in headers_in(where).items() if pattern.search(key)}
+    if files and source is not None:
+        with Shards(str(folder), where, source) as shards:
+            plain = [key for key in shards.keys if pattern.search(key)]
+        files = {key: files.get(key, next(iter(files.values())).parent) for key in plain}
     if not files:
         return None
     declared = getattr(text, "num_mtp_layers", None) or getattr(text, "mtp_num_hidden_layers", None)
     found = {int(match[1]) for key in files if (match := re.search(r"(?:layers|mtp\w*)\.(\d+)\.", key))}
-    return NativeKeys(files, min(int(declared or len(found) or 1), max(1, len(found))))
+    return NativeKeys(files, min(int(declared or len(found) or 1), max(1, len(found))), source)
+
+
+def _source(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """How others quantised the checkpoint of a config, loaded or read; None where they did not."""
+    declared = getattr(config, "quantization_config", None) or {}
+    told = dict(declared) if isinstance(declared, Mapping) else declared.to_dict()
+    source = told.get("source") if told.get("quant_method") == METHOD else told
+    return source or None
 
 
 def load_native(model: PreTrainedModel, keys: NativeKeys) -> MtpHead:
@@ -98,6 +116,12 @@ def load_native(model: PreTrainedModel, keys: NativeKeys) -> MtpHead:
     Raises:
         ModelError: the checkpoint lacks a tensor of it, or the family's head cannot be built.
     """
+    if keys.source is not None:
+        folder = next(path if path.is_dir() else path.parent for path in keys.files.values())
+        with Shards(model.config.name_or_path, folder, keys.source) as shards:
+            slices = {key: shards.slice(key) for key in keys.files}
+            read = {key: each.read() if isinstance(each, Unread) else each[...] for key, each in slices.items()}
+        return head_of(model, keys, read)
     opened = {path: safe_open(path, framework="pt") for path in set(keys.files.values())}
     return head_of(model, keys, {key: opened[path].get_tensor(key) for key, path in keys.files.items()})
 
