@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.files import METHOD, declared_format, gguf_at, here, stored_headers
 from toolkit.parts import LINEAR_ROLES, Architecture
+from toolkit.plan.memory import bytes_of_stack
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +99,7 @@ def audit(name_or_path: str, *, revision: str = "main") -> Audit:
         model=name_or_path,
         moe_layers=len(architecture.layers),
         experts=sum(layer.num_experts for layer in architecture.layers),
-        parts=parts_of(model, architecture, _by_parameter(model, found, declared)),
+        parts=parts_of(model, architecture, _by_parameter(model, found, declared), _kinds(architecture, declared)),
         checkpoint_bytes=sum(tensor.bytes for tensor in tensors),
         checkpoint_dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
         checkpoint_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
@@ -118,6 +119,18 @@ def _multiplied_out(name: str, revision: str, declared: Mapping[str, Any], model
     return shapes_in(weights)
 
 
+def _kinds(architecture: Architecture, declared: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the stacks of one of our own checkpoints are in."""
+    if declared is None or declared["quant_method"] != METHOD:
+        return {}
+    told = declared.get("stacks") or {}
+    return {
+        name: str(told.get(name, declared.get("experts", "int8")))
+        for layer in architecture.layers
+        for name in layer.stacks
+    }
+
+
 def _by_parameter(
     model: PreTrainedModel, found: _Found, declared: Mapping[str, Any] | None
 ) -> Mapping[str, Counter[str]]:
@@ -135,12 +148,16 @@ def _by_parameter(
 
 
 def parts_of(
-    model: nn.Module, architecture: Architecture, stored: Mapping[str, Counter[str]] | None = None
+    model: nn.Module,
+    architecture: Architecture,
+    stored: Mapping[str, Counter[str]] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> tuple[Part, ...]:
     """Every parameter of `model` (meta is enough) in exactly one part.
 
     Args:
         stored: how the tensors of the files that become a parameter are stored, counted.
+        kinds: expert stacks that are in four bits, with what they are in; others are int8.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     rows = {name: 2 if layer.is_transposed else 1 for layer in architecture.layers for name in layer.stacks}
@@ -153,7 +170,7 @@ def parts_of(
     taken = {name for names in groups.values() for name in names}
     groups["embeddings, head, norms and the rest"] = [name for name in shapes if name not in taken]
     return tuple(
-        replace(_part(title, names, shapes, rows), source=_sources(names, stored or {}))
+        replace(_part(title, names, shapes, rows, kinds or {}), source=_sources(names, stored or {}))
         for title, names in groups.items()
         if names
     )
@@ -166,13 +183,28 @@ def _sources(names: list[str], stored: Mapping[str, Counter[str]]) -> dict[str, 
     return dict(total)
 
 
-def _part(title: str, names: list[str], shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int]) -> Part:
+def _part(
+    title: str,
+    names: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    rows: Mapping[str, int],
+    kinds: Mapping[str, str],
+) -> Part:
     parameters = sum(math.prod(shapes[name]) for name in names)
     adapted = "yes" if title in (_EXPERTS, "routers", "attention") else "no"
     if title in ("shared experts", "dense layers"):
         adapted = "with all-linear"
     if title not in (_EXPERTS, _UNSEEN, *_INT8_ROLES.values()):
         return Part(title, len(names), parameters, "16 bit", 2 * parameters, adapted)
+    if four_bit := {kinds.get(name, "int8") for name in names} - {"int8"}:
+        size = sum(
+            bytes_of_stack(
+                math.prod(shapes[name]), shapes[name][0] * shapes[name][rows[name]], kinds.get(name, "int8"), 2
+            )
+            for name in names
+        )
+        words = ", ".join(sorted(four_bit | ({"int8"} & {kinds.get(name, "int8") for name in names})))
+        return Part(title, len(names), parameters, words, size, adapted)
     scales = sum(shapes[name][0] * shapes[name][rows[name]] if name in rows else shapes[name][0] for name in names)
     rounding = _rounding(parameters // max(1, scales))
     return Part(title, len(names), parameters, "int8", parameters + 4 * scales, adapted, rounding=rounding)

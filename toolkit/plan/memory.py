@@ -18,7 +18,7 @@ from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
 
-__all__ = ["Bytes", "count_bytes", "stack_bytes"]
+__all__ = ["Bytes", "bytes_of_stack", "count_bytes", "stack_bytes"]
 
 _LIBRARIES = {"cuda": 600 << 20, "cpu": 650 << 20}
 """CUDA's context with its libraries, which torch's allocator does not count; on a CPU Python with torch and the rest,
@@ -81,13 +81,13 @@ def stack_bytes(shapes: Shapes, how: str, itemsize: int) -> dict[str, int]:
     for layer in shapes.architecture.layers:
         axis = 2 if layer.is_transposed else 1
         result[layer.name] = sum(
-            _stack_bytes(math.prod(shape), shape[0] * shape[axis], shapes.stacks.get(name, how), itemsize)
+            bytes_of_stack(math.prod(shape), shape[0] * shape[axis], shapes.stacks.get(name, how), itemsize)
             for name, shape in ((name, shapes.parameters[name]) for name in layer.stacks)
         )
     return result
 
 
-def _stack_bytes(size: int, rows: int, how: str, itemsize: int) -> int:
+def bytes_of_stack(size: int, rows: int, how: str, itemsize: int) -> int:
     """Of a stack's parameters and output rows: four bits, a byte or a scale a group, and a scale a row for int4."""
     kind, *more = how.split(":")
     group, scale = (int(more[0]), _SCALES[more[1]]) if more else (FOUR_BIT_GROUP, 1)
