@@ -132,7 +132,7 @@ _PATHS = {
     "data": ("train", "validation", "chat_template_path"),
     "eval": ("metric", "regression"),
 }
-"""Fields that may name something on this disk."""
+"""Fields that may name something on this disk. Its last name stays: files of the Hub's cache are links to hashes."""
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -156,7 +156,6 @@ def _existing(value: str | None, folder: Path) -> str | None:
     name, colon, attribute = (value or "").partition(".py:")
     name = f"{name}.py" if colon else name
     candidates = (Path(name).expanduser(), folder / name) if name else ()
-    # The last name stays: a file of the Hub's cache is a link to one that is called by its hash.
     found = next((str(path.parent.resolve() / path.name) for path in candidates if path.exists()), None)
     return f"{found}:{attribute}" if found and colon else found
 
