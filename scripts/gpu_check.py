@@ -43,9 +43,14 @@ class Stack:
     scale: torch.Tensor | None
     bias: torch.Tensor | None
     is_transposed: bool = False
+    step: torch.Tensor | None = None
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[E, O, I]."""
+        if self.scale is not None and self.weight.dtype == torch.uint8:
+            from toolkit.ops import four_bit
+
+            return four_bit.dequantize(four_bit.FourBits(self.weight, self.scale, self.step)).to(dtype)
         weight = self.weight.transpose(1, 2) if self.is_transposed else self.weight
         return weight.to(dtype) if self.scale is None else weight.to(dtype) * self.scale.to(dtype).unsqueeze(-1)
 
@@ -78,6 +83,7 @@ class Case:
     is_transposed: bool = False
     has_bias: bool = False
     is_hot: bool = False
+    four_bits: str = ""
 
 
 SMALL = [
@@ -92,6 +98,13 @@ LARGE = [
     Case(512, 4, 16, 512, 384, 16, is_transposed=True, has_bias=True),
     Case(300, 2, 5, 520, 200, 70, is_int8=False),
 ]
+FOUR_BITS = [
+    Case(7, 2, 3, 64, 64, 3, has_bias=True, four_bits="int4"),
+    Case(3, 1, 2, 64, 128, 16, four_bits="mxfp4"),
+    Case(5, 2, 2, 64, 64, 2, four_bits="grouped"),
+    *(Case(512, 4, 16, 576, 384, 16, four_bits=kind) for kind in ("int4", "mxfp4", "grouped")),
+]
+"""In groups of 32; the large ones' halves are no whole tiles."""
 LAYERS = {"OLMoE-1B-7B": (8, 64, 2048, 1024), "Qwen3-30B-A3B": (8, 128, 2048, 768)}
 """K, E, H, I."""
 
@@ -102,16 +115,32 @@ def swiglu(y: torch.Tensor) -> torch.Tensor:
     return functional.silu(left) * right
 
 
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> Stack:
+    """A float stack [E, O, I] in four bits."""
+    from toolkit.ops import four_bit
+
+    if kind == "grouped":
+        grouped = weight.unflatten(-1, (-1, four_bit.GROUP))
+        scale = (grouped.abs().amax(-1) / 7).half()
+        codes = (grouped / scale.unsqueeze(-1)).round().clamp(-8, 7).add(8).to(torch.uint8)
+        return Stack(four_bit.turned(codes.flatten(-2)), scale.transpose(1, 2).contiguous(), bias, True)
+    found = [(four_bit.quantize_int4 if kind == "int4" else four_bit.quantize_mxfp4)(each) for each in weight]
+    parts = [torch.stack(column) for column in zip(*found, strict=True) if column[0] is not None]
+    return Stack(parts[0], parts[1], bias, True, *parts[2:])
+
+
 def build(case: Case, device: str, dtype: torch.dtype) -> tuple[Weights, list[torch.Tensor], torch.Tensor]:
     """Weights; x, routing weights, up A, up B, down A and B, all with gradients; routing. Sizes as after training."""
     torch.manual_seed(0)
 
     def stack(out: int, in_: int) -> Stack:
         weight, scale = torch.randn(case.E, out, in_, device=device) * in_**-0.5, None
+        bias = torch.randn(case.E, out, device=device) * 0.1 if case.has_bias else None
+        if case.four_bits:
+            return packed(weight, bias, case.four_bits)
         if case.is_int8:
             scale = weight.abs().amax(-1) / 127
             weight = (weight / scale.unsqueeze(-1)).round().to(torch.int8)
-        bias = torch.randn(case.E, out, device=device) * 0.1 if case.has_bias else None
         stored = weight.transpose(1, 2).contiguous() if case.is_transposed else weight
         return Stack(stored if case.is_int8 else stored.to(dtype), scale, bias, case.is_transposed)
 
@@ -177,7 +206,8 @@ def parity(case: Case, device: str, dtype: torch.dtype, roundings: float, entry:
 
 def entries_for(case: Case, dtype: torch.dtype) -> tuple[str, ...]:
     """Rows are split in two int8 digits where they have sixteen bits and meet int8 weights."""
-    return ENTRIES if case.is_int8 and dtype != torch.float32 else ENTRIES[:1]
+    is_whole = case.is_int8 and case.four_bits in ("", "int4")
+    return ENTRIES if is_whole and dtype != torch.float32 else ENTRIES[:1]
 
 
 def check_parity(device: str, cases: list[Case]) -> bool:
@@ -258,9 +288,11 @@ def loop(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.
 
 def arms(leaves: list[torch.Tensor], index: torch.Tensor, weights: Weights) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is timed: forward and backward of the layer."""
-    for entry in ENTRIES:
-        yield f"ours, {entry}", lambda entry=entry: gradients(our_layer(leaves, index, weights, entry), leaves)
     up, down = weights.up.dense(torch.bfloat16), weights.down.dense(torch.bfloat16)
+    int4 = Weights(packed(up, None, "int4"), packed(down, None, "int4"), swiglu)
+    for entry, (kind, there) in itertools.product(ENTRIES, (("", weights), (", int4", int4))):
+        given = (leaves, index, there, entry)
+        yield f"ours, {entry}{kind}", lambda given=given: gradients(our_layer(*given), leaves)
     for multiply in (grouped, loop):
         yield (
             f"stock with PEFT's fold, {multiply.__name__}",
@@ -318,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TRITON_INTERPRET"] = "1" if options.interpret else "0"
     sys.path.insert(0, str(ROOT))
     if options.interpret:
-        good, report = check_parity("cpu", SMALL[:4]), {}
+        good, report = check_parity("cpu", SMALL[:4] + FOUR_BITS[:3]), {}
     else:
         good, report = check_card()
     say("parity holds" if good else "parity FAILS: the kernels must not be used on this machine")
@@ -350,11 +382,11 @@ def check_card() -> tuple[bool, dict[str, Any]]:
     memory = f"{device.total_memory / 2**30:.1f} GiB"
     say(f"{device.name}, sm_{device.major}{device.minor}, {memory}, torch {torch.__version__}")
     began = time.monotonic()
-    compile_parity(SMALL + LARGE, PARITY_DTYPES)
+    compile_parity(SMALL + LARGE + FOUR_BITS, PARITY_DTYPES)
     with without_timing():
-        good = check_parity("cuda", SMALL + LARGE)
+        good = check_parity("cuda", SMALL + LARGE + FOUR_BITS)
     with without_timing(1):
-        good &= check_parity("cuda", LARGE)
+        good &= check_parity("cuda", LARGE + FOUR_BITS[3:])
     say(f"parity took {time.monotonic() - began:.0f} s")
     until = time.monotonic() + SECONDS
     limits = measure_limits()

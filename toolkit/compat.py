@@ -82,7 +82,7 @@ SEAMS = (
     # transformers: loading
     *_at(
         "transformers.conversion_mapping",
-        "checkpoint export mtp quant",
+        "checkpoint export mtp plan quant",
         "to convert keys as the loader does",
         "get_model_conversion_mapping",
     ),
@@ -189,6 +189,12 @@ SEAMS = (
     ),
     *_at("transformers.configuration_utils.PreTrainedConfig", "offload", "to name a streamed model", "_name_or_path"),
     *_at(
+        "transformers.configuration_utils.PreTrainedConfig",
+        "checkpoint",
+        "to look beside the config that was read for what modelopt says",
+        "_commit_hash",
+    ),
+    *_at(
         "transformers.models.auto.modeling_auto.AutoModelForCausalLM",
         "architecture mtp",
         "to ask for a config's class",
@@ -198,7 +204,6 @@ SEAMS = (
     *_at(
         "transformers.quantizers.auto", "quant", "to register the int8 format once", "AUTO_QUANTIZATION_CONFIG_MAPPING"
     ),
-    *_at("transformers.quantizers.auto", "quant", "to read FP8 and MXFP4", "AutoHfQuantizer", "AutoQuantizationConfig"),
     *_at(
         "transformers.quantizers.base.HfQuantizer",
         "quant rehearsal",
@@ -220,14 +225,6 @@ SEAMS = (
         "Bnb8bitQuantize",
         "replace_with_bnb_linear",
     ),
-    *_at("transformers.integrations.finegrained_fp8", "quant", "to multiply FP8 blocks out", "Fp8Dequantize"),
-    *_at(
-        "transformers.integrations.finegrained_fp8.Fp8Dequantize",
-        "quant",
-        "to multiply cut FP8 blocks out",
-        "_dequantize_one",
-    ),
-    *_at("transformers.integrations.mxfp4", "quant", "to multiply MXFP4 blocks out", "Mxfp4Dequantize"),
     # transformers: experts, attention, heads
     *_at("transformers.integrations.moe", "ops", "to register the expert backends", "ALL_EXPERTS_FUNCTIONS"),
     *_at("transformers.integrations.moe", "architecture", "to know an experts module", "_is_expert_parallel"),
@@ -336,6 +333,12 @@ SEAMS = (
     *_at("peft.tuners.lora.layer.LoraLayer", "adapters", "to refuse mixed batches as PEFT does", "_check_forward_args"),
     *_at("peft.tuners.lora.layer", "adapters", "to adapt expert stacks in PEFT's own layout", "ParamWrapper"),
     *_at("peft.tuners.lora.layer.ParamWrapper", "adapters", "to know which stack a wrapper adapts", "parameter_name"),
+    *_at(
+        "peft.tuners.lora.layer.ParamWrapper",
+        "adapters",
+        "to say the sizes of a stack whose bytes hold two numbers",
+        "_get_in_out_features",
+    ),
     *_at("peft.tuners.tuners_utils", "adapters", "to hand PEFT a layer of ours", "BaseTunerLayer"),
     *_at(
         "peft.utils.other", "artifact", "to read patterns as PEFT does", "get_pattern_key", "match_target_against_key"

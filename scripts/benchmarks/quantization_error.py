@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""What int8 costs a model, rounded plainly and with error compensation: held-out loss, and output error by layer.
+"""What fewer bits cost a model, rounded plainly and with error compensation: held-out loss, and output error by layer.
 
     .venv/bin/python scripts/benchmarks/quantization_error.py MODEL CALIBRATION.jsonl[,…] HELD_OUT.jsonl[,…] \
-        [--calibration 512] [--held-out 300] [--max-length 256] [--json]
+        [--calibration 512] [--held-out 300] [--max-length 256] [--four-bit] [--json]
 
 Calibration and held-out examples come from different files. The output error of a part (a linear, an expert stack) is
 |X(W - Ŵ)ᵀ| / |XWᵀ| for X the inputs it has in the fp32 model on the held-out examples, an expert's rows weighted by its
 routing weights; a layer's is the mean over its parts. `whole` is the error of what a decoder layer adds to its input,
 |L̂(x) - L(x)| / |L(x) - x| on the fp32 model's inputs x, routing included. The loss is that of every held-out token; its
-difference to fp32 has the standard error over examples, since tokens of one example are not independent.
+difference to fp32 has the standard error over examples, since tokens of one example are not independent. With
+--four-bit the experts are also in int4, plain and compensated, in MXFP4, and in bitsandbytes' NF4 in blocks of 64; its
+linears stay fp32, where ours are int8.
 """
 
 from __future__ import annotations
@@ -44,10 +46,17 @@ def main() -> None:
     calibration = _examples(arguments, arguments.calibration_files, arguments.calibration)
     held_out = _examples(arguments, arguments.held_out_files, arguments.held_out)
     original, _ = load_int8(arguments.model, experts="none", linears="none")
-    models: Models = {"int8": load_int8(arguments.model)[0], "int8+gptq": load_int8(arguments.model)[0]}
-    started = time.monotonic()
-    report = compensate_model(models["int8+gptq"], arguments.model, calibration)
-    seconds = time.monotonic() - started
+    kinds = ("int8", "int4") if arguments.four_bit else ("int8",)
+    models: Models = {}
+    for kind in kinds:
+        models[kind] = load_int8(arguments.model, experts=kind)[0]
+        models[f"{kind}+gptq"] = load_int8(arguments.model, experts=kind)[0]
+        started = time.monotonic()
+        report = compensate_model(models[f"{kind}+gptq"], arguments.model, calibration)
+        seconds = time.monotonic() - started
+    if arguments.four_bit:
+        models["mxfp4"] = load_int8(arguments.model, experts="mxfp4")[0]
+        models["nf4"] = _in_nf4(load_int8(arguments.model, experts="none", linears="none")[0])
     layers, whole = {}, {}
     for layer, errors, outputs in _layer_errors(original, models, held_out):
         layers[layer], whole[layer] = errors, outputs
@@ -67,6 +76,20 @@ def main() -> None:
     print(json.dumps(found, indent=2) if arguments.json else _table(found))
 
 
+def _in_nf4(model: PreTrainedModel) -> PreTrainedModel:
+    """The experts rounded by bitsandbytes, one matrix [O, I] at a time, and multiplied out."""
+    from bitsandbytes.functional import quantize_4bit
+
+    for layer in describe(model).layers:
+        for name in layer.stacks:
+            for matrix in model.get_parameter(name).data:
+                packed, state = quantize_4bit(matrix.float().contiguous(), blocksize=64, quant_type="nf4")
+                codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1).flatten().long()
+                values = state.code[codes] * state.absmax.repeat_interleave(64)[: len(codes)]
+                matrix.copy_(values.view(matrix.shape))
+    return model
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -75,6 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -201,11 +225,12 @@ def _table(found: dict[str, Any]) -> str:
         (gap, spread), whole = found["gap"][name], found["whole_error"][name]
         lines.append(f"{name:12}{found['loss'][name]:12.6f}{gap:+12.4%}{spread:12.4%}{error:14.4%}{whole:12.4%}")
     for what, label in (("layer_error", "parts"), ("whole_error", "whole layers")):
-        rounded, compensated = found[what].values()
-        lines.append(f"compensated / rounded, {label}: {compensated / rounded:.3f}")
+        pairs = [name for name in found[what] if f"{name}+gptq" in found[what]]
+        shares = ", ".join(f"{name} {found[what][f'{name}+gptq'] / found[what][name]:.3f}" for name in pairs)
+        lines.append(f"compensated / rounded, {label}: {shares}")
     for layer, errors in found["layers"].items():
-        rounded, compensated = errors.values()
-        whole_rounded, whole_compensated = found["whole"][layer].values()
+        rounded, compensated = errors["int8"], errors["int8+gptq"]
+        whole_rounded, whole_compensated = (found["whole"][layer][name] for name in ("int8", "int8+gptq"))
         lines.append(
             f"  {layer:20}{rounded:10.4%}{compensated:10.4%}{compensated / rounded:8.3f}"
             f"{whole_rounded:12.4%}{whole_compensated:10.4%}{whole_compensated / whole_rounded:8.3f}"

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from scripts.benchmarks.kernel_cost import LayerShape, Work, backward, forward
-from toolkit.ops.triton import kernels
-from toolkit.ops.triton.tiles import INTERPRETED, Tile
+from toolkit.ops.triton import four_bit_kernels, kernels
+from toolkit.ops.triton.tiles import INTERPRETED, Tile, four_bit_tile
 from toolkit.plan.cards import CARDS
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
@@ -35,6 +35,8 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 SHAPES = [
     LayerShape("OLMoE-1B-7B", T=tokens, K=8, E=64, H=2048, I=1024) for tokens in (2048, 4096)
 ] + [LayerShape("Qwen3-30B-A3B", T=tokens, K=8, E=128, H=2048, I=768) for tokens in (2048, 4096)]  # fmt: skip
+FOUR_BITS = {"int4": "*i8", "mxfp4": "*u8", "grouped": "*fp16"}
+"""Kinds of stacks of four bits, and the type of their steps or scales."""
 LIMIT_CARDS = ("rtx-3060-12gb", "rtx-3090", "rtx-4090", "rtx-5090")
 
 
@@ -64,21 +66,52 @@ class Compiled:
     fits: bool
 
 
+POINTERS = {
+    "x_ptr": "*bf16", "row_ptr": "*i32", "offset_ptr": "*i32", "w_ptr": "*i8", "scale_ptr": "*fp32",
+    "bias_ptr": "*bf16", "x_unit_ptr": "*fp32", "low_ptr": "*bf16", "factor_ptr": "*bf16",
+    "addend_ptr": "*bf16", "out_ptr": "*bf16",
+}  # fmt: skip
+
+
 def gemm(use: str, tile: Tile, absent: tuple[str, ...], stride: str, **constants: Any) -> Variant:
     """The grouped GEMM with some optional arguments absent, and the weight's stride that is one."""
-    pointers = {
-        "x_ptr": "*bf16", "row_ptr": "*i32", "offset_ptr": "*i32", "w_ptr": "*i8", "scale_ptr": "*fp32",
-        "bias_ptr": "*bf16", "x_unit_ptr": "*fp32", "low_ptr": "*bf16", "factor_ptr": "*bf16",
-        "addend_ptr": "*bf16", "out_ptr": "*bf16",
-    }  # fmt: skip
     integers = ("N", "K", "R", "stride_we", "stride_wn", "stride_wk", "stride_fe", "stride_fn", "stride_fr")
-    types = pointers | dict.fromkeys(integers, "i32") | constants.pop("types", {})
+    types = POINTERS | dict.fromkeys(integers, "i32") | constants.pop("types", {})
     fixed = {
         **dict.fromkeys(absent), stride: 1, "stride_fr" if "factor_ptr" not in absent else "stride_fe": 1,
         "E": 64, "BLOCK_E": 64, "SCALE_ON_INPUT": False, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         "BLOCK_R": 16, "GROUP_N": tile.group, "EVEN_K": True, "UPCAST": False,
     }  # fmt: skip
     return Variant("grouped_gemm", use, types, fixed | constants, tile.warps, tile.stages)
+
+
+def four_bit_gemm(use: str, kind: str, tile: Tile, absent: tuple[str, ...], **constants: Any) -> Variant:
+    """The grouped GEMM on experts of four bits in groups of 32: forward, or the input's gradient."""
+    is_gradient, group = use.startswith("input gradient"), 32
+    block_n, block_k = (tile.n // 2, tile.k) if is_gradient else (tile.n, tile.k // 2)
+    integers = ("half", "outputs", "R", "stride_fe", "stride_fn", "stride_fr")
+    types = POINTERS | {"w_ptr": "*u8", "unit_ptr": FOUR_BITS[kind]} | dict.fromkeys(integers, "i32")
+    fixed = {
+        **dict.fromkeys((*absent, *(() if kind == "int4" else ("scale_ptr",)))),
+        "stride_fn" if is_gradient else "stride_fr": 1, "E": 64, "BLOCK_E": 64, "KIND": kind, "G": group,
+        "RUN": min(group, block_n if is_gradient else block_k), "BLOCK_M": tile.m, "BLOCK_N": block_n,
+        "BLOCK_K": block_k, "BLOCK_R": 16, "GROUP_N": tile.group, "EVEN_K": True, "UPCAST": False,
+    }  # fmt: skip
+    kernel = "four_bit_gradient" if is_gradient else "four_bit_forward"
+    return Variant(
+        kernel, f"{use}, {kind}", types | constants.pop("types", {}), fixed | constants, tile.warps, tile.stages
+    )
+
+
+def four_bit_variants() -> list[Variant]:
+    """Both kernels as the layer uses them, with the default tiles."""
+    there, back = (four_bit_tile(128, 128, 2, is_gradient=each) for each in (False, True))
+    digits, rare = four_bit_tile(128, 128, 1, is_gradient=False), ("bias_ptr", "addend_ptr")
+    return [
+        *(four_bit_gemm("forward: gathered rows, LoRA", kind, there, ("x_unit_ptr", *rare)) for kind in FOUR_BITS),
+        *(four_bit_gemm("input gradient: LoRA", kind, back, ("row_ptr", *rare)) for kind in FOUR_BITS),
+        four_bit_gemm("W8A8: two digits a row", "int4", digits, rare, types={"x_ptr": "*i8"}),
+    ]
 
 
 def variants() -> list[Variant]:
@@ -110,6 +143,7 @@ def variants() -> list[Variant]:
             "stride_wk",
             types={"w_ptr": "*bf16"},
         ),
+        *four_bit_variants(),
         _gram("dA: gathered right", gram, ("left_row_ptr",), 16, 128),
         _gram("dB: gathered left", gram, ("right_row_ptr",), 128, 16),
         Variant("gate_forward", "SiLU, halves", bf16_gate | {"out_ptr": "*bf16"}, gate | {"BLOCK": 1024}),
@@ -142,7 +176,8 @@ def _gram(use: str, types: dict[str, str], absent: tuple[str, ...], block_l: int
 
 def compile_for(variant: Variant, capability: int) -> Compiled:
     """Compile without a driver; every pointer and size a multiple of 16, as torch allocates and models have them."""
-    function = getattr(kernels, f"{variant.kernel}_kernel")
+    owner = four_bit_kernels if variant.kernel.startswith("four_bit") else kernels
+    function = getattr(owner, f"{variant.kernel}_kernel")
     names = function.arg_names
     signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr"}

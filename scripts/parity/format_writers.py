@@ -37,12 +37,14 @@ _TORCH, _TRANSFORMERS = "torch==2.13.0", "transformers==5.23.0"
 class Side:
     """The program of `format_sides/` that writes with a package, and what its environment holds.
 
-    `alone` are installed without what they ask for: they ask for more than their packing needs.
+    `alone` are installed without what they ask for: they ask for more than their packing needs. Without `golden` there
+    are whole checkpoints only.
     """
 
     program: str
     packages: tuple[str, ...]
     alone: tuple[str, ...] = ()
+    golden: bool = True
 
 
 PACKAGES = {
@@ -52,6 +54,11 @@ PACKAGES = {
     "compressed_tensors_old": Side(
         "compressed_tensors_side.py",
         ("compressed-tensors==0.17.1", _TRANSFORMERS, "safetensors==0.8.0", "psutil==7.2.2"),
+    ),
+    "llmcompressor": Side(
+        "llmcompressor_side.py",
+        ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0", "safetensors==0.8.0"),
+        golden=False,
     ),
     "bitsandbytes": Side(
         "bitsandbytes_side.py", ("bitsandbytes==0.50.2", _TRANSFORMERS, "accelerate==1.15.0", "safetensors==0.8.0")
@@ -64,7 +71,7 @@ PACKAGES = {
             *("defuser==0.0.28", "device-smi==0.5.7", "logbar==0.4.15", "pypcre==0.6.4", "tokenicer==0.0.14"),
             *("threadpoolctl==3.8.0", "torchao==0.18.0", "safetensors==0.8.0", "setuptools==84.2.1"),
         ),
-        ("GPTQModel==7.7.0",),
+        ("GPTQModel==7.7.0", "optimum==2.3.0"),  # the second, for transformers to read such files
     ),
     "mlx": Side("mlx_side.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2", "transformers==5.24.0", "safetensors==0.8.0")),
     "autoawq": Side(
@@ -96,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = []
     for name in options.packages or PACKAGES:
         side = PACKAGES[name]
+        if options.golden and not side.golden:
+            continue
         try:
             python = python_with(options.environments / name, (_TORCH, *side.packages), pins=None, alone=side.alone)
         except RuntimeError as error:
@@ -136,7 +145,10 @@ def _run(python: str, side: Side, what: str, out: Path) -> None:
     program = Path(__file__).with_name("format_sides") / side.program
     alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [python, str(program), what, str(out)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, env={**os.environ, **alone})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **alone})
+    for line in done.stdout.splitlines():
+        if line.startswith("left out:"):
+            print(line)
     if done.returncode:
         print("\n".join(done.stderr.splitlines()[-8:]), file=sys.stderr)
 

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 
 from tests.card.library import RehearsalError
 from tests.card.replay import Place, queue
+from toolkit.ops import four_bit
+from toolkit.ops.four_bit import FourBits
 
 __all__ = ["install", "launches"]
 
@@ -58,6 +60,21 @@ def _grouped_gemm(a: Values) -> None:
         if a["addend_ptr"] is not None:
             y += a["addend_ptr"][start:end].float()
         a["out_ptr"][start:end] = y.to(a["out_ptr"].dtype)
+
+
+def _four_bit(is_gradient: bool) -> Callable[[Values], None]:
+    """The product with weights multiplied out, in fp32: a stack lies [E, I/2, O]."""
+
+    def replay(a: Values) -> None:
+        packed, unit, scale = a["w_ptr"], a["unit_ptr"], a["scale_ptr"]
+        weight = four_bit.dequantize(FourBits(packed, unit) if scale is None else FourBits(packed, scale, unit))
+        e, o, i = weight.stride()
+        N, K = (2 * a["half"], a["outputs"]) if is_gradient else (a["outputs"], 2 * a["half"])
+        multiplied = {"w_ptr": weight, "scale_ptr": None, "SCALE_ON_INPUT": False, "N": N, "K": K, "stride_we": e}
+        strides = {"stride_wn": i, "stride_wk": o} if is_gradient else {"stride_wn": o, "stride_wk": i}
+        _grouped_gemm({"x_unit_ptr": None, **a, **multiplied, **strides})
+
+    return replay
 
 
 def _grouped_gram(a: Values) -> None:
@@ -141,7 +158,7 @@ def _kernels() -> list[Kernel]:
     """Kernel, its replay, and the arguments that it writes."""
     from trl.kernels import chunked_logprob
 
-    from toolkit.ops.triton import kernels
+    from toolkit.ops.triton import four_bit_kernels, kernels
 
     folded = (
         "max_ptr",
@@ -154,6 +171,8 @@ def _kernels() -> list[Kernel]:
     )
     return [
         (kernels.grouped_gemm_kernel, _grouped_gemm, ("out_ptr",)),
+        (four_bit_kernels.four_bit_forward_kernel, _four_bit(False), ("out_ptr",)),
+        (four_bit_kernels.four_bit_gradient_kernel, _four_bit(True), ("out_ptr",)),
         (kernels.grouped_gram_kernel, _grouped_gram, ("out_ptr",)),
         (kernels.gate_forward_kernel, _gate_forward, ("out_ptr",)),
         (kernels.gate_backward_kernel, _gate_backward, ("y_ptr", "grad_ptr", "dot_ptr")),

@@ -38,7 +38,8 @@ def test_with_torch_and_triton_alone_it_checks_parity(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "figures.json").read_text()) == {"parity": True}
     *lines, last = done.stdout.splitlines()
-    assert len(lines) >= 8
+    assert len(lines) >= 14
+    assert sum("four_bits='int4'" in line for line in lines) == 3  # fp32, sixteen bits, two digits
     assert all(line.startswith("parity ok") for line in lines)
     assert last == "parity holds"
 
@@ -67,6 +68,7 @@ def test_wrong_numbers_fail(
     right = script.dense_layer
     monkeypatch.setattr(script, "our_layer", lambda leaves, index, weights, _: right(leaves, index, weights) * wrong)
     monkeypatch.setattr(script, "SMALL", script.SMALL[:1])
+    monkeypatch.setattr(script, "FOUR_BITS", [])
     assert script.main(["--interpret"]) == 1
     out = capsys.readouterr().out
     assert "parity FAIL torch.float32" in out
@@ -85,13 +87,14 @@ def test_kernels_compile_for_cards_that_are_not_here(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / "triton_kernels.py"), "--json"]
-    command += ["--kernel", "grouped_gemm", "split_rows", "--capability", "89", "120"]
+    kernels = ("grouped_gemm", "four_bit_forward", "four_bit_gradient", "split_rows")
+    command += ["--kernel", *kernels, "--capability", "89", "120"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     compiled = figures["compiled"]
     assert {(entry["kernel"], entry["capability"]) for entry in compiled} == {
-        (kernel, capability) for kernel in ("grouped_gemm", "split_rows") for capability in (89, 120)
+        (kernel, capability) for kernel in kernels for capability in (89, 120)
     }
     for entry in compiled:
         assert entry["fits"]

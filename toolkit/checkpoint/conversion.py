@@ -105,7 +105,8 @@ def _belongs(key: str, packed: Mapping[str, Packed]) -> bool:
     """Whether a tensor says something of a packed weight that its values do not need: its shape, scales of inputs."""
     module, _, leaf = key.rpartition(".")
     is_of_weight = key.partition(".weight.")[0] + ".weight" in packed and ".weight." in key
-    return is_of_weight or (leaf in BESIDE_PACKED and f"{module}.weight" in packed)
+    is_of_stack = leaf.endswith("_input_scale") and key.removesuffix("_input_scale") in packed
+    return is_of_weight or is_of_stack or (leaf in BESIDE_PACKED and f"{module}.weight" in packed)
 
 
 def targets(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str]) -> dict[str, str]:

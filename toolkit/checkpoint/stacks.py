@@ -20,7 +20,7 @@ from toolkit.checkpoint.files import GGUF
 from toolkit.checkpoint.weights import StackSlice, unread
 from toolkit.parts import ExpertLayer
 
-__all__ = ["fitted", "plain_weights"]
+__all__ = ["fitted", "plain_weights", "shapes_in"]
 
 _ROLES = {
     **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
@@ -53,14 +53,29 @@ def plain_weights(
     with Shards(name, folder, declared) as shards:
         # safetensors keeps a file mapped as long as a slice of it lives.
         slices = {key: shards.slice(key) for key in shards.keys}
-    return fitted(slices, model, get_model_conversion_mapping(model))
+    return fitted(slices, model, get_model_conversion_mapping(model), are_halves=_are_halves(declared or {}))
 
 
-def fitted(weights: Mapping[str, Any], model: PreTrainedModel, mapping: Iterable[Any]) -> dict[str, Any]:
+def _are_halves(declared: Mapping[str, Any]) -> bool:
+    """Whether GPTQModel cut the stacks: halves of a gpt-oss expert are called gate and up, whose rows are by turns."""
+    meta = declared.get("meta")
+    told = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    return declared.get("quant_method") == "gptq" and "gptqmodel" in str(told).lower()
+
+
+def shapes_in(weights: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Of slices by key: each weight's shape, and what it is stored in."""
+    return {key: (tuple(weight.get_shape()), str(weight.get_dtype())) for key, weight in weights.items()}
+
+
+def fitted(
+    weights: Mapping[str, Any], model: PreTrainedModel, mapping: Iterable[Any], *, are_halves: bool = False
+) -> dict[str, Any]:
     """Slices by key, where those that become no parameter of the model but are parts of its stacks are put together.
 
     Args:
-        mapping: the family's key conversions.
+        mapping: the family's key conversions. are_halves: what is called gate and up are the first and the second
+            half of the rows, also where the family has them by turns.
     """
     known, names = model.state_dict().keys(), targets(model, mapping, weights)
     unknown = {key: match for key, target in names.items() if target not in known and (match := _NAME.search(key))}
@@ -75,7 +90,8 @@ def fitted(weights: Mapping[str, Any], model: PreTrainedModel, mapping: Iterable
     for (number, kind), found in parts.items():
         if number not in layers or any(stack in names.values() for stack in _names(layers[number], kind)):
             continue
-        made = _stacks(layers[number], model, {place: weights[key] for place, key in found.items()}, kind)
+        pieces = {place: weights[key] for place, key in found.items()}
+        made = _stacks(layers[number], model, pieces, kind, are_halves)
         if made:
             result = {key: part for key, part in result.items() if key not in found.values()} | made
     return result
@@ -87,10 +103,10 @@ def _names(layer: ExpertLayer, kind: str) -> tuple[str, str]:
 
 
 def _stacks(
-    layer: ExpertLayer, model: PreTrainedModel, parts: Mapping[tuple[str, int], Any], kind: str
+    layer: ExpertLayer, model: PreTrainedModel, parts: Mapping[tuple[str, int], Any], kind: str, are_halves: bool
 ) -> dict[str, StackSlice]:
     """Both stacks of a layer by name; none where a part of an expert is missing."""
-    is_joined = bool(getattr(model.get_submodule(layer.name), "is_concatenated", True))
+    is_joined = are_halves or bool(getattr(model.get_submodule(layer.name), "is_concatenated", True))
     inputs = ("both",) if any(role == "both" for role, _ in parts) else ("gate", "up")
     if not any(role == "gate" for role, _ in parts) and inputs != ("both",):
         inputs = ("up",)

@@ -152,9 +152,9 @@ def float_into(low: Tensor, high: Tensor, packed: Tensor, low_scale: Tensor, hig
             half.copy_(codes).sub_(_LARGEST_CODE)
             factor = scale.float()
         grouped = half.unflatten(-2, (scale.shape[-2], -1))
-        if torch.promote_types(scale.dtype, half.dtype) == half.dtype or is_mx:
+        if torch.promote_types(scale.dtype, half.dtype) == half.dtype and (not is_mx or half.dtype != torch.float16):
             grouped.mul_(factor.to(half.dtype).unsqueeze(-2))
-        else:  # the scale itself would be rounded, always in the same direction for its group
+        else:  # the scale itself would be rounded, always in the same direction for its group, or be infinite
             grouped.copy_(grouped.float().mul_(factor.unsqueeze(-2)))
 
 

@@ -111,11 +111,11 @@ _Found = Mapping[str, tuple[tuple[int, ...], str]]
 
 def _multiplied_out(name: str, revision: str, declared: Mapping[str, Any], model: PreTrainedModel) -> _Found:
     """Of a checkpoint that others quantised; empty where its files are not here."""
-    from toolkit.checkpoint.stacks import plain_weights
+    from toolkit.checkpoint.stacks import plain_weights, shapes_in
 
     folder = here(name, revision)
     weights = {} if folder is None else plain_weights(name, folder, declared, model)
-    return {key: (tuple(weight.get_shape()), weight.get_dtype()) for key, weight in weights.items()}
+    return shapes_in(weights)
 
 
 def _by_parameter(

@@ -64,12 +64,12 @@ def _refuse_wrong_shapes(
 ) -> None:
     """Of weights that others quantised only where the files are here: their parts have shapes of their own."""
     from toolkit.checkpoint.conversion import refuse_wrong_shapes
-    from toolkit.checkpoint.stacks import plain_weights
+    from toolkit.checkpoint.stacks import plain_weights, shapes_in
 
     shapes = {tensor.name: tensor.shape for tensor in headers}
     if declared is not None and declared["quant_method"] != METHOD:
         weights = {} if folder is None else plain_weights(budget.name, folder, declared, budget.model)
-        shapes = {key: tuple(weight.get_shape()) for key, weight in weights.items()}
+        shapes = {key: shape for key, (shape, _) in shapes_in(weights).items()}
     refuse_wrong_shapes(budget.name, budget.model, shapes.items())
 
 

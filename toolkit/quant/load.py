@@ -108,12 +108,16 @@ def load_int8(
         _as_if_from(model, name_or_path, revision)
     model.requires_grad_(False)
     model.eval()
-    coverage = measure(model)
+    return model, _covered(name_or_path, measure(model), experts, linears)
+
+
+def _covered(name_or_path: str, coverage: Coverage, experts: str, linears: str) -> Coverage:
+    """The coverage, where nothing is left in float that should be rounded."""
     if experts in EXPERT_KINDS and (floats := coverage.stacks_stored.get("float")):
         raise ModelError(f"{name_or_path}: {floats} of {coverage.stacks} expert stacks are not {experts}")
     if linears != "none" and coverage.linears_8bit != coverage.linears:
         raise ModelError(f"{name_or_path}: only {coverage.linears_8bit} of {coverage.linears} linears are 8-bit")
-    return model, coverage
+    return coverage
 
 
 def _plain(

@@ -30,7 +30,7 @@ from toolkit.checkpoint.conversion import refuse_wrong_shapes, targets
 from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, gguf_at, write_index
 from toolkit.checkpoint.identity import license_of, weight_files
 from toolkit.checkpoint.remote import fetch
-from toolkit.checkpoint.stacks import plain_weights
+from toolkit.checkpoint.stacks import plain_weights, shapes_in
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state
@@ -115,7 +115,7 @@ def quantize_checkpoint(
             rounded = {} if compensated is None else int8_state(compensated)
             skeleton = _skeleton(name_or_path, config)
             slices = plain_weights(name_or_path, source, wanted.source, skeleton)
-            shapes = ((key, tuple(weight.get_shape())) for key, weight in slices.items())
+            shapes = ((key, shape) for key, (shape, _) in shapes_in(slices).items())
             refuse_wrong_shapes(name_or_path, skeleton, shapes)
             if experts == "source":
                 mapping = get_model_conversion_mapping(skeleton)

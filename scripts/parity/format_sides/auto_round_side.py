@@ -87,7 +87,7 @@ def _variants() -> dict[str, Variant]:
     ours = ("qwen3_moe",)
     mixed = {r".*down_proj": {"bits": 8}, r".*self_attn.*": {"bits": 16}}
     rows: dict[str, tuple[str, dict[str, Any], tuple[str, ...], Any]] = {
-        "4": ("auto_round", {}, MAIN, None),
+        "4": ("auto_round", {}, (*MAIN, "gpt_oss"), None),
         "2": ("auto_round", {"bits": 2}, ours, None),
         "3": ("auto_round", {"bits": 3}, ours, None),
         "8": ("auto_round", {"bits": 8}, ours, None),

@@ -47,7 +47,7 @@ def _variants() -> dict[str, Variant]:
     wide = {GATE: (32, 64)}
     ours = ("qwen3_moe",)
     return {
-        "gemm": Variant(partial(_write, version="gemm", group=32), (*MAIN, "gpt_oss"), wide),
+        "gemm": Variant(partial(_write, version="gemm", group=32), MAIN, wide),
         "gemm-group-16": Variant(partial(_write, version="gemm", group=16), ours, None),
         "gemv": Variant(partial(_write, version="gemv", group=32), ours, wide),
         "gemv-fast": Variant(partial(_write, version="gemv_fast", group=32), (), wide),

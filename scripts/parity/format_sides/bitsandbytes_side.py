@@ -7,14 +7,20 @@ is even and no multiple of the block, so the values come from the function that 
 
 from __future__ import annotations
 
+import json
+import tempfile
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import tiny
 import torch
 from bitsandbytes import functional
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import load_file
 from tiny import DOWN, GATE, MAIN, Source, Variant, Written, run, tree, with_routers
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 RAGGED = {GATE: (12, 64), DOWN: (5, 36)}
 """The second one's 180 values are no whole number of blocks."""
@@ -79,6 +85,25 @@ def _values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def _real(source: Source, **how: Any) -> Written:
+    """As transformers 5 loads and saves it: attention and shared experts quantised, the routed experts plain."""
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.bfloat16, **how)
+    with tempfile.TemporaryDirectory() as scratch:
+        before, after = Path(scratch) / "plain", Path(scratch) / "quantised"
+        before.mkdir()
+        tiny.save_plain(before, source)
+        model = AutoModelForCausalLM.from_pretrained(before, dtype=torch.bfloat16, quantization_config=config)
+        model.save_pretrained(after)
+        tensors = load_file(after / "model.safetensors")
+        more = json.loads((after / "config.json").read_text())
+    expected = _values(model)
+    for key, scale in tensors.items():
+        if key.endswith(".SCB"):
+            name = f"{key.removesuffix('SCB')}weight"
+            expected[name] = functional.int8_vectorwise_dequant(tensors[name], scale)
+    return Written(tensors, expected, more.pop("quantization_config"), more=more, whole=True)
+
+
 def _eight(source: Source, routers: bool = False) -> Written:
     if routers:
         source = with_routers(source)
@@ -120,6 +145,11 @@ def _variants() -> dict[str, Variant]:
             golden=None if nested else {GATE: (32, 64)},
             note="saved after a forward on a CPU with AVX-512 BF16",
         )
+    for name, how in (
+        ("real-nf4-double", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}),
+        ("real-int8", {"load_in_8bit": True}),
+    ):
+        found[name] = Variant(partial(_real, **how), (*MAIN, "gpt_oss"), None, apart=False)
     found["int8"] = Variant(_eight, families=(*MAIN, "gpt_oss"))
     found["int8-routers-too"] = Variant(partial(_eight, routers=True), families=("qwen3_moe", "mixtral"), golden=None)
     return found

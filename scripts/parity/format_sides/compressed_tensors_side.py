@@ -25,6 +25,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from tiny import DOWN, GATE, GOLDEN, MAIN, Source, Variant, Written, renamed, run, tree
 from torch import nn
 
+__all__ = ["decompressed"]
+
 IGNORE = ["lm_head", r"re:.*\.(gate|router)$"]
 ALL = (*MAIN, "gpt_oss")
 LARGER = {GATE: (20, 48), DOWN: (12, 16)}
@@ -52,7 +54,7 @@ def _write(
     for name, module in chosen.items():
         stored = {key: tensor.detach() for key, tensor in module.state_dict().items()}
         tensors |= {f"{name}.{key}": tensor for key, tensor in stored.items()}
-        expected[f"{name}.weight"] = _values(stored, module.quantization_scheme)
+        expected[f"{name}.weight"] = decompressed(stored, module.quantization_scheme)
     for name, weight in source.linears.items():
         if name not in chosen:
             tensors[f"{name}.weight"] = weight.to(dtype)
@@ -103,7 +105,7 @@ def _range(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return piece.min(), piece.max()
 
 
-def _values(stored: Mapping[str, torch.Tensor], scheme: Any) -> torch.Tensor:
+def decompressed(stored: Mapping[str, torch.Tensor], scheme: Any) -> torch.Tensor:
     """The package's decompression with the stored scales given as fp32, so that it computes in fp32."""
     if "weight_packed" in stored and stored["weight_packed"].dtype == torch.uint8 and scheme.weights.num_bits == 4:
         return _fp4_values(stored, scheme)

@@ -1,26 +1,35 @@
 """What GPTQModel stores: its own quantiser's scales, its packing, its conversion to the first format. Run by
 format_writers.py.
 
-Rounds to nearest: which codes a calibration would choose is no part of the format.
+Most variants pack weights that are rounded to nearest: which codes a calibration chooses is no part of the format. The
+variants `real-…` let the package load, calibrate on random tokens and save a whole model.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own count on two cores is one, which it then refuses
+from gptqmodel import GPTQModel
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.quantization.config import QuantizeConfig
 from gptqmodel.quantization.quantizer import Quantizer
-from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
 from gptqmodel.version import __version__
+from safetensors.torch import load_file
 from tiny import MAIN, Source, Variant, Written, run
+from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 GATE, DOWN = "model.layers.0.mlp.experts.0.gate_proj", "model.layers.0.mlp.experts.1.down_proj"
 
@@ -75,13 +84,53 @@ def _packed(weight: torch.Tensor, config: QuantizeConfig, seed: int | None) -> t
         format=config.format,
     )
     module.pack_original(linear, torch.stack(scales, 1), torch.stack(zeros, 1), index.int())
-    module._init_wf_unsqueeze_buffers()
-    wide = copy.deepcopy(module)
-    wide.register_buffer("scales", wide.scales.float())
-    values = wide.eval().dequantize_weight().T.contiguous()
+    values = _values(copy.deepcopy(module))
     if config.format == "gptq":
         convert_gptq_v2_to_v1_format_module(module, config)
     return module, values
+
+
+def _values(module: TorchLinear) -> torch.Tensor:
+    """[outputs, inputs]; the scales are made fp32, so that the package computes in fp32. Zero points are true here."""
+    module._init_wf_unsqueeze_buffers()
+    module.register_buffer("scales", module.scales.float())
+    return module.eval().dequantize_weight().T.contiguous()
+
+
+def _real(source: Source, **how: Any) -> Written:
+    """Load, calibrate, save: names, config and tensors are all the package's."""
+    config = QuantizeConfig(bits=4, group_size=32, format="gptq", offload_to_disk=False, device="cpu", **how)
+    with tempfile.TemporaryDirectory() as scratch:
+        before, after = Path(scratch) / "plain", Path(scratch) / "quantised"
+        before.mkdir()
+        tiny.save_plain(before, source)
+        words = Tokenizer(models.WordLevel({f"w{word}": word for word in range(101)}, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(before)
+        model = GPTQModel.load(str(before), config)
+        torch.manual_seed(3)
+        rows = torch.randint(3, 100, (64, 64)).tolist()
+        model.quantize([{"input_ids": row, "attention_mask": [1] * 64} for row in rows], batch_size=8)
+        model.save(str(after))
+        tensors = load_file(after / "model.safetensors")
+        more = json.loads((after / "config.json").read_text())
+        files = {"quantize_config.json": json.loads((after / "quantize_config.json").read_text())}
+    written = more.pop("quantization_config")
+    names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+    expected = {f"{name}.weight": _values(_stored(tensors, name, config)) for name in names}
+    return Written(tensors, expected, written, files=files, more=more, whole=True)
+
+
+def _stored(tensors: dict[str, torch.Tensor], name: str, config: QuantizeConfig) -> TorchLinear:
+    """The package's layer of one module's parts, in the form that it computes with."""
+    parts = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
+    outputs = parts["qweight"].shape[1]
+    bits = parts["qzeros"].shape[1] * 32 // outputs
+    sizes = {"in_features": len(parts["g_idx"]), "out_features": outputs, "group_size": config.group_size}
+    module = TorchLinear(bits=bits, sym=config.sym, desc_act=config.desc_act, format=config.format, **sizes)
+    for part, value in parts.items():
+        module.register_buffer(part, value.clone())
+    convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+    return module
 
 
 def _variants() -> dict[str, Variant]:
@@ -116,9 +165,14 @@ def _variants() -> dict[str, Variant]:
     }
     dynamic = partial(_write, bits=4, group_size=32, sym=True, format="gptq", desc_act=False, dynamic=rules)
     found["dynamic"] = Variant(dynamic, golden=shapes)
+    for name, how, families in (
+        ("real-4", {"desc_act": False, "sym": True}, ("qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss")),
+        ("real-4-asym-desc-act", {"desc_act": True, "act_group_aware": False, "sym": False}, ("qwen3_moe",)),
+        ("real-dynamic", {"desc_act": False, "sym": True, "dynamic": rules}, ("qwen3_moe",)),
+    ):
+        found[name] = Variant(partial(_real, **how), families, None, apart=False)
     return found
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     run("GPTQModel", _variants(), ("transformers",))

@@ -55,7 +55,9 @@ def _write(source: Source, config: Mapping[str, Any] | str) -> Written:
         before.mkdir()
         tiny.save_plain(before, source if source.family else tiny.whole_source(family))
         model = AutoModelForCausalLM.from_pretrained(before, dtype=torch.bfloat16)
-        config = getattr(mtq, config) if isinstance(config, str) else config
+        if isinstance(config, str):
+            rules = [rule for name in config.split("+") for rule in getattr(mtq, name)["quant_cfg"]]
+            config = {**getattr(mtq, config.split("+")[0]), "quant_cfg": rules}
         torch.manual_seed(3)
         tokens = torch.randint(3, 100, (4, 32))
         mtq.quantize(model, dict(config), lambda quantised: quantised(tokens))
@@ -132,6 +134,7 @@ def _variants() -> dict[str, Variant]:
     found = {}
     for name, config, families, golden in (
         ("fp8", "FP8_DEFAULT_CFG", all_families, case),
+        ("fp8-and-cache", "FP8_DEFAULT_CFG+FP8_KV_CFG", ("qwen3_moe", "deepseek_v2"), None),
         ("fp8-per-channel", "FP8_PER_CHANNEL_PER_TOKEN_CFG", ("qwen3_moe",), case),
         ("fp8-block", BLOCKS, ("qwen3_moe",), case),
         ("nvfp4", "NVFP4_DEFAULT_CFG", all_families, case),

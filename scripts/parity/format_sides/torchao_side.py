@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from torchao.quantization.quant_primitives import MappingType
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-EXPERTS, ATTENTION = r"re:.*experts\.(gate_up|down)_proj", r"re:.*self_attn\.\w*proj\w*"
+EXPERTS, ATTENTION = r"re:.*experts\.(gate_up|down)_proj", r"re:.*self_attn\.\w*proj\w*\.weight"
 
 
 def _write(source: Source, make: Callable[[], Any]) -> Written:
@@ -45,7 +45,14 @@ def _write(source: Source, make: Callable[[], Any]) -> Written:
             metadata = file.metadata()
         more = json.loads((after / "config.json").read_text())
     written = more.pop("quantization_config")
-    return Written(tensors, _values(model.state_dict()), written, metadata=metadata, more=more, whole=True)
+    expected = {_in_file(name, tensors): value for name, value in _values(model.state_dict()).items()}
+    return Written(tensors, expected, written, metadata=metadata, more=more, whole=True)
+
+
+def _in_file(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """transformers gives the parts of Mixtral's experts the published name, and leaves its own in the metadata."""
+    at, _, last = name.rpartition(".")
+    return name if f"{at}._{last}_qdata" in tensors else name.replace(".mlp.", ".block_sparse_moe.")
 
 
 def _linears(source: Source, how: Any) -> Written:

@@ -53,7 +53,7 @@ def test_some_experts_leave_the_others_alone(stored: dict[str, torch.Tensor], tm
 
 @pytest.mark.usefixtures("stored")
 def test_a_stack_that_is_not_int8_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"a\.between is not there in int8; write the int8 checkpoint again"):
+    with pytest.raises(ModelError, match=r"a\.between is not there in 8 or 4 bit; write the int8 checkpoint again"):
         FromFiles(tmp_path, {"a": ("a.up", "a.between")})
 
 

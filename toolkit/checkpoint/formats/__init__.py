@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from toolkit.checkpoint.formats.auto_round import read_auto_round
 from toolkit.checkpoint.formats.bitsandbytes import read_bitsandbytes
 from toolkit.checkpoint.formats.compressed_tensors import read_compressed_tensors
 from toolkit.checkpoint.formats.gptq import read_gptq
+from toolkit.checkpoint.formats.hqq import BESIDE_HQQ, read_hqq
 from toolkit.checkpoint.formats.mlx import read_mlx
 from toolkit.checkpoint.formats.modelopt import read_modelopt
 from toolkit.checkpoint.formats.mxfp4 import read_mxfp4
 from toolkit.checkpoint.formats.packed import Files, Packed, Part
 from toolkit.checkpoint.formats.scaled import read_fp8
+from toolkit.checkpoint.formats.torchao import read_torchao
 from toolkit.errors import ModelError
 
 __all__ = ["BESIDE_PACKED", "Files", "Packed", "Part", "packed_weights"]
@@ -24,18 +27,23 @@ _READERS: dict[str, Callable[[Files], Iterator[Packed]]] = {
     "compressed-tensors": read_compressed_tensors,
     "gptq": read_gptq,
     "awq": read_gptq,
-    "auto-round": read_gptq,
-    "intel/auto-round": read_gptq,
+    "auto-round": read_auto_round,
+    "intel/auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
     "modelopt": read_modelopt,
     "mlx": read_mlx,
+    "hqq": read_hqq,
+    "torchao": read_torchao,
 }
 """By `quant_method`; each has a row in `toolkit.checkpoint.files.SOURCES`."""
 _CODES = ("F8_", "F4", "F6_", "I8", "U8", "U4", "I4")
-_WORDS = ("qweight", "qzeros", "weight_packed", "W_q", "_blocks")
+_WORDS = ("qweight", "qzeros", "weight_packed", "W_q", "_blocks", "_qdata")
 
 
-BESIDE_PACKED = ("weight_shape", "weight_g_idx", "weight_format", "input_scale", "input_global_scale", "act_scale")
+BESIDE_PACKED = (
+    *("weight_shape", "weight_g_idx", "weight_format", "input_scale", "input_global_scale", "act_scale"),
+    *BESIDE_HQQ,
+)
 """Tensors of a quantised module that its values do not need."""
 
 

@@ -20,7 +20,10 @@ _PAIRS = torch.stack((_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)), -1)
 
 def as_bytes(words: Tensor) -> Tensor:
     """Elements of any dtype as the bytes that they lie in, [..., n] to [..., n · size]."""
-    return words.contiguous().view(torch.uint8)
+    words = words.contiguous()
+    if words.dim() and words.stride(-1) != 1:  # which PyTorch calls contiguous where there is one element a row
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:

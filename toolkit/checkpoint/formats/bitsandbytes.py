@@ -61,7 +61,8 @@ def _four_bits(files: Files, weight: str, kind: str, key: str) -> Packed:
         "values": Part(f"{weight}.quant_map", None),
     }
     nested = {name: Part(f"{weight}.{name}", None) for name in ("nested_absmax", "nested_quant_map")}
-    is_nested = nested["nested_absmax"].key in files.headers
+    is_nested = state["nested_blocksize"] > 0
+    _check_maps(files, weight, math.prod(scales), state["nested_blocksize"])
     if is_nested or row % block or max(stored) != math.prod(stored) or len(scales) != 1:
         parts = {name: Part(part.key, None) for name, part in parts.items()} | (nested if is_nested else {})
     unpack = partial(
@@ -75,13 +76,23 @@ def _state(files: Files, key: str) -> dict[str, Any]:
     try:
         told = json.loads(bytes(files.value(key).tolist()))
         sizes = tuple(int(size) for size in told["shape"])
-        blocks = int(told["blocksize"]), int(told.get("nested_blocksize", 1))
-        if not sizes or min(*sizes, *blocks) < 1:
+        blocks = int(told["blocksize"]), int(told.get("nested_blocksize", 0))
+        if not sizes or min(*sizes, blocks[0]) < 1 or blocks[1] < 0:
             raise ValueError(f"it says {told}")
         offset = float(told.get("nested_offset", 0.0))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise files.wrong(key, f"not a state of bitsandbytes ({first_line(error)[:120]})") from None
     return {"shape": sizes, "blocksize": blocks[0], "nested_blocksize": blocks[1], "nested_offset": offset}
+
+
+def _check_maps(files: Files, weight: str, scales: int, nested_block: int) -> None:
+    """That codes stand for so many values, and codes of scales too."""
+    wanted = {"quant_map": 16}
+    if nested_block:
+        wanted |= {"nested_quant_map": 256, "nested_absmax": -(-scales // nested_block)}
+    for name, count in wanted.items():
+        if math.prod(files.shape(f"{weight}.{name}")) != count:
+            raise files.wrong(f"{weight}.{name}", f"does not hold {count} values")
 
 
 def _unpack(parts: Tensors, *, row: tuple[int, ...], block: int, offset: float, nested_block: int) -> Tensor:

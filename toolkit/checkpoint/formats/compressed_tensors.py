@@ -60,6 +60,8 @@ def _first_that_fits(files: Files, module: str, read: _Reader) -> Packed:
 def _schemes(files: Files, module: str) -> list[Mapping[str, Any]]:
     """The weights' arguments of every group that names a module, the one that counts first."""
     groups = files.declared.get("config_groups")
+    if groups is None:  # auto-round's files in this form, which have no integers packed: shapes say it all
+        return [{"format": ""}]
     found: dict[tuple[bool, bool, str], Mapping[str, Any]] = {}
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
@@ -93,7 +95,11 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     dtype = files.headers[key].dtype
     if dtype == "I32":
         return _integers(files, module, scheme)
+    if scale[:1] != (rows,):
+        raise files.wrong(f"{module}.weight_scale", f"is {'×'.join(map(str, scale))} for {rows} rows")
     if f"{module}.weight_global_scale" in files.headers:
+        if scale != (rows, 2 * width // _NV_GROUP):
+            raise files.wrong(f"{module}.weight_scale", f"is {'×'.join(map(str, scale))} for {rows}×{2 * width} values")
         parts["global"] = Part(f"{module}.weight_global_scale", None)
         return files.packed(name, (rows, 2 * width), parts, _nvfp4, f"NVFP4, groups of {_NV_GROUP}")
     if dtype not in ("U8", "F8_E8M0", "F4") or len(scale) != 2:
@@ -110,14 +116,13 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
 
 def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     key, bits, group = f"{module}.weight_packed", _number(scheme.get("num_bits")), _number(scheme.get("group_size"))
-    if not 2 <= bits <= 8:
-        raise files.wrong(key, f"the quantization_config says {scheme.get('num_bits')!r} bits")
+    if not 2 <= bits <= 8 or scheme.get("type") == "float":
+        raise files.wrong(key, f"the quantization_config says {scheme.get('num_bits')!r} bits of {scheme.get('type')}")
     rows, words = files.matrix(key)
     scale = files.shape(f"{module}.weight_scale")
     columns = _columns(files, module, bits, words, scale, group)
     across = _runs_across(files, key, bits, words, columns)
-    if group > 0 and scale[-1:] not in ((-(-columns // group),), (1,)):
-        raise files.wrong(key, f"{'×'.join(map(str, scale))} scales are not for groups of {group}")
+    _check_scales(files, module, scheme, rows, columns)
     axis = 0 if len(scale) == 2 and scale[0] == rows else None
     parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale", axis)}
     zeros_across = across
@@ -125,10 +130,16 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
         parts["zero"] = Part(zero, axis)
         if files.headers[zero].dtype == "I32" and axis == 0:
             zeros_across = _runs_across(files, zero, bits, files.shape(zero)[0], rows)
+            if files.shape(zero)[1:] != scale[1:]:
+                raise files.wrong(zero, "does not fit the scales beside it")
             parts["zero"] = Part(zero, 0, Fraction(32 // bits))
             if 32 % bits:  # codes of one row lie in two words, so that rows cannot be read by themselves
                 parts = {name: Part(part.key, None) for name, part in parts.items()}
+        elif files.shape(zero) != scale:
+            raise files.wrong(zero, "does not fit the scales beside it")
     order = f"{module}.weight_g_idx"
+    if scheme.get("actorder") in ("group", "dynamic") and files.shape(order) != (columns,):
+        raise files.wrong(order, f"does not order {columns} inputs")
     if files.headers.get(order) and files.shape(order) == (columns,) and int(files.value(order).max()) >= 0:
         parts["group"] = Part(order, None)  # -1 where it was never filled
     unpack = partial(
@@ -138,6 +149,22 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if bits == 4 and group > 0 and columns % group == 0 and parts.keys() == {"packed", "scale"}:
         kept = FourBit("grouped", group, _codes, files.headers[f"{module}.weight_scale"].dtype)
     return files.packed(f"{module}.weight", (rows, columns), parts, unpack, f"int{bits}{_groups(scale, group)}", kept)
+
+
+def _check_scales(files: Files, module: str, scheme: Mapping[str, Any], rows: int, columns: int) -> None:
+    """That there are as many scales as the scheme says, and zero points where it says that there are some."""
+    scale, group = files.shape(f"{module}.weight_scale"), _number(scheme.get("group_size"))
+    wanted: dict[str, list[tuple[int, ...]]] = {
+        "tensor": [(), (1,), (1, 1)],
+        "channel": [(rows,), (rows, 1)],
+        "group": [(rows, -(-columns // max(1, group)))],
+    }
+    known = [shape for shapes in wanted.values() for shape in shapes]
+    if scale not in wanted.get(str(scheme.get("strategy")), known):
+        found = "×".join(map(str, scale))
+        raise files.wrong(f"{module}.weight_scale", f"is {found}, which does not fit a weight of {rows}×{columns}")
+    if scheme.get("symmetric") is False:
+        files.shape(f"{module}.weight_zero_point")
 
 
 def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
@@ -168,6 +195,8 @@ def _columns(files: Files, module: str, bits: int, words: int, scale: tuple[int,
 
 def _scaled(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     zero, block = f"{module}.weight_zero_point", _block(files, module, scheme)
+    if scheme.get("strategy") in ("tensor", "channel", "group"):
+        _check_scales(files, module, scheme, *files.matrix(f"{module}.weight"))
     has_zero = zero in files.headers
     return scaled(files, f"{module}.weight", f"{module}.weight_scale", block, zero if has_zero else None)
 

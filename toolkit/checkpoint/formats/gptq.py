@@ -22,6 +22,9 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _BORROWED = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """One in each code of a word: GPTQ's first format took it from the word as a whole, so borrows cross the codes."""
 
+_TRUE_ZEROS = ("auto_round", "auto_round:gptqmodel")
+"""auto-round's forms that store zero points as they are; its codes of 5 to 7 bits are never in planes."""
+
 
 def read_gptq(files: Files) -> Iterator[Packed]:
     """Every weight with a `qweight`.
@@ -58,25 +61,45 @@ def _gptq(files: Files, module: str) -> Packed:
         fitting = [bits for bits in fitting if order.shape == (words * 32 // bits,)]
     if not fitting:
         raise files.wrong(keys["qzeros"], f"is {'×'.join(map(str, zeros))} for {outputs} outputs in {groups} groups")
-    bits = int(files.declared["bits"]) if files.declared.get("bits") in fitting else fitting[0]
+    bits = _bits(files, keys["qweight"], fitting)
     inputs = words * 32 // bits
     size = _group_size(files, inputs, groups)
     # A word of zeros holds some outputs' codes; by planes, or where codes cross words, 32 outputs lie in `bits` words.
     step = Fraction(32 // bits) if 32 % bits == 0 else Fraction(32, bits)
+    told = str(files.declared.get("checkpoint_format") or "gptq").lower()
+    is_first = told == "gptq" and files.declared.get("packing_format") not in _TRUE_ZEROS
+    is_planar = told == "gptq_p" or (bits in (5, 6, 7) and not _is_auto_round(files))
+    if is_planar and 32 % bits and (inputs % 32 or outputs % 32):
+        raise files.wrong(keys["qweight"], f"{outputs}×{inputs} codes of {bits} bits fill no planes of 32")
     parts = {
         "codes": Part(keys["qweight"], 1),
-        "zeros": Part(keys["qzeros"], 1, step),
+        "zeros": Part(keys["qzeros"], 1, step, 32 if is_planar else 1),
         "scales": Part(keys["scales"], 1),
     }
     if order is not None:
         parts["order"] = Part(f"{module}.g_idx", None)
-    told = str(files.declared.get("checkpoint_format") or "gptq").lower()
-    is_planar = told == "gptq_p" or bits in (5, 6, 7)
-    unpack = partial(_unpack_gptq, bits=bits, size=size, is_planar=is_planar, is_first=told == "gptq")
+    elif files.declared.get("desc_act") is True:
+        raise files.wrong(f"{module}.g_idx", "is not there, though desc_act says that the inputs are out of order")
+    unpack = partial(_unpack_gptq, bits=bits, size=size, is_planar=is_planar, is_first=is_first)
     kept = None
-    if bits == 4 and inputs % groups == 0 and _is_symmetric(files, module, told == "gptq", size):
+    if bits == 4 and inputs % groups == 0 and _is_symmetric(files, module, is_first, size):
         kept = FourBit("grouped", size, _codes, files.headers[keys["scales"]].dtype)
     return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int{bits}, groups of {size}", kept)
+
+
+def _bits(files: Files, key: str, fitting: list[int]) -> int:
+    """Of a code: as the config says for all modules, or, where it has others for some, as the shapes allow."""
+    bits = files.declared.get("bits")
+    if bits in fitting:
+        return int(bits)
+    if isinstance(bits, int) and not files.declared.get("dynamic") and not files.declared.get("extra_config"):
+        raise files.wrong(key, f"is no weight of the {bits} bits that the quantization_config says")
+    return fitting[0]
+
+
+def _is_auto_round(files: Files) -> bool:
+    told = files.declared
+    return "auto-round" in str(told.get("quant_method")) or told.get("provider") == "auto-round"
 
 
 def _is_symmetric(files: Files, module: str, is_first: bool, size: int) -> bool:
@@ -155,8 +178,8 @@ def _gemv(files: Files, module: str) -> Packed:
     """Codes in order along the inputs; columns of scales and zeros are padded."""
     outputs, words = files.matrix(f"{module}.qweight")
     inputs, size = 8 * words, _declared_group(files, module, 8 * words)
-    padded = files.shape(f"{module}.scales")[1]
-    if padded * size < inputs or files.shape(f"{module}.qzeros") != (outputs, -(-padded // 8)):
+    rows, padded = files.matrix(f"{module}.scales")
+    if rows != outputs or padded * size < inputs or files.shape(f"{module}.qzeros") != (outputs, -(-padded // 8)):
         raise files.wrong(f"{module}.qzeros", f"does not fit {inputs} inputs in groups of {size}")
     parts = {name: Part(f"{module}.{key}") for name, key in _NAMES.items()}
     unpack = partial(_unpack_gemv, size=size)

@@ -40,14 +40,19 @@ def read_mlx(files: Files) -> Iterator[Packed]:
         bits = shape[-1] * 32 // max(1, columns) if shape else 0
         if shape[:-1] != scales[:-1] or not 1 <= bits <= 8 or bits * columns != shape[-1] * 32:
             raise files.wrong(key, f"{'×'.join(map(str, shape))} words do not fit groups of {group}")
+        if declared.get("bits", bits) != bits:
+            raise files.wrong(key, f"holds {bits} bits a value, and the config says {declared['bits']}")
         parts = {"codes": Part(key), "scales": Part(f"{module}.scales")}
         if mode == "affine":
             parts["biases"] = Part(f"{module}.biases")
+            if files.shape(f"{module}.biases") != scales:
+                raise files.wrong(f"{module}.biases", "does not fit the scales beside it")
         elif (bits, mode) not in ((4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")):
             raise files.wrong(key, f"{bits} bits in mode {mode}")
-        if (whole := f"{module}.global_scale") in files.headers:
-            is_stack = len(shape) == 3 and files.shape(whole)[:1] == shape[:1]
-            parts["global"] = Part(whole, 0 if is_stack else None)
+        if (whole := f"{module}.global_scale") in files.headers or declared.get("global_scale"):
+            if files.shape(whole) not in (shape[: len(shape) - 2], (1,)):
+                raise files.wrong(whole, "is neither one scale nor one an expert")
+            parts["global"] = Part(whole, 0 if files.shape(whole) == shape[:1] else None)
         unpack = partial(_unpack, bits=bits, group=group, mode=mode)
         words = f"int{bits}" if mode == "affine" else mode.upper()
         kept = FourBit("mxfp4", group, _codes) if mode == "mxfp4" else None

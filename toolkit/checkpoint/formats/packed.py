@@ -24,12 +24,13 @@ class Part:
     """A tensor of the files, `key`, that a weight is made of.
 
     Rows of the weight (its dimension 0: outputs, or the experts of a stack) run along `axis` of this tensor, `rows` of
-    them for one element there; a part without an axis is needed whole for any row.
+    them for one element there, and `unit` of them only together; a part without an axis is needed whole for any row.
     """
 
     key: str
     axis: int | None = 0
     rows: Fraction = Fraction(1)
+    unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Packed:
     @property
     def step(self) -> int:
         """The fewest rows that can be read by themselves; all of them where the parts do not divide."""
-        divided = [part.rows.numerator for part in self.parts.values() if part.axis is not None]
+        divided = [math.lcm(part.rows.numerator, part.unit) for part in self.parts.values() if part.axis is not None]
         return min(math.lcm(*divided), self.shape[0]) if divided else self.shape[0]
 
     def spans(self, first: int, last: int) -> Iterator[tuple[str, int | None, int, int]]:
@@ -107,10 +108,12 @@ class Files:
         """Of a tensor that has to be there.
 
         Raises:
-            ModelError: it is not.
+            ModelError: it is not, or holds nothing.
         """
         if key not in self.headers:
             raise ModelError(f"{self.name}: lacks {key}, a part of a quantised weight; download the checkpoint again")
+        if 0 in self.headers[key].shape:
+            raise self.wrong(key, "holds nothing")
         return self.headers[key].shape
 
     def matrix(self, key: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
 
 __all__ = ["groups_in_words", "read_fp8", "scaled"]
 
+_MX_GROUP = 32
 _EXPONENTS = ("U8", "F8_E8M0")
 _NIBBLES = ("I8", "F4")
 """What two FP4 values lie in, in DeepSeek's files; an int8 weight of this format has no other meaning."""
@@ -41,18 +42,28 @@ def read_fp8(files: Files) -> Iterator[Packed]:
 
 
 def scaled(
-    files: Files, key: str, scales: str, block: tuple[int, int] | None = None, zero: str | None = None
+    files: Files,
+    key: str,
+    scales: str,
+    block: tuple[int, int] | None = None,
+    zero: str | None = None,
+    name: str | None = None,
 ) -> Packed:
     """A weight [rows, columns], or a stack [E, rows, columns], of 8-bit values, or of two FP4 values a byte.
 
     Args:
-        block: rows and columns of a block, where the files say it and the scales fit; else what divides evenly.
-        zero: the key of zero points, in the form of the scales.
+        block: rows and columns of a block, where the files say it; else what divides evenly.
+        zero: the key of zero points, in the form of the scales. name: of the weight, where its key is another.
     """
     shape, found, dtype = files.shape(key), files.shape(scales), files.headers[key].dtype
+    if len(found) == 4 and found[1] == found[3] == 1:  # square blocks as modelopt writes them
+        found = (found[0], found[2])
+        block = (-(-shape[0] // found[0]),) * 2 if shape else None
+    if zero is not None and files.shape(zero) != found:
+        raise files.wrong(zero, f"is {'×'.join(map(str, files.shape(zero)))} for {'×'.join(map(str, found))} scales")
     is_fp4 = dtype in _NIBBLES and zero is None and files.headers[scales].dtype in _EXPONENTS
     if is_fp4:
-        shape = (*shape[:-1], 2 * shape[-1])
+        shape, block = (*shape[:-1], 2 * shape[-1]), (1, _MX_GROUP)
     elif not dtype.startswith("F8_") and dtype != "I8":
         raise files.wrong(key, f"scaled values in {dtype}, which no known format has")
     if len(shape) not in (2, 3):
@@ -71,7 +82,7 @@ def scaled(
     is_mx = files.headers[scales].dtype in _EXPONENTS
     kind = "MXFP4" if is_fp4 else "MXFP8" if is_mx else "FP8" if dtype.startswith("F8_") else "int8"
     unpack = partial(_unpack, block=block, is_mx=is_mx, is_fp4=is_fp4)
-    return files.packed(key, shape, parts, unpack, kind + groups_in_words(found, shape, block))
+    return files.packed(name or key, shape, parts, unpack, kind + groups_in_words(found, shape, block))
 
 
 def _fitting(
@@ -87,7 +98,7 @@ def _fitting(
         down, across = found[-2:]
     if fits and block and (down, across) == (-(-rows // block[0]), -(-columns // block[1])):
         return block
-    if fits and down and across and rows % down == 0 and columns % across == 0:
+    if fits and not block and rows % down == 0 and columns % across == 0:
         return (rows // down, columns // across)
     raise files.wrong(key, f"its scales are {'×'.join(map(str, found))}, the weight {'×'.join(map(str, shape))}")
 
@@ -112,6 +123,8 @@ def _unpack(parts: Tensors, *, block: tuple[int, int], is_mx: bool, is_fp4: bool
 
 
 def _of_stack(scale: Tensor, weight: Tensor) -> Tensor:
-    """A scale an expert as [E, 1, 1]."""
+    """A scale an expert as [E, 1, 1]; blocks as [row blocks, column blocks]."""
+    if scale.dim() == 4:
+        return scale[:, 0, :, 0]
     is_short = weight.dim() == 3 and scale.dim() < 3 and scale.numel() == len(weight)
     return scale.reshape(-1, 1, 1) if is_short else scale

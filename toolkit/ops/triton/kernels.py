@@ -41,13 +41,82 @@ def _tile_of(offset_ptr, tile, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
+def dot(a, b, acc, UPCAST: tl.constexpr):
     """a @ b + acc, b in a's dtype. The interpreter converts to and multiplies bf16 wrongly: there both are widened."""
     if UPCAST:
         acc += tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee", out_dtype=acc.dtype)
     else:
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
+
+
+@triton.jit
+def tile_of_program(
+    offset_ptr,
+    N,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """This program's expert (E where there is none left), its first row, the expert's last + 1, its first column."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    tiles = tl.num_programs(0) // blocks_n
+    # GROUP_N column blocks of a tile side by side: they share its rows, and the next tile of the expert their weights.
+    pid = tl.program_id(0)
+    group = pid // (tiles * GROUP_N)
+    width = tl.minimum(blocks_n - group * GROUP_N, GROUP_N)
+    inside = pid - group * tiles * GROUP_N
+    expert, row, end = _tile_of(offset_ptr, inside // width, E, BLOCK_E, BLOCK_M)
+    return expert, row, end, (group * GROUP_N + inside % width) * BLOCK_N
+
+
+@triton.jit
+def finish(
+    y,
+    e,
+    m,
+    end,
+    n,
+    column,
+    is_real,
+    N,
+    R,
+    scale_ptr,
+    bias_ptr,
+    low_ptr,
+    factor_ptr,
+    addend_ptr,
+    out_ptr,
+    stride_fe,
+    stride_fn,
+    stride_fr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Store sums y of rows m and columns n after scale, bias, low-rank update and addend: see `grouped_gemm_kernel`.
+
+    `column` is n where `is_real` [BLOCK_N], and somewhere within the matrix elsewhere.
+    """
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + e * N + column)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + e * N + column)[None, :].to(tl.float32)
+    if low_ptr is not None:
+        r = tl.arange(0, BLOCK_R)
+        row_m = tl.minimum(m, end - 1).to(tl.int64)
+        for start in range(0, R, BLOCK_R):
+            real = start + r < R
+            low_at = low_ptr + row_m[:, None] * R + start + r[None, :]
+            factor_at = factor_ptr + e * stride_fe + column[None, :] * stride_fn + (start + r)[:, None] * stride_fr
+            low = tl.load(low_at, mask=real[None, :], other=0)
+            y = dot(low, tl.load(factor_at, mask=real[:, None], other=0), y, UPCAST)
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    stored = (m < end)[:, None] & is_real[None, :]
+    if addend_ptr is not None:
+        y += tl.load(addend_ptr + at, mask=stored, other=0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -90,17 +159,10 @@ def grouped_gemm_kernel(
     the lower of a row's two digits is worth (x int8, one digit after the other; their sums are int32), the low-rank
     update low [S, R] times factor [E, N, R], and an addend [S, N].
     """
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    tiles = tl.num_programs(0) // blocks_n
-    # GROUP_N column blocks of a tile side by side: they share its rows, and the next tile of the expert their weights.
-    pid = tl.program_id(0)
-    group = pid // (tiles * GROUP_N)
-    width = tl.minimum(blocks_n - group * GROUP_N, GROUP_N)
-    inside = pid - group * tiles * GROUP_N
-    expert, row, end = _tile_of(offset_ptr, inside // width, E, BLOCK_E, BLOCK_M)
+    expert, row, end, n = tile_of_program(offset_ptr, N, E, BLOCK_E, BLOCK_M, BLOCK_N, GROUP_N)
     if expert >= E:
         return
-    n = (group * GROUP_N + inside % width) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n += tl.arange(0, BLOCK_N)
     m = row + tl.arange(0, BLOCK_M)
     # Past the edge some row or column is read again and never stored, which needs no mask in the loop. Columns wrap,
     # so the compiler still sees that they lie side by side where N is a multiple of 16, and loads 16 bytes at once.
@@ -124,32 +186,21 @@ def grouped_gemm_kernel(
         if SCALE_ON_INPUT:
             s = tl.load(scale_ptr + e * K + start + k, mask=k < K - start, other=0)
             x = (x.to(tl.float32) * s[None, :]).to(x.dtype)
-        acc = _dot(x, w, acc, UPCAST and x_unit_ptr is None)
+        acc = dot(x, w, acc, UPCAST and x_unit_ptr is None)
         if x_unit_ptr is not None:
             second = tl.load(x_at + K) if EVEN_K else tl.load(x_at + K, mask=left[None, :], other=0)
-            lower = _dot(second, w, lower, False)
+            lower = dot(second, w, lower, False)
         x_at += BLOCK_K
         w_at += BLOCK_K * stride_wk
     y = acc.to(tl.float32)
     if x_unit_ptr is not None:
         y = (254.0 * y + lower.to(tl.float32)) * tl.load(x_unit_ptr + source)[:, None]
-    if scale_ptr is not None and not SCALE_ON_INPUT:
-        y *= tl.load(scale_ptr + e * N + column)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + e * N + column)[None, :].to(tl.float32)
-    if low_ptr is not None:
-        r = tl.arange(0, BLOCK_R)
-        for start in range(0, R, BLOCK_R):
-            real = start + r < R
-            low_at = low_ptr + row_m.to(tl.int64)[:, None] * R + start + r[None, :]
-            factor_at = factor_ptr + e * stride_fe + column[None, :] * stride_fn + (start + r)[:, None] * stride_fr
-            low = tl.load(low_at, mask=real[None, :], other=0)
-            y = _dot(low, tl.load(factor_at, mask=real[:, None], other=0), y, UPCAST)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    stored = (m < end)[:, None] & (n < N)[None, :]
-    if addend_ptr is not None:
-        y += tl.load(addend_ptr + at, mask=stored, other=0).to(tl.float32)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=stored)
+    if SCALE_ON_INPUT:
+        scale_ptr = None
+    finish(
+        y, e, m, end, n, column, n < N, N, R, scale_ptr, bias_ptr, low_ptr, factor_ptr, addend_ptr, out_ptr,
+        stride_fe, stride_fn, stride_fr, BLOCK_R, UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -182,7 +233,7 @@ def grouped_gram_kernel(
         right_at = right_ptr + right_row.to(tl.int64)[:, None] * R + j[None, :]
         a = tl.load(left_at, mask=live[None, :] & (i < L)[:, None], other=0)
         b = tl.load(right_at, mask=live[:, None] & (j < R)[None, :], other=0)
-        acc = _dot(a, b, acc, UPCAST)
+        acc = dot(a, b, acc, UPCAST)
     at = (expert * L + i[:, None]) * R + j[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(i < L)[:, None] & (j < R)[None, :])
 

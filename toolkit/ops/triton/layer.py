@@ -36,11 +36,15 @@ class Stack(Protocol):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[E, O, I], or [E, I, O] when transposed."""
+        """[E, O, I], or [E, I, O] when transposed; of four bits [E, I/2, O] bytes, transposed."""
 
     @property
     def scale(self) -> torch.Tensor | None:
-        """fp32 [E, O] where the weight is int8."""
+        """fp32 [E, O] where the weight is int8 or int4; of others in four bits [E, I/G, O]."""
+
+    @property
+    def step(self) -> torch.Tensor | None:
+        """int8 [E, I/G, O] where the weight is int4."""
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -104,7 +108,7 @@ def expert_layer_w8a8(
     """The same with the frozen products of forward on int8 tensor cores: rows are split into two int8 digits.
 
     Sixteen bits beside a row's largest number, where bf16 has eight beside each; see `w8a8.py` for the comparison of
-    losses that decides all the same. Backward computes as usual. Float stacks stay as they are.
+    losses that decides all the same. Backward computes as usual. Stacks that are no whole numbers stay as they are.
     """
     return _apply(x_TH, index_TK, weight_TK, weights, (up_lora, down_lora), keep_up, is_int8=True)
 
@@ -163,11 +167,11 @@ class _Projection:
     def forward(self, x: torch.Tensor, row: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b + low · scaling Bᵀ: [S, O]; x [S, I], or gathered by `row`."""
         stack, unit, dtype = self.stack, None, x.dtype
-        if self.is_int8 and stack.scale is not None:
+        if self.is_int8 and stack.scale is not None and (stack.weight.dtype == torch.int8 or stack.step is not None):
             x, unit = products.split_rows(x)
         return products.grouped_gemm(
             x, stack.weight, self.offset, row, dtype, is_swapped=stack.is_transposed, scale=stack.scale,
-            bias=stack.bias, x_unit=unit, low=low, factor=self._scaled_B(dtype),
+            bias=stack.bias, x_unit=unit, low=low, factor=self._scaled_B(dtype), step=stack.step,
         )  # fmt: skip
 
     def input_gradient(
@@ -178,7 +182,7 @@ class _Projection:
         return products.grouped_gemm(
             grad, stack.weight, self.offset, row, grad.dtype, is_swapped=not stack.is_transposed, scale=stack.scale,
             is_scale_on_input=True, low=low_gradient,
-            factor=None if self.A is None else self.A.to(grad.dtype), is_factor_swapped=True,
+            factor=None if self.A is None else self.A.to(grad.dtype), is_factor_swapped=True, step=stack.step,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 
 from toolkit.ops.triton import kernels
 from toolkit.ops.triton.gates import GateForm
-from toolkit.ops.triton.launch import Product
+from toolkit.ops.triton.launch import Product, outputs_of
 from toolkit.ops.triton.tiles import INTERPRETED, power_of_two
 from toolkit.ops.triton.tune import run
 
@@ -46,21 +46,24 @@ def grouped_gemm(
     factor: torch.Tensor | None = None,
     is_factor_swapped: bool = False,
     addend: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sorted rows times their experts' matrices: [S, N] in `dtype`.
 
     Args:
         x: [S, K], or [M, K] gathered by `row` [S] (int32); float, or two int8 digits [M, 2, K] with `x_unit` [M].
-        weight: [E, N, K], or [E, K, N] with `is_swapped`; int8 or float.
+        weight: [E, N, K], or [E, K, N] with `is_swapped`; int8 or float. Four bits are contiguous [E, I/2, O] bytes:
+            swapped they give outputs, else inputs' gradients (`toolkit.ops.four_bit`).
         offset: [E + 1] int32, where each expert's rows begin. Rows past the last are left as they are: undefined.
-        scale: fp32 [E, N], or [E, K] with `is_scale_on_input`.
+        scale: fp32 [E, N], or [E, K] with `is_scale_on_input`; beside four bits without steps [E, I/G, O].
         bias: [E, N].
         low, factor: [S, R] and [E, N, R] ([E, R, N] with `is_factor_swapped`); their product is added.
         addend: [S, N], added last.
+        step: int8 [E, I/G, O], of int4.
     """
     product = Product(
         x, weight, offset, row, dtype, is_swapped, scale, is_scale_on_input, bias, x_unit, low, factor,
-        is_factor_swapped, addend,
+        is_factor_swapped, addend, step,
     )  # fmt: skip
     return run(product)
 
@@ -76,7 +79,7 @@ def _(
     *args: object,
     **kwargs: object,
 ) -> torch.Tensor:
-    return x.new_empty(((x if row is None else row).shape[0], weight.shape[2 if is_swapped else 1]), dtype=dtype)
+    return x.new_empty(((x if row is None else row).shape[0], outputs_of(weight, is_swapped)), dtype=dtype)
 
 
 @torch.library.custom_op("onecard::grouped_gram", mutates_args=())

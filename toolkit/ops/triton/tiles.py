@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 import triton
 
-__all__ = ["INTERPRETED", "Tile", "candidates", "default_tile", "power_of_two"]
+__all__ = [
+    "INTERPRETED",
+    "Tile",
+    "candidates",
+    "default_tile",
+    "four_bit_candidates",
+    "four_bit_tile",
+    "power_of_two",
+]
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set before triton was imported."""
@@ -54,6 +62,33 @@ def candidates(rows: int, columns: int, itemsize: int) -> list[Tile]:
         replace(first, k=first.k // 2, stages=4),
         replace(first, m=max(16, first.m // 2)),
         replace(first, n=max(16, first.n // 2)),
+        replace(first, group=2),
+    ]
+    return list(dict.fromkeys([first, *others]))
+
+
+def four_bit_tile(rows: int, columns: int, itemsize: int, *, is_gradient: bool) -> Tile:
+    """The same for weights of four bits: fewer rows than columns of bytes, so that warps do not unpack a byte twice.
+
+    Columns and depth are the product's. A byte is two of the columns of an input gradient, else two of the depth.
+    """
+    if INTERPRETED:
+        return Tile(16, 32, 32)
+    n = power_of_two(columns, least=32, most=64 if itemsize == 4 else 128)
+    m = power_of_two(rows, most=max(16, n // 2))
+    wide = (2 * n, 16 if itemsize == 4 else 32) if is_gradient else (n, 32 if itemsize == 4 else 64)
+    return Tile(m, *wide, warps=8 if m * n >= 64 * 64 else 4)
+
+
+def four_bit_candidates(rows: int, columns: int, itemsize: int, *, is_gradient: bool) -> list[Tile]:
+    """Tiles worth timing for weights of four bits, the default first."""
+    first = four_bit_tile(rows, columns, itemsize, is_gradient=is_gradient)
+    others = [
+        replace(first, stages=4),
+        replace(first, warps=12 - first.warps),
+        replace(first, k=2 * first.k),
+        replace(first, m=max(16, first.m // 2)),
+        replace(first, m=2 * first.m, warps=8),
         replace(first, group=2),
     ]
     return list(dict.fromkeys([first, *others]))

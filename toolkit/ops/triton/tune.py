@@ -21,8 +21,10 @@ import triton
 from triton.errors import TritonError
 
 from toolkit.errors import card_failed
-from toolkit.ops.triton.launch import Product, chunked, compile_tiles, fused
-from toolkit.ops.triton.tiles import Tile, candidates, power_of_two
+from toolkit.ops import four_bit
+from toolkit.ops.four_bit import FourBits
+from toolkit.ops.triton.launch import Product, chunked, compile_tiles, fused, tiles_of
+from toolkit.ops.triton.tiles import Tile, power_of_two
 from toolkit.steps import part
 
 __all__ = ["CHUNKED", "Choices", "choose", "kind_of", "milliseconds", "run", "ways", "without_timing"]
@@ -71,20 +73,20 @@ def _choices() -> Choices:
 def run(product: Product) -> torch.Tensor:
     """The product by the way that was fastest on this card; in the interpreter by the kernel.
 
-    Only products with int8 weights are worth the timing: the low-rank ones beside them are small.
+    Only products with quantised weights are worth the timing: the low-rank ones beside them are small.
     """
-    if product.x.device.type != "cuda" or product.weight.dtype != torch.int8:
+    if product.x.device.type != "cuda" or not _is_quantised(product):
         return fused(product)
     if (number := _untimed.get()) is not None:
-        tiles = _tiles(product)
-        return fused(product, tiles[min(number, len(tiles) - 1)])
+        known = tiles_of(product)
+        return fused(product, known[min(number, len(known) - 1)])
     if torch.cuda.is_current_stream_capturing():  # a graph cannot wait, so nothing is timed and the kernel it is
         return fused(product)
     kind, options = kind_of(product, _card(product.x.device.index)), ways(product)
     way = _choices().get(kind)
     if way not in options:
         with part("choose kernels"):
-            compile_tiles(product, _tiles(product))
+            compile_tiles(product, tiles_of(product))
             way = choose(kind, options, _choices(), milliseconds)
     return options[way]()
 
@@ -104,14 +106,14 @@ _untimed: ContextVar[int | None] = ContextVar("untimed", default=None)
 
 def ways(product: Product) -> dict[str, Callable[[], torch.Tensor]]:
     """All ways by name, the default first."""
-    options = {str(tile): _by_tile(product, tile) for tile in _tiles(product)}
-    if product.x_unit is None and product.weight.dtype == torch.int8:
+    options = {str(tile): _by_tile(product, tile) for tile in tiles_of(product)}
+    if product.x_unit is None and _is_quantised(product):
         options[CHUNKED] = lambda: chunked(product)
     return options
 
 
-def _tiles(product: Product) -> list[Tile]:
-    return candidates(max(1, product.rows // product.experts), product.outputs, product.x.element_size())
+def _is_quantised(product: Product) -> bool:
+    return product.weight.dtype == torch.int8 or product.four_bits is not None
 
 
 def _by_tile(product: Product, tile: Tile) -> Callable[[], torch.Tensor]:
@@ -147,12 +149,19 @@ def kind_of(product: Product, card: str) -> str:
     """What decides speed: card, types, sizes, how the weight lies, what is fused; rows an expert in powers of two."""
     p = product
     rows = power_of_two(p.rows // p.experts, least=_FEWEST_ROWS, most=_MOST_ROWS)
+    weight = p.weight.dtype if p.four_bits is None else _named(p.four_bits)
     parts = (
-        card, p.x.dtype, p.weight.dtype, f"rows {rows}", f"E {p.experts}", f"N {p.outputs}", f"K {p.x.shape[-1]}",
+        card, p.x.dtype, weight, f"rows {rows}", f"E {p.experts}", f"N {p.outputs}", f"K {p.x.shape[-1]}",
         f"R {p.rank}", "input scale" if p.is_scale_on_input else "", "swapped" if p.is_swapped else "",
         "gathered" if p.row is not None else "",
     )  # fmt: skip
     return ", ".join(str(part).removeprefix("torch.") for part in parts if part)
+
+
+def _named(stored: FourBits) -> str:
+    kind = four_bit.kind_of(stored.packed, stored.scale, stored.step)
+    scale = "" if stored.step is not None else f" {stored.scale.dtype}".replace("torch.", "")
+    return f"{kind}{scale} G {four_bit.group_of(stored)}"
 
 
 @cache
