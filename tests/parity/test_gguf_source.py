@@ -17,7 +17,8 @@ from tests.faults.conftest import QUICKSTART, Run, onecard
 from tests.parity.conftest import EMBEDDED
 from tests.unit.documentation.commands import ROOT, shown_in
 from toolkit.artifact import read_manifest
-from toolkit.checkpoint.identity import config_sha256, identify_base, license_of
+from toolkit.artifact.privacy import base_texts
+from toolkit.checkpoint.identity import config_sha256, files_of, identify_base, license_of
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError
 from toolkit.offload.attach import load_streamed
@@ -293,6 +294,14 @@ def test_what_cannot_be_read_is_one_line_before_any_weight(
         assert code == 4, told
         assert len(told.strip().splitlines()) == 1
         assert words in told
+
+
+def test_what_the_file_says_is_no_find_and_its_neighbours_are_not_the_models(source: Path, tmp_path: Path) -> None:
+    path = shutil.copyfile(source, tmp_path / source.name)
+    (tmp_path / "answers.json").write_text(json.dumps("a row of the data that must not leave"))
+    assert base_texts(files_of(str(path))) == ((EMBEDDED / "chat_template.jinja").read_text(),)
+    (tmp_path / "config.json").write_text("{}")
+    assert files_of(str(path)) == tmp_path
 
 
 def test_a_given_tokenizer_is_the_artifacts_own(onecard: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.artifact.manifest import file_entry
-from toolkit.checkpoint.files import raw_header
+from toolkit.checkpoint.files import gguf_at, raw_header
 from toolkit.data.conversation import as_turns
 from toolkit.data.problems import InvalidRow
 from toolkit.data.sources import open_source
@@ -141,12 +141,23 @@ class Known:
 
 
 def base_texts(folder: Path | None) -> tuple[str, ...]:
-    """The texts in a base's configurations and templates, as they read; of its vocabulary what looks like a token."""
+    """The texts in a base's configurations and templates, as they read; of its vocabulary what looks like a token.
+
+    Args:
+        folder: or a GGUF file, whose templates are inside.
+    """
     if folder is None:
         return ()
+    inside: list[str] = []
+    with contextlib.suppress(ModelError):
+        if path := gguf_at(folder):
+            from toolkit.checkpoint.gguf_source import templates_of
+
+            inside = templates_of(path)
     paths = sorted({path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()})
     read = [path for path in paths if not path.name.endswith(".index.json")]
-    return tuple(dict.fromkeys(text for path in read if path.stat().st_size <= _LARGEST for text in _texts(path)))
+    beside = [text for path in read if path.stat().st_size <= _LARGEST for text in _texts(path)]
+    return tuple(dict.fromkeys([*inside, *beside]))
 
 
 def leaves(value: Any) -> Iterator[str]:

@@ -187,8 +187,8 @@ def _base_folder(model: PeftModel, base: BaseIdentity, given: str | Path | None)
 
 def _found(place: str | Path | None, base: Mapping[str, Any]) -> Path | None:
     """A folder that holds a checkpoint, or the base's in the Hub's cache."""
-    if place and (Path(place) / "config.json").is_file():
-        return Path(place)
+    if place and (Path(place).is_file() or (Path(place) / "config.json").is_file()):
+        return files_of(str(place))
     return files_of(base["name"], base["revision"]) if base["revision"] else None
 
 

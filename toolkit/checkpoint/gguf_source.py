@@ -20,7 +20,16 @@ from toolkit.checkpoint.formats.gguf_tokenizer import load_tokenizer, tokenizer_
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError
 
-__all__ = ["config_of", "gguf_files", "gguf_weights", "opened", "put_beside", "require_tokenizer", "tokenizer_of"]
+__all__ = [
+    "config_of",
+    "gguf_files",
+    "gguf_weights",
+    "opened",
+    "put_beside",
+    "require_tokenizer",
+    "templates_of",
+    "tokenizer_of",
+]
 
 
 def opened(path: str | Path) -> GgufCheckpoint:
@@ -70,6 +79,12 @@ def put_beside(path: str | Path, folder: Path) -> None:
         tokenizer_of(path).save_pretrained(folder)
     if (said := read_generation_config(str(path))) is not None:
         said.save_pretrained(folder)
+
+
+def templates_of(path: str | Path) -> list[str]:
+    """The chat templates inside the file."""
+    metadata = opened(path).file.metadata.items()
+    return [str(value) for key, value in metadata if key.startswith("tokenizer.chat_template")]
 
 
 def require_tokenizer(path: str | Path) -> None:

@@ -141,9 +141,12 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
 
 
 def files_of(name_or_path: str, revision: str = "main") -> Path | None:
-    """The folder of a checkpoint: itself, its copy in the Hub's cache, or that of its GGUF file; None where none is."""
+    """The folder of a checkpoint: itself, its copy in the Hub's cache, or that of its GGUF file; None where none is.
+
+    A GGUF file without a config.json beside it stands for itself: what else lies there is not the model's.
+    """
     if path := gguf_at(name_or_path):
-        return path if path.is_dir() else path.parent
+        return path.parent if path.is_file() and (path.parent / "config.json").is_file() else path
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:

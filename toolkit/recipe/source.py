@@ -132,7 +132,7 @@ _PATHS = {
     "data": ("train", "validation", "chat_template_path"),
     "eval": ("metric", "regression"),
 }
-"""Fields that may name something on this disk."""
+"""Fields that may name something on this disk. Its last name stays: files of the Hub's cache are links to hashes."""
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
