@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-formats", help="of format_writers.py")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--seconds", type=int, default=120, help="what stock transformers may take for one")
+    parser.add_argument("--theirs", type=Path, help="folder for what stock transformers answers, asked once each")
     parser.add_argument("--ours", action="store_true", help="leave stock transformers out")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -128,15 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
         by_package[name.partition("/")[0]].append(name)
     for package, names in by_package.items():
         with tempfile.TemporaryDirectory() as scratch:
-            theirs = None if options.ours else Path(scratch) / "theirs"
+            theirs = None if options.ours else (options.theirs or Path(scratch) / "theirs") / package
             if theirs:
                 _stock(folder, package, names, theirs, options)
             for name in names:
                 rows.append(row := _compared(folder, name, Path(scratch) / name, theirs))
                 ours = f"{row.equal}/{row.weights} values, {row.same}/{row.stacks} stacks, logits {row.apart:.0e}"
                 print(f"{name}: {row.error or ours}; transformers: {row.theirs}", flush=True)
-    if options.markdown:
-        options.markdown.write_text(_table(rows))
+        if options.markdown:
+            options.markdown.write_text(_table(rows))
     wrong = [row.name for row in rows if not row.is_right]
     print(f"{len(rows) - len(wrong)} of {len(rows)} checkpoints right; wrong: {', '.join(wrong) or 'none'}")
     return int(bool(wrong) or not rows)
@@ -197,16 +198,20 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
 
 def _stock(root: Path, package: str, names: list[str], out: Path, options: argparse.Namespace) -> None:
     """Let stock transformers load a package's checkpoints: logits or an error of each in the folder `out`."""
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     python = options.environments / ENVIRONMENTS.get(package, package) / "bin/python"
     job = {"tokens": TOKENS, "seconds": options.seconds, "out": str(out)}
-    job["models"] = {name.partition("/")[2]: str((root / name).resolve()) for name in names}
+    job["models"] = {name.partition("/")[2]: str((root / name).resolve()) for name in names if not _answered(out, name)}
     (out / "job.json").write_text(json.dumps(job))
     side = Path(__file__).with_name("format_stock_side.py")
-    if python.is_file():
+    if python.is_file() and job["models"]:
         alone = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
         command = [str(python), "-I", str(side), str(out / "job.json")]
         subprocess.run(command, capture_output=True, check=False, env={**os.environ, **alone})
+
+
+def _answered(out: Path, name: str) -> bool:
+    return any((out / f"{name.partition('/')[2]}.{ending}").is_file() for ending in ("safetensors", "txt"))
 
 
 def _in_words(out: Path, name: str, wanted: torch.Tensor) -> str:

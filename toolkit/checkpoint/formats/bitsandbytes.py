@@ -74,8 +74,9 @@ def _four_bits(files: Files, weight: str, kind: str, key: str) -> Packed:
 
 def _state(files: Files, key: str) -> dict[str, Any]:
     """What the JSON says, each value of its kind."""
+    files.check_dtype(key, "U8")
     try:
-        told = json.loads(bytes(files.value(key).tolist()))
+        told = json.loads(bytes(files.value(key).flatten().tolist()))
         sizes = tuple(int(size) for size in told["shape"])
         blocks = int(told["blocksize"]), int(told.get("nested_blocksize", 0))
         if not sizes or min(*sizes, blocks[0]) < 1 or blocks[1] < 0:

@@ -130,7 +130,7 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if (zero := f"{module}.weight_zero_point") in files.headers:
         parts["zero"] = Part(zero, axis)
         if files.headers[zero].dtype == "I32" and axis == 0:
-            zeros_across = _runs_across(files, zero, bits, files.shape(zero)[0], rows)
+            zeros_across = _runs_across(files, zero, bits, files.matrix(zero)[0], rows)
             if files.shape(zero)[1:] != scale[1:]:
                 raise files.wrong(zero, "does not fit the scales beside it")
             parts["zero"] = Part(zero, 0, Fraction(32 // bits))
@@ -191,6 +191,7 @@ def _runs_across(files: Files, key: str, bits: int, words: int, count: int) -> b
 def _columns(files: Files, module: str, bits: int, words: int, scale: tuple[int, ...], group: int) -> int:
     """Inputs of a packed weight: as its shape tensor says, else as many as its groups or its words hold."""
     if (told := f"{module}.weight_shape") in files.headers and files.shape(told) == (2,):
+        files.check_dtype(told, "I32", "I64")
         return max(0, int(files.value(told)[1]))
     if group > 0 and len(scale) == 2 and scale[1] > 1:
         return group * scale[1]
