@@ -29,7 +29,6 @@ MULTIPLIED_OUT: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("FineGrainedFP8Config", {"dequantize": True}),
     "mxfp4": ("Mxfp4Config", {"dequantize": True}),
     "gptq": ("GPTQConfig", {"bits": 4, "backend": "torch"}),
-    "awq": ("AwqConfig", {"backend": "torch"}),
 }
 """By `quant_method`: the class and the arguments that ask for plain weights, or for code that needs no compiler."""
 
