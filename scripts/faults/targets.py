@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,110 @@ def _gguf(folder: Path) -> Target:
     return Target("gguf", seeds, read, (in_header, a_number, a_number), whole)
 
 
+def _formats(folder: Path) -> Target:
+    """Headers, config and small tensors of the golden cases of every quantised format; what is accepted is read too.
+
+    A file of safetensors holds as many bytes as its header says, so a header is never larger than what is there.
+    """
+    from tests.harness.formats import CASES, DTYPES, Case
+
+    cases = {name: Case(name) for name in CASES}
+
+    def read(data: bytes) -> None:
+        tree = json.loads(data)
+        case = cases.get(str(tree.get("case")) if isinstance(tree, dict) else "")
+        if case is not None:
+            _read_format(case, tree)
+
+    def a_size(seed: bytes, chance: Any) -> bytes:
+        """A tensor's shape, dtype or number exchanged for a likely one, or its parts given to another tensor."""
+        tree = json.loads(seed)
+        for _ in range(chance.randint(1, 3)):
+            key, other = chance.choice(list(tree["tensors"])), chance.choice(list(tree["tensors"]))
+            dtype, shape, values = tree["tensors"][key]
+            if (what := chance.randrange(5)) == 0:
+                dtype = chance.choice(list(DTYPES))
+            elif what == 1 and values and not isinstance(values, str):
+                values[chance.randrange(len(values))] = chance.choice((0, 1, 2, 255, -1, 2**31 - 1, -(2**31)))
+            elif what == 2:
+                shape = chance.choice((shape[1:], [*shape, 1], [1, *shape], shape[::-1]))
+            elif what == 3:
+                dtype, shape, values = tree["tensors"][other]
+            elif shape:
+                at = chance.randrange(len(shape))
+                shape[at] = chance.choice((0, 1, shape[at] - 1, shape[at] + 1, 2 * shape[at], shape[at] // 2))
+            tree["tensors"][key] = [dtype, shape, values]
+        return json.dumps(tree).encode()
+
+    seeds = [_as_json(case) for case in cases.values()]
+    return Target("quantised formats", seeds, read, (mutate_json, a_size, a_size))
+
+
+_SMALL = 400
+"""Bytes of a tensor that is put into the document, so that it is mutated too."""
+
+
+def _as_json(case: Any) -> bytes:
+    tensors = {}
+    for key, header in case.files().headers.items():
+        is_small = header.bytes <= _SMALL and header.dtype in ("U8", "I32", "I64")
+        values = case.tensors[key].flatten().tolist() if is_small else None
+        if values and ".quant_state." in key:
+            values = bytes(values).decode()
+        tensors[key] = [header.dtype, list(header.shape), values]
+    declared, metadata = case.declared, case.metadata
+    return json.dumps({"config": declared, "metadata": metadata, "tensors": tensors, "case": case.name}).encode()
+
+
+def _read_format(case: Any, tree: dict[str, Any]) -> None:
+    """What the document says, with the case's own bytes in tensors that say no values."""
+    from tests.harness.formats import as_slice
+    from toolkit.checkpoint.formats import Files, packed_weights
+
+    tensors = {}
+    named = tree.get("tensors")
+    for key, told in named.items() if isinstance(named, dict) else ():
+        if (tensor := _tensor(case.tensors.get(key), told)) is not None:
+            tensors[key] = tensor
+    declared, metadata = tree.get("config"), tree.get("metadata")
+    texts = {key: text for key, text in (metadata if isinstance(metadata, dict) else {}).items() if type(text) is str}
+    files = case.files(tensors, declared if isinstance(declared, dict) else {}, texts)
+    assert isinstance(files, Files)
+    for packed in packed_weights(files).values():
+        as_slice(packed, tensors).read()
+
+
+def _tensor(stored: Any, told: Any) -> Any:
+    """A tensor as the document has it; None where no file could hold it."""
+    import torch
+
+    from tests.harness.formats import DTYPES
+
+    if not isinstance(told, list) or len(told) != 3 or not isinstance(told[1], list):
+        return None
+    dtype, shape = DTYPES.get(str(told[0])), told[1]
+    if dtype is None or any(type(size) is not int or not 0 <= size <= 1 << 16 for size in shape) or len(shape) > 8:
+        return None
+    size = math.prod(shape) * dtype.itemsize
+    if not 0 <= size <= 1 << 20:
+        return None
+    if isinstance(told[2], str):
+        data = told[2].encode("utf-8", "replace")
+    elif isinstance(told[2], list):
+        kind = torch.int64 if dtype == torch.int64 else torch.int32 if dtype == torch.int32 else torch.uint8
+        limit = torch.iinfo(kind)
+        numbers = [number for number in told[2] if type(number) is int and limit.min <= number <= limit.max]
+        data = torch.tensor(numbers, dtype=kind).numpy().tobytes()
+    else:
+        data = b"" if stored is None else stored.flatten().view(torch.uint8).numpy().tobytes()
+    whole = (data or b"\0") * (size // max(1, len(data)) + 1)
+    return (
+        torch.frombuffer(bytearray(whole[:size]), dtype=dtype).reshape(shape)
+        if size
+        else torch.empty(shape, dtype=dtype)
+    )
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "recipe": _recipes,
     "jsonl": _rows,
@@ -264,4 +369,5 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "checkpoint manifest": _checkpoint,
     "chat template": _templates,
     "gguf": _gguf,
+    "quantised formats": _formats,
 }

@@ -5,7 +5,7 @@
 Each checkpoint is one of `format_writers.py`, which writes them where no folder is given. Ours: every stored weight
 against the package's own value, bit for bit in the type that the package computes in; expert stacks in int8, with the
 bits of the plain twin's; and the logits of the weights multiplied out against that twin's. The twin holds the
-package's values under the published names. Beside it, in a process of its own with a time limit, what
+package's values under the published names. Beside it, each in a process of its own with a time limit, what
 `AutoModelForCausalLM.from_pretrained` makes of the same file, in the package's own environment.
 
 Without names, the main formats of every package that is there. Exits with 1 where one of ours is wrong.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-formats", help="of format_writers.py")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--seconds", type=int, default=120, help="what stock transformers may take for one")
+    parser.add_argument("--theirs", type=Path, help="folder for what stock transformers answers, asked once each")
     parser.add_argument("--ours", action="store_true", help="leave stock transformers out")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -122,15 +124,20 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.folder or ROOT / "models/formats"
     if options.folder is None and not options.names:
         format_writers.main(["--out", str(folder), "--environments", str(options.environments)])
-    rows = []
+    rows, by_package = [], defaultdict[str, list[str]](list)
     for name in options.names or [name for name in _main(folder) if name not in NOT_THEIRS]:
+        by_package[name.partition("/")[0]].append(name)
+    for package, names in by_package.items():
         with tempfile.TemporaryDirectory() as scratch:
-            rows.append(_compared(folder, name, Path(scratch), options))
-        row = rows[-1]
-        ours = row.error or f"{row.equal}/{row.weights} values, {row.same}/{row.stacks} stacks, logits {row.apart:.0e}"
-        print(f"{name}: {ours}; transformers: {row.theirs}", flush=True)
-    if options.markdown:
-        options.markdown.write_text(_table(rows))
+            theirs = None if options.ours else (options.theirs or Path(scratch) / "theirs") / package
+            if theirs:
+                _stock(folder, package, names, theirs, options)
+            for name in names:
+                rows.append(row := _compared(folder, name, Path(scratch) / name, theirs))
+                ours = f"{row.equal}/{row.weights} values, {row.same}/{row.stacks} stacks, logits {row.apart:.0e}"
+                print(f"{name}: {row.error or ours}; transformers: {row.theirs}", flush=True)
+        if options.markdown:
+            options.markdown.write_text(_table(rows))
     wrong = [row.name for row in rows if not row.is_right]
     print(f"{len(rows) - len(wrong)} of {len(rows)} checkpoints right; wrong: {', '.join(wrong) or 'none'}")
     return int(bool(wrong) or not rows)
@@ -141,7 +148,7 @@ def _main(folder: Path) -> list[str]:
     return [name for name in names if (folder / name / "expected.json").is_file()]
 
 
-def _compared(root: Path, name: str, scratch: Path, options: argparse.Namespace) -> Row:
+def _compared(root: Path, name: str, scratch: Path, theirs: Path | None) -> Row:
     folder, twin = root / name, scratch / "twin"
     row = Row(name, family_of(folder))
     save_twin(folder, twin)
@@ -154,8 +161,8 @@ def _compared(root: Path, name: str, scratch: Path, options: argparse.Namespace)
         row.apart = float((_logits(loaded) - wanted).abs().max())
     except Exception as error:  # the table goes on
         row.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if not options.ours:
-        row.theirs = _stock(folder, scratch, wanted, options)
+    if theirs:
+        row.theirs = _in_words(theirs, name.partition("/")[2], wanted)
     return row
 
 
@@ -189,23 +196,31 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def _stock(folder: Path, scratch: Path, wanted: torch.Tensor, options: argparse.Namespace) -> str:
-    """What stock transformers makes of it, in words."""
-    package = folder.parent.name
+def _stock(root: Path, package: str, names: list[str], out: Path, options: argparse.Namespace) -> None:
+    """Let stock transformers load a package's checkpoints: logits or an error of each in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     python = options.environments / ENVIRONMENTS.get(package, package) / "bin/python"
-    if not python.is_file():
-        return f"no environment in {python.parents[1]}"
-    side, out = Path(__file__).with_name("format_stock_side.py"), scratch / "logits.safetensors"
-    command = [str(python), "-I", str(side), str(folder), json.dumps(TOKENS), str(out)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return f"error: no answer in {options.seconds} s"
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line[:1].strip()]
-        last = next((line for line in reversed(lines) if "Error" in line), "the process died")
-        return "error: " + last[:120].replace("`", "'")
-    apart = float((load_file(out)["logits"] - wanted).abs().max() / wanted.abs().max())
+    job = {"tokens": TOKENS, "seconds": options.seconds, "out": str(out)}
+    job["models"] = {name.partition("/")[2]: str((root / name).resolve()) for name in names if not _answered(out, name)}
+    (out / "job.json").write_text(json.dumps(job))
+    side = Path(__file__).with_name("format_stock_side.py")
+    if python.is_file() and job["models"]:
+        alone = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        command = [str(python), "-I", str(side), str(out / "job.json")]
+        subprocess.run(command, capture_output=True, check=False, env={**os.environ, **alone})
+
+
+def _answered(out: Path, name: str) -> bool:
+    return any((out / f"{name.partition('/')[2]}.{ending}").is_file() for ending in ("safetensors", "txt"))
+
+
+def _in_words(out: Path, name: str, wanted: torch.Tensor) -> str:
+    """What stock transformers made of a checkpoint."""
+    logits, error = out / f"{name}.safetensors", out / f"{name}.txt"
+    if not logits.is_file():
+        said = error.read_text() if error.is_file() else "not run: no environment of the package"
+        return "error: " + said[:120].replace("`", "'")
+    apart = float((load_file(logits)["logits"] - wanted).abs().max() / wanted.abs().max())
     return "exact" if apart <= EXACT else f"within {apart:.1e}" if apart <= CLOSE else f"silently wrong by {apart:.0%}"
 
 

@@ -20,7 +20,7 @@ from scripts.faults.mutations import mutate_json
 from scripts.faults.targets import TARGETS, Target
 from toolkit.errors import DataError, OnecardError
 
-TIMES = {"chat template": 30, "recipe": 60}
+TIMES = {"chat template": 30, "recipe": 60, "quantised formats": 600}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

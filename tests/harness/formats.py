@@ -15,25 +15,27 @@ from toolkit.checkpoint.files import Header
 from toolkit.checkpoint.formats import Files, Packed
 from toolkit.checkpoint.weights import PackedSlice
 
-__all__ = ["CASES", "FOLDER", "Case", "Whole", "as_slice"]
+__all__ = ["CASES", "DTYPES", "FOLDER", "Case", "Whole", "as_slice"]
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "formats"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
 _EXPECTED = "expected."
-_DTYPES = {
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.int64: "I64",
+DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
 }
+"""By the names that safetensors has for them."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Whole:
@@ -58,15 +60,22 @@ class Case:
         self.declared.setdefault("quant_method", {"mlx": "mlx", "nvidia-modelopt": "modelopt"}.get(told["package"]))
         self.metadata: dict[str, str] = dict(told.get("metadata") or {})
 
-    def files(self) -> Files:
-        """Of the tensors as they are now."""
-        headers = {key: header(key, tensor) for key, tensor in self.tensors.items()}
-        return Files(self.name, headers, self.declared, self.tensors.__getitem__, self.metadata)
+    def files(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        declared: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Files:
+        """Of the tensors as they are now, or of others."""
+        tensors = self.tensors if tensors is None else tensors
+        headers = {key: header(key, tensor) for key, tensor in tensors.items()}
+        told = self.declared if declared is None else declared
+        return Files(self.name, headers, told, tensors.__getitem__, self.metadata if metadata is None else metadata)
 
 
 def header(key: str, tensor: torch.Tensor) -> Header:
     """What a file would say of a tensor."""
-    return Header(key, _DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+    return Header(key, _NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
 def as_slice(packed: Packed, tensors: Mapping[str, torch.Tensor]) -> PackedSlice:

@@ -228,6 +228,7 @@ ROWS = (
             r"^1 of 1 families come back, 1 of 26 architectures; .*: none$",
         ),
     ),
+    Row("parity/format_table.py", test="tests/parity/test_format_table.py::test_a_checkpoint_is_right_or_named"),
     Row(
         "parity/mtp_families.py",
         "exaone_moe",

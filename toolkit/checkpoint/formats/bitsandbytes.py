@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import nibbles
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import FLOATS, Files, Packed, Part, Tensors
 from toolkit.errors import first_line
 
 __all__ = ["read_bitsandbytes"]
@@ -53,7 +53,8 @@ def _four_bits(files: Files, weight: str, kind: str, key: str) -> Packed:
     shape, block = state["shape"], state["blocksize"]
     stored, scales = files.shape(weight), files.shape(f"{weight}.absmax")
     row, whole = math.prod(shape[1:]), files.headers[weight].bytes
-    if 2 * whole < math.prod(shape) or math.prod(scales) * block < math.prod(shape):
+    spare = whole - -(-math.prod(shape) // 2)
+    if not 0 <= spare < whole // math.prod(stored) or math.prod(scales) != -(-math.prod(shape) // block):
         raise files.wrong(weight, f"{whole} bytes do not hold {'×'.join(map(str, shape))}")
     parts = {
         "codes": Part(weight, 0, Fraction(2 * whole, row * max(1, math.prod(stored)))),
@@ -73,8 +74,9 @@ def _four_bits(files: Files, weight: str, kind: str, key: str) -> Packed:
 
 def _state(files: Files, key: str) -> dict[str, Any]:
     """What the JSON says, each value of its kind."""
+    files.check_dtype(key, "U8")
     try:
-        told = json.loads(bytes(files.value(key).tolist()))
+        told = json.loads(bytes(files.value(key).flatten().tolist()))
         sizes = tuple(int(size) for size in told["shape"])
         blocks = int(told["blocksize"]), int(told.get("nested_blocksize", 0))
         if not sizes or min(*sizes, blocks[0]) < 1 or blocks[1] < 0:
@@ -88,11 +90,13 @@ def _state(files: Files, key: str) -> dict[str, Any]:
 def _check_maps(files: Files, weight: str, scales: int, nested_block: int) -> None:
     """That codes stand for so many values, and codes of scales too."""
     wanted = {"quant_map": 16}
+    files.check_dtype(f"{weight}.absmax", *(["U8"] if nested_block else FLOATS))
     if nested_block:
         wanted |= {"nested_quant_map": 256, "nested_absmax": -(-scales // nested_block)}
     for name, count in wanted.items():
         if math.prod(files.shape(f"{weight}.{name}")) != count:
             raise files.wrong(f"{weight}.{name}", f"does not hold {count} values")
+        files.check_dtype(f"{weight}.{name}", *FLOATS)
 
 
 def _unpack(parts: Tensors, *, row: tuple[int, ...], block: int, offset: float, nested_block: int) -> Tensor:
@@ -103,7 +107,7 @@ def _unpack(parts: Tensors, *, row: tuple[int, ...], block: int, offset: float, 
     absmax = absmax.flatten()
     if "nested_absmax" in parts:
         nested = parts["nested_absmax"].flatten().repeat_interleave(nested_block)[: len(absmax)]
-        absmax = parts["nested_quant_map"].float()[absmax.long()] * nested + offset
+        absmax = parts["nested_quant_map"].float().flatten()[absmax.long()] * nested + offset
     count = len(codes) // math.prod(row) * math.prod(row)
     scales = absmax.float().repeat_interleave(block)[:count]
-    return (parts["values"].float()[codes[:count].long()] * scales).reshape(-1, *row)
+    return (parts["values"].float().flatten()[codes[:count].long()] * scales).reshape(-1, *row)

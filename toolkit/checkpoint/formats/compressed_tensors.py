@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import fields, fp4, fp6, grid, nibbles, powers
-from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors
 from toolkit.checkpoint.formats.scaled import scaled
 from toolkit.errors import ModelError
 
@@ -100,6 +100,7 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if f"{module}.weight_global_scale" in files.headers:
         if scale != (rows, 2 * width // _NV_GROUP):
             raise files.wrong(f"{module}.weight_scale", f"is {'×'.join(map(str, scale))} for {rows}×{2 * width} values")
+        files.check_one(f"{module}.weight_global_scale", *FLOATS)
         parts["global"] = Part(f"{module}.weight_global_scale", None)
         return files.packed(name, (rows, 2 * width), parts, _nvfp4, f"NVFP4, groups of {_NV_GROUP}")
     if dtype not in ("U8", "F8_E8M0", "F4") or len(scale) != 2:
@@ -129,7 +130,7 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if (zero := f"{module}.weight_zero_point") in files.headers:
         parts["zero"] = Part(zero, axis)
         if files.headers[zero].dtype == "I32" and axis == 0:
-            zeros_across = _runs_across(files, zero, bits, files.shape(zero)[0], rows)
+            zeros_across = _runs_across(files, zero, bits, files.matrix(zero)[0], rows)
             if files.shape(zero)[1:] != scale[1:]:
                 raise files.wrong(zero, "does not fit the scales beside it")
             parts["zero"] = Part(zero, 0, Fraction(32 // bits))
@@ -140,7 +141,10 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     order = f"{module}.weight_g_idx"
     if scheme.get("actorder") in ("group", "dynamic") and files.shape(order) != (columns,):
         raise files.wrong(order, f"does not order {columns} inputs")
-    if files.headers.get(order) and files.shape(order) == (columns,) and int(files.value(order).max()) >= 0:
+    if order in files.headers:
+        files.check_dtype(order, "I32", "I64")
+    if order in files.headers and int(files.value(order).max()) >= 0:
+        files.check_order(order, columns, scale[-1])
         parts["group"] = Part(order, None)  # -1 where it was never filled
     unpack = partial(
         _unpack_integers, bits=bits, columns=columns, group=group, across=across, zeros_across=zeros_across
@@ -187,6 +191,7 @@ def _runs_across(files: Files, key: str, bits: int, words: int, count: int) -> b
 def _columns(files: Files, module: str, bits: int, words: int, scale: tuple[int, ...], group: int) -> int:
     """Inputs of a packed weight: as its shape tensor says, else as many as its groups or its words hold."""
     if (told := f"{module}.weight_shape") in files.headers and files.shape(told) == (2,):
+        files.check_dtype(told, "I32", "I64")
         return max(0, int(files.value(told)[1]))
     if group > 0 and len(scale) == 2 and scale[1] > 1:
         return group * scale[1]

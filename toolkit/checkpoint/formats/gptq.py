@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import fields, nibbles, planes
-from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_gptq"]
 
@@ -40,6 +40,8 @@ def read_gptq(files: Files) -> Iterator[Packed]:
             continue
         if dtype not in ("I32", "U32"):
             raise files.wrong(f"{module}.qweight", f"packed in {dtype}, which no known layout does")
+        files.check_dtype(f"{module}.qzeros", "I32", "U32")
+        files.check_dtype(f"{module}.scales", *FLOATS)
         across, scales = files.matrix(f"{module}.qweight")[1], files.matrix(f"{module}.scales")
         if "gemv" in version:
             yield _gemv(files, module)
@@ -78,6 +80,7 @@ def _gptq(files: Files, module: str) -> Packed:
     }
     if order is not None:
         parts["order"] = Part(f"{module}.g_idx", None)
+        files.check_order(f"{module}.g_idx", inputs, groups)
     elif files.declared.get("desc_act") is True:
         raise files.wrong(f"{module}.g_idx", "is not there, though desc_act says that the inputs are out of order")
     unpack = partial(_unpack_gptq, bits=bits, size=size, is_planar=is_planar, is_first=is_first)
@@ -205,8 +208,11 @@ def _unpack_gemv(parts: Tensors, *, size: int) -> Tensor:
 def _gemv_fast(files: Files, module: str) -> Packed:
     """Four outputs interleaved in 16-bit words; what is called zeros is −z·s, and both are transposed."""
     quarter, inputs = files.matrix(f"{module}.qweight")
+    if inputs % 64:
+        raise files.wrong(f"{module}.qweight", f"{inputs} inputs are no blocks of 64")
     outputs, size = 4 * quarter, _declared_group(files, module, inputs)
     for name in ("scales", "qzeros"):
+        files.check_dtype(f"{module}.{name}", *FLOATS)
         found = files.shape(f"{module}.{name}")
         if len(found) != 2 or found[1] != outputs or found[0] * size < inputs:
             raise files.wrong(f"{module}.{name}", f"does not fit {outputs}×{inputs} in groups of {size}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import as_bytes
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import FLOATS, Files, Packed, Part, Tensors
 
 __all__ = ["BESIDE_HQQ", "read_hqq"]
 
@@ -54,6 +54,9 @@ def read_hqq(files: Files) -> Iterator[Packed]:
         if axis not in (0, 1) or not fits or rows * columns != math.prod(shape):
             raise files.wrong(key, f"{'×'.join(map(str, shape))} in {groups} groups do not fit along axis {axis}")
         stored, words = files.matrix(key), 4 if many == 10 else 1
+        files.check_dtype(key, "I32" if many == 10 else "U8", *FLOATS)
+        for part in ("scale", "zero"):
+            files.check_dtype(f"{module}.{part}", *FLOATS)
         width = stored[1] * _FLOATS.get(files.headers[key].dtype, words)
         if (stored[0], width) != (-(-rows // many), columns * words):
             raise files.wrong(key, f"{stored[0]}×{stored[1]} does not hold {rows}×{columns} codes as {packing}")
@@ -64,6 +67,7 @@ def read_hqq(files: Files) -> Iterator[Packed]:
 
 def _shape(files: Files, module: str) -> tuple[int, int]:
     key = f"{module}.shape"
+    files.check_dtype(key, "I32", "I64")
     if files.shape(key) != (2,):
         raise files.wrong(key, "does not name two sizes")
     rows, columns = (int(size) for size in files.value(key))
@@ -73,8 +77,7 @@ def _shape(files: Files, module: str) -> tuple[int, int]:
 
 
 def _number(files: Files, key: str) -> int:
-    if math.prod(files.shape(key)) != 1:
-        raise files.wrong(key, "is not one number")
+    files.check_one(key, "U8", "I32", "I64")
     return int(files.value(key))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import fields, fp4, nibbles, powers
-from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_mlx"]
 
@@ -36,6 +36,7 @@ def read_mlx(files: Files) -> Iterator[Packed]:
         if mode not in _GROUP or not isinstance(group, int) or group < 1:
             raise files.wrong(module, f"stored in mode {mode!r} with groups of {group!r}, which is not read")
         shape, scales = files.shape(key), files.shape(f"{module}.scales")
+        files.check_dtype(key, "U32", "I32")
         columns = scales[-1] * group if scales else 0
         bits = shape[-1] * 32 // max(1, columns) if shape else 0
         if shape[:-1] != scales[:-1] or not 1 <= bits <= 8 or bits * columns != shape[-1] * 32:
@@ -45,6 +46,8 @@ def read_mlx(files: Files) -> Iterator[Packed]:
         parts = {"codes": Part(key), "scales": Part(f"{module}.scales")}
         if mode == "affine":
             parts["biases"] = Part(f"{module}.biases")
+            for part in ("scales", "biases"):
+                files.check_dtype(f"{module}.{part}", *FLOATS)
             if files.shape(f"{module}.biases") != scales:
                 raise files.wrong(f"{module}.biases", "does not fit the scales beside it")
         elif (bits, mode) not in ((4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")):

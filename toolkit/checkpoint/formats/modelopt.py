@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import fp4, grid, nibbles, powers
-from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors, Unpack
+from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors, Unpack
 from toolkit.checkpoint.formats.scaled import scaled
 
 __all__ = ["read_modelopt"]
@@ -62,6 +62,7 @@ def _four_bit_floats(files: Files, key: str, stem: str, is_stack: bool) -> Packe
     parts = {"packed": Part(key), "scale": Part(scales)}
     if not is_mx:
         parts["global"] = Part(f"{scales}_2", None)
+        files.check_one(f"{scales}_2", *FLOATS)
     unpack = partial(_unpack_floats, is_mx=is_mx, is_stack=is_stack)
     kept = FourBit("mxfp4", group, _codes) if is_mx and not is_stack else None
     return files.packed(key, shape, parts, unpack, f"{'MXFP4' if is_mx else 'NVFP4'}, groups of {group}", kept)

@@ -26,6 +26,8 @@ def read_mxfp4(files: Files) -> Iterator[Packed]:
             continue
         name = key.removesuffix("_blocks")
         blocks, scales = files.shape(key), files.shape(f"{name}_scales")
+        for part in (key, f"{name}_scales"):
+            files.check_dtype(part, "U8", "F8_E8M0")
         if len(blocks) != 4 or blocks[3] != _GROUP // 2 or scales != blocks[:3]:
             raise files.wrong(key, f"{'×'.join(map(str, blocks))} does not fit its scales")
         shape = (blocks[0], blocks[2] * _GROUP, blocks[1])

@@ -13,7 +13,10 @@ import torch
 from toolkit.checkpoint.files import Header
 from toolkit.errors import ModelError
 
-__all__ = ["Files", "FourBit", "Packed", "Part", "Tensors", "Unpack"]
+__all__ = ["FLOATS", "Files", "FourBit", "Packed", "Part", "Tensors", "Unpack"]
+
+FLOATS = ("BF16", "F16", "F32")
+"""What scales are mostly stored in."""
 
 Tensors = Mapping[str, torch.Tensor]
 Unpack = Callable[[Tensors], torch.Tensor]
@@ -126,6 +129,37 @@ class Files:
         if len(shape) != 2:
             raise self.wrong(key, f"has {len(shape)} dimensions, not 2")
         return shape[0], shape[1]
+
+    def check_dtype(self, key: str, *allowed: str) -> None:
+        """That a tensor is there in one of these dtypes.
+
+        Raises:
+            ModelError: it is not.
+        """
+        self.shape(key)
+        if (dtype := self.headers[key].dtype) not in allowed:
+            raise self.wrong(key, f"is stored in {dtype}, not {' or '.join(allowed)}")
+
+    def check_one(self, key: str, *allowed: str) -> None:
+        """That a tensor of one number is there.
+
+        Raises:
+            ModelError: it is not.
+        """
+        self.check_dtype(key, *allowed)
+        if math.prod(self.shape(key)) != 1:
+            raise self.wrong(key, "is not one number")
+
+    def check_order(self, key: str, inputs: int, groups: int) -> None:
+        """That a tensor names a group for each input.
+
+        Raises:
+            ModelError: it has another length, or names a group that is not there.
+        """
+        self.check_dtype(key, "I32", "I64")
+        found = self.value(key)
+        if self.shape(key) != (inputs,) or int(found.min()) < 0 or int(found.max()) >= groups:
+            raise self.wrong(key, f"does not name one of {groups} groups for each of {inputs} inputs")
 
     def wrong(self, key: str, why: str) -> ModelError:
         """The error of a weight that cannot be read."""

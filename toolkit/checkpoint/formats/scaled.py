@@ -31,7 +31,12 @@ def read_fp8(files: Files) -> Iterator[Packed]:
         ModelError: a scale without its weight, or a grid of scales that does not fit.
     """
     declared = files.declared.get("weight_block_size")
-    block = tuple(map(int, declared)) if isinstance(declared, (list, tuple)) and len(declared) == 2 else None
+    block = None
+    if declared is not None:
+        sizes = declared if isinstance(declared, (list, tuple)) else []
+        block = tuple(size for size in sizes if type(size) is int and size > 0)
+        if len(block) != 2 or len(sizes) != 2:
+            raise files.wrong("weight_block_size", f"the quantization_config says {str(declared)[:80]}")
     for ending in ("_scale_inv", "_scale"):
         for scales in [key for key in files.headers if key.endswith(ending)]:
             key = scales.removesuffix(ending)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.formats.bits import fp4, grid, powers
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.packed import FLOATS, Files, Packed, Part, Tensors
 from toolkit.checkpoint.formats.scaled import scaled
 
 __all__ = ["read_torchao"]
@@ -107,6 +107,7 @@ def _micro(files: Files, name: str, stem: str, kind: str, told: Mapping[str, Any
     parts = {"codes": Part(key, axis), "scale": Part(scales, axis)}
     if f"{stem}per_tensor_scale" in files.headers:
         parts["global"] = Part(f"{stem}per_tensor_scale", None)
+        files.check_one(f"{stem}per_tensor_scale", *FLOATS)
     unpack = partial(_unpack_micro, is_fp4=is_fp4, is_tiled=is_tiled, groups=groups, is_power=kind == "MXTensor")
     words = "NVFP4" if kind == "NVFP4Tensor" else "MXFP4" if is_fp4 else "MXFP8"
     return files.packed(name, (rows, columns), parts, unpack, f"{words}, groups of {_MX[kind]}")
