@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,10 @@ def hollow_checkpoint(name: str, folder: Path) -> Path:
 
 
 def _write(folder: Path, tensors: Tensors) -> None:
-    """As safetensors writes a checkpoint: an index, and files of bounded size."""
+    """As the Hub's cache has a checkpoint: an index, and links to files of bounded size, which are called by a hash.
+
+    So nobody reads them all for it, and it is of the header alone.
+    """
     files: list[Tensors] = [{}]
     filled = 0
     for key, (dtype, shape) in tensors.items():
@@ -45,7 +49,9 @@ def _write(folder: Path, tensors: Tensors) -> None:
             index[key] = name
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with (folder / name).open("wb") as file:
+        content = folder / hashlib.sha256(text).hexdigest()
+        (folder / name).symlink_to(content.name)
+        with content.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}), "utf-8")

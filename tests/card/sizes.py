@@ -55,11 +55,12 @@ class Sizes(Card):
 
 
 def load_first_experts() -> None:
-    """Of each stack that loads, round the first expert alone, and multiply nothing out on the CPU, where all is zero.
+    """Of each stack that loads, round the first expert alone; fetch no page, and multiply nothing out on the CPU.
 
-    The others take the same operators and the same room: seconds of a card, and half an hour of this machine.
+    The other experts take the same operators and the same room: seconds of a card, and half an hour of this machine.
     """
     from toolkit.checkpoint.weights import PackedSlice
+    from toolkit.quant import ahead
     from toolkit.quant.rounding import Workspace
 
     rounds, reads, seen = Workspace.round, PackedSlice.read, set[tuple[str, int | None]]()
@@ -77,6 +78,7 @@ def load_first_experts() -> None:
         return torch.zeros(self.shape, dtype=dtype) if is_here else reads(self, device, dtype)
 
     Workspace.round, PackedSlice.read = rounded, read  # type: ignore[method-assign]  # the job knows nothing of it
+    ahead._touch = lambda chunk: None
 
 
 def _made_up(result: torch.Tensor) -> None:
