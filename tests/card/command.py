@@ -32,6 +32,8 @@ def begin() -> Callable[[], dict[str, Any]]:
 
         races = Races()
         replay.Card.watch = staticmethod(races.operator)
+    if _is_on("SIZES"):
+        sizes.load_first_experts()
     replay.install(sizes.Sizes if _is_on("SIZES") else replay.Card)
     kernels.install(replays=not _is_on("SIZES"), watch=races.launch if races else None)
     course = Course()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.card.replay import Card, Place, queue
 
-__all__ = ["LARGEST_COPY", "Sizes", "computes"]
+__all__ = ["LARGEST_COPY", "Sizes", "computes", "load_first_experts"]
 
 LARGEST_COPY = 1 << 20
 """Bytes: what is more is counted by the library and not copied."""
@@ -52,6 +52,33 @@ class Sizes(Card):
     def converts(self, source: torch.Tensor, real: torch.Tensor) -> bool:
         """Whether a copy between host and card is finished by the replay."""
         return computes(source, real) and super().converts(source, real)
+
+
+def load_first_experts() -> None:
+    """Of each stack that loads, round the first expert alone; fetch no page, and multiply nothing out on the CPU.
+
+    The other experts take the same operators and the same room: seconds of a card, and half an hour of this machine.
+    """
+    from toolkit.checkpoint.weights import PackedSlice
+    from toolkit.quant import ahead
+    from toolkit.quant.rounding import Workspace
+
+    rounds, reads, seen = Workspace.round, PackedSlice.read, set[tuple[str, int | None]]()
+
+    def rounded(self: Workspace, weight: torch.Tensor, *arguments: Any) -> None:
+        name, rows = arguments[2], arguments[3] if len(arguments) > 3 else slice(None)
+        if (name, rows.start) in seen:
+            self.kept(weight.numel())
+            return
+        seen.add((name, rows.start))
+        rounds(self, weight, *arguments)
+
+    def read(self: PackedSlice, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        is_here = torch.device(device).type == "cpu"
+        return torch.zeros(self.shape, dtype=dtype) if is_here else reads(self, device, dtype)
+
+    Workspace.round, PackedSlice.read = rounded, read  # type: ignore[method-assign]  # the job knows nothing of it
+    ahead._touch = lambda chunk: None
 
 
 def _made_up(result: torch.Tensor) -> None:

@@ -44,6 +44,15 @@ def test_streamed_experts_give_the_same_bits(
     assert adapter(folder) == resident
 
 
+@pytest.mark.parametrize("experts", ["int4", "mxfp4"])
+def test_streamed_experts_of_four_bits_give_the_same_bits(experts: str, train: Train) -> None:
+    kind = f"quantization.experts={experts}"
+    usual, streamed = train("usual", kind), train("streamed", kind, *STREAMED["two layers"])
+    usual[0].require()
+    assert "four_bit_forward_kernel" in streamed[0].require().report["triton"]
+    assert adapter(streamed[1]) == adapter(usual[1])
+
+
 def test_several_micro_batches_in_one_pass_give_the_same_bits(train: Train, machine: Machine) -> None:
     """Layer by layer, all micro-batches of a step: as one by one over resident layers."""
     usual, layered = train("usual", *ACCUMULATED), train("layered", *ACCUMULATED, *STREAMED["host"])
@@ -51,6 +60,8 @@ def test_several_micro_batches_in_one_pass_give_the_same_bits(train: Train, mach
     assert adapter(layered[1]) == adapter(usual[1])
 
 
-def test_no_race_is_seen(train: Train, machine: Machine) -> None:
-    outcome, _ = train("watched", *STREAMED["two layers"], on=machine.with_card(races=1))
+@pytest.mark.parametrize("experts", ["int8", "int4"])
+def test_no_race_is_seen(experts: str, train: Train, machine: Machine) -> None:
+    kind = f"quantization.experts={experts}"
+    outcome, _ = train("watched", kind, *STREAMED["two layers"], on=machine.with_card(races=1))
     assert outcome.require().report["races"] == {}

@@ -29,24 +29,32 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cpu") / "run"
-    given = (f"training.output_dir={folder}", *NANO, "training.learning_rate=3e-4")
+def on_cpu(folder: Path, *overrides: str) -> Path:
+    given = (f"training.output_dir={folder}", *NANO, *overrides)
     command = [sys.executable, "-m", "toolkit", "train", str(ROOT / "recipes" / "quickstart.yaml"), *given]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 
-def test_losses_are_near_the_cpus(train: Train, on_cpu: Path) -> None:
-    outcome, folder = train("run", "training.learning_rate=3e-4")
+KERNELS = {
+    "int8": ["grouped_gemm_kernel"],
+    "int4": ["four_bit_forward_kernel", "four_bit_gradient_kernel"],
+    "mxfp4": ["four_bit_forward_kernel", "four_bit_gradient_kernel"],
+}
+
+
+@pytest.mark.parametrize("experts", KERNELS)
+def test_losses_are_near_the_cpus(experts: str, train: Train, tmp_path: Path) -> None:
+    given = ("training.learning_rate=3e-4", f"quantization.experts={experts}")
+    outcome, folder = train("run", *given)
     outcome.require()
     assert outcome.report["counts"]["launches"] > 1000
-    assert outcome.report["triton"]["grouped_gemm_kernel"] > 100
+    assert min(outcome.report["triton"][kernel] for kernel in KERNELS[experts]) > 20
     # bf16 has 8 bits, so numbers are rounded by up to 2^-9, inputs and results both. The rate is low, since Adam's
     # first steps go by a gradient's sign, which rounding turns where the gradient is small.
-    assert losses(folder) == pytest.approx(losses(on_cpu), rel=2**-8)
-    assert losses(folder) != losses(on_cpu)
+    wanted = losses(on_cpu(tmp_path / "cpu", *given))
+    assert losses(folder) == pytest.approx(wanted, rel=2**-8)
+    assert losses(folder) != wanted
 
 
 def test_a_resumed_run_is_the_same_run(train: Train) -> None:
