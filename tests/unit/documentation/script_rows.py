@@ -160,8 +160,13 @@ ROWS = (
     ),
     Row(
         "benchmarks/quantization_error.py",
-        f"{{place}}/tiny {TRAIN} {HELD_OUT} --calibration 4 --held-out 4",
-        (r": calibrated on 4 examples", r"^int8\+gptq +[\d.]+ ", r"^compensated / rounded, parts: 0\.", r"layers\.2 "),
+        f"{{place}}/tiny {TRAIN} {HELD_OUT} --calibration 4 --held-out 4 --four-bit",
+        (
+            r": calibrated on 4 examples",
+            r"^int8\+gptq +[\d.]+ ",
+            r"^compensated / rounded, parts: int8 0\.",
+            r"layers\.2 ",
+        ),
     ),
     Row(
         "benchmarks/sizes.py",
