@@ -200,14 +200,15 @@ def _stock(root: Path, package: str, names: list[str], out: Path, options: argpa
     """Let stock transformers load a package's checkpoints: logits or an error of each in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     python = options.environments / ENVIRONMENTS.get(package, package) / "bin/python"
-    job = {"tokens": TOKENS, "seconds": options.seconds, "out": str(out)}
+    job = {"tokens": TOKENS, "seconds": options.seconds, "out": str(out.absolute())}
     job["models"] = {name.partition("/")[2]: str((root / name).resolve()) for name in names if not _answered(out, name)}
     (out / "job.json").write_text(json.dumps(job))
     side = Path(__file__).with_name("format_stock_side.py")
     if python.is_file() and job["models"]:
         alone = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-        command = [str(python), "-I", str(side), str(out / "job.json")]
-        subprocess.run(command, capture_output=True, check=False, env={**os.environ, **alone})
+        command = [str(python.absolute()), "-I", str(side.absolute()), str((out / "job.json").absolute())]
+        with tempfile.TemporaryDirectory() as scratch:  # GPTQModel writes a log where it stands
+            subprocess.run(command, capture_output=True, check=False, env={**os.environ, **alone}, cwd=scratch)
 
 
 def _answered(out: Path, name: str) -> bool:

@@ -144,8 +144,11 @@ def _golden(python: str, side: Side) -> int:
 def _run(python: str, side: Side, what: str, out: Path) -> None:
     program = Path(__file__).with_name("format_sides") / side.program
     alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    command = [python, str(program), what, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **alone})
+    command = [str(Path(python).absolute()), str(program.absolute()), what, str(out.absolute())]
+    with tempfile.TemporaryDirectory() as scratch:  # GPTQModel writes a log where it stands
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **alone}, cwd=scratch
+        )
     for line in done.stdout.splitlines():
         if line.startswith("left out:"):
             print(line)
