@@ -118,9 +118,10 @@ def swiglu(y: torch.Tensor) -> torch.Tensor:
 def packed(weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> Stack:
     """A float stack [E, O, I] in four bits."""
     from toolkit.ops import four_bit
+    from toolkit.parts import FOUR_BIT_GROUP
 
     if kind == "grouped":
-        grouped = weight.unflatten(-1, (-1, four_bit.GROUP))
+        grouped = weight.unflatten(-1, (-1, FOUR_BIT_GROUP))
         scale = (grouped.abs().amax(-1) / 7).half()
         codes = (grouped / scale.unsqueeze(-1)).round().clamp(-8, 7).add(8).to(torch.uint8)
         return Stack(four_bit.turned(codes.flatten(-2)), scale.transpose(1, 2).contiguous(), bias, True)

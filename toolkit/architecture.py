@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -48,6 +49,7 @@ __all__ = [
     "expert_parameters",
     "is_experts",
     "is_plain_linear",
+    "on_meta",
     "strip_index",
 ]
 
@@ -99,6 +101,13 @@ def auto_class(config: PretrainedConfig) -> Any:
     """
     classes = (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText)
     return next((cls for cls in classes if type(config) in cls._model_mapping), AutoModelForCausalLM)
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: shapes and names, no weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
+    return model
 
 
 def can_attend_per_document(model: PreTrainedModel) -> bool:

@@ -7,15 +7,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FOUR_BITS", "FOUR_BIT_GROUP", "LINEAR_ROLES", "Architecture", "ExpertLayer", "Linear", "can_hold_four_bits"]
+__all__ = [
+    "E2M1",
+    "FOUR_BITS",
+    "FOUR_BIT_GROUP",
+    "LINEAR_ROLES",
+    "Architecture",
+    "ExpertLayer",
+    "Linear",
+    "can_hold_four_bits",
+    "parsed_kind",
+]
 
 FOUR_BITS = ("int4", "mxfp4")
 """What expert stacks can be rounded to in four bits."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The values of FP4's codes without the sign, which is the fourth bit (OCP's MX specification 1.0)."""
 FOUR_BIT_GROUP = 32
 """Inputs of a four-bit weight that share a step or a scale, where nothing else is said."""
 
 LINEAR_ROLES = ("attention", "shared", "dense")
 """Linears that are stored in 8 bit; heads, routers and gates keep their dtype."""
+
+
+def parsed_kind(kind: str) -> tuple[str, int, str | None]:
+    """What a stack is in, its group, and the dtype of a group's scales where it says one: `grouped:128:BF16`."""
+    name, *more = kind.split(":")
+    return (name, int(more[0]), more[1]) if more else (name, FOUR_BIT_GROUP, None)
 
 
 def can_hold_four_bits(inputs: int, group: int = FOUR_BIT_GROUP) -> bool:

@@ -16,7 +16,15 @@ from triton.runtime import interpreter
 
 from tests.parity.test_expert_layer import Case, run
 from tests.parity.test_four_bit_experts import KINDS, in_four_bits
-from tests.parity.test_triton_layer import CLAMPED, SQUARED, Setting, halves, unknown
+from tests.parity.test_triton_layer import (
+    CLAMPED,
+    SIXTEEN_BITS,
+    SQUARED,
+    Setting,
+    assert_as_near_as_the_reference,
+    halves,
+    unknown,
+)
 from toolkit.ops import LoraFactors, four_bit, reference
 from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.four_bit import FourBits
@@ -260,21 +268,12 @@ def test_output_and_every_gradient_match_the_reference(name: str, kind: str) -> 
         assert (got - wanted).norm() <= (theirs - wanted).norm() + 1e-5 * wanted.norm().clamp(min=1e-6)
 
 
-# The interpreter cuts a bf16 off where a card rounds it, at each of the layer's stores.
-@pytest.mark.parametrize(("dtype", "roundings"), [(torch.bfloat16, 4), (torch.float16, 1)])
+@pytest.mark.parametrize(("dtype", "roundings"), SIXTEEN_BITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_sixteen_bits_no_tensor_is_further_from_the_truth_than_the_references(
     kind: str, dtype: torch.dtype, roundings: int
 ) -> None:
-    weights, leaves, index = build("gated in halves", kind)
-    with torch.no_grad():  # numbers that sixteen bits hold, so that all three see the same
-        leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
-    truth = run(reference.expert_layer, weights, [leaf.detach().double().requires_grad_() for leaf in leaves], index)
-    rounded = run(reference.expert_layer, weights, leaves, index)
-    for wanted, theirs, got in zip(truth, rounded, run(expert_layer, weights, leaves, index), strict=True):
-        assert got.dtype == dtype
-        allowed = (theirs - wanted).norm() + roundings * torch.finfo(dtype).eps * wanted.norm()
-        assert (got - wanted).norm() <= allowed
+    assert_as_near_as_the_reference(*build("gated in halves", kind), dtype, roundings)
 
 
 @pytest.mark.parametrize("kind", KINDS)

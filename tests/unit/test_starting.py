@@ -16,6 +16,7 @@ from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard
 from toolkit.errors import ResourceError
 from toolkit.plan import make_plan, starting
 from toolkit.plan.devices import Device
+from toolkit.quant.stored import EXPERT_KINDS
 from toolkit.recipe import load
 from toolkit.report import machine
 
@@ -96,7 +97,7 @@ def test_doctor_says_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
         ("onecard eval runs/x --lm", {"--lm-eval"}),
         ("onecard train r.yaml training.learn", {"training.learning_rate="}),
         ("onecard train r.yaml quantization.experts=", {"quantization.experts=", *(
-            f"quantization.experts={word}" for word in ("int8", "none"))}),
+            f"quantization.experts={word}" for word in (*EXPERT_KINDS, "none"))}),
         ("onecard sweep r.yaml lora.router=t", {"lora.router=true"}),
     ],
 )  # fmt: skip

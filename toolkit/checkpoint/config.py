@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import auto_class
+from toolkit.architecture import on_meta
 from toolkit.checkpoint.files import gguf_at
 from toolkit.errors import ModelError, first_line
 
@@ -46,7 +45,6 @@ def skeleton(name_or_path: str, *, revision: str = "main") -> PreTrainedModel:
     """
     config = read_config(name_or_path, revision)
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=False)
+        return on_meta(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name_or_path}: {first_line(error)}") from None

@@ -31,7 +31,6 @@ from toolkit.checkpoint.files import METHOD, declared_format, read_header, shard
 from toolkit.checkpoint.formats import BESIDE_PACKED, Files, Packed, packed_weights
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError, first_line
-from toolkit.parts import FOUR_BITS
 
 __all__ = ["Shards", "refuse_wrong_shapes", "targets"]
 
@@ -133,7 +132,7 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
     """
     declared = declared_format(name, model.config)
     is_ours = declared is not None and declared["quant_method"] == METHOD
-    if is_ours and declared is not None and declared.get("experts") in FOUR_BITS:
+    if is_ours:
         shapes = _unpacked(shapes, model)
     with torch.device("meta"):
         tensors = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit.parts import FOUR_BIT_GROUP
+from toolkit.parts import E2M1, FOUR_BIT_GROUP
 
 __all__ = [
     "FourBits",
@@ -40,7 +40,6 @@ _MOST_STEPS = 15
 _LARGEST_CODE = 8
 _SHRINKS = (1.04, 1.0, 0.95, 0.9, 0.85, 0.8)
 """Of the step that reaches a group's largest weight: a smaller one clips it and is finer for the others."""
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _HALF_BIAS = 14
 """E2M1's bits, read as fp16's, are worth this many powers of two less."""
 
@@ -73,21 +72,20 @@ def packed_codes(codes: Tensor) -> Tensor:
     return turned(codes.to(torch.int8).bitwise_and_(15).view(torch.uint8))
 
 
-def codes_of(packed: Tensor) -> Tensor:
-    """Codes, uint8 [..., O, I], of bytes [..., I/2, O]."""
-    return torch.cat((packed & 15, packed >> 4), -2).transpose(-1, -2)
-
-
 def dequantize(stored: FourBits) -> Tensor:
     """The fp32 weight [..., O, I]."""
     packed, scale, step = stored
-    whole = torch.empty((*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]), device=packed.device)
-    low, high = whole.chunk(2, -2)
     if step is not None:
-        whole = integers(stored).float() * scale.unsqueeze(-2)
-    else:
-        float_into(low, high, packed, *scale.chunk(2, -2))
+        return (integers(stored).float() * scale.unsqueeze(-2)).transpose(-1, -2)
+    whole = _room_for(packed, torch.float32)
+    low, high = whole.chunk(2, -2)
+    float_into(low, high, packed, *scale.chunk(2, -2))
     return whole.transpose(-1, -2)
+
+
+def _room_for(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty [..., I, O] for bytes [..., I/2, O]."""
+    return torch.empty((*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]), dtype=dtype, device=packed.device)
 
 
 def group_of(stored: FourBits) -> int:
@@ -106,9 +104,7 @@ def integers(stored: FourBits) -> Tensor:
     """int4 as int8 [..., I, O], without the rows' scale."""
     packed, _, step = stored
     assert step is not None
-    whole = torch.empty(
-        (*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1]), dtype=torch.int8, device=packed.device
-    )
+    whole = _room_for(packed, torch.int8)
     (low, high), (low_step, high_step) = whole.chunk(2, -2), step.chunk(2, -2)
     expand_into(low, high, packed, low_step, high_step)
     return whole
@@ -190,9 +186,9 @@ def quantize_mxfp4(weight: Tensor) -> FourBits:
     """Round a float matrix [O, I] to MXFP4: of two powers of two for each group the one that errs least."""
     grouped = weight.float().unflatten(-1, (-1, FOUR_BIT_GROUP))
     largest = grouped.abs().amax(-1)
-    power = torch.floor(torch.log2(largest.clamp_min(2.0**-100) / _E2M1[-1])).clamp_(-126, 126)
+    power = torch.floor(torch.log2(largest.clamp_min(2.0**-100) / E2M1[-1])).clamp_(-126, 126)
     grouped = grouped * torch.exp2(-power)[..., None]
-    values = torch.tensor((*_E2M1, *(-value for value in _E2M1)), device=weight.device)
+    values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=weight.device)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for shift in (0, 1):
         codes = nearest_e2m1(grouped / 2**shift)
@@ -213,7 +209,7 @@ def _better(best: tuple[Tensor, Tensor, Tensor], found: tuple[Tensor, Tensor, Te
 
 def nearest_e2m1(values: Tensor) -> Tensor:
     """The code of the nearest FP4 value, uint8; what lies between two goes to the even code."""
-    bounds = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(_E2M1)], device=values.device)
+    bounds = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)], device=values.device)
     size = values.abs().contiguous()
     below, above = torch.bucketize(size, bounds, right=False), torch.bucketize(size, bounds, right=True)
     code = torch.where(below % 2 == 0, below, above)

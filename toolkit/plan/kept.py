@@ -38,10 +38,7 @@ def kept_in(budget: Budget) -> Mapping[str, str]:
     declared = declared_format(name, budget.model.config)
     if declared is not None and declared["quant_method"] == METHOD:
         return dict(declared.get("stacks") or {})
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     from toolkit.checkpoint.stacks import plain_weights
     from toolkit.quant.kept import kept_stacks
 
-    weights = plain_weights(name, folder, declared, budget.model)
-    return kept_stacks(name, budget.model, weights, get_model_conversion_mapping(budget.model))
+    return kept_stacks(name, budget.model, plain_weights(name, folder, declared, budget.model))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from toolkit.errors import ModelError
 from toolkit.mtp.cost import HEAD_BYTES, head_bytes
 from toolkit.offload.place import resident_bytes
-from toolkit.parts import FOUR_BIT_GROUP, FOUR_BITS, LINEAR_ROLES, can_hold_four_bits
+from toolkit.parts import FOUR_BITS, LINEAR_ROLES, can_hold_four_bits, parsed_kind
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
@@ -32,7 +32,7 @@ _HEAD_WEIGHT = 4
 _A_THREAD = 13 << 20
 """What a thread keeps on a CPU, where micro-batches that go together have one each: MKL's own allocator about 10 MiB
 (measured: with MKL_DISABLE_FAST_MM=1 they are gone), the expert engine a buffer of 2 MiB."""
-_SCALES = {"F16": 2, "BF16": 2, "F32": 4}
+_SCALES = {None: 1, "F16": 2, "BF16": 2, "F32": 4}
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
@@ -89,11 +89,10 @@ def stack_bytes(shapes: Shapes, how: str, itemsize: int) -> dict[str, int]:
 
 def bytes_of_stack(size: int, rows: int, how: str, itemsize: int) -> int:
     """Of a stack's parameters and output rows: four bits, a byte or a scale a group, and a scale a row for int4."""
-    kind, *more = how.split(":")
-    group, scale = (int(more[0]), _SCALES[more[1]]) if more else (FOUR_BIT_GROUP, 1)
+    kind, group, scales = parsed_kind(how)
     if kind not in (*FOUR_BITS, "grouped") or not can_hold_four_bits(size // rows, group):
         return _stored([(size, rows)], "none" if how == "none" else "int8", itemsize)
-    return size // 2 + scale * size // group + (4 * rows if kind == "int4" else 0)
+    return size // 2 + _SCALES[scales] * size // group + (4 * rows if kind == "int4" else 0)
 
 
 def count_bytes(

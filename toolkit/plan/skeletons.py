@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.architecture import auto_class, describe
+from toolkit.architecture import describe, on_meta
 from toolkit.checkpoint.config import skeleton
 from toolkit.mtp.cost import config_number, experts_per_token, head_parameters
 from toolkit.plan.shapes import Shapes, is_published, published_config
@@ -27,9 +26,7 @@ def shape_of(name: str, revision: str = "main", attn_implementation: str = "auto
         model = skeleton(name, revision=revision)
     else:
         values = published_config(name)
-        with torch.device("meta"):
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
-            model = auto_class(config).from_config(config, trust_remote_code=False)
+        model = on_meta(AutoConfig.for_model(values.pop("model_type"), **values))
     if attn_implementation in ("eager", "sdpa"):
         model.set_attn_implementation(attn_implementation)
     return model

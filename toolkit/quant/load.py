@@ -15,9 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
-from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe
+from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe, on_meta
 from toolkit.checkpoint.config import read_config, read_generation_config
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
@@ -124,11 +123,10 @@ def _plain(
     name_or_path: str, revision: str, config: PretrainedConfig, wanted: Int8Config
 ) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """The model's class, and every weight of a checkpoint that others quantised, unread, as a plain one has it."""
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=False)
+    model = on_meta(config)
     weights = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, model)
     if wanted.experts == "source":
-        wanted.stacks = kept_stacks(name_or_path, model, weights, get_model_conversion_mapping(model))
+        wanted.stacks = kept_stacks(name_or_path, model, weights)
     return type(model), weights
 
 

@@ -1,4 +1,4 @@
-"""What int8 adds to weights that others had quantised: measured while they load, on one expert of each stack."""
+"""What rounding adds to weights that others had quantised: measured while they load, on one expert of each stack."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from toolkit.ops.four_bit import quantize_int4, quantize_mxfp4, turned
 from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
 from toolkit.quant.requantised import Requantised
-from toolkit.quant.stored import float_shape, input_dim, is_stored, multiplied_out, names_of
+from toolkit.quant.stored import BESIDE, float_shape, input_dim, is_stored, multiplied_out, names_of
 from toolkit.steps import advance
 
 __all__ = ["Round", "Workspace"]
@@ -64,7 +64,7 @@ class Workspace:
 
     def has_reserved(self, name: str) -> bool:
         """Whether a parameter, rounded or beside such a one, is allocated and not filled yet."""
-        return any(name in parts for parts in self._results.values())
+        return any(name.removesuffix(ending) in self._results for ending in BESIDE)
 
     def result(self, model: nn.Module, name: str) -> Tensors:
         """A stored parameter's tensors to fill, by full name."""
@@ -83,8 +83,8 @@ class Workspace:
         if self._ahead is not None:
             self._ahead.used(sum(part.nbytes for parts in tensors.values() for part in parts))
 
-    def kept(self, count: int) -> None:
-        """So many values were taken as they are."""
+    def filled(self, count: int) -> None:
+        """So many more values of results are there now."""
         self._rounded += count
         advance(self._rounded, self._due, "bytes")
 
@@ -109,8 +109,7 @@ class Workspace:
             stored[:, rows], scale[..., rows] = found.packed, found.scale
             if step is not None and found.step is not None:
                 step[:, rows] = found.step
-        self._rounded += weight.numel()
-        advance(self._rounded, self._due, "bytes")
+        self.filled(weight.numel())
 
     def _round_int8(self, weight: torch.Tensor, input_dim: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
         wanted = scratch_for(weight)
@@ -166,16 +165,14 @@ class Round(ConversionOps):  # type: ignore[misc]
             parts = {pattern: _of_expert(tensors, expert, shape[0]) for pattern, tensors in input_dict.items()}
             if not all(parts.values()):
                 return {}  # an expert is not in the checkpoint: the loader reports the stack as missing
+            mine = {key: tensor[expert] for key, tensor in result.items()}
             if keeps:
-                self._keep(
-                    parts, kwargs["source_patterns"], {key: tensor[expert] for key, tensor in result.items()}, name
-                )
+                self._keep(parts, kwargs["source_patterns"], mine, name)
                 self.workspace.used(parts)
                 continue
             pieces = self._pieces(parts, outputs, kwargs)
             if not _fills(pieces, outputs, torch.Size((1, *shape[1:]))):
                 return {name: torch.cat(pieces, outputs)}  # the loader reports the mismatch by name
-            mine = {key: tensor[expert] for key, tensor in result.items()}
             first = 0
             for piece in pieces:
                 last = first + piece.shape[outputs]
@@ -195,7 +192,7 @@ class Round(ConversionOps):  # type: ignore[misc]
         codes, scales = (torch.cat([piece[side].flatten(0, -2) for piece in pieces]) for side in (0, 1))
         out[name].copy_(turned(codes))
         out[f"{name}_scale"].copy_(scales.t())
-        self.workspace.kept(codes.numel())
+        self.workspace.filled(codes.numel())
 
     def _pieces(self, parts: Tensors, outputs: int, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """One expert in pieces [1, ., .] along its outputs; merging and joining them first would only copy them."""

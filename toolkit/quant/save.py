@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from toolkit.architecture import auto_class
+from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import refuse_wrong_shapes, targets
 from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, gguf_at, write_index
@@ -37,6 +37,7 @@ from toolkit.quant.gptq.keep import int8_state
 from toolkit.quant.kept import kept_stacks
 from toolkit.quant.load import storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+from toolkit.quant.stored import BESIDE
 from toolkit.steps import advance, part
 
 __all__ = ["WrittenCheckpoint", "quantize_checkpoint", "refuse_existing"]
@@ -118,8 +119,7 @@ def quantize_checkpoint(
             shapes = ((key, shape) for key, (shape, _) in shapes_in(slices).items())
             refuse_wrong_shapes(name_or_path, skeleton, shapes)
             if experts == "source":
-                mapping = get_model_conversion_mapping(skeleton)
-                wanted.stacks = kept_stacks(name_or_path, skeleton, slices, mapping)
+                wanted.stacks = kept_stacks(name_or_path, skeleton, slices)
             written = _write_weights(name_or_path, slices, skeleton, wanted, workplace, rounded, progress, dtype)
             config.quantization_config = wanted
             config.save_pretrained(workplace)
@@ -151,8 +151,7 @@ class _WriterQuantizer(Int8Quantizer):
 
 def _skeleton(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=False)
+        return on_meta(config)
     except (ValueError, KeyError) as error:
         raise ModelError(f"{name}: {first_line(error)}") from None
 
@@ -200,7 +199,7 @@ def _write_weights(
 
 
 def _with_scales(names: Iterable[str], rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    keys = (key for name in names for key in (name, f"{name}_scale", f"{name}_step"))
+    keys = (f"{name}{ending}" for name in names for ending in BESIDE)
     return {key: rounded[key].cpu() for key in keys if key in rounded}
 
 

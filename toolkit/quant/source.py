@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from toolkit.architecture import auto_class
+from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.remote import fetch
@@ -50,8 +50,7 @@ class SourceWeights:
                 f"{name_or_path}: int8 already, so its original weights are not there to compensate for; take the "
                 "checkpoint it was made from, or set quantization.error_compensation=none"
             )
-        with torch.device("meta"):
-            self._model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
+        self._model = on_meta(config)
         self._quantizer = _keeps_floats(self._model) if declared.source is not None else None
         self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
         self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), declared.source, self._model)

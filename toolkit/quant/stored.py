@@ -11,9 +11,10 @@ from toolkit.architecture import is_experts
 from toolkit.ops import four_bit
 from toolkit.ops.four_bit import FourBits
 from toolkit.ops.int8 import dequantize
-from toolkit.parts import FOUR_BIT_GROUP, FOUR_BITS, can_hold_four_bits
+from toolkit.parts import FOUR_BITS, can_hold_four_bits, parsed_kind
 
 __all__ = [
+    "BESIDE",
     "EXPERT_KINDS",
     "declare_stack",
     "float_shape",
@@ -27,7 +28,8 @@ __all__ = [
 EXPERT_KINDS = ("int8", *FOUR_BITS, "source")
 """What expert stacks can be stored in: rounded, or as the checkpoint has them in four bits."""
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_BESIDE = ("", "_scale", "_step")
+BESIDE = ("", "_scale", "_step")
+"""Endings of a stored parameter's name: the weight itself, its scales, and int4's steps."""
 
 
 def is_stored(module: nn.Module, name: str) -> bool:
@@ -38,13 +40,13 @@ def is_stored(module: nn.Module, name: str) -> bool:
 
 def names_of(module: nn.Module, name: str) -> tuple[str, ...]:
     """A stored parameter's own name and those beside it."""
-    return tuple(f"{name}{ending}" for ending in _BESIDE if hasattr(module, f"{name}{ending}"))
+    return tuple(f"{name}{ending}" for ending in BESIDE if hasattr(module, f"{name}{ending}"))
 
 
 def rounded_in(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """The stored parameters of a state dict, each with its own key and those beside it."""
     return {
-        name: tuple(f"{name}{ending}" for ending in _BESIDE if f"{name}{ending}" in state)
+        name: tuple(f"{name}{ending}" for ending in BESIDE if f"{name}{ending}" in state)
         for name, value in state.items()
         if value.dtype in (torch.int8, torch.uint8) and f"{name}_scale" in state
     }
@@ -61,8 +63,7 @@ def declare_stack(experts: nn.Module, name: str, kind: str) -> None:
     stack: Tensor = getattr(experts, name)
     transposed = bool(experts.is_transposed)
     count, outputs, inputs = stack.shape[0], stack.shape[2 if transposed else 1], stack.shape[1 if transposed else 2]
-    kind, *more = kind.split(":")
-    group, scales = (int(more[0]), _DTYPES[more[1]]) if more else (FOUR_BIT_GROUP, torch.float32)
+    kind, group, scales = parsed_kind(kind)
     kind = kind if can_hold_four_bits(inputs, group) else "int8"
     turned, groups = (count, inputs // 2, outputs), (count, inputs // group, outputs)
     shapes: dict[str, dict[str, tuple[Sequence[int], torch.dtype]]] = {
@@ -73,7 +74,7 @@ def declare_stack(experts: nn.Module, name: str, kind: str) -> None:
             "_step": (groups, torch.int8),
         },
         "mxfp4": {"": (turned, torch.uint8), "_scale": (groups, torch.uint8)},
-        "grouped": {"": (turned, torch.uint8), "_scale": (groups, scales)},
+        "grouped": {"": (turned, torch.uint8), "_scale": (groups, _DTYPES[scales or "F32"])},
     }
     for ending, (shape, dtype) in shapes[kind].items():
         empty = torch.empty(tuple(shape), dtype=dtype, device=stack.device)

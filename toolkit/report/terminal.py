@@ -76,10 +76,10 @@ def compensation(console: Console, found: Compensation) -> None:
 
 
 def requantised(console: Console, found: Mapping[str, Any]) -> None:
-    """What a checkpoint was quantised as, and what int8 adds to that: relative errors, measured while it loaded."""
+    """What a checkpoint was quantised as, and what rounding adds to that: relative errors, measured while it loaded."""
     formats = "; ".join(f"{name} ({count:,})" for name, count in found["formats"].items())
     console.print(
-        f"[bold]requantised[/bold]  from {escape(formats)}; int8 adds {found['weights']:.2%} to the weights, "
+        f"[bold]requantised[/bold]  from {escape(formats)}; rounding adds {found['weights']:.2%} to the weights, "
         f"{found['outputs']:.2%} to outputs of random inputs ({found['matrices']} matrices compared)"
     )
     if zeros := found["zero_experts"]:

@@ -136,7 +136,7 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
 
 
 def requantised(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What int8 added to weights that others had quantised, as `Requantised.to_dict` says it; None for plain ones."""
+    """What rounding added to weights that others had quantised, as `Requantised.to_dict`; None for plain ones."""
     found = getattr(getattr(model.config, "quantization_config", None), "requantised", None)
     return None if found is None else dict(found)
 

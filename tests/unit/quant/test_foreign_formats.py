@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests.unit.quant.test_storage import FP4, Tensors, rewrite, same, tiny
 from toolkit.architecture import describe
 from toolkit.errors import ModelError
-from toolkit.quant import load_int8
+from toolkit.plan.audit import audit
+from toolkit.quant import load_int8, quantize_checkpoint
 from toolkit.quant.stored import multiplied_out
 
 GROUP = 32
@@ -202,6 +203,17 @@ def test_four_bits_are_kept_as_they_are(tmp_path: Path, layout: str) -> None:
             assert torch.equal(values, wanted[stack]), stack
             seen += 1
     assert seen == 4
+
+
+@pytest.mark.parametrize("layout", KEPT)
+def test_what_was_kept_is_written_and_taken_stock_of(tmp_path: Path, layout: str) -> None:
+    """Its shapes on the disk are those of bytes, and not of the config."""
+    quantized, _ = pair(tmp_path, layout)
+    quantize_checkpoint(str(quantized), tmp_path / "kept", experts="source")
+    first, again = (load_int8(str(folder), experts="source") for folder in (quantized, tmp_path / "kept"))
+    assert all(torch.equal(tensor, again[0].state_dict()[name]) for name, tensor in first[0].state_dict().items())
+    stacks = audit(str(tmp_path / "kept")).parts[0]
+    assert (stacks.stored, stacks.bytes) == (KEPT[layout], again[1].expert_bytes)
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - KEPT.keys()))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from toolkit.parts import E2M1
+
 __all__ = ["as_bytes", "fields", "fp4", "fp6", "grid", "nibbles", "planes", "powers"]
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The values of FP4's codes without the sign, which is the fourth bit."""
-_SIGNED = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
+_SIGNED = torch.tensor((*E2M1, *(-value for value in E2M1)))
 _PAIRS = torch.stack((_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)), -1)
 """Of each byte, [256, 2]: the low nibble comes first."""
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import GGUF_NEEDS_CONFIG, GGUF_READ, auto_class
+from toolkit.architecture import GGUF_NEEDS_CONFIG, GGUF_READ, on_meta
 from toolkit.checkpoint.formats.gguf_config import WRONG_CONFIG, config_of, in_one_line, is_named, model_types
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Slice, open_gguf
 from toolkit.checkpoint.formats.gguf_names import parameters
@@ -133,7 +132,6 @@ def _beside(where: Path) -> PretrainedConfig:
 
 def _skeleton(where: Path, config: PretrainedConfig) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=False)
+        return on_meta(config)
     except WRONG_CONFIG as error:
         raise ModelError(f"{where}: no {config.model_type} can be built of its config: {in_one_line(error)}") from None

@@ -9,7 +9,9 @@ storage. Libraries that ship GPTQ quantise `nn.Linear` to their own formats; exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +59,9 @@ def compensate(
     stored, scale = quantize(weight_BOI)
     plain = row_errors(weight_BOI, stored, scale, hessian_BII)
     best = Solved(stored, scale, plain, plain.clone())
-    # Inputs with much weight first: whatever they leave over, many others can still take up.
-    order = hessian_BII.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    sorted_BII = _take(_take(hessian_BII, order).transpose(-1, -2), order)
-    damping_B = torch.as_tensor(damping, dtype=scale.dtype, device=scale.device).expand(weight.shape[0])
-    feedback = _feedback(sorted_BII, damping_B)
+    damping_B, order, feedback = _ordered(hessian_BII, damping)
     if feedback is None:
-        return best if weight.shape[0] == 1 else _one_by_one(weight, hessian, damping_B, effort)
+        return best if len(weight) == 1 else _one_by_one(partial(compensate, effort=effort), weight, hessian, damping_B)
     # The scale that just avoids clipping stays: at a smaller one a row's largest weight is off by whole levels, which
     # nothing makes good. Trying 0.95, 0.9 and 0.85 of it for every row of the embedded model changed nothing.
     level = torch.ones((), device=scale.device).expand_as(weight_BOI)
@@ -79,16 +77,10 @@ def compensate_int4(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.
     plain = rounded_to_int4(weight_BOI)
     rounded = row_errors(weight_BOI, plain.stored, plain.scale, hessian_BII)
     best = replace(plain, rounded_error=rounded, error=rounded.clone())
-    diagonal_BI = hessian_BII.diagonal(dim1=-2, dim2=-1)
-    damping_B = torch.as_tensor(damping, dtype=torch.float32, device=weight.device).expand(weight.shape[0])
-    order = diagonal_BI.argsort(dim=-1, descending=True, stable=True)
-    feedback = _feedback(_take(_take(hessian_BII, order).transpose(-1, -2), order), damping_B)
+    damping_B, order, feedback = _ordered(hessian_BII, damping)
     if feedback is None:
-        if weight.shape[0] == 1:
-            return best
-        each = zip(weight.split(1), hessian.split(1), damping_B.split(1), strict=True)
-        return _joined([compensate_int4(*one) for one in each])
-    for chosen in (plain, rounded_to_int4(weight_BOI, diagonal_BI)):
+        return best if len(weight) == 1 else _one_by_one(compensate_int4, weight, hessian, damping_B)
+    for chosen in (plain, rounded_to_int4(weight_BOI, hessian_BII.diagonal(dim1=-2, dim2=-1))):
         assert chosen.step is not None
         group = weight.shape[-1] // chosen.step.shape[-2]
         step = chosen.step.transpose(-1, -2).float().repeat_interleave(group, -1)
@@ -96,6 +88,18 @@ def compensate_int4(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.
         for candidate in (chosen.scale, _refit(weight_BOI, levels, hessian_BII, chosen.scale)):
             best = _better_rows(best, weight_BOI, levels, candidate, hessian_BII, chosen.step)
     return best
+
+
+def _ordered(
+    hessian: torch.Tensor, damping: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Damping [B], the order of inputs [B, I], and the feedback of H in that order, as `_feedback` gives it.
+
+    Inputs with much weight first: whatever they leave over, many others can still take up.
+    """
+    damping_B = torch.as_tensor(damping, dtype=hessian.dtype, device=hessian.device).expand(len(hessian))
+    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    return damping_B, order, _feedback(_take(_take(hessian, order).transpose(-1, -2), order), damping_B)
 
 
 def rounded_to_int4(weight: torch.Tensor, importance: torch.Tensor | None = None) -> Solved:
@@ -249,7 +253,9 @@ def _joined(solved: list[Solved]) -> Solved:
     return Solved(**joined)
 
 
-def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor, effort: Effort | None) -> Solved:
+def _one_by_one(
+    solve: Callable[..., Solved], weight: torch.Tensor, hessian: torch.Tensor, damping: torch.Tensor
+) -> Solved:
     """One matrix in the batch cannot be factored; the others must not suffer for it."""
     each = zip(weight.split(1), hessian.split(1), damping.split(1), strict=True)
-    return _joined([compensate(*one, effort) for one in each])
+    return _joined([solve(*one) for one in each])
