@@ -164,7 +164,7 @@ class _Projection:
     def _scaled_B(self, dtype: torch.dtype) -> torch.Tensor | None:
         if self.B is None:
             return None
-        return torch.mul(self.B, self.scaling, out=self.B.new_empty(self.B.shape, dtype=dtype))
+        return torch.mul(self.B.detach(), self.scaling, out=self.B.new_empty(self.B.shape, dtype=dtype))
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b + low · scaling Bᵀ: [S, O]; x [S, I], or gathered by `row`."""
