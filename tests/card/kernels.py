@@ -262,13 +262,17 @@ def _refuse_tile(kwargs: dict[str, Any]) -> None:
 
 
 def install(replays: bool = True, watch: Callable[[str, Values, tuple[str, ...]], None] | None = None) -> None:
-    """Give Triton the card. `watch` is told of each launch, with the names of what it writes."""
+    """Give Triton the card. `watch` is told of each launch, with the names of what it writes.
+
+    Without `replays` only indices are computed: what is found by them must be there.
+    """
     if triton.knobs.runtime.interpret:
         return
     triton.runtime.driver.set_active(_Driver())
     known = _kernels()
     for kernel, replay, written in known:
-        kernel.add_pre_run_hook(_hook(kernel, replay if replays else lambda values: None, written, watch))
+        computes = replays or replay is _place_rows
+        kernel.add_pre_run_hook(_hook(kernel, replay if computes else lambda values: None, written, watch))
     compiles, names = os.environ.get("REHEARSED_CARD_COMPILE") == "1", {kernel for kernel, *_ in known}
 
     def keep_from_compiling(*, fn: SimpleNamespace, **ignored: Any) -> bool:
