@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors
+from toolkit.architecture import strip_index
 from toolkit.checkpoint.config import read_config, skeleton
 from toolkit.checkpoint.files import declared_format, gguf_at
 from toolkit.errors import ModelError
@@ -22,8 +23,6 @@ from toolkit.steps import advance, part
 
 __all__ = ["require_merge_base"]
 
-_SAMPLED = 6
-"""Adapted parameters that are compared, spread over the model."""
 _PLAIN = 0.01
 """Relative error between floats of 16 bits or more: one may have been rounded to bf16, by 2⁻⁹."""
 _FLOATS = ("BF16", "F16", "F32")
@@ -91,9 +90,11 @@ def _require_same_shapes(merge_base: Path, source: Path, model: PreTrainedModel)
 
 
 def _sampled(source: SourceWeights, adapter: Sequence[Factors]) -> Iterator[str]:
-    """Some of what is adapted, and the norms of the first and the last part that has any."""
-    step = max(1, -(-len(adapter) // _SAMPLED))
-    yield from (factors.parameter for factors in adapter[::step])
+    """One parameter of each kind that is adapted, spread over the layers, and the norms of two parts."""
+    kinds: dict[str, list[str]] = {}
+    for factors in adapter:
+        kinds.setdefault(strip_index(factors.parameter), []).append(factors.parameter)
+    yield from (names[number * len(names) // len(kinds)] for number, names in enumerate(kinds.values()))
     shapes = {name: value.dim() for name, value in source.model.state_dict().items()}
     parts = [[name for name in names if shapes[name] == 1] for names in source.parts().values()]
     norms = [names for names in parts if names]

@@ -187,10 +187,12 @@ def _format_of(base: Path) -> str | None:
 
 
 def _require_survival(format: str, survival: Survival | None, force: bool) -> None:
-    if survival is not None and not survival.share >= LEAST_SHARE and not force:
-        raise ModelError(
-            f"{format}: only {survival}, less than {LEAST_SHARE:.0%}: not exported; take --format merged, or --force"
-        )
+    if survival is None or force:
+        return
+    why = "" if survival.share >= LEAST_SHARE else f"less than {LEAST_SHARE:.0%}"
+    why = why or ("" if survival.noise <= 1 else "further from the adapted model than its base is")
+    if why:
+        raise ModelError(f"{format}: {survival}: {why}, not exported; take --format merged, or --force")
 
 
 def _told(job: _Job, format: str, out: str, made: _Made) -> Export:
