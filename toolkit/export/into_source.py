@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from toolkit.checkpoint.stacks import plain_weights
 from toolkit.checkpoint.weights import PackedSlice, StackSlice
 from toolkit.errors import ModelError
 from toolkit.export.merge import copied, key_in_files
+from toolkit.quant.ours import own_weights
 from toolkit.steps import advance
 
 __all__ = ["Homes", "merge_into_source"]
@@ -50,10 +52,16 @@ class Homes:
         self.base, self._skeleton = base, skeleton
         declared = None if gguf_at(base) else declared_format(str(base), read_config(str(base)))
         kind = GGUF if gguf_at(base) else "floats" if declared is None else str(declared["quant_method"])
-        if kind in (GGUF, METHOD, "floats"):
+        if kind in (GGUF, "floats"):
             raise ModelError(f"{base}: its weights are {kind}, which merged-source does not write; {_INSTEAD[kind]}")
-        self._weights = plain_weights(str(base), base, declared, skeleton, keyed=True)
-        self._names = targets(skeleton, get_model_conversion_mapping(skeleton), self._weights)
+        self._weights: dict[str, Any]
+        self._is_ours = kind == METHOD
+        if self._is_ours:
+            self._weights = dict(own_weights(base, skeleton))
+            self._names = {key: key for key in self._weights}
+        else:
+            self._weights = plain_weights(str(base), base, declared, skeleton, keyed=True)
+            self._names = targets(skeleton, get_model_conversion_mapping(skeleton), self._weights)
         for factors in adapter:
             for piece in self._pieces(factors):
                 if piece.packed.encoder is None and piece.packed.stored not in _FLOATS:
@@ -68,6 +76,9 @@ class Homes:
             for expert in range(len(factors.A_ERI)):
                 for piece, part in stack.taken_apart(expert, factors.update(expert)):
                     yield piece, part.reshape(piece.shape)
+            return
+        if self._is_ours:
+            yield stack, factors.full()
             return
         for key, delta in deltas(factors, self._skeleton):
             yield self._weights[key_in_files(key, keys, factors.parameter)], delta
@@ -89,7 +100,6 @@ class Homes:
 
 _INSTEAD = {
     "floats": "export it as merged",
-    METHOD: "give the checkpoint it was made from with --base FOLDER, or export it as merged-int8",
     GGUF: "export it as merged, or as gguf for llama.cpp",
     "other": "export it as merged",
 }

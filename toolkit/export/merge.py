@@ -59,7 +59,7 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
     if wanted is None:
         raise ModelError(
             f"{base}: holds rounded int8 weights alone, and a merge starts from the original ones: give the checkpoint "
-            "it was made from with --base FOLDER"
+            "it was made from with --base FOLDER, or name it as model.merge_base; merged-source writes into int8"
         )
     if wanted.source is not None:
         return _merge_dequantised(base, adapter, skeleton, folder)

@@ -43,7 +43,7 @@ def require_merge_base(
     """
     _require_floats(merge_base)
     _require_same_shapes(merge_base, source, model)
-    ours, theirs = SourceWeights(str(source)), SourceWeights(str(merge_base))
+    ours, theirs = SourceWeights(str(source), also_ours=True), SourceWeights(str(merge_base))
     there = {name for names in theirs.parts().values() for name in names}
     if missing := sorted({factors.parameter for factors in adapter} - there):
         raise ModelError(f"{merge_base}: lacks {missing[0]}, which the adapter changes; give another model.merge_base")

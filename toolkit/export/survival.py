@@ -27,11 +27,10 @@ from toolkit.architecture import auto_class
 from toolkit.errors import DataError
 from toolkit.quant.gptq.calibrate import make_batches
 from toolkit.quant.gptq.observe import Batch
-from toolkit.quant.load import load_int8
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance, part
 
-__all__ = ["LEAST_SHARE", "Survival", "loaded_logits", "looked_at", "streamed_logits", "survival"]
+__all__ = ["LEAST_SHARE", "Survival", "looked_at", "streamed_logits", "survival"]
 
 LEAST_SHARE = 0.9
 """Of the adapter's change of the logits that has to be left."""
@@ -114,7 +113,7 @@ def streamed_logits(source: Path, batch: Batch, adapter: Sequence[Factors] = ())
 
     A decoder layer's weights are read when the model comes to it, and dropped when it is through.
     """
-    weights = SourceWeights(str(source), model_of=_without_weights)
+    weights = SourceWeights(str(source), model_of=_without_weights, also_ours=True)
     model = weights.model.eval()
     model.set_experts_implementation("eager")
     parts = list(weights.parts())
@@ -128,14 +127,6 @@ def streamed_logits(source: Path, batch: Batch, adapter: Sequence[Factors] = ())
             loaded = partial(_loaded, weights, name, adapter)
             stack.enter_context(_when_called(model, name, loaded, (number, len(layers))))
         logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
-    return logits.flatten(0, 1)[batch.real].float()
-
-
-@torch.no_grad()
-def loaded_logits(folder: Path, batch: Batch) -> Tensor:
-    """As `streamed_logits`, of a checkpoint in onecard's own int8, which is loaded as a whole."""
-    model, _ = load_int8(str(folder))
-    logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
     return logits.flatten(0, 1)[batch.real].float()
 
 

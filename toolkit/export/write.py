@@ -42,7 +42,7 @@ from toolkit.export.into_source import Homes, merge_into_source
 from toolkit.export.merge import DRAFT_FOLDER, merge_checkpoint, merged_difference, stitch_head
 from toolkit.export.merge_base import require_merge_base
 from toolkit.export.server_rules import server_problems
-from toolkit.export.survival import LEAST_SHARE, Survival, loaded_logits, streamed_logits, survival
+from toolkit.export.survival import LEAST_SHARE, Survival, streamed_logits, survival
 from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter", "is_rounded_again"]
@@ -175,7 +175,7 @@ def is_rounded_again(base: Path, format: str) -> bool:
     """Whether this layout rounds weights that were rounded before, so that some of the adapter may be lost."""
     if format == "merged-source":
         return True
-    return format == "merged-int8" and _format_of(base) is not None
+    return format == "merged-int8" and _format_of(base) not in (None, METHOD)  # which nothing is merged into
 
 
 def _format_of(base: Path) -> str | None:
@@ -287,7 +287,7 @@ def _merged_int8(job: _Job) -> _Made:
     off = _int8_steps(merged, result, job.adapter)
     found = None
     if is_rounded_again(job.base, "merged-int8"):
-        found = survival(job.base, job.adapter, job.texts, partial(loaded_logits, result))
+        found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, result))
     put_tokenizer(job.artifact, result)
     put_stops(job.artifact, result)
     for path in [*result.iterdir(), *merged.glob(DRAFT_FOLDER)]:

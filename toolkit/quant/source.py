@@ -22,11 +22,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import targets
+from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.checkpoint.weights import unread
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import storage
+from toolkit.quant.ours import own_weights
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 
 __all__ = ["SourceWeights"]
@@ -40,6 +42,7 @@ class SourceWeights:
 
     Args:
         model_of: makes `model`, which the layers are read into, of a config; its parameters are on meta.
+        also_ours: read a checkpoint of onecard's own, too, whose weights were rounded before.
 
     Raises:
         ModelError: no safetensors there, or they are int8 already.
@@ -51,19 +54,28 @@ class SourceWeights:
         *,
         revision: str = "main",
         model_of: Callable[[PretrainedConfig], PreTrainedModel] = on_meta,
+        also_ours: bool = False,
     ) -> None:
         self.name = name_or_path
         config = read_config(name_or_path, revision)
-        declared = storage(name_or_path, config)
-        if declared is None:
+        declared = (declared_format(name_or_path, config) or {}).get("quant_method")
+        if declared == METHOD and also_ours:
+            self.model = model_of(config)
+            self._quantizer: Int8Quantizer | None = _keeps_floats(self.model)
+            self._mapping: list[Any] = []
+            self._slices: dict[str, Any] = dict(own_weights(fetch(name_or_path, revision), self.model))
+            self._targets = {key: key for key in self._slices}
+            return
+        wanted = None if declared == METHOD else storage(name_or_path, config)
+        if wanted is None:
             raise ModelError(
                 f"{name_or_path}: int8 already, so its original weights are not there to compensate for; take the "
                 "checkpoint it was made from, or set quantization.error_compensation=none"
             )
         self.model = model_of(config)
-        self._quantizer = _keeps_floats(self.model) if declared.source is not None else None
+        self._quantizer = _keeps_floats(self.model) if wanted.source is not None else None
         self._mapping = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
-        self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), declared.source, self.model)
+        self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, self.model)
         self._targets = targets(self.model, self._mapping, self._slices)
 
     @contextmanager

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tests.unit.artifact.conftest import BASE
 from tests.unit.artifact.test_quantised_bases import tensors
-from tests.unit.quant.test_foreign_formats import LAYOUTS, pair
-from tests.unit.quant.test_storage import fp8_pair, mxfp4_pair
+from tests.unit.quant.test_foreign_formats import LAYOUTS, WIDE, pair
+from tests.unit.quant.test_storage import fp8_pair, mxfp4_pair, rewrite, tiny
 from toolkit.adapters import attach_lora
 from toolkit.adapters.layouts import read_factors
 from toolkit.artifact import write_artifact
@@ -39,10 +39,10 @@ PAIRS: dict[str, Pair] = {
 }
 
 
-def adapter(base: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, std: float = 0.05) -> Path:
+def adapter(base: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, std: float = 0.05, **stored: str) -> Path:
     """On every kind of part, B random; trained on `base`."""
     torch.manual_seed(3)
-    model = attach_lora(load_int8(str(base))[0], r=2, lora_alpha=4, rank_pattern={"experts": 3})
+    model = attach_lora(load_int8(str(base), **stored)[0], r=2, lora_alpha=4, rank_pattern={"experts": 3})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -53,7 +53,7 @@ def adapter(base: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, std: f
 
 def along(before: Path, after: Path, artifact: Path) -> tuple[float, float]:
     """What share of the adapter's update the weights moved by, and how far they moved otherwise, over the update."""
-    old, new = SourceWeights(str(before)), SourceWeights(str(after))
+    old, new = (SourceWeights(str(folder), also_ours=True) for folder in (before, after))
     moved, size, off = 0.0, 0.0, 0.0
     for factors in read_factors(artifact, skeleton(str(before))):
         module, wanted = factors.parameter.rpartition(".")[0], factors.full()
@@ -189,7 +189,33 @@ def test_a_format_without_an_encoder_is_refused_by_name(
     words = refused(adapter(source, tokenizer, tmp_path / "mlx-adapter"), source, tmp_path / "out")
     assert "is stored as int4, groups of 32 by mlx, which merged-source does not write; export it as merged" in words
     assert "its weights are floats" in refused(artifact, BASE, tmp_path / "out")
-    quantize_checkpoint(str(BASE), tmp_path / "int8")
+
+
+@pytest.mark.parametrize(("family", "experts"), [("qwen3_moe", "int8"), ("gpt_oss", "int4"), ("qwen3_moe", "mxfp4")])
+def test_our_own_checkpoints_are_merged_into_as_well(
+    family: str, experts: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    original = tiny(tmp_path / "original", family, **WIDE)
+    source = tmp_path / "int8"
+    quantize_checkpoint(str(original), source, experts=experts)
+    artifact = adapter(source, tokenizer, tmp_path / "adapter", experts=experts)
+    made = export_adapter(artifact, source, "merged-source", tmp_path / "merged", texts=TEXTS, force=True)
+    assert made.survival is not None
+    assert made.survival.share > 0.5
+    before, after = tensors(source), tensors(tmp_path / "merged")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {before[key].dtype for key in changed} >= {torch.int8}
+    assert not [key for key in changed if key.endswith(("_scale", "_step"))]
+    share, off = along(source, tmp_path / "merged", artifact)
+    assert 0.9 < share < 1.05, (share, off)
+    ours, _ = load_int8(str(tmp_path / "merged"), experts=experts)
+    batch = looked_at(TEXTS)
+    with torch.no_grad():
+        found = ours(batch.ids).logits.flatten(0, 1)[batch.real]
+    torch.testing.assert_close(found, streamed_logits(tmp_path / "merged", batch), rtol=1e-4, atol=1e-4)
+    stated = export_adapter(artifact, source, "merged", tmp_path / "in-floats", merge_base=original)
+    assert stated.merged_into is not None
+    assert stated.merged_into["as"] == "the original of int8"
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +247,6 @@ def test_the_original_takes_the_adapter_of_what_was_made_from_it(
 
 
 def test_another_original_is_refused(of_nano: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    from tests.unit.quant.test_foreign_formats import WIDE
-    from tests.unit.quant.test_storage import rewrite, tiny
-
     original, source, artifact = of_nano
     weights = load_file(original / "model.safetensors")
 
