@@ -144,8 +144,18 @@ def _loaded(weights: SourceWeights, name: str, adapter: Sequence[Factors]) -> It
         weights.model.get_submodule(name).float()
         for factors in adapter:
             if factors.parameter.startswith(f"{name}."):
-                weights.model.get_parameter(factors.parameter).add_(factors.full())
+                _add(weights.model.get_parameter(factors.parameter), factors)
         yield
+
+
+def _add(weight: Tensor, factors: Factors) -> None:
+    """One expert at a time: a stack's update in full is as large as the stack."""
+    if not factors.is_stack:
+        weight.add_(factors.full())
+        return
+    for expert, matrix in enumerate(weight):
+        update = factors.update(expert)
+        matrix.add_(update.T if factors.is_transposed else update)
 
 
 @contextmanager

@@ -135,11 +135,7 @@ def export_adapter(
     require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
-    start = base
-    if format in _WHOLE and merge_base is not None:
-        start = Path(merge_base)
-        require_merge_base(start, base, adapter, skeleton)
-        skeleton = skeleton_of(str(start))
+    start, skeleton = _start(base, merge_base if format in _WHOLE else None, adapter, skeleton)
     if is_rounded_again(start, format) and not texts:
         raise DataError(_NO_TEXTS.format(format))
     if format == "merged-source":
@@ -169,6 +165,16 @@ _NO_TEXTS = (
     "--format {}: rounds weights again, and what is left of the adapter is measured on texts: give rows like those it "
     "was trained on with --data FILE"
 )
+
+
+def _start(
+    base: Path, merge_base: str | Path | None, adapter: list[Factors], skeleton: PreTrainedModel
+) -> tuple[Path, PreTrainedModel]:
+    """What a layout starts from, and that on meta."""
+    if merge_base is None:
+        return base, skeleton
+    require_merge_base(Path(merge_base), base, adapter, skeleton)
+    return Path(merge_base), skeleton_of(str(merge_base))
 
 
 def is_rounded_again(base: Path, format: str) -> bool:

@@ -114,6 +114,8 @@ def texts_to_compare(recipe: Recipe, artifact: Path, *, held_out: bool = True) -
         DataError: there are none, or they cannot be used. ModelError: no tokenizer.
     """
     longest = recipe.training.max_length
+    few = recipe.data.model_copy(update={"max_samples": _BESIDE if held_out else _COMPARED})
+    recipe = recipe.model_copy(update={"data": few})
     tokenizer, recorded = _tokenizer_of(recipe), _recorded_form(artifact.parent, artifact)
     batches = _batches_of(recipe, tokenizer, _LONGEST_WINDOW if longest == "auto" else longest, recorded)
     rows = batches.validation if held_out else batches.train
@@ -170,6 +172,8 @@ _LONGEST_WINDOW = 512
 """Tokens of general text that are looked at together."""
 _COMPARED = 256
 """Examples whose logits an export may compare; it takes a few hundred tokens of them."""
+_BESIDE = 4
+"""Training examples that are read for the sake of the held-out ones beside them."""
 
 
 def _declared_stops(recipe: Recipe) -> list[int]:

@@ -107,8 +107,9 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
         raise files.wrong(key, f"packed in {dtype}, which no known format does")
     columns = scale[1] * _MX_GROUP
     if width * 2 == columns:
+        encoder = None if dtype == "F4" else _MXFP4
         kept = FourBit("mxfp4", _MX_GROUP, lambda parts: (nibbles(parts["packed"]), parts["scale"].view(torch.uint8)))
-        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}", kept, _MXFP4)
+        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}", kept, encoder)
     if width * 8 == columns * 6:
         unpack = partial(_mxfp6, columns=columns)
         return files.packed(name, (rows, columns), parts, unpack, f"MXFP6, groups of {_MX_GROUP}")

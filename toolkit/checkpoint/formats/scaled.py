@@ -96,7 +96,7 @@ def scaled(
 
 def _encoder(dtype: str, shape: tuple[int, ...], block: tuple[int, int], is_mx: bool, is_fp4: bool) -> Encoder | None:
     units = partial(_units, columns=shape[-1], block=block, is_mx=is_mx)
-    if is_fp4:
+    if is_fp4 and dtype != "F4":  # of which a header counts values, and a tensor holds pairs
         return Encoder(FP4_LEVELS, units, _store_pairs)
     if dtype == "I8":
         return Encoder(tuple(range(-128, 128)), units, lambda levels, parts: {"weight": levels.to(torch.int8)})
