@@ -44,8 +44,8 @@ def own_weights(folder: Path, model: PreTrainedModel) -> dict[str, Unread]:
     beside = {f"{key}{ending}" for key in slices for ending in BESIDE[1:] if f"{key}_scale" in slices}
     result: dict[str, Unread] = {}
     for key, stored in slices.items():
-        if f"{key}_scale" in slices:
-            result[key] = _packed(key, slices, shapes.get(key, tuple(stored.get_shape())), key in transposed)
+        if f"{key}_scale" in slices and key in shapes:
+            result[key] = _packed(key, slices, shapes[key], key in transposed)
         elif key not in beside:
             result[key] = unread(stored, key)
     return result
