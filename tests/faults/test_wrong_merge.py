@@ -115,6 +115,7 @@ def test_a_wrong_original_is_named(onecard: Run, run: Path, tmp_path: Path) -> N
     fails(onecard(*export), 4, "model.merge_base", "no such folder", "--merge-base FOLDER")
     fails(onecard(*export, "--merge-base", tmp_path / "none"), 4, "--merge-base: ", "no such folder")
     fails(onecard(*export, "--merge-base", run_base(run)), 4, "quantised as compressed-tensors")
+    fails(onecard("export", run, "--format", "gguf", "--merge-base", MODEL), 2, "--merge-base", "does not start from")
     weights = load_file(MODEL / "model.safetensors")
     key = "model.layers.2.mlp.experts.3.up_proj.weight"
     other = rewrite(MODEL, tmp_path / "other", {k: v.flip(0) if "_proj" in k else v for k, v in weights.items()}, None)

@@ -82,14 +82,17 @@ def export(
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
     from toolkit.artifact import base_folder, load_adapter_config, served_rank
+    from toolkit.errors import RecipeError
     from toolkit.export import export_adapter, is_rounded_again
     from toolkit.run.merging import merge_base_of, texts_for
 
     console = quiet_console()
     folder = artifact_of(run)
     target = out or folder.parent / f"export-{format}"
-    trained_on = base_folder(run, base)
-    original = merge_base_of(run, base, merge_base) if format in ("merged", "merged-int8") else None
+    trained_on, is_merge = base_folder(run, base), format in ("merged", "merged-int8")
+    if merge_base and not is_merge:
+        raise RecipeError(f"--merge-base: --format {format} does not start from the original; leave it out")
+    original = merge_base_of(run, base, merge_base) if is_merge else None
     texts = texts_for(run, folder, base, data) if is_rounded_again(original or trained_on, format) else ()
     made = export_adapter(folder, trained_on, format, target, merge_base=original, texts=texts, force=force)
     console.print(

@@ -6,6 +6,7 @@ adapter's own numbers again, and `export.json` records how near.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -193,7 +194,7 @@ def _format_of(base: Path) -> str | None:
 
 
 def _require_survival(format: str, survival: Survival | None, force: bool) -> None:
-    if survival is None or force:
+    if survival is None or (force and math.isfinite(survival.share)):
         return
     why = "" if survival.share >= LEAST_SHARE else f"less than {LEAST_SHARE:.0%}"
     why = why or ("" if survival.noise <= 1 else "further from the adapted model than its base is")

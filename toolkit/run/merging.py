@@ -47,7 +47,8 @@ def texts_for(path: Path, artifact: Path, base: str | None = None, data: Path | 
                 f"{path}: what is left of the adapter is measured on held-out rows, and {error}; give rows with "
                 "--data FILE"
             ) from None
-    instead = [f"data.train={data}", "data.validation=null", "data.validation_size=null", "data.train_split=train"]
+    unset = [f"data.{name}=null" for name in ("validation", "validation_size", "validation_split", "name")]
+    instead = [f"data.train={data}", "data.train_split=train", *unset]
     return texts_to_compare(_recipe(path, base, instead), artifact, held_out=False)
 
 

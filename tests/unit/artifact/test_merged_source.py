@@ -143,7 +143,8 @@ def test_what_would_be_lost_is_refused_or_stated(tokenizer: PreTrainedTokenizerB
 )
 def test_what_is_refused(share: float, noise: float, why: str | None) -> None:
     found = Survival(tokens=512, share=share, noise=noise, moved=0.1)
-    _require_survival("merged-source", found, force=True)
+    if share == share:  # what is no number is not written whatever is asked
+        _require_survival("merged-source", found, force=True)
     if why is None:
         _require_survival("merged-source", found, force=False)
         return
