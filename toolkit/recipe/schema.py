@@ -46,6 +46,8 @@ class ModelSection(_Section):
     """Hub branch, tag or commit; the commit it resolves to is recorded in the run."""
     tokenizer_name_or_path: NonEmpty | None = None
     """A folder or a Hub repository with another tokenizer than the checkpoint's; the artifact carries it."""
+    merge_base: NonEmpty | None = None
+    """The 16-bit checkpoint that a quantised one was made from, folder or Hub repository: `export` merges into it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of what is not int8; `auto` is bfloat16 on a card and float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
