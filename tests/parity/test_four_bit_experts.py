@@ -9,6 +9,7 @@ import torch
 
 from tests.parity.test_expert_layer import BACKENDS, Case, Layer, build, run
 from toolkit.ops import four_bit, reference
+from toolkit.ops import stack as stacks
 from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.four_bit import FourBits
 from toolkit.parts import can_hold_four_bits
@@ -20,6 +21,14 @@ CASES = [
     Case(T=40, K=1, E=13, H=128, I=64, R=2, routing="one"),
     Case(T=300, K=4, E=60, H=64, I=64, R=3),
 ]
+
+
+@pytest.fixture(params=["spread out whole", "in parts"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small stacks are multiplied out whole, others expert by expert."""
+    if request.param == "in parts":
+        monkeypatch.setattr(stacks, "_SMALL", 0)
+    return str(request.param)
 
 
 def stored(kind: str, weight: torch.Tensor) -> FourBits:
@@ -110,6 +119,7 @@ def in_four_bits(weights: ExpertWeights, kind: str) -> ExpertWeights:
     return replace(weights, up=rounded(weights.up), down=rounded(weights.down))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("units", [True, False], ids=["integer units", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -136,6 +146,7 @@ def test_backends_agree_with_the_law(
         torch.testing.assert_close(ours, law, rtol=2e-4, atol=2e-4 * float(law.abs().max()))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_is_as_near_as_with_the_weights_multiplied_out(kind: str) -> None:
     weights, leaves, index = build(

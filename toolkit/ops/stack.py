@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from toolkit.ops import four_bit
 from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.four_bit import FourBits
 from toolkit.ops.rows import RowBlock, Segment, is_fake
 from toolkit.ops.split_int8 import SplitRows, Stored, can_multiply, multiply_each
 
@@ -31,6 +32,8 @@ _BUFFER = 1 << 19
 """Elements of a weight multiplied out at a time on a CPU: about a core's own cache, and wide enough for BLAS."""
 _FOUR_BIT_BUFFER = 1 << 18
 """The same of one in four bits, which is gone over more often."""
+_SMALL = 1 << 21
+"""Elements of a stack that is multiplied out whole."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Products:
         cls, stack: ExpertStack, lora: LoraFactors | None, low: torch.Tensor | None = None, *, is_known: bool = False
     ) -> Products:
         """With each expert's B in one piece: PEFT's layout has a cache line between any two of its numbers."""
+        stack = _spread_out(stack)
         if lora is None:
             return cls(stack, None, None, 1.0, None, is_known)
         return cls(stack, lora.A, lora.B.contiguous(), lora.scaling, low, is_known)
@@ -217,6 +221,16 @@ class Products:
         if is_fake(like):
             return like.new_empty(elements, dtype=dtype)
         return _buffer(elements, dtype, like.device)
+
+
+def _spread_out(stack: ExpertStack) -> ExpertStack:
+    """A small stack of four bits as one of int8 or fp32: expert by expert, unpacking would be calls and no work."""
+    if not stack.four_bits or stack.scale is None or 2 * stack.weight.numel() > _SMALL or is_fake(stack.weight):
+        return stack
+    packed = FourBits(stack.weight, stack.scale, stack.step)
+    if stack.step is not None:
+        return replace(stack, weight=four_bit.integers(packed), step=None)
+    return replace(stack, weight=four_bit.dequantize(packed).transpose(-1, -2), scale=None)
 
 
 _kept = threading.local()
