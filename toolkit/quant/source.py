@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import targets
+from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.errors import ModelError, first_line
@@ -44,12 +45,13 @@ class SourceWeights:
     def __init__(self, name_or_path: str, *, revision: str = "main") -> None:
         self.name = name_or_path
         config = read_config(name_or_path, revision)
-        declared = storage(name_or_path, config)
-        if declared is None:
+        said = declared_format(name_or_path, config)
+        if said is not None and said["quant_method"] == METHOD:
             raise ModelError(
-                f"{name_or_path}: int8 already, so its original weights are not there to compensate for; take the "
-                "checkpoint it was made from, or set quantization.error_compensation=none"
+                f"{name_or_path}: {said.get('experts', 'int8')} already, so its original weights are not there to "
+                "compensate for; take the checkpoint it was made from, or set quantization.error_compensation=none"
             )
+        declared = storage(name_or_path, config)
         self._model = on_meta(config)
         self._quantizer = _keeps_floats(self._model) if declared.source is not None else None
         self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
