@@ -17,6 +17,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.plan import audit, make_plan
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.stacks import stack_bytes
+from toolkit.plan.steps import StepBytes
 from toolkit.quant import load_int8
 from toolkit.recipe import load
 from toolkit.run.mixture import kept_mixture
@@ -29,6 +30,12 @@ SIZES = {"moe_intermediate_size": 64, "num_experts": 4, "num_local_experts": 4, 
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's bytes need no rehearsal here."""
+    monkeypatch.setattr("toolkit.plan.budget.Budget._answer", lambda *_: StepBytes(1 << 20, 1 << 18))
 
 
 @pytest.fixture
