@@ -86,6 +86,8 @@ def measure_gains(
     hidden = list(calls.hidden)
     for number, name in enumerate(calls.names):
         for layer in wanted.get(name, ()):
+            if layer.name in sums:  # a layer that runs again
+                continue
             with source.layer(name) as weights, in_int8(model, layer, weights):
                 sums[layer.name] = losses.from_layer(number, hidden)
         hidden = [calls.run(number, batch, x) for batch, x in enumerate(hidden)]
