@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.faults.conftest import MODEL, Run, onecard, recipe
+from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard, recipe
 from tests.unit.quant.test_storage import tiny
 from toolkit import run as job
 from toolkit.errors import ModelError, RecipeError
@@ -48,9 +48,14 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(base: Path) -> tuple[str, ...]:
-    """Overrides: one of the three layers in int8."""
+def asked(base: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Overrides: one of the three layers in int8, a few examples."""
+    for split in ("train", "validation"):
+        lines = (QUICKSTART / "data" / f"category.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines[:24]), encoding="utf-8")
     return (
+        f"data.train={tmp_path}/train.jsonl",
+        f"data.validation={tmp_path}/validation.jsonl",
         f"model.model_name_or_path={base}",
         "quantization.experts=int4",
         f"quantization.budget={one_layer(base)}",
@@ -171,9 +176,11 @@ def test_streamed_layers_are_chosen_and_then_streamed(
 
 
 def test_quantize_writes_a_mixture_that_needs_no_budget(
-    onecard: Run, recipe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    onecard: Run, recipe: Path, base: Path, asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("toolkit.quant.gptq.search._BUDGET", 1)  # one pass of feedback
+    examples = Path(asked[0].partition("=")[2])
+    recipe.write_text(recipe.read_text().replace(f"{QUICKSTART}/data/category.train.jsonl", str(examples)))
     out, budget = tmp_path / "mixed", one_layer(base)
     status, _, err = onecard("quantize", base, out, "--recipe", recipe, "--experts", "int4", "--budget", budget)
     assert status == 0, err
