@@ -35,7 +35,7 @@ from toolkit.architecture import LINEAR_ROLES, Architecture, describe, expert_pa
 from toolkit.data import build_batches
 from toolkit.ops.experts import ExpertStack, expert_weights
 from toolkit.plan.skeletons import shape_of, shapes_of
-from toolkit.plan.stacks import mixture_of, with_budget, with_stacks
+from toolkit.plan.stacks import mixture_of, stack_bytes, with_budget, with_stacks
 from toolkit.quant import load_int8
 from toolkit.quant.gains import measure_gains
 from toolkit.quant.gptq.calibrate import compensate_model, make_batches
@@ -88,10 +88,11 @@ def main() -> None:
 
 
 def _mixture(arguments: argparse.Namespace, calibration: list[list[int]], int4: PreTrainedModel) -> dict[str, str]:
-    """What each stack is in under a budget of so many bits a weight."""
+    """What each stack is in under a budget of so many bits a weight, or of all in int4 where that takes more."""
     shapes = shapes_of(shape_of(arguments.model))
     weights = sum(math.prod(shapes.parameters[name]) for layer in shapes.architecture.layers for name in layer.stacks)
-    shapes, choice, _ = with_budget(shapes, str(int(arguments.bits * weights / 8)))
+    least = sum(stack_bytes(shapes, "int4", 4).values())
+    shapes, choice, _ = with_budget(shapes, str(max(least, int(arguments.bits * weights / 8))))
     stacks = dict(shapes.stacks)
     if choice is not None:
         gains = measure_gains(int4, arguments.model, calibration, tuple(choice.extra), choice.by_gain)
