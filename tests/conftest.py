@@ -8,6 +8,7 @@ import shutil
 import tempfile
 
 import hypothesis
+import pytest
 
 # Read once at import by the libraries named, so they must be set before a test module imports one of them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Examples are derived from the test itself, so that a failure repeats; a deadline would be a timing in a test.
 hypothesis.settings.register_profile("onecard", deadline=None, derandomize=True, max_examples=50, print_blob=True)
 hypothesis.settings.load_profile("onecard")
+
+LONGEST = (
+    "documentation/test_commands.py",
+    "sweep/test_sweep.py",
+    "parity/test_template_runs.py",
+    "faults/test_kill_points.py",
+    "faults/test_moved_base.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of the longest tests first: no worker is left alone with one at the end."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))

@@ -1,10 +1,11 @@
 """The rivals of `experts.py`: one expert layer, built alike in every process from the same seed.
 
-    python expert_arms.py ours|stock|experts4bit|sgemm
+    python expert_arms.py ours|int4|mxfp4|stock|experts4bit|sgemm
 
 A worker of `turns.py`. Stock and experts4bit-qlora run in the second environment, where onecard is not importable, so
-nothing of onecard is imported but by `ours`. Weights are made as int8 with a scale a row: ours keeps them, stock gets
-the very numbers they stand for in fp32, experts4bit-qlora rounds those again to its own 8-bit code.
+nothing of onecard is imported but by `ours`, `int4` and `mxfp4`. Weights are made as int8 with a scale a row: ours
+keeps them, stock gets the very numbers they stand for in fp32, experts4bit-qlora rounds those again to its own 8-bit
+code, int4 and mxfp4 to our four bits.
 
     T tokens, K experts per token, E experts, H hidden, I expert intermediate, O outputs of a stack, R rank
 """
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -212,6 +214,22 @@ def ours(shape: Shape) -> Arm:
     return PeftArm(shape, stored, register, keep_up_outputs)
 
 
+def four_bits(kind: str, shape: Shape) -> Arm:
+    """The same layer with both stacks in int4 or mxfp4."""
+    from toolkit.adapters.layer import register
+    from toolkit.ops import four_bit, keep_up_outputs
+
+    rounded = {"int4": four_bit.quantize_int4, "mxfp4": four_bit.quantize_mxfp4}[kind]
+
+    def stored(experts: nn.Module, name: str) -> None:
+        columns = zip(*map(rounded, float_stack(shape, name)), strict=True)
+        for ending, column in zip(("", "_scale", "_step"), columns, strict=True):
+            if column[0] is not None:
+                setattr(experts, f"{name}{ending}", nn.Parameter(torch.stack(column), requires_grad=False))
+
+    return PeftArm(shape, stored, register, keep_up_outputs)
+
+
 def stock(shape: Shape) -> Arm:
     """fp32 with stock PEFT's `target_parameters`."""
 
@@ -262,6 +280,8 @@ class Sgemm(Arm):
 
 ARMS: dict[str, Callable[[Shape], Arm]] = {
     "ours": ours,
+    "int4": partial(four_bits, "int4"),
+    "mxfp4": partial(four_bits, "mxfp4"),
     "stock": stock,
     "experts4bit": Experts4bitArm,
     "sgemm": Sgemm,

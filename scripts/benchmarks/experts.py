@@ -5,10 +5,10 @@
         [--rank 16] [--backend NAME] [--only ARM …] [--sgemm 4096] [--scaling [SHAPE]] [--json FILE]
         [--plot FILE.svg] [--peers .venv-peers]
 
-Arms: ours (int8 + LoRA on both stacks), stock PEFT `target_parameters` on transformers' experts in fp32 with each of
-its expert implementations that fits in memory, experts4bit-qlora in int8, and both layers frozen, without an adapter.
-Peers run in a second environment, made once. Arms take turns; memory is that of a step, with glibc's defaults. Exit
-status 1 where our output or any gradient differs from stock's on the same weights.
+Arms: ours (int8 + LoRA on both stacks) and the same in int4 and mxfp4, stock PEFT `target_parameters` on transformers'
+experts in fp32 with each of its expert implementations that fits in memory, experts4bit-qlora in int8, and both layers
+frozen, without an adapter. Peers run in a second environment, made once. Arms take turns; memory is that of a step,
+with glibc's defaults. Exit status 1 where our output or any gradient differs from stock's on the same weights.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ SHAPES = (
     "E128-H2048-I768-K8-T2048",
 )
 MIDDLE = "E64-H1024-I512-K8-T1024"
+FOUR_BITS = ("int4", "mxfp4")
+OURS = ("ours", "sgemm", *FOUR_BITS)
+"""Processes of this environment."""
 PEERS = ("transformers", "peft", "trl", "bitsandbytes", "experts4bit-qlora==0.58.1")
 ARMS = Path(__file__).with_name("expert_arms.py")
 STOCK = ("grouped_mm", "eager")
@@ -71,6 +74,7 @@ def arms(backend: str, side: int = SIDE) -> dict[str, Arm]:
         "ours, recomputing": Arm("ours", f"recomputing-{backend}"),
         **stock,
         "experts4bit-qlora int8": Arm("experts4bit", ""),
+        **{f"ours, {kind}": Arm(kind, backend) for kind in FOUR_BITS},
         "ours, frozen": Arm("ours", f"frozen-{backend}"),
         **frozen,
         "sgemm": Arm("sgemm", str(side)),
@@ -123,14 +127,14 @@ def workers(names: set[str], options: argparse.Namespace, tuned: bool, shape: Sh
     with ExitStack() as stack:
         running = {}
         for name in sorted(names):
-            python = sys.executable if name in ("ours", "sgemm") else options.python
+            python = sys.executable if name in OURS else options.python
             worker = Worker(
                 python,
                 ARMS,
                 threads=options.threads,
                 tuned=tuned,
                 arguments=name.split()[:1],
-                own=name == "ours",
+                own=name in ("ours", *FOUR_BITS),
                 greedy=name == GREEDY,
             )
             running[name] = stack.enter_context(worker)

@@ -81,7 +81,11 @@ def make_adapter(model_type: str, scratch: Path, **changed: Any) -> tuple[PeftMo
     return model, artifact
 
 
-def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMATS) -> dict[str, str]:
+_OF_FLOATS = tuple(name for name in FORMATS if name != "merged-source")
+"""Layouts of a base in floats."""
+
+
+def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = _OF_FLOATS) -> dict[str, str]:
     """By format, how far off the export was when read back, or the line that says why there is none."""
     _, artifact = make_adapter(model_type, scratch)
     found = {}
@@ -98,7 +102,7 @@ def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = FORMA
 def main(names: list[str]) -> int:
     """Print the table; the exit status."""
     warnings.simplefilter("ignore")
-    count = dict.fromkeys(FORMATS, 0)
+    count = dict.fromkeys(_OF_FLOATS, 0)
     wanted = names or [family.model_type for family in families()]
     for name in wanted:
         with tempfile.TemporaryDirectory() as scratch:

@@ -135,6 +135,13 @@ def _gather_sum(a: Values) -> None:
     a["out_ptr"].copy_(rows.sum(1))
 
 
+def _place_rows(a: Values) -> None:
+    ordered, slot, place, (S, E) = a["ordered_ptr"], a["slot_ptr"], a["place_ptr"], (a["S"], a["E"])
+    a["token_ptr"].copy_(slot // a["K"])
+    place[slot] = torch.where(ordered < E, torch.arange(S), -1).int()
+    a["offset_ptr"].copy_(torch.searchsorted(ordered, torch.arange(E + 1)))
+
+
 def _split_rows(a: Values) -> None:
     x = a["x_ptr"].float()
     scale = x.abs().amax(1, keepdim=True) / 127
@@ -158,7 +165,7 @@ def _kernels() -> list[Kernel]:
     """Kernel, its replay, and the arguments that it writes."""
     from trl.kernels import chunked_logprob
 
-    from toolkit.ops.triton import four_bit_kernels, kernels
+    from toolkit.ops.triton import four_bit_kernels, kernels, routing
 
     folded = (
         "max_ptr",
@@ -178,6 +185,7 @@ def _kernels() -> list[Kernel]:
         (kernels.gate_backward_kernel, _gate_backward, ("y_ptr", "grad_ptr", "dot_ptr")),
         (kernels.gather_sum_kernel, _gather_sum, ("out_ptr",)),
         (kernels.split_rows_kernel, _split_rows, ("out_ptr", "unit_ptr")),
+        (routing.place_rows_kernel, _place_rows, ("token_ptr", "place_ptr", "offset_ptr")),
         (chunked_logprob._forward_kernel, _by_tile(chunked_logprob._forward_tile), folded),
         (chunked_logprob._backward_kernel, _by_tile(chunked_logprob._backward_tile), ("mm_ptr",)),
     ]
@@ -254,13 +262,17 @@ def _refuse_tile(kwargs: dict[str, Any]) -> None:
 
 
 def install(replays: bool = True, watch: Callable[[str, Values, tuple[str, ...]], None] | None = None) -> None:
-    """Give Triton the card. `watch` is told of each launch, with the names of what it writes."""
+    """Give Triton the card. `watch` is told of each launch, with the names of what it writes.
+
+    Without `replays` only indices are computed: what is found by them must be there.
+    """
     if triton.knobs.runtime.interpret:
         return
     triton.runtime.driver.set_active(_Driver())
     known = _kernels()
     for kernel, replay, written in known:
-        kernel.add_pre_run_hook(_hook(kernel, replay if replays else lambda values: None, written, watch))
+        computes = replays or replay is _place_rows
+        kernel.add_pre_run_hook(_hook(kernel, replay if computes else lambda values: None, written, watch))
     compiles, names = os.environ.get("REHEARSED_CARD_COMPILE") == "1", {kernel for kernel, *_ in known}
 
     def keep_from_compiling(*, fn: SimpleNamespace, **ignored: Any) -> bool:

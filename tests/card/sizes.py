@@ -68,7 +68,7 @@ def load_first_experts() -> None:
     def rounded(self: Workspace, weight: torch.Tensor, *arguments: Any) -> None:
         name, rows = arguments[2], arguments[3] if len(arguments) > 3 else slice(None)
         if (name, rows.start) in seen:
-            self.kept(weight.numel())
+            self.filled(weight.numel())
             return
         seen.add((name, rows.start))
         rounds(self, weight, *arguments)

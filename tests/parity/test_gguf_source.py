@@ -141,8 +141,8 @@ def test_it_trains_verifies_answers_and_merges_as_its_plain_twin(
         assert code == 0, told
         merged.append((out, json.loads(result)))
     (from_gguf, result), (from_twin, plain) = merged
-    assert "merged weights from the dequantised GGUF" in result["compared"]
-    assert "GGUF" not in plain["compared"]
+    assert result["merged_into"]["as"] == "its gguf weights multiplied out"
+    assert plain["merged_into"]["as"] == "itself"
     found, wanted = weights_of(from_gguf), weights_of(from_twin)
     assert found.keys() == wanted.keys()
     kinds = {tensor.dtype for tensor in found.values()}

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from toolkit.ops.triton import products
 from toolkit.ops.triton.gates import GateForm, recognize
-from toolkit.ops.triton.routing import route
+from toolkit.ops.triton.routing import place_rows, route
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
@@ -181,6 +181,20 @@ def test_route_sorts_by_expert_and_leaves_strangers_out() -> None:
     assert routing.place.tolist() == [[4, 0], [1, -1], [5, 3], [-1, 2]]
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(300, 4, 60), (1, 1, 1), (257, 1, 3), (0, 2, 4)])
+def test_route_is_that_of_the_sort(tokens: int, top_k: int, experts: int) -> None:
+    """Rows beyond a block, experts that nobody takes, strangers, and no row at all."""
+    index = torch.randint(0, experts + 2, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
+    routing, flat = route(index, experts), index.flatten()
+    slot = flat.argsort(stable=True)
+    assert torch.equal(routing.slot, slot)
+    assert torch.equal(routing.token, (slot // top_k).int())
+    wanted = slot.argsort().int().masked_fill(flat >= experts, -1)
+    assert torch.equal(routing.place.flatten(), wanted)
+    assert torch.equal(routing.offset, torch.searchsorted(flat[slot], torch.arange(experts + 1)).int())
+    assert {each.dtype for each in (routing.token, routing.place, routing.offset)} == {torch.int32}
+
+
 def test_operators_say_of_themselves_what_they_do() -> None:
     x, weight, checks = random(S, K), int8(E, N, K), ("test_schema", "test_faketensor")
     form = products._numbers(FORMS[1])
@@ -192,6 +206,7 @@ def test_operators_say_of_themselves_what_they_do() -> None:
         (products._gate_backward, (random(3, 8), random(3, 4), random(3), *form)),
         (products.gather_sum, (x, torch.zeros(4, 3, dtype=torch.int32), None)),
         (products.split_rows, (x,)),
+        (place_rows, (torch.tensor([0, 0, 2, 5]), torch.tensor([1, 2, 0, 3]), 2, 4)),
     ]
     for operator, arguments in calls:
         outcome = torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -221,7 +221,7 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
     stacks = {name for layer in _trainable(architecture) for name in layer.stacks}
     routers = {layer.router for layer in _trainable(architecture)}
     reached = [_part_name(name, module) for name, module in layers.items()]
-    moved = [bool(B.weight.detach().count_nonzero()) for m in layers.values() for B in m.lora_B.values()]
+    moved = [each for of_layer in _moved(layers).values() for each in of_layer]
     return AdapterCoverage(
         stacks=sum(name in stacks for name in reached),
         stacks_all=len(stacks),
@@ -237,11 +237,14 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
 def unmoved_adapters(model: PeftModel) -> list[str]:
     """The adapted parts whose B is still all zero, by name."""
     layers = {_base_name(name): m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    return [
-        _part_name(name, layer)
-        for name, layer in layers.items()
-        if not any(bool(B.weight.detach().count_nonzero()) for B in layer.lora_B.values())
-    ]
+    return [_part_name(name, layers[name]) for name, moved in _moved(layers).items() if not any(moved)]
+
+
+def _moved(layers: Mapping[str, LoraLayer]) -> dict[str, list[bool]]:
+    """Of each layer's Bs whether they are anything but zero; a card is waited for once."""
+    counts = [B.weight.detach().count_nonzero() for layer in layers.values() for B in layer.lora_B.values()]
+    found = iter(torch.stack(counts).bool().tolist() if counts else [])
+    return {name: [next(found) for _ in layer.lora_B] for name, layer in layers.items()}
 
 
 def _trainable(architecture: Architecture) -> list[ExpertLayer]:

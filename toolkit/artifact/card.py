@@ -255,12 +255,15 @@ def _recipe_section(recipe: Mapping[str, Any]) -> str:
 
 def _limits_section(base: BaseIdentity, versions: Mapping[str, str], recipe: Mapping[str, Any]) -> str:
     rounded = "- It was trained on an 8-bit base; an unquantised base gives slightly different numbers.\n"
+    original = _mapping(recipe, "model").get("merge_base")
+    merged = f"- A merge starts from `{original}`, the original in 16 bit of this base.\n" if original else ""
     made = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return (
         "## Limits\n\n"
         "- Needs PEFT 0.19 or newer: older versions read the expert tensors in another order.\n"
         f"- Belongs to these base weights (SHA-256 `{base.weights_sha256}`); on others it loads and answers worse.\n"
         f"{rounded if _is_8bit(recipe) else ''}"
+        f"{merged}"
         "- It inherits the limits and the licence of its base and learned from one data set only.\n"
         f"- Made with {made}. `manifest.json` holds the resolved recipe and a hash of every file; `onecard verify` "
         "checks them."

@@ -35,13 +35,14 @@ _NAME = re.compile(
 
 
 def plain_weights(
-    name: str, folder: Path, declared: Mapping[str, Any] | None, model: PreTrainedModel
+    name: str, folder: Path, declared: Mapping[str, Any] | None, model: PreTrainedModel, *, keyed: bool = False
 ) -> dict[str, Any]:
     """Every weight of a checkpoint, unread, under the names of a plain one where others quantised it.
 
     Args:
         name: what errors call it. folder: as `fetch` gives it. model: on meta.
         declared: its quantization_config, None where it is plain.
+        keyed: plain tensors too as `PackedSlice`, which says where in the files it lies.
 
     Raises:
         ModelError: a part of a weight is missing, or a scheme is unknown.
@@ -53,6 +54,8 @@ def plain_weights(
     with Shards(name, folder, declared) as shards:
         # safetensors keeps a file mapped as long as a slice of it lives.
         slices = {key: shards.slice(key) for key in shards.keys}
+        if keyed:
+            slices = {key: unread(part, key) for key, part in slices.items()}
     return fitted(slices, model, get_model_conversion_mapping(model), are_halves=_are_halves(declared or {}))
 
 

@@ -131,6 +131,20 @@ class PackedSlice(Unread):
         codes, scales = self.packed.four_bit.codes(parts)
         return codes[rows], scales[rows]
 
+    def blocks(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """A few rows after the others: from, to, and their parts as they lie in the files; these rows and no other.
+
+        Raises:
+            ValueError: other rows share their parts with the first or the last one.
+        """
+        step, ends = self.packed.step, (self._first, self._last)
+        if any(end % step and end != self._whole[0] for end in ends):
+            raise ValueError(f"rows {self._first} to {self._last} cannot be taken by themselves")
+        many = max(1, _BLOCK // max(1, math.prod(self._whole[1:]) * step)) * step
+        for begin in range(*ends, many):
+            end = min(begin + many, self._last)
+            yield begin, end, dict(self._parts(begin, end))
+
     def pages(self) -> Iterator[Tensor]:
         """Of its parts."""
         return (part for _, part in self._parts(self._first // self.packed.step * self.packed.step, self._last))
@@ -210,6 +224,18 @@ class StackSlice(Unread):
             return read[0]
         return torch.cat(read) if self._is_concatenated else torch.stack(read, 1).flatten(0, 1)
 
+    def pieces(self, expert: int) -> Sequence[Any]:
+        """Of one expert, unread."""
+        return self._experts[expert]
+
+    def taken_apart(self, expert: int, matrix: Tensor) -> list[tuple[Any, Tensor]]:
+        """One expert's pieces, and what each of them holds of a matrix [O, I] that stands for the whole expert."""
+        pieces = self._experts[expert]
+        if not self._is_concatenated:
+            return [(piece, matrix[number :: len(pieces)]) for number, piece in enumerate(pieces)]
+        sizes = [piece.get_shape()[-2] for piece in pieces]
+        return list(zip(pieces, matrix.split(sizes), strict=True))
+
     def pages(self) -> Iterator[Tensor]:
         """Of its pieces."""
         for expert in self._experts[self._first : self._last]:
@@ -232,9 +258,13 @@ class StackSlice(Unread):
         return joined.T if self._is_transposed and joined.dim() == 2 else joined
 
 
-def unread(plain: Any) -> Unread:
-    """A slice of safetensors whose rows can be taken without reading them; one that can already is as it is."""
+def unread(plain: Any, key: str = "") -> Unread:
+    """A slice of safetensors whose rows can be taken without reading them; one that can already is as it is.
+
+    Args:
+        key: what its tensor is called in the files, for who asks later.
+    """
     if isinstance(plain, Unread):
         return plain
-    whole = Packed("", tuple(plain.get_shape()), {"": Part("")}, lambda parts: parts[""], plain.get_dtype(), 0)
-    return PackedSlice(whole, {"": plain})
+    whole = Packed(key, tuple(plain.get_shape()), {"": Part(key)}, lambda parts: parts[""], plain.get_dtype(), 0)
+    return PackedSlice(whole, {key: plain})

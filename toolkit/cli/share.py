@@ -68,23 +68,41 @@ def push(
 
 def export(
     run: RunPath,
-    format: Annotated[str, typer.Option(help="peft, per-expert, merged, merged-int8 or gguf.")],
+    format: Annotated[str, typer.Option(help="peft, per-expert, merged, merged-source, merged-int8 or gguf.")],
     out: Annotated[Path | None, typer.Option(help="New folder; beside the adapter where none is given.")] = None,
     base: Base = None,
+    merge_base: Annotated[
+        str | None, typer.Option(help="The original of a quantised base, in 16 bit, instead of model.merge_base.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to measure on what is left of the adapter; else what was held out.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where less than 90% of its effect is left.")] = False,
     json_: Json = False,
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
     from toolkit.artifact import base_folder, load_adapter_config, served_rank
-    from toolkit.export import export_adapter
+    from toolkit.errors import RecipeError
+    from toolkit.export import export_adapter, is_rounded_again
+    from toolkit.run.merging import merge_base_of, texts_for
 
     console = quiet_console()
     folder = artifact_of(run)
     target = out or folder.parent / f"export-{format}"
-    made = export_adapter(folder, base_folder(run, base), format, target)
+    trained_on, is_merge = base_folder(run, base), format in ("merged", "merged-int8")
+    if merge_base and not is_merge:
+        raise RecipeError(f"--merge-base: --format {format} does not start from the original; leave it out")
+    original = merge_base_of(run, base, merge_base) if is_merge else None
+    texts = texts_for(run, folder, base, data) if is_rounded_again(original or trained_on, format) else ()
+    made = export_adapter(folder, trained_on, format, target, merge_base=original, texts=texts, force=force)
     console.print(
         f"{made.folder}: {made.format}, read back and compared ({made.compared}): off by {made.difference:.3g}, "
         f"at most {made.bound:.3g}"
     )
+    if made.merged_into:
+        console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}")
+    if made.survival:
+        console.print(f"rounded again: {made.survival}")
     for server, problems in made.servers.items():
         console.print(f"{server}, by the rules in its sources: {'not accepted' if problems else 'accepted'}")
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
@@ -99,11 +117,12 @@ _USED_BY = {
     "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
     "per-expert": ("vllm serve BASE --enable-lora --max-lora-rank {1} --lora-modules mine={0}",),
     "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
+    "merged-source": ("whatever loads the base loads {0} in its place",),
     "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `toolkit.register()`",),
     "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
 }
 """Who opens a layout, with its folder and the rank to serve."""
-_AFTER = {"peft": ("verify {0}",), "merged": ("plan {0} --audit",), "merged-int8": ("plan {0} --audit",)}
+_AFTER = {"peft": ("verify {0}",), **dict.fromkeys(("merged", "merged-source", "merged-int8"), ("plan {0} --audit",))}
 
 
 def combine(

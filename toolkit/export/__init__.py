@@ -1,5 +1,6 @@
 """The same adapter in other programs' layouts, each read back and compared."""
 
-from toolkit.export.write import FORMATS, Export, export_adapter
+from toolkit.export.survival import Survival
+from toolkit.export.write import FORMATS, Export, export_adapter, is_rounded_again
 
-__all__ = ["FORMATS", "Export", "export_adapter"]
+__all__ = ["FORMATS", "Export", "Survival", "export_adapter", "is_rounded_again"]

@@ -33,7 +33,7 @@ from toolkit.adapters.layouts import Factors, deltas
 from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import Shards, targets
-from toolkit.checkpoint.files import beside, gguf_at, headers_in, write_index
+from toolkit.checkpoint.files import beside, gguf_at, headers_in, shards_of, write_index
 from toolkit.errors import ModelError
 from toolkit.mtp.draft_folder import draft_config, draft_tensors
 from toolkit.mtp.head_file import config_with_head, merged_head_state, native_keys
@@ -41,7 +41,7 @@ from toolkit.quant.load import storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
-__all__ = ["DRAFT_FOLDER", "merge_checkpoint", "merged_difference", "stitch_head"]
+__all__ = ["DRAFT_FOLDER", "copied", "key_in_files", "merge_checkpoint", "merged_difference", "stitch_head"]
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _QUANTIZED = "quantization_config"
@@ -59,13 +59,13 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
     if wanted is None:
         raise ModelError(
             f"{base}: holds rounded int8 weights alone, and a merge starts from the original ones: give the checkpoint "
-            "it was made from with --base FOLDER"
+            "it was made from with --base FOLDER, or name it as model.merge_base; merged-source writes into int8"
         )
     if wanted.source is not None:
         return _merge_dequantised(base, adapter, skeleton, folder)
     with Shards(str(base), base) as shards:
         names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
-        _copy(base, [path.name for path in shards.files], folder)
+    copied(base, folder)
     places = headers_in(folder)
     changed = 0
     with ExitStack() as stack:
@@ -74,7 +74,7 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
         for number, factors in enumerate(adapter, 1):
             group = [key for key, target in names.items() if target == factors.parameter]
             for key, delta in deltas(factors, skeleton):
-                stored = _key(key, group, factors.parameter)
+                stored = key_in_files(key, group, factors.parameter)
                 place = places[stored]
                 _add(files[place.path], place.offset, originals[place.path].get_tensor(stored), delta, stored)
                 changed += 1
@@ -113,12 +113,13 @@ def _overwrite(file: BinaryIO, offset: int, tensor: Tensor) -> None:
     file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _copy(base: Path, shards: Sequence[str], folder: Path) -> None:
-    for name in sorted({*(path.name for path in beside(base)), *shards}):
+def copied(base: Path, folder: Path) -> None:
+    """A checkpoint's weights and what belongs to it beside them, byte by byte into another folder."""
+    for name in sorted({*(path.name for path in beside(base)), *shards_of(base)}):
         shutil.copyfile(base / name, folder / name)
 
 
-def _key(key: str, group: Sequence[str], parameter: str) -> str:
+def key_in_files(key: str, group: Sequence[str], parameter: str) -> str:
     """The checkpoint's own spelling, where it has another prefix or an older name than transformers would write."""
     if key in group:
         return key

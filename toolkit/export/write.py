@@ -6,9 +6,11 @@ adapter's own numbers again, and `export.json` records how near.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,26 @@ from toolkit.artifact.manifest import (
 )
 from toolkit.artifact.tokenizer import declare_stops, put_stops, put_tokenizer, read_stops, token_text
 from toolkit.artifact.verify import require_base, verify_artifact
+from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.config import skeleton as skeleton_of
-from toolkit.checkpoint.files import METHOD, gguf_at, read_header
-from toolkit.checkpoint.identity import files_of
+from toolkit.checkpoint.files import GGUF, METHOD, declared_format, gguf_at, read_header
+from toolkit.checkpoint.identity import files_of, identify_base
 from toolkit.durable import staged_folder
-from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
+from toolkit.errors import DataError, ModelError, RecipeError, ResourceError, first_line
+from toolkit.export.card import put_card
 from toolkit.export.gguf import modelfile, read_gguf, write_gguf
+from toolkit.export.into_source import Homes, merge_into_source
 from toolkit.export.merge import DRAFT_FOLDER, merge_checkpoint, merged_difference, stitch_head
+from toolkit.export.merge_base import require_merge_base
 from toolkit.export.server_rules import server_problems
+from toolkit.export.survival import LEAST_SHARE, Survival, streamed_logits, survival
 from toolkit.steps import part
 
-__all__ = ["FORMATS", "Export", "export_adapter"]
+__all__ = ["FORMATS", "Export", "export_adapter", "is_rounded_again"]
 
-FORMATS = ("peft", "per-expert", "merged", "merged-int8", "gguf")
+FORMATS = ("peft", "per-expert", "merged", "merged-source", "merged-int8", "gguf")
 _RECORD = "export.json"
+_UPDATES = "updates, over the largest"
 _FP32_SUMS = 1e-5
 """Folding a scaling into B and padding ranks reorders fp32 sums; this is far above that and far below any adapter."""
 
@@ -58,26 +66,66 @@ class Export:
     bound: float
     servers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """What stands against each server that reads this layout, by its own rules; empty lists where nothing does."""
+    merged_into: Mapping[str, Any] | None = None
+    """The checkpoint that the adapter was added to, `BaseIdentity` by field, and `as`, what it was taken as."""
+    survival: Survival | None = None
+    """Where weights were rounded again: how much of the adapter's effect is left."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """An artifact, the checkpoint it was trained on (`source`), the one to start from (`base`), and where to write."""
+
+    artifact: Path
+    source: Path
+    base: Path
+    adapter: list[Factors]
+    skeleton: PreTrainedModel
+    folder: Path
+    texts: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """As `Export` has them."""
+
+    compared: str
+    difference: float
+    bound: float
+    survival: Survival | None = None
+
+
 @part("export")
-def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str | Path) -> Export:
+def export_adapter(
+    artifact: str | Path,
+    base: str | Path,
+    format: str,
+    out: str | Path,
+    *,
+    merge_base: str | Path | None = None,
+    texts: Sequence[Sequence[int]] = (),
+    force: bool = False,
+) -> Export:
     """Write an artifact in another layout to the new folder `out`.
 
     Tokenizer, chat template and what ends an answer go along from the artifact, never from the base.
 
     Args:
-        base: folder of the original checkpoint, or its GGUF file.
+        base: folder of the checkpoint that was trained on, or its GGUF file.
         format: one of `FORMATS`.
+        merge_base: folder of the checkpoint in 16 bit that `base` was made from: merges start from it.
+        texts: token ids, of which a few hundred show how much of the adapter is left where weights are rounded again.
+        force: also write what has lost more than a tenth of the adapter's effect.
 
     Raises:
         RecipeError: no such format, or `out` exists. ResourceError: the disk is full or broken.
-        ModelError: the family cannot have this layout, or what was written does not give the adapter's numbers, tokens
-            or end tokens; nothing is left behind then.
+        DataError: weights are to be rounded again, and there are no texts.
+        ModelError: the family cannot have this layout, `merge_base` is another model, too little of the adapter would
+            be left, or what was written does not give its numbers, tokens or end tokens; nothing is left behind then.
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
     if format not in FORMATS:
@@ -88,20 +136,89 @@ def export_adapter(artifact: str | Path, base: str | Path, format: str, out: str
     require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
+    start, skeleton = _start(base, merge_base if format in _WHOLE else None, adapter, skeleton)
+    if is_rounded_again(start, format) and not texts:
+        raise DataError(_NO_TEXTS.format(format))
+    if format == "merged-source":
+        Homes(start, adapter, skeleton)
     try:
         with staged_folder(out) as folder:
-            compared, difference, bound = _WRITERS[format](artifact, base, adapter, skeleton, folder)
-            if not difference <= bound:
+            job = _Job(artifact, base, start, adapter, skeleton, folder, texts)
+            made = _WRITERS[format](job)
+            if not made.difference <= made.bound:
                 raise ModelError(
-                    f"{format}: what was written is off by {difference:.2e}, over {bound:.0e}: not exported"
+                    f"{format}: what was written is off by {made.difference:.2e}, over {made.bound:.0e}: not exported"
                 )
-            servers = _servers(folder, skeleton) if format == "per-expert" else {}
-            export = Export(str(out), format, compared, difference, bound, servers)
+            _require_survival(format, made.survival, force)
+            export = _told(job, format, str(out), made)
+            if export.merged_into is not None:
+                put_card(folder, export.merged_into, made.survival, read_manifest(artifact))
             _record(export, artifact, folder, out.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(f"{out}: cannot be exported: {reason}; free space or give another folder") from None
     return export
+
+
+_WHOLE = ("merged", "merged-int8")
+"""Layouts that start from the merge base where there is one."""
+_NO_TEXTS = (
+    "--format {}: rounds weights again, and what is left of the adapter is measured on texts: give rows like those it "
+    "was trained on with --data FILE"
+)
+
+
+def _start(
+    base: Path, merge_base: str | Path | None, adapter: list[Factors], skeleton: PreTrainedModel
+) -> tuple[Path, PreTrainedModel]:
+    """What a layout starts from, and that on meta."""
+    if merge_base is None:
+        return base, skeleton
+    require_merge_base(Path(merge_base), base, adapter, skeleton)
+    return Path(merge_base), skeleton_of(str(merge_base))
+
+
+def is_rounded_again(base: Path, format: str) -> bool:
+    """Whether this layout rounds weights that were rounded before, so that some of the adapter may be lost."""
+    if format == "merged-source":
+        return True
+    return format == "merged-int8" and _format_of(base) not in (None, METHOD)  # which nothing is merged into
+
+
+def _format_of(base: Path) -> str | None:
+    """What a checkpoint's weights are quantised as; None where they are floats."""
+    if gguf_at(base):
+        return GGUF
+    declared = declared_format(str(base), read_config(str(base)))
+    return None if declared is None else str(declared["quant_method"])
+
+
+def _require_survival(format: str, survival: Survival | None, force: bool) -> None:
+    if survival is None or (force and math.isfinite(survival.share)):
+        return
+    why = "" if survival.share >= LEAST_SHARE else f"less than {LEAST_SHARE:.0%}"
+    why = why or ("" if survival.noise <= 1 else "further from the adapted model than its base is")
+    if why:
+        raise ModelError(f"{format}: {survival}: {why}, not exported; take --format merged, or --force")
+
+
+def _told(job: _Job, format: str, out: str, made: _Made) -> Export:
+    servers = _servers(job.folder, job.skeleton) if format == "per-expert" else {}
+    merged_into = _merged_into(job, format)
+    return Export(out, format, made.compared, made.difference, made.bound, servers, merged_into, made.survival)
+
+
+def _merged_into(job: _Job, format: str) -> dict[str, Any] | None:
+    if format not in (*_WHOLE, "merged-source"):
+        return None
+    stored = _format_of(job.base)
+    if format == "merged-source":
+        taken = f"itself, in {stored}"
+    elif stored is not None:
+        taken = f"its {stored} weights multiplied out"
+    else:
+        taken = "itself" if job.base == job.source else f"the original of {job.source.name}"
+    return {**asdict(identify_base(str(job.base))), "as": taken}
 
 
 def _record(export: Export, artifact: Path, folder: Path, name: str) -> None:
@@ -118,22 +235,23 @@ def _servers(folder: Path, skeleton: PreTrainedModel) -> dict[str, list[str]]:
     return server_problems(shapes, load_adapter_config(folder), experts)
 
 
-def _peft(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
-    for path in artifact.iterdir():
+def _peft(job: _Job) -> _Made:
+    for path in job.artifact.iterdir():
         if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    return "updates, over the largest", largest_difference(adapter, read_factors(folder, skeleton)), 0.0
+            shutil.copyfile(path, job.folder / path.name)
+    back = read_factors(job.folder, job.skeleton)
+    return _Made(_UPDATES, largest_difference(job.adapter, back), 0.0)
 
 
-def _per_expert(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
-    tensors, rank = per_expert(adapter, skeleton)
+def _per_expert(job: _Job) -> _Made:
+    folder, tensors, rank = job.folder, *per_expert(job.adapter, job.skeleton)
     save_file({name: tensors[name] for name in sorted(tensors)}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     leaves = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
-    write_json(folder / ADAPTER_CONFIG, _plain_config(load_adapter_config(artifact), rank, leaves))
-    put_tokenizer(artifact, folder)
-    put_stops(artifact, folder)
-    back = from_per_expert(load_file(folder / ADAPTER_WEIGHTS), adapter, skeleton)
-    return "updates, over the largest", largest_difference(adapter, back), _FP32_SUMS
+    write_json(folder / ADAPTER_CONFIG, _plain_config(load_adapter_config(job.artifact), rank, leaves))
+    put_tokenizer(job.artifact, folder)
+    put_stops(job.artifact, folder)
+    back = from_per_expert(load_file(folder / ADAPTER_WEIGHTS), job.adapter, job.skeleton)
+    return _Made(_UPDATES, largest_difference(job.adapter, back), _FP32_SUMS)
 
 
 def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[str, Any]:
@@ -142,36 +260,48 @@ def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[
     return {**config, **plain, "target_modules": leaves, "target_parameters": None}
 
 
-def _merged(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
-    merge_checkpoint(base, adapter, skeleton, folder)
-    put_tokenizer(artifact, folder)
-    put_stops(artifact, folder)
-    head = stitch_head(artifact, skeleton, folder)
-    for checkpoint in (folder, folder / DRAFT_FOLDER):
-        declare_stops(checkpoint, read_stops(artifact), files_of(str(base)) or base)
-    _, steps = merged_difference(base, folder, adapter)
-    source = " from the dequantised GGUF" if gguf_at(base) else ""
-    told = f"merged weights{source}, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
-    return told, steps, 1.01
+def _merged(job: _Job) -> _Made:
+    merge_checkpoint(job.base, job.adapter, job.skeleton, job.folder)
+    put_tokenizer(job.artifact, job.folder)
+    put_stops(job.artifact, job.folder)
+    head = stitch_head(job.artifact, job.skeleton, job.folder)
+    for checkpoint in (job.folder, job.folder / DRAFT_FOLDER):
+        declare_stops(checkpoint, read_stops(job.artifact), files_of(str(job.base)) or job.base)
+    _, steps = merged_difference(job.base, job.folder, job.adapter)
+    told = f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
+    return _Made(told, steps, 1.01)
 
 
-def _merged_int8(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
+def _merged_source(job: _Job) -> _Made:
+    merge_into_source(job.base, job.adapter, job.skeleton, job.folder)
+    put_tokenizer(job.artifact, job.folder)
+    put_stops(job.artifact, job.folder)
+    declare_stops(job.folder, read_stops(job.artifact), files_of(str(job.base)) or job.base)
+    found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, job.folder))
+    lost = max(0.0, 1 - found.share)
+    return _Made("change of the logits, the share that is lost", lost, max(lost, 1 - LEAST_SHARE), found)
+
+
+def _merged_int8(job: _Job) -> _Made:
     from toolkit.quant.save import quantize_checkpoint
 
-    merged, result = folder / "merged", folder / "int8"
+    merged, result = job.folder / "merged", job.folder / "int8"
     merged.mkdir()
-    _, steps, bound = _merged(artifact, base, adapter, skeleton, merged)
+    made = _merged(replace(job, folder=merged))
     quantize_checkpoint(str(merged), result)
-    if steps > bound:
-        raise ModelError(f"merged-int8: the merge is off by {steps:.2f} roundings: not exported")
-    off = _int8_steps(merged, result, adapter)
-    put_tokenizer(artifact, result)
-    put_stops(artifact, result)
+    if made.difference > made.bound:
+        raise ModelError(f"merged-int8: the merge is off by {made.difference:.2f} roundings: not exported")
+    off = _int8_steps(merged, result, job.adapter)
+    found = None
+    if is_rounded_again(job.base, "merged-int8"):
+        found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, result))
+    put_tokenizer(job.artifact, result)
+    put_stops(job.artifact, result)
     for path in [*result.iterdir(), *merged.glob(DRAFT_FOLDER)]:
-        path.rename(folder / path.name)
+        path.rename(job.folder / path.name)
     result.rmdir()
     shutil.rmtree(merged)
-    return "merged weights, in int8 steps", off, 0.51
+    return _Made("merged weights, in int8 steps", off, 0.51, found)
 
 
 def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
@@ -192,15 +322,23 @@ def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
     return worst
 
 
-def _gguf(artifact: Path, base: Path, adapter: list[Factors], skeleton: PreTrainedModel, folder: Path) -> Any:
-    write_gguf(adapter, skeleton, folder / "adapter.gguf")
+def _gguf(job: _Job) -> _Made:
+    artifact, folder = job.artifact, job.folder
+    write_gguf(job.adapter, job.skeleton, folder / "adapter.gguf")
     chat = read_manifest(artifact).get("chat") or {}
     has_template = chat.get("form", "chat") == "chat" and (artifact / TEMPLATE).is_file()
     if has_template:
         shutil.copyfile(artifact / TEMPLATE, folder / TEMPLATE)
     ends = token_text(artifact, read_stops(artifact)) if read_stops(artifact) else []
     (folder / "Modelfile").write_text(modelfile(ends, chat), encoding="utf-8")
-    return "updates, over the largest", read_gguf(folder / "adapter.gguf", adapter, skeleton), _FP32_SUMS
+    return _Made(_UPDATES, read_gguf(folder / "adapter.gguf", job.adapter, job.skeleton), _FP32_SUMS)
 
 
-_WRITERS = {"peft": _peft, "per-expert": _per_expert, "merged": _merged, "merged-int8": _merged_int8, "gguf": _gguf}
+_WRITERS: dict[str, Callable[[_Job], _Made]] = {
+    "peft": _peft,
+    "per-expert": _per_expert,
+    "merged": _merged,
+    "merged-source": _merged_source,
+    "merged-int8": _merged_int8,
+    "gguf": _gguf,
+}

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -176,6 +177,8 @@ class _Known:
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_looked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of masks that live, which all layers of a kind are given: windows by rows and size, so that one layer looks."""
 
 
 def _window(module: nn.Module, mask: torch.Tensor | None, lengths: Sequence[int], kwargs: dict[str, Any]) -> int | None:
@@ -194,13 +197,18 @@ def _window(module: nn.Module, mask: torch.Tensor | None, lengths: Sequence[int]
     start = sum(lengths[: lengths.index(longest)])
     rows, size = slice(start, start + longest), kwargs.get("sliding_window")
     known.longest = longest
-    if _is_causal(mask[..., rows, rows]):
-        known.window = -1
-    elif size is not None and _is_causal(mask[..., rows, rows], size - 1):
-        known.window = size - 1
-    else:
-        known.window = None
+    found = _looked.setdefault(mask, {})
+    if (start, longest, size) not in found:
+        found[start, longest, size] = _look(mask[..., rows, rows], size)
+    known.window = found[start, longest, size]
     return known.window
+
+
+def _look(mask: torch.Tensor, size: int | None) -> int | None:
+    """What a document's mask is, see `_window`; `size` of a window that it may be."""
+    if _is_causal(mask):
+        return -1
+    return size - 1 if size is not None and _is_causal(mask, size - 1) else None
 
 
 def can_attend_together(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:

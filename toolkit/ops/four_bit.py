@@ -100,11 +100,11 @@ def outputs_of(stored: FourBits, outputs: slice) -> FourBits:
     return FourBits(packed[:, outputs], scale[..., outputs], None if step is None else step[:, outputs])
 
 
-def integers(stored: FourBits) -> Tensor:
+def integers(stored: FourBits, *, out: Tensor | None = None) -> Tensor:
     """int4 as int8 [..., I, O], without the rows' scale."""
     packed, _, step = stored
     assert step is not None
-    whole = _room_for(packed, torch.int8)
+    whole = _room_for(packed, torch.int8) if out is None else out
     (low, high), (low_step, high_step) = whole.chunk(2, -2), step.chunk(2, -2)
     expand_into(low, high, packed, low_step, high_step)
     return whole

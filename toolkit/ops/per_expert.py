@@ -127,9 +127,12 @@ class _ExpertLayer(torch.autograd.Function):
 
 
 def kept_rows(rows: int, outputs: int, weights: ExpertWeights, dtype: torch.dtype) -> int:
-    """How many rows of [S, O] are kept for backward: as many as take three tenths of the weights' bytes."""
-    room = int(_KEPT_OF_WEIGHTS * (weights.up.weight.nbytes + weights.down.weight.nbytes))
-    return min(rows, room // (outputs * dtype.itemsize))
+    """How many rows of [S, O] are kept for backward: as many as take three tenths of the weights' bytes.
+
+    Four bits count as int8: what is kept saves unpacking, too.
+    """
+    stored = sum(stack.weight.nbytes * (2 if stack.four_bits else 1) for stack in (weights.up, weights.down))
+    return min(rows, int(_KEPT_OF_WEIGHTS * stored) // (outputs * dtype.itemsize))
 
 
 def _factors(A: torch.Tensor | None, B: torch.Tensor | None, scaling: float) -> LoraFactors | None:

@@ -11,7 +11,7 @@ scheme (Ootomo, Ozaki, Yokota: DGEMM on integer matrix multiplication unit, 2024
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["SplitRows", "can_multiply", "multiply", "multiply_each"]
+__all__ = ["SplitRows", "Stored", "can_multiply", "multiply", "multiply_each"]
 
 _DIGITS = 3
 _BITS = 8
@@ -85,8 +85,12 @@ class SplitRows:
         return SplitRows(self.digits.index_select(0, index_N), self.unit_N1.index_select(0, index_N))
 
 
+Stored = torch.Tensor | Callable[[], torch.Tensor]
+"""A weight, or what brings it into memory that the thread's next one takes: then it is multiplied in one piece."""
+
+
 def multiply_each(
-    x_NI: torch.Tensor | SplitRows, parts: Sequence[tuple[slice, torch.Tensor]], width: int, *, transposed: bool
+    x_NI: torch.Tensor | SplitRows, parts: Sequence[tuple[slice, Stored]], width: int, *, transposed: bool
 ) -> torch.Tensor:
     """The same of rows that have a weight of their own each: `parts` are runs of them, one after the other."""
     known = x_NI if isinstance(x_NI, SplitRows) else None
@@ -99,11 +103,13 @@ def multiply_each(
             digits, unit_N1 = _digits(_between(like, 0, start, stop))
         rows, _, inputs = digits.shape
         flat, out = digits.view(_DIGITS * rows, inputs), _between(result, 0, start, stop)
-        step = _even(width, max(_COLUMNS, _SUMS // rows))
+        is_brought = any(callable(stored) for *_, stored in pieces)
+        step = width if is_brought else _even(width, max(_COLUMNS, _SUMS // rows))
         for first in range(0, width, step):
             last = min(first + step, width)
             sums = _room("sums", (_DIGITS * rows, last - first), torch.int32)
-            for begin, end, stored_PQ in pieces:
+            for begin, end, stored in pieces:
+                stored_PQ = stored() if callable(stored) else stored
                 weight_PQ = _between(stored_PQ, 0 if transposed else 1, first, last)
                 torch._int_mm(
                     _between(flat, 0, _DIGITS * begin, _DIGITS * end),
@@ -119,10 +125,10 @@ def _between(tensor: torch.Tensor, side: int, first: int, last: int) -> torch.Te
     return tensor if last - first == tensor.shape[side] else tensor.narrow(side, first, last - first)
 
 
-Pieces = list[tuple[int, int, torch.Tensor]]
+Pieces = list[tuple[int, int, Stored]]
 
 
-def _chunks(parts: Sequence[tuple[slice, torch.Tensor]]) -> Iterator[tuple[tuple[int, int], Pieces]]:
+def _chunks(parts: Sequence[tuple[slice, Stored]]) -> Iterator[tuple[tuple[int, int], Pieces]]:
     """Rows that are computed at a time, first and last, and within them those of each weight."""
     start = stop = 0
     pieces: Pieces = []

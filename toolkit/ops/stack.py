@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -19,7 +20,7 @@ from toolkit.ops import four_bit
 from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.rows import RowBlock, Segment, is_fake
-from toolkit.ops.split_int8 import SplitRows, can_multiply, multiply_each
+from toolkit.ops.split_int8 import SplitRows, Stored, can_multiply, multiply_each
 
 __all__ = ["FactorGradients", "Products", "StackGradients"]
 
@@ -140,7 +141,7 @@ class Products:
     def _product(self, x: torch.Tensor | SplitRows, block: RowBlock, width: int, *, transposed: bool) -> torch.Tensor:
         """x times its experts' stored weights [P, Q], or times their transposes, scale left out: [N, width]."""
         if isinstance(x, SplitRows) or self._takes_digits(x):
-            parts = [(segment.rows, self._integers(segment.expert)) for segment in block.segments]
+            parts = [(segment.rows, self._whole_numbers(segment.expert)) for segment in block.segments]
             return multiply_each(x, parts, width, transposed=transposed)
         result = x.new_empty(x.shape[0], width)
         for segment in block.segments:
@@ -163,9 +164,12 @@ class Products:
             return can_multiply(x, self.stack.weight.view(torch.int8), (self.inputs, self.outputs))
         return can_multiply(x, self.stack.weight)
 
-    def _integers(self, expert: int) -> torch.Tensor:
-        """An expert's weight in int8 as it is stored, or unpacked."""
-        return four_bit.integers(self.stack.packed(expert)) if self.stack.four_bits else self.stack.weight[expert]
+    def _whole_numbers(self, expert: int) -> Stored:
+        """An expert's weight in int8 as it is stored, or what unpacks it, in the place of the last."""
+        if not self.stack.four_bits:
+            return self.stack.weight[expert]
+        stored, shape = self.stack.packed(expert), (self.inputs, self.outputs)
+        return lambda: four_bit.integers(stored, out=_buffer(prod(shape), torch.int8, stored.packed.device).view(shape))
 
     def _parts(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of an expert's stored weight in the compute dtype, each part in the place of the last."""
@@ -222,10 +226,11 @@ def _buffer(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Te
     """Room that is overwritten by the thread's next call. On a CPU the same memory, warm, every time."""
     if device.type != "cpu":
         return torch.empty(elements, dtype=dtype, device=device)
-    buffer: torch.Tensor | None = getattr(_kept, "buffer", None)
-    if buffer is None or buffer.dtype != dtype or buffer.numel() < elements:
+    buffer: torch.Tensor | None = getattr(_kept, str(dtype), None)
+    if buffer is None or buffer.numel() < elements:
         with torch.inference_mode(False):
-            buffer = _kept.buffer = torch.empty(elements, dtype=dtype)
+            buffer = torch.empty(elements, dtype=dtype)
+        setattr(_kept, str(dtype), buffer)
     return buffer[:elements]
 
 

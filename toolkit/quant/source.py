@@ -8,13 +8,13 @@ skeleton that is otherwise on meta.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -25,8 +25,10 @@ from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
+from toolkit.checkpoint.weights import unread
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import storage
+from toolkit.quant.ours import own_weights
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
 
 __all__ = ["SourceWeights"]
@@ -38,25 +40,44 @@ _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 class SourceWeights:
     """Reads a checkpoint layer by layer; the weights of at most one layer are alive, in the dtype of the files.
 
+    Args:
+        model_of: makes `model`, which the layers are read into, of a config; its parameters are on meta.
+        also_ours: read a checkpoint of onecard's own, too, whose weights were rounded before.
+
     Raises:
         ModelError: no safetensors there, or they are int8 already.
     """
 
-    def __init__(self, name_or_path: str, *, revision: str = "main") -> None:
+    def __init__(
+        self,
+        name_or_path: str,
+        *,
+        revision: str = "main",
+        model_of: Callable[[PretrainedConfig], PreTrainedModel] = on_meta,
+        also_ours: bool = False,
+    ) -> None:
         self.name = name_or_path
         config = read_config(name_or_path, revision)
-        said = declared_format(name_or_path, config)
-        if said is not None and said["quant_method"] == METHOD:
+        said = declared_format(name_or_path, config) or {}
+        declared = said.get("quant_method")
+        if declared == METHOD and also_ours:
+            self.model = model_of(config)
+            self._quantizer: Int8Quantizer | None = _keeps_floats(self.model)
+            self._mapping: list[Any] = []
+            self._slices: dict[str, Any] = dict(own_weights(fetch(name_or_path, revision), self.model))
+            self._targets = {key: key for key in self._slices}
+            return
+        wanted = None if declared == METHOD else storage(name_or_path, config)
+        if wanted is None:
             raise ModelError(
                 f"{name_or_path}: {said.get('experts', 'int8')} already, so its original weights are not there to "
                 "compensate for; take the checkpoint it was made from, or set quantization.error_compensation=none"
             )
-        declared = storage(name_or_path, config)
-        self._model = on_meta(config)
-        self._quantizer = _keeps_floats(self._model) if declared.source is not None else None
-        self._mapping = get_model_conversion_mapping(self._model, hf_quantizer=self._quantizer)
-        self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), declared.source, self._model)
-        self._targets = targets(self._model, self._mapping, self._slices)
+        self.model = model_of(config)
+        self._quantizer = _keeps_floats(self.model) if wanted.source is not None else None
+        self._mapping = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
+        self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, self.model)
+        self._targets = targets(self.model, self._mapping, self._slices)
 
     @contextmanager
     def layer(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -66,7 +87,7 @@ class SourceWeights:
             ModelError: a tensor is missing, has another shape than the config says, or cannot be read.
         """
         wanted = {key: self._slices[key] for key, target in self._targets.items() if target.startswith(f"{name}.")}
-        module = self._model.get_submodule(name).to(_dtype(wanted))
+        module = self.model.get_submodule(name).to(_dtype(wanted))
         try:
             self._read(name, wanted)
             yield dict(module.state_dict(prefix=f"{name}."))
@@ -75,7 +96,7 @@ class SourceWeights:
 
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Every decoder layer and every module outside of them, in the files' order, and what is stored of each."""
-        known, found = self._model.state_dict(), dict[str, list[str]]()
+        known, found = self.model.state_dict(), dict[str, list[str]]()
         for target in dict.fromkeys(self._targets.values()):
             if target in known:
                 layer = re.match(r".+?\.\d+(?=\.)", target)
@@ -91,12 +112,17 @@ class SourceWeights:
         found = self.stored_as(parameter)
         return max((_HALF.get(name, torch.float32) for name in found), key=lambda dtype: torch.finfo(dtype).eps)
 
+    def bits(self, parameter: str) -> float:
+        """Of a value in the files, scales included: 4.5, or 16."""
+        found = [unread(self._slices[key]) for key, target in self._targets.items() if target == parameter]
+        return 8 * sum(part.nbytes for part in found) / sum(part.shape.numel() for part in found)
+
     def _read(self, name: str, slices: dict[str, Any]) -> None:
         config = LoadStateDictConfig(
             weight_mapping=self._mapping, device_map={"": "cpu"}, dtype=torch.float32, hf_quantizer=self._quantizer
         )
         try:
-            info, _ = convert_and_load_state_dict_in_model(self._model, slices, config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"{self.name}: {name}: {first_line(error)}; download the checkpoint again") from None
         missing = sorted(key for key in info.missing_keys if key.startswith(f"{name}."))

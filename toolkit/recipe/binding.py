@@ -31,6 +31,7 @@ EFFECTS: Mapping[str, Effect] = {
     "model.model_name_or_path": Effect.CONTENT,
     "model.revision": Effect.CONTENT,
     "model.tokenizer_name_or_path": Effect.CONTENT,
+    "model.merge_base": Effect.FREE,
     "model.dtype": Effect.BINDS,
     "model.attn_implementation": Effect.BINDS,
     "quantization.*": Effect.BINDS,

@@ -48,6 +48,8 @@ class ModelSection(_Section):
     """Hub branch, tag or commit; the commit it resolves to is recorded in the run."""
     tokenizer_name_or_path: NonEmpty | None = None
     """A folder or a Hub repository with another tokenizer than the checkpoint's; the artifact carries it."""
+    merge_base: NonEmpty | None = None
+    """The 16-bit checkpoint that a quantised one was made from, folder or Hub repository: `export` merges into it."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of what is not int8; `auto` is bfloat16 on a card and float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
@@ -62,8 +64,7 @@ class QuantizationSection(_Section):
     keeps the four bits of a checkpoint that has them; or none, the compute dtype. A stack whose inputs are no multiple
     of 64 stays int8."""
     budget: Size | None = None
-    """With `experts: int4`, bytes of the expert stacks, scales included, such as `16GiB`. As many layers as it holds
-    are int8: those that lower the loss on calibration examples most."""
+    """With int4: bytes of all stacks, as 16GiB; as many layers as it holds are int8, those whose loss gains most."""
     linears: Literal["int8", "bnb", "none"] = "int8"
     """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
     activations too; or left alone."""

@@ -127,7 +127,7 @@ def dump(recipe: Recipe) -> str:
 
 
 _PATHS = {
-    "model": ("model_name_or_path", "tokenizer_name_or_path"),
+    "model": ("model_name_or_path", "tokenizer_name_or_path", "merge_base"),
     "lora": ("adapter_name_or_path",),
     "data": ("train", "validation", "chat_template_path"),
     "eval": ("metric", "regression"),

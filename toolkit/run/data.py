@@ -24,9 +24,10 @@ from toolkit.data import Batches, ChatForm, Dialogue, read_chat_template
 from toolkit.data import build_batches as build_from_rows
 from toolkit.data.storage import count_trained, sequence_lengths
 from toolkit.durable import write_text
-from toolkit.errors import ModelError, first_line
+from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
+from toolkit.recipe import Recipe
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run_folder import RunFolder
@@ -41,6 +42,7 @@ __all__ = [
     "record_form",
     "step_shape",
     "stop_as_trained",
+    "texts_to_compare",
 ]
 
 
@@ -50,7 +52,10 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or that of a GGUF file must be given.
     """
-    recipe = plan.recipe
+    return _tokenizer_of(plan.recipe)
+
+
+def _tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = _tokenizer(recipe.model)
     if recipe.data.chat_template_path:
         tokenizer.chat_template = read_chat_template(Path(recipe.data.chat_template_path))
@@ -83,17 +88,41 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     general_text(tokenizer, plan)
     if plan.recipe.eval.metric != LOSS:
         find_metric(plan.recipe.eval.metric)
-    data = plan.recipe.data.model_dump(exclude={"chat_template_path"})
-    training = plan.recipe.training
-    recorded = _recorded_form(plan.folder)
+    return _batches_of(plan.recipe, tokenizer, plan.max_length, _recorded_form(plan.folder))
+
+
+def _batches_of(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, recorded: ChatForm | None
+) -> Batches:
     return build_from_rows(
         tokenizer,
-        **data,
-        max_length=plan.max_length,
-        seed=training.seed,
-        stop_token_ids=_declared_stops(plan),
+        **recipe.data.model_dump(exclude={"chat_template_path"}),
+        max_length=max_length,
+        seed=recipe.training.seed,
+        stop_token_ids=_declared_stops(recipe),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
     )
+
+
+def texts_to_compare(recipe: Recipe, artifact: Path, *, held_out: bool = True) -> list[list[int]]:
+    """Token ids of the recipe's held-out examples, or of its training examples; no plan is made, and no model loaded.
+
+    Args:
+        artifact: the adapter, which says how its run's conversations were written.
+
+    Raises:
+        DataError: there are none, or they cannot be used. ModelError: no tokenizer.
+    """
+    longest = recipe.training.max_length
+    few = recipe.data.model_copy(update={"max_samples": _BESIDE if held_out else _COMPARED})
+    recipe = recipe.model_copy(update={"data": few})
+    tokenizer, recorded = _tokenizer_of(recipe), _recorded_form(artifact.parent, artifact)
+    batches = _batches_of(recipe, tokenizer, _LONGEST_WINDOW if longest == "auto" else longest, recorded)
+    rows = batches.validation if held_out else batches.train
+    if rows is None:
+        raise DataError("the recipe holds out no examples")
+    found: list[list[int]] = rows[:_COMPARED]["input_ids"]
+    return found
 
 
 def step_shape(batches: Batches, plan: Plan) -> StepShape:
@@ -141,11 +170,15 @@ def held_out(batches: Batches, plan: Plan) -> Dataset | None:
 
 _LONGEST_WINDOW = 512
 """Tokens of general text that are looked at together."""
+_COMPARED = 256
+"""Examples whose logits an export may compare; it takes a few hundred tokens of them."""
+_BESIDE = 4
+"""Training examples that are read for the sake of the held-out ones beside them."""
 
 
-def _declared_stops(plan: Plan) -> list[int]:
+def _declared_stops(recipe: Recipe) -> list[int]:
     """Token ids at which the checkpoint's own generation stops."""
-    place = (plan.model, plan.recipe.model.revision)
+    place = (recipe.model.model_name_or_path, recipe.model.revision)
     ends = getattr(read_generation_config(*place), "eos_token_id", None)
     if ends is None:
         ends = getattr(read_config(*place).get_text_config(), "eos_token_id", None)
@@ -172,7 +205,7 @@ def dialogue(tokenizer: PreTrainedTokenizerBase, plan: Plan, artifact: Path) -> 
     """Prompts and answers as in the run that `artifact` came from, under the plan's template options."""
     recorded = _recorded_form(artifact.parent, artifact) or ChatForm()
     data = plan.recipe.data
-    stops = sorted({*recorded.stop_token_ids, *_declared_stops(plan)})
+    stops = sorted({*recorded.stop_token_ids, *_declared_stops(plan.recipe)})
     form = replace(
         recorded,
         stop_token_ids=tuple(stops),

@@ -34,6 +34,7 @@ from toolkit.training.checkpoint import (
     write_checkpoint,
 )
 from toolkit.training.divergence import StepGuard
+from toolkit.training.optimizer import with_one_wait
 
 __all__ = ["ResumableTrainer", "SavedPart"]
 
@@ -88,6 +89,12 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             known = name.replace(".default.", ".").removesuffix(".default") in layout or id(parameter) in kept
             if parameter.requires_grad and not known:
                 raise ModelError(f"{name}: is trained, but no checkpoint would hold it; register it as a part")
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(*given: Any, **named: Any) -> tuple[Any, Any]:
+        """transformers' choice, without bitsandbytes' waits."""
+        optimizer, options = SFTTrainer.get_optimizer_cls_and_kwargs(*given, **named)
+        return with_one_wait(optimizer), options
 
     def _adapter(self) -> dict[str, torch.Tensor]:
         return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))

@@ -144,6 +144,12 @@ def test_the_body_tells_results_and_coverage() -> None:
     assert HUB.weights_sha256 in text
 
 
+def test_a_merge_base_is_named() -> None:
+    model = {**RECIPE["model"], "merge_base": "owner/nano-moe-bf16"}
+    assert "A merge starts from `owner/nano-moe-bf16`" in card(recipe={**RECIPE, "model": model})
+    assert "A merge starts from" not in card(recipe=RECIPE)
+
+
 def test_a_base_that_was_not_rounded_is_not_called_8_bit() -> None:
     results = {"base": {"loss": 3.5}, "adapted": {"loss": 1.25}}
     plain = card(results=results, recipe={"quantization": {"experts": "none", "linears": "none"}})

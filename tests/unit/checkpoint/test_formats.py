@@ -74,6 +74,43 @@ def test_rows_by_themselves_are_the_rows_of_the_whole(name: str, monkeypatch: py
                 assert torch.equal(part[begin:].read(), whole[first + begin : last]), (key, first, last)
 
 
+def encoded(case: Case, chance: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[str]:
+    """Every weight that can be written in its own format, written again and read back: the same bits; their formats."""
+    for key, packed in packed_weights(case.files()).items():
+        if packed.encoder is None:
+            continue
+        for _, _, parts in as_slice(packed, case.tensors).blocks():
+            values = packed.unpack(parts)
+            made = packed.encoder.encode(values, parts, chance(values))
+            for name, part in made.items():
+                assert (part.shape, part.dtype) == (parts[name].shape, parts[name].dtype), (key, name)
+            assert torch.equal(packed.unpack({**parts, **made}), values), key
+            # Codes that stand for other values take the place of those that were there.
+            moved = packed.unpack({**parts, **packed.encoder.encode(values.flip(0), parts)})
+            assert not torch.equal(moved, values), key
+        yield packed.stored.partition(",")[0]
+
+
+def test_what_is_written_in_its_own_format_reads_back_as_it_was() -> None:
+    nearest, drawn = (lambda values: None), (lambda values: torch.rand(values.shape))
+    torch.manual_seed(0)
+    for chance in (nearest, drawn):
+        kinds = {name: list(encoded(Case(name), chance)) for name in CASES}
+        by_package: dict[str, set[str]] = {}
+        for name, found in kinds.items():
+            by_package.setdefault(CASES[name]["package"], set()).update(found)
+        assert by_package == {
+            "compressed-tensors": {*(f"int{bits}" for bits in range(2, 9)), "FP8", "NVFP4", "MXFP4", "MXFP8"},
+            "GPTQModel": {"int2", "int3", "int4", "int8"},
+            "autoawq": {"int4"},
+            "auto-round": {"int4", "int6"},
+            "nvidia-modelopt": {"FP8", "NVFP4", "int4"},
+            "transformers": {"FP8", "MXFP4", "MXFP8"},
+            "torchao": {"FP8", "int8"},
+            **{package: set() for package in ("bitsandbytes", "mlx", "hqq")},
+        }
+
+
 ODD_WIDTHS = ("old-int3", "old-int5", "old-int7")
 """Of compressed-tensors up to 0.17: one word less is exactly what later versions take for as many codes."""
 

@@ -11,11 +11,27 @@ from torch import Tensor
 
 from toolkit.parts import E2M1
 
-__all__ = ["as_bytes", "fields", "fp4", "fp6", "grid", "nibbles", "planes", "powers"]
+__all__ = [
+    "FP4_LEVELS",
+    "as_bytes",
+    "fields",
+    "fp4",
+    "fp4_codes",
+    "fp6",
+    "fp8_levels",
+    "grid",
+    "nibbles",
+    "pairs",
+    "planes",
+    "powers",
+    "words",
+]
 
 _SIGNED = torch.tensor((*E2M1, *(-value for value in E2M1)))
 _PAIRS = torch.stack((_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)), -1)
 """Of each byte, [256, 2]: the low nibble comes first."""
+FP4_LEVELS = tuple(sorted({-value for value in E2M1} | set(E2M1)))
+"""All values of E2M1, ascending."""
 
 
 def as_bytes(words: Tensor) -> Tensor:
@@ -38,6 +54,23 @@ def fp4(packed: Tensor) -> Tensor:
     stream = as_bytes(packed)
     pairs: Tensor = _PAIRS.to(stream.device).index_select(0, stream.flatten().int())
     return pairs.reshape(*stream.shape[:-1], -1)
+
+
+def pairs(codes: Tensor) -> Tensor:
+    """The inverse of `nibbles`: bytes [..., n] of 4-bit codes, uint8 [..., 2n], the first in the low half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def fp4_codes(values: Tensor) -> Tensor:
+    """The codes, uint8, of values that are E2M1's: sign, two bits of exponent and one of mantissa."""
+    magnitude = torch.bucketize(values.abs().contiguous(), torch.tensor(E2M1, device=values.device))
+    return (magnitude | (values < 0).long() << 3).to(torch.uint8)
+
+
+def fp8_levels(dtype: torch.dtype) -> tuple[float, ...]:
+    """All finite values of an 8-bit float, ascending."""
+    found = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return tuple(sorted(set(found[found.isfinite()].tolist())))
 
 
 def fields(words: Tensor, bits: int, count: int, *, across: bool = True) -> Tensor:
@@ -68,6 +101,21 @@ def fields(words: Tensor, bits: int, count: int, *, across: bool = True) -> Tens
             code = code | (stream[..., byte + 1] << (8 - shift))
         eight.append((code & (2**bits - 1)).to(torch.uint8))
     return torch.stack(eight, -1).flatten(-2)[..., :count]
+
+
+def words(codes: Tensor, bits: int, count: int, *, across: bool = True) -> Tensor:
+    """The inverse of `fields`: `count` int32 words [..., count] of codes, uint8 [..., n]; what is left over is zero."""
+    if not across and 32 % bits:
+        whole = 32 // bits
+        codes = torch.nn.functional.pad(codes, (0, count * whole - codes.shape[-1]))
+        return words(codes.unflatten(-1, (count, whole)), bits, 1)[..., 0]
+    if 8 % bits:
+        codes, bits = ((codes[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten(-2), 1
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, 4 * count * each - codes.shape[-1]))
+    shifted = codes.unflatten(-1, (-1, each)) << torch.arange(0, 8, bits, dtype=torch.uint8)
+    stream: Tensor = shifted.sum(-1, dtype=torch.uint8)
+    return stream.view(torch.int32)
 
 
 def planes(words: Tensor, bits: int) -> Tensor:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fields, fp4, fp6, grid, nibbles, powers
-from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import FP4_LEVELS, fields, fp4, fp4_codes, fp6, grid, nibbles, pairs, powers, words
+from toolkit.checkpoint.formats.packed import FLOATS, Encoder, Files, FourBit, Packed, Part, Tensors
 from toolkit.checkpoint.formats.scaled import scaled
 from toolkit.errors import ModelError
 
@@ -102,13 +102,14 @@ def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
             raise files.wrong(f"{module}.weight_scale", f"is {'×'.join(map(str, scale))} for {rows}×{2 * width} values")
         files.check_one(f"{module}.weight_global_scale", *FLOATS)
         parts["global"] = Part(f"{module}.weight_global_scale", None)
-        return files.packed(name, (rows, 2 * width), parts, _nvfp4, f"NVFP4, groups of {_NV_GROUP}")
+        return files.packed(name, (rows, 2 * width), parts, _nvfp4, f"NVFP4, groups of {_NV_GROUP}", None, _NVFP4)
     if dtype not in ("U8", "F8_E8M0", "F4") or len(scale) != 2:
         raise files.wrong(key, f"packed in {dtype}, which no known format does")
     columns = scale[1] * _MX_GROUP
     if width * 2 == columns:
+        encoder = None if dtype == "F4" else _MXFP4
         kept = FourBit("mxfp4", _MX_GROUP, lambda parts: (nibbles(parts["packed"]), parts["scale"].view(torch.uint8)))
-        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}", kept)
+        return files.packed(name, (rows, columns), parts, _mxfp4, f"MXFP4, groups of {_MX_GROUP}", kept, encoder)
     if width * 8 == columns * 6:
         unpack = partial(_mxfp6, columns=columns)
         return files.packed(name, (rows, columns), parts, unpack, f"MXFP6, groups of {_MX_GROUP}")
@@ -146,13 +147,15 @@ def _integers(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
     if order in files.headers and int(files.value(order).max()) >= 0:
         files.check_order(order, columns, scale[-1])
         parts["group"] = Part(order, None)  # -1 where it was never filled
-    unpack = partial(
-        _unpack_integers, bits=bits, columns=columns, group=group, across=across, zeros_across=zeros_across
-    )
-    kept = None
+    laid_out: dict[str, Any] = {"bits": bits, "columns": columns, "group": group, "zeros_across": zeros_across}
+    unpack = partial(_unpack_integers, across=across, **laid_out)
+    half, kept = 2 ** (bits - 1), None
+    store = partial(_store_integers, bits=bits, across=across)
+    encoder = Encoder(tuple(range(-half, half)), partial(_integer_units, **laid_out), store)
     if bits == 4 and group > 0 and columns % group == 0 and parts.keys() == {"packed", "scale"}:
         kept = FourBit("grouped", group, _codes, files.headers[f"{module}.weight_scale"].dtype)
-    return files.packed(f"{module}.weight", (rows, columns), parts, unpack, f"int{bits}{_groups(scale, group)}", kept)
+    stored = f"int{bits}{_groups(scale, group)}"
+    return files.packed(f"{module}.weight", (rows, columns), parts, unpack, stored, kept, encoder)
 
 
 def _check_scales(files: Files, module: str, scheme: Mapping[str, Any], rows: int, columns: int) -> None:
@@ -231,18 +234,34 @@ def _unpack_integers(
     parts: Tensors, *, bits: int, columns: int, group: int, across: bool, zeros_across: bool
 ) -> Tensor:
     """(q − z) · s; codes are stored with half their range added, zero points too."""
-    half = 2 ** (bits - 1)
-    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float() - half
-    scale, zero, rows = parts["scale"].float(), parts.get("zero"), codes.shape[0]
+    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float() - 2 ** (bits - 1)
+    scale, zero = _scale_and_zero(parts, bits=bits, columns=columns, group=group, zeros_across=zeros_across)
+    if zero is not None:
+        codes -= zero
+    return codes * scale
+
+
+def _scale_and_zero(
+    parts: Tensors, *, bits: int, columns: int, group: int, zeros_across: bool
+) -> tuple[Tensor, Tensor | None]:
+    scale, zero, rows = parts["scale"].float(), parts.get("zero"), parts["packed"].shape[0]
     if zero is not None and zero.dtype == torch.int32:
-        zero = fields(zero.T, bits, rows, across=zeros_across).T.float() - half
+        zero = fields(zero.T, bits, rows, across=zeros_across).T.float() - 2 ** (bits - 1)
     if "group" in parts:
         order = parts["group"].long()
         scale, zero, group = scale[:, order], zero if zero is None else zero[:, order], 1
     block = (1, group) if group > 0 else None
-    if zero is not None:
-        codes -= grid(zero, rows, columns, block)
-    return codes * grid(scale, rows, columns, block)
+    return grid(scale, rows, columns, block), zero if zero is None else grid(zero, rows, columns, block)
+
+
+def _integer_units(parts: Tensors, **laid_out: Any) -> tuple[Tensor, Tensor | None]:
+    scale, zero = _scale_and_zero(parts, **laid_out)
+    return scale, zero if zero is None else -zero * scale
+
+
+def _store_integers(levels: Tensor, parts: Tensors, *, bits: int, across: bool) -> dict[str, Tensor]:
+    codes = (levels + 2 ** (bits - 1)).to(torch.uint8)
+    return {"packed": words(codes, bits, parts["packed"].shape[-1], across=across)}
 
 
 def _nvfp4(parts: Tensors) -> Tensor:
@@ -259,3 +278,25 @@ def _mxfp4(parts: Tensors) -> Tensor:
 def _mxfp6(parts: Tensors, *, columns: int) -> Tensor:
     values = fp6(fields(parts["packed"], 6, columns))
     return values * grid(powers(parts["scale"]), *values.shape)
+
+
+def _store_floats(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    return {"packed": pairs(fp4_codes(levels))}
+
+
+def _nvfp4_units(parts: Tensors) -> tuple[Tensor, None]:
+    scale = parts["scale"].float() / parts["global"].float().reshape(())
+    return grid(scale, *_fp4_shape(parts)), None
+
+
+def _mxfp4_units(parts: Tensors) -> tuple[Tensor, None]:
+    return grid(powers(parts["scale"]), *_fp4_shape(parts)), None
+
+
+def _fp4_shape(parts: Tensors) -> tuple[int, int]:
+    rows, width = parts["packed"].shape
+    return rows, 2 * width
+
+
+_NVFP4 = Encoder(FP4_LEVELS, _nvfp4_units, _store_floats)
+_MXFP4 = Encoder(FP4_LEVELS, _mxfp4_units, _store_floats)

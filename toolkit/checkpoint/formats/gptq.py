@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fields, nibbles, planes
-from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import fields, nibbles, pairs, planes, words
+from toolkit.checkpoint.formats.packed import FLOATS, Encoder, Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_gptq"]
 
@@ -22,6 +23,8 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _BORROWED = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """One in each code of a word: GPTQ's first format took it from the word as a whole, so borrows cross the codes."""
 
+_CODES = tuple(range(16))
+"""Of AWQ."""
 _TRUE_ZEROS = ("auto_round", "auto_round:gptqmodel")
 """auto-round's forms that store zero points as they are; its codes of 5 to 7 bits are never in planes."""
 
@@ -55,16 +58,16 @@ def read_gptq(files: Files) -> Iterator[Packed]:
 
 def _gptq(files: Files, module: str) -> Packed:
     keys = {name: f"{module}.{name}" for name in ("qweight", "qzeros", "scales")}
-    words, outputs = files.matrix(keys["qweight"])
+    height, outputs = files.matrix(keys["qweight"])
     groups = files.shape(keys["scales"])[0]
     zeros = files.matrix(keys["qzeros"])
-    fitting = [bits for bits in range(2, 9) if zeros == (groups, -(-outputs * bits // 32)) and words * 32 % bits == 0]
+    fitting = [bits for bits in range(2, 9) if zeros == (groups, -(-outputs * bits // 32)) and height * 32 % bits == 0]
     if (order := files.headers.get(f"{module}.g_idx")) is not None:
-        fitting = [bits for bits in fitting if order.shape == (words * 32 // bits,)]
+        fitting = [bits for bits in fitting if order.shape == (height * 32 // bits,)]
     if not fitting:
         raise files.wrong(keys["qzeros"], f"is {'×'.join(map(str, zeros))} for {outputs} outputs in {groups} groups")
     bits = _bits(files, keys["qweight"], fitting)
-    inputs = words * 32 // bits
+    inputs = height * 32 // bits
     size = _group_size(files, inputs, groups)
     # A word of zeros holds some outputs' codes; by planes, or where codes cross words, 32 outputs lie in `bits` words.
     step = Fraction(32 // bits) if 32 % bits == 0 else Fraction(32, bits)
@@ -83,11 +86,15 @@ def _gptq(files: Files, module: str) -> Packed:
         files.check_order(f"{module}.g_idx", inputs, groups)
     elif files.declared.get("desc_act") is True:
         raise files.wrong(f"{module}.g_idx", "is not there, though desc_act says that the inputs are out of order")
-    unpack = partial(_unpack_gptq, bits=bits, size=size, is_planar=is_planar, is_first=is_first)
-    kept = None
+    laid_out: dict[str, Any] = {"bits": bits, "size": size, "is_planar": is_planar, "is_first": is_first}
+    unpack, kept, encoder = partial(_unpack_gptq, **laid_out), None, None
+    if not is_planar:
+        units = partial(_gptq_units, inputs=inputs, **laid_out)
+        encoder = Encoder(tuple(range(2**bits)), units, partial(_store_gptq, bits=bits))
     if bits == 4 and inputs % groups == 0 and _is_symmetric(files, module, is_first, size):
         kept = FourBit("grouped", size, _codes, files.headers[keys["scales"]].dtype)
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int{bits}, groups of {size}", kept)
+    stored = f"int{bits}, groups of {size}"
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, stored, kept, encoder)
 
 
 def _bits(files: Files, key: str, fitting: list[int]) -> int:
@@ -131,27 +138,42 @@ def _group_size(files: Files, inputs: int, groups: int) -> int:
 
 
 def _unpack_gptq(parts: Tensors, *, bits: int, size: int, is_planar: bool, is_first: bool) -> Tensor:
-    outputs = parts["codes"].shape[1]
-    words, zeros = parts["codes"].T.contiguous(), parts["zeros"].contiguous()
+    stored = parts["codes"].T.contiguous()
+    codes = planes(stored, bits) if is_planar else fields(stored, bits, stored.shape[1] * 32 // bits)
+    scale, shift = _scale_and_zero(parts, codes.shape[1], bits, size, is_planar=is_planar, is_first=is_first)
+    return (codes.float() - shift) * scale
+
+
+def _scale_and_zero(
+    parts: Tensors, inputs: int, bits: int, size: int, *, is_planar: bool, is_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Both [outputs, inputs] in fp32."""
+    outputs, zeros = parts["codes"].shape[1], parts["zeros"].contiguous()
     if is_planar:
-        codes, zero = planes(words, bits), planes(zeros, bits)
+        zero = planes(zeros, bits)
     else:
-        inputs = words.shape[1] * 32 // bits
         if is_first and bits in _BORROWED:
             zeros = ((zeros.long() + _BORROWED[bits]) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
-        codes, zero = fields(words, bits, inputs), fields(zeros, bits, outputs)
+        zero = fields(zeros, bits, outputs)
     if is_first and bits not in _BORROWED:
         zero = (zero + 1) & (2**bits - 1)
-    scales = parts["scales"].float().T  # [outputs, groups]
-    shift = zero[:, :outputs].float().T
-    order = parts["order"].long() if "order" in parts else torch.arange(codes.shape[1], device=codes.device) // size
-    return (codes.float() - shift[:, order]) * scales[:, order]
+    order = parts["order"].long() if "order" in parts else torch.arange(inputs, device=zeros.device) // size
+    return parts["scales"].float().T[:, order], zero[:, :outputs].float().T[:, order]
+
+
+def _gptq_units(parts: Tensors, **laid_out: Any) -> tuple[Tensor, Tensor]:
+    scale, shift = _scale_and_zero(parts, **laid_out)
+    return scale, -shift * scale
+
+
+def _store_gptq(levels: Tensor, parts: Tensors, *, bits: int) -> dict[str, Tensor]:
+    return {"codes": words(levels.to(torch.uint8), bits, parts["codes"].shape[0]).T}
 
 
 def _gemm(files: Files, module: str) -> Packed:
-    inputs, words = files.matrix(f"{module}.qweight")
+    inputs, width = files.matrix(f"{module}.qweight")
     groups, outputs = files.shape(f"{module}.scales")
-    if files.shape(f"{module}.qzeros") != (groups, words) or inputs % groups:
+    if files.shape(f"{module}.qzeros") != (groups, width) or inputs % groups:
         raise files.wrong(f"{module}.qzeros", f"does not fit {inputs} inputs in {groups} groups")
     eight = Fraction(8)
     parts = {
@@ -160,16 +182,32 @@ def _gemm(files: Files, module: str) -> Packed:
         "scales": Part(f"{module}.scales", 1),
     }
     stored = f"int4, groups of {inputs // groups}"
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, stored)
+    encoder = Encoder(_CODES, _gemm_units, _store_gemm)
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, _unpack_gemm, stored, None, encoder)
 
 
 def _unpack_gemm(parts: Tensors) -> Tensor:
-    codes, zeros = (_in_order(nibbles(parts[name])) for name in ("codes", "zeros"))
-    scales = parts["scales"].float()
-    size = codes.shape[0] // scales.shape[0]
-    shift, scale = zeros.repeat_interleave(size, 0), scales.repeat_interleave(size, 0)
-    weight: Tensor = (codes.float() - shift) * scale
+    scale, shift = _gemm_grid(parts)
+    weight: Tensor = (_in_order(nibbles(parts["codes"])).float() - shift) * scale
     return weight.t()
+
+
+def _gemm_grid(parts: Tensors) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, [inputs, outputs]."""
+    zeros, scales = _in_order(nibbles(parts["zeros"])), parts["scales"].float()
+    size = parts["codes"].shape[0] // scales.shape[0]
+    return scales.repeat_interleave(size, 0), zeros.float().repeat_interleave(size, 0)
+
+
+def _gemm_units(parts: Tensors) -> tuple[Tensor, Tensor]:
+    scale, shift = _gemm_grid(parts)
+    return scale.t(), (-shift * scale).t()
+
+
+def _store_gemm(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    back = sorted(range(8), key=_AWQ_ORDER.__getitem__)
+    codes = levels.t().to(torch.uint8).unflatten(-1, (-1, 8))[..., back].flatten(-2)
+    return {"codes": pairs(codes).view(torch.int32)}
 
 
 def _in_order(codes: Tensor) -> Tensor:
@@ -179,14 +217,16 @@ def _in_order(codes: Tensor) -> Tensor:
 
 def _gemv(files: Files, module: str) -> Packed:
     """Codes in order along the inputs; columns of scales and zeros are padded."""
-    outputs, words = files.matrix(f"{module}.qweight")
-    inputs, size = 8 * words, _declared_group(files, module, 8 * words)
+    outputs, width = files.matrix(f"{module}.qweight")
+    inputs, size = 8 * width, _declared_group(files, module, 8 * width)
     rows, padded = files.matrix(f"{module}.scales")
     if rows != outputs or padded * size < inputs or files.shape(f"{module}.qzeros") != (outputs, -(-padded // 8)):
         raise files.wrong(f"{module}.qzeros", f"does not fit {inputs} inputs in groups of {size}")
     parts = {name: Part(f"{module}.{key}") for name, key in _NAMES.items()}
     unpack = partial(_unpack_gemv, size=size)
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int4, groups of {size}")
+    encoder = Encoder(_CODES, partial(_gemv_units, inputs=inputs, size=size), _store_gemv)
+    stored = f"int4, groups of {size}"
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, stored, None, encoder)
 
 
 _NAMES = {"codes": "qweight", "zeros": "qzeros", "scales": "scales"}
@@ -203,6 +243,16 @@ def _unpack_gemv(parts: Tensors, *, size: int) -> Tensor:
     codes, zeros = nibbles(parts["codes"]), nibbles(parts["zeros"])
     group = torch.arange(codes.shape[1], device=codes.device) // size
     return (codes.float() - zeros.float()[:, group]) * parts["scales"].float()[:, group]
+
+
+def _gemv_units(parts: Tensors, *, inputs: int, size: int) -> tuple[Tensor, Tensor]:
+    group = torch.arange(inputs, device=parts["codes"].device) // size
+    scale = parts["scales"].float()[:, group]
+    return scale, -nibbles(parts["zeros"]).float()[:, group] * scale
+
+
+def _store_gemv(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    return {"codes": pairs(levels.to(torch.uint8)).view(torch.int32)}
 
 
 def _gemv_fast(files: Files, module: str) -> Packed:
@@ -222,7 +272,9 @@ def _gemv_fast(files: Files, module: str) -> Packed:
         "scales": Part(f"{module}.scales", 1),
     }
     unpack = partial(_unpack_gemv_fast, size=size)
-    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, f"int4, groups of {size}")
+    encoder = Encoder(_CODES, partial(_gemv_fast_units, inputs=inputs, size=size), _store_gemv_fast)
+    stored = f"int4, groups of {size}"
+    return files.packed(f"{module}.weight", (outputs, inputs), parts, unpack, stored, None, encoder)
 
 
 def _unpack_gemv_fast(parts: Tensors, *, size: int) -> Tensor:
@@ -232,6 +284,17 @@ def _unpack_gemv_fast(parts: Tensors, *, size: int) -> Tensor:
     by_row = nibbles(stored).reshape(-1, inputs // 64, 4, 64).transpose(1, 2).reshape(rows, inputs)
     pairs = by_row.reshape(rows, inputs // 32, 4, 2, 4).transpose(3, 4)
     codes = pairs.transpose(2, 3).reshape(rows, inputs)
-    group = torch.arange(inputs, device=codes.device) // size
-    scales, shift = parts["scales"].float().T, parts["zeros"].float().T
-    return codes.float() * scales[:, group] + shift[:, group]
+    scale, shift = _gemv_fast_units(parts, inputs=inputs, size=size)
+    return codes.float() * scale + shift
+
+
+def _gemv_fast_units(parts: Tensors, *, inputs: int, size: int) -> tuple[Tensor, Tensor]:
+    group = torch.arange(inputs, device=parts["codes"].device) // size
+    return parts["scales"].float().T[:, group], parts["zeros"].float().T[:, group]
+
+
+def _store_gemv_fast(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    rows, inputs = levels.shape
+    apart = levels.to(torch.uint8).reshape(rows, inputs // 32, 4, 4, 2).transpose(2, 3).transpose(3, 4)
+    blocks = apart.reshape(rows // 4, 4, inputs // 64, 64).transpose(1, 2).reshape(rows // 4, 4 * inputs)
+    return {"codes": pairs(blocks).view(torch.int16)}

@@ -6,7 +6,7 @@ Inputs that are divided by `pre_quant_scale` before they meet a weight are multi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fp4, grid, nibbles, powers
-from toolkit.checkpoint.formats.packed import FLOATS, Files, FourBit, Packed, Part, Tensors, Unpack
+from toolkit.checkpoint.formats.bits import FP4_LEVELS, fp4, fp4_codes, grid, nibbles, pairs, powers
+from toolkit.checkpoint.formats.packed import FLOATS, Encoder, Files, FourBit, Packed, Part, Tensors, Unpack
 from toolkit.checkpoint.formats.scaled import scaled
 
 __all__ = ["read_modelopt"]
@@ -65,7 +65,10 @@ def _four_bit_floats(files: Files, key: str, stem: str, is_stack: bool) -> Packe
         files.check_one(f"{scales}_2", *FLOATS)
     unpack = partial(_unpack_floats, is_mx=is_mx, is_stack=is_stack)
     kept = FourBit("mxfp4", group, _codes) if is_mx and not is_stack else None
-    return files.packed(key, shape, parts, unpack, f"{'MXFP4' if is_mx else 'NVFP4'}, groups of {group}", kept)
+    units = partial(_float_units, group=group, is_mx=is_mx, is_stack=is_stack)
+    encoder = Encoder(FP4_LEVELS, units, partial(_store_floats, is_stack=is_stack))
+    words = f"{'MXFP4' if is_mx else 'NVFP4'}, groups of {group}"
+    return files.packed(key, shape, parts, unpack, words, kept, encoder)
 
 
 def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
@@ -73,11 +76,24 @@ def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_floats(parts: Tensors, *, is_mx: bool, is_stack: bool) -> Tensor:
-    packed, scale = parts["packed"], parts["scale"]
-    scale = powers(scale) if is_mx else scale.float() * parts["global"].float().reshape(())
+    packed, scale = parts["packed"], _scale(parts, is_mx)
     if not is_stack:
         return _times(fp4(packed), scale)
     return _times(fp4(packed.transpose(1, 2)), scale.transpose(1, 2)).transpose(1, 2)
+
+
+def _scale(parts: Tensors, is_mx: bool) -> Tensor:
+    scale = parts["scale"]
+    return powers(scale) if is_mx else scale.float() * parts["global"].float().reshape(())
+
+
+def _float_units(parts: Tensors, *, group: int, is_mx: bool, is_stack: bool) -> tuple[Tensor, None]:
+    return _scale(parts, is_mx).repeat_interleave(group, 1 if is_stack else -1), None
+
+
+def _store_floats(levels: Tensor, parts: Tensors, *, is_stack: bool) -> dict[str, Tensor]:
+    codes = fp4_codes(levels)
+    return {"packed": pairs(codes.transpose(1, 2)).transpose(1, 2) if is_stack else pairs(codes)}
 
 
 def _times(values: Tensor, scale: Tensor) -> Tensor:
@@ -93,13 +109,24 @@ def _four_bit_integers(files: Files, key: str, scales: str) -> Packed:
         raise files.wrong(key, f"{half}×{inputs} bytes do not fit {found[0]}×{found[1]} scales")
     parts = {"packed": Part(key, 0, Fraction(2)), "scale": Part(scales)}
     stored = f"int4, groups of {group}"
-    return files.packed(key, (2 * half, inputs), parts, _unpack_integers, stored)
+    encoder = Encoder(tuple(range(-8, 8)), _integer_units, _store_integers)
+    return files.packed(key, (2 * half, inputs), parts, _unpack_integers, stored, None, encoder)
 
 
 def _unpack_integers(parts: Tensors) -> Tensor:
     packed = parts["packed"]
     codes = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1)
     return ((codes ^ 8).float() - 8) * grid(parts["scale"], *codes.shape)
+
+
+def _integer_units(parts: Tensors) -> tuple[Tensor, None]:
+    half, inputs = parts["packed"].shape
+    return grid(parts["scale"], 2 * half, inputs), None
+
+
+def _store_integers(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    codes = levels.to(torch.int16).to(torch.uint8) & 15
+    return {"packed": codes[0::2] | codes[1::2] << 4}
 
 
 def _for_inputs(files: Files, packed: Packed, key: str) -> Packed:
@@ -110,7 +137,17 @@ def _for_inputs(files: Files, packed: Packed, key: str) -> Packed:
         raise files.wrong(key, f"does not fit a weight of {'×'.join(map(str, packed.shape))}")
     parts = {**packed.parts, "inputs": Part(key, None)}
     size = packed.bytes + files.headers[key].bytes
-    return replace(packed, parts=parts, unpack=partial(_unpack_for_inputs, of=packed.unpack), bytes=size, four_bit=None)
+    unpack = partial(_unpack_for_inputs, of=packed.unpack)
+    encoder = packed.encoder and replace(packed.encoder, units=partial(_units_for_inputs, of=packed.encoder.units))
+    return replace(packed, parts=parts, unpack=unpack, bytes=size, four_bit=None, encoder=encoder)
+
+
+def _units_for_inputs(
+    parts: Tensors, *, of: Callable[[Tensors], tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
+    scale, offset = of(parts)
+    inputs = parts["inputs"].float()
+    return scale * inputs, offset if offset is None else offset * inputs
 
 
 def _unpack_for_inputs(parts: Tensors, *, of: Unpack) -> Tensor:

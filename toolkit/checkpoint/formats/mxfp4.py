@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fp4, nibbles, powers
-from toolkit.checkpoint.formats.packed import Files, FourBit, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import FP4_LEVELS, fp4, fp4_codes, nibbles, pairs, powers
+from toolkit.checkpoint.formats.packed import Encoder, Files, FourBit, Packed, Part, Tensors
 
 __all__ = ["read_mxfp4"]
 
@@ -33,7 +33,7 @@ def read_mxfp4(files: Files) -> Iterator[Packed]:
         shape = (blocks[0], blocks[2] * _GROUP, blocks[1])
         parts = {"blocks": Part(key), "scales": Part(f"{name}_scales")}
         kept = FourBit("mxfp4", _GROUP, _codes)
-        yield files.packed(name, shape, parts, _unpack, f"MXFP4, groups of {_GROUP}", kept)
+        yield files.packed(name, shape, parts, _unpack, f"MXFP4, groups of {_GROUP}", kept, _ENCODER)
 
 
 def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
@@ -42,3 +42,14 @@ def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
 
 def _unpack(parts: Tensors) -> Tensor:
     return (fp4(parts["blocks"]) * powers(parts["scales"])[..., None]).flatten(2).transpose(1, 2)
+
+
+def _units(parts: Tensors) -> tuple[Tensor, None]:
+    return powers(parts["scales"]).repeat_interleave(_GROUP, -1).transpose(1, 2), None
+
+
+def _store(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    return {"blocks": pairs(fp4_codes(levels.transpose(1, 2))).unflatten(-1, (-1, _GROUP // 2))}
+
+
+_ENCODER = Encoder(FP4_LEVELS, _units, _store)

@@ -13,7 +13,7 @@ import torch
 from toolkit.checkpoint.files import Header
 from toolkit.errors import ModelError
 
-__all__ = ["FLOATS", "Files", "FourBit", "Packed", "Part", "Tensors", "Unpack"]
+__all__ = ["FLOATS", "Encoder", "Files", "FourBit", "Packed", "Part", "Tensors", "Unpack"]
 
 FLOATS = ("BF16", "F16", "F32")
 """What scales are mostly stored in."""
@@ -56,6 +56,48 @@ class FourBit:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """How other values are written into a weight's own parts: its scales and zero points stay, its codes are new.
+
+    A value is level · scale + offset. `levels` are the numbers that codes stand for, ascending. `units` gives scale and
+    offset of some rows' parts, fp32 and broadcast to [rows, …] of the weight; no offset is None. `store` makes the
+    parts that hold codes, in their own dtype, of levels [rows, …] and the parts as they were. All pure.
+    """
+
+    levels: tuple[float, ...]
+    units: Callable[[Tensors], tuple[torch.Tensor, torch.Tensor | None]]
+    store: Callable[[torch.Tensor, Tensors], dict[str, torch.Tensor]]
+
+    def encode(
+        self, values: torch.Tensor, parts: Tensors, chance: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The parts that hold codes, of the levels that are nearest to fp32 values [rows, …].
+
+        Args:
+            chance: numbers of 0 to 1 in the values' shape, drawn evenly. With them a value between two levels takes the
+                upper one as often as it is near to that, so that the mean of what is written is the value.
+        """
+        scale, offset = self.units(parts)
+        wanted = ((values if offset is None else values - offset) / scale).nan_to_num(0.0)
+        return self.store(self._nearest(wanted) if chance is None else self._in_the_mean(wanted, chance), parts)
+
+    def _nearest(self, wanted: torch.Tensor) -> torch.Tensor:
+        levels = torch.tensor(self.levels, device=wanted.device)
+        return levels[torch.bucketize(wanted.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+
+    def _in_the_mean(self, wanted: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+        levels, nearest = torch.tensor(self.levels, device=wanted.device), self._nearest(wanted)
+        above = torch.bucketize(wanted.contiguous(), levels).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        taken = torch.where(chance < (wanted - low) / (high - low), high, low)
+        # What was on a level stays there, though a division may have moved it by a last bit.
+        return torch.where((wanted - nearest).abs() <= _ROUNDOFF * nearest.abs(), nearest, taken)
+
+
+_ROUNDOFF = 8 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
 class Packed:
     """A weight stored in parts.
 
@@ -65,6 +107,7 @@ class Packed:
         unpack: some rows' parts to these rows in fp32, [rows, …] of `shape`; pure.
         stored: the format in words, for people: "int4, groups of 128".
         bytes: of its parts in the files. four_bit: where it can be kept as it is stored.
+        encoder: where other values can be written in this format.
     """
 
     name: str
@@ -74,6 +117,7 @@ class Packed:
     stored: str
     bytes: int
     four_bit: FourBit | None = None
+    encoder: Encoder | None = None
 
     @property
     def step(self) -> int:
@@ -173,6 +217,7 @@ class Files:
         unpack: Unpack,
         stored: str,
         four_bit: FourBit | None = None,
+        encoder: Encoder | None = None,
     ) -> Packed:
         """A weight of these parts, all of them there.
 
@@ -182,4 +227,4 @@ class Files:
         for part in parts.values():
             self.shape(part.key)
         size = sum(self.headers[part.key].bytes for part in parts.values())
-        return Packed(name, shape, parts, unpack, stored, size, four_bit)
+        return Packed(name, shape, parts, unpack, stored, size, four_bit, encoder)

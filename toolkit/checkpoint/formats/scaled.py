@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from toolkit.checkpoint.formats.bits import fp4, grid, powers
-from toolkit.checkpoint.formats.packed import Files, Packed, Part, Tensors
+from toolkit.checkpoint.formats.bits import FP4_LEVELS, fp4, fp4_codes, fp8_levels, grid, pairs, powers
+from toolkit.checkpoint.formats.packed import Encoder, Files, Packed, Part, Tensors
 
 __all__ = ["groups_in_words", "read_fp8", "scaled"]
 
@@ -22,6 +23,7 @@ _MX_GROUP = 32
 _EXPONENTS = ("U8", "F8_E8M0")
 _NIBBLES = ("I8", "F4")
 """What two FP4 values lie in, in DeepSeek's files; an int8 weight of this format has no other meaning."""
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def read_fp8(files: Files) -> Iterator[Packed]:
@@ -87,7 +89,20 @@ def scaled(
     is_mx = files.headers[scales].dtype in _EXPONENTS
     kind = "MXFP4" if is_fp4 else "MXFP8" if is_mx else "FP8" if dtype.startswith("F8_") else "int8"
     unpack = partial(_unpack, block=block, is_mx=is_mx, is_fp4=is_fp4)
-    return files.packed(name or key, shape, parts, unpack, kind + groups_in_words(found, shape, block))
+    encoder = _encoder(dtype, shape, block, is_mx, is_fp4)
+    words = kind + groups_in_words(found, shape, block)
+    return files.packed(name or key, shape, parts, unpack, words, encoder=encoder)
+
+
+def _encoder(dtype: str, shape: tuple[int, ...], block: tuple[int, int], is_mx: bool, is_fp4: bool) -> Encoder | None:
+    units = partial(_units, columns=shape[-1], block=block, is_mx=is_mx)
+    if is_fp4 and dtype != "F4":  # of which a header counts values, and a tensor holds pairs
+        return Encoder(FP4_LEVELS, units, _store_pairs)
+    if dtype == "I8":
+        return Encoder(tuple(range(-128, 128)), units, lambda levels, parts: {"weight": levels.to(torch.int8)})
+    if (kind := _FP8.get(dtype)) is None:
+        return None
+    return Encoder(fp8_levels(kind), units, lambda levels, parts: {"weight": levels.to(kind)})
 
 
 def _fitting(
@@ -115,6 +130,21 @@ def groups_in_words(found: tuple[int, ...], shape: tuple[int, ...], block: tuple
     if block[0] not in (1, shape[-2]) or (block[0] > 1 and block[1] < shape[-1]):
         return f", blocks of {block[0]}×{block[1]}"
     return ", a scale a row" if block[1] >= shape[-1] else f", groups of {block[1]}"
+
+
+def _store_pairs(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
+    return {"weight": pairs(fp4_codes(levels)).view(parts["weight"].dtype)}
+
+
+def _units(parts: Tensors, *, columns: int, block: tuple[int, int], is_mx: bool) -> tuple[Tensor, Tensor | None]:
+    stored = parts["weight"]
+    rows = stored.shape[-2]
+    spread = [
+        grid(_of_stack(part, stored), rows, columns, block)
+        for part in (powers(parts["scale"]) if is_mx else parts["scale"].float(), parts.get("zero"))
+        if part is not None
+    ]
+    return spread[0], -spread[1] * spread[0] if len(spread) > 1 else None
 
 
 def _unpack(parts: Tensors, *, block: tuple[int, int], is_mx: bool, is_fp4: bool) -> Tensor:

@@ -162,7 +162,9 @@ class _Projection:
         return None if B is None else products.grouped_gemm(grad, B, self.offset, row, grad.dtype, is_swapped=True)
 
     def _scaled_B(self, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if self.B is None else (self.scaling * self.B).to(dtype).contiguous()
+        if self.B is None:
+            return None
+        return torch.mul(self.B.detach(), self.scaling, out=self.B.new_empty(self.B.shape, dtype=dtype))
 
     def forward(self, x: torch.Tensor, row: torch.Tensor | None, low: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b + low · scaling Bᵀ: [S, O]; x [S, I], or gathered by `row`."""
