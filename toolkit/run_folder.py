@@ -60,6 +60,11 @@ class RunFolder:
         return self.path / "compensated.safetensors"
 
     @property
+    def mixture(self) -> Path:
+        """Which layers are int8 and which int4, and what was measured, where the recipe gives a budget."""
+        return self.path / "mixture.json"
+
+    @property
     def experts(self) -> Path:
         """What happened to the experts: load, router entropy, adapter size, by layer."""
         return self.path / "experts.json"

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from toolkit.offload.place import spread
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device
-from toolkit.plan.memory import stack_bytes
 from toolkit.plan.shapes import published
 from toolkit.plan.skeletons import shape_of
+from toolkit.plan.stacks import stack_bytes
 from toolkit.recipe import parse
 from toolkit.rehearsal import Step, fake_model, run_step
 

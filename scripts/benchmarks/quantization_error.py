@@ -2,23 +2,27 @@
 """What fewer bits cost a model, rounded plainly and with error compensation: held-out loss, and output error by layer.
 
     .venv/bin/python scripts/benchmarks/quantization_error.py MODEL CALIBRATION.jsonl[,…] HELD_OUT.jsonl[,…] \
-        [--calibration 512] [--held-out 300] [--max-length 256] [--four-bit] [--json]
+        [--calibration 512] [--held-out 300] [--max-length 256] [--four-bit] [--bits 6] [--json]
 
 Calibration and held-out examples come from different files. The output error of a part (a linear, an expert stack) is
 |X(W - Ŵ)ᵀ| / |XWᵀ| for X the inputs it has in the fp32 model on the held-out examples, an expert's rows weighted by its
 routing weights; a layer's is the mean over its parts. `whole` is the error of what a decoder layer adds to its input,
 |L̂(x) - L(x)| / |L(x) - x| on the fp32 model's inputs x, routing included. The loss is that of every held-out token; its
 difference to fp32 has the standard error over examples, since tokens of one example are not independent. With
---four-bit the experts are also in int4, plain and compensated, in MXFP4, and in bitsandbytes' NF4 in blocks of 64; its
-linears stay fp32, where ours are int8.
+--four-bit the experts are also in int4, plain and compensated; in a mixture of int4 and int8 layers of at most --bits
+bits a weight, scales included, chosen as `quantization.budget` does, likewise; in MXFP4; and in bitsandbytes' NF4 in
+blocks of 64, whose linears stay fp32, where ours are int8.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +34,10 @@ import toolkit.ops.registry  # noqa: F401  (registers the expert backends)
 from toolkit.architecture import LINEAR_ROLES, Architecture, describe, expert_parameters, is_experts
 from toolkit.data import build_batches
 from toolkit.ops.experts import ExpertStack, expert_weights
+from toolkit.plan.skeletons import shape_of, shapes_of
+from toolkit.plan.stacks import mixture_of, stack_bytes, with_budget, with_stacks
 from toolkit.quant import load_int8
+from toolkit.quant.gains import measure_gains
 from toolkit.quant.gptq.calibrate import compensate_model, make_batches
 from toolkit.quant.gptq.error_feedback import row_errors
 from toolkit.quant.gptq.observe import ExpertInputs, LayerVisit, decoder_layers, observe, walk
@@ -55,6 +62,10 @@ def main() -> None:
         report = compensate_model(models[f"{kind}+gptq"], arguments.model, calibration)
         seconds = time.monotonic() - started
     if arguments.four_bit:
+        chosen = _mixture(arguments, calibration, models["int4"])
+        for name in ("mixed", "mixed+gptq"):
+            models[name] = load_int8(arguments.model, experts="int4", stacks=chosen)[0]
+        compensate_model(models["mixed+gptq"], arguments.model, calibration)
         models["mxfp4"] = load_int8(arguments.model, experts="mxfp4")[0]
         models["nf4"] = _in_nf4(load_int8(arguments.model, experts="none", linears="none")[0])
     layers, whole = {}, {}
@@ -74,6 +85,21 @@ def main() -> None:
         "whole": whole,
     }
     print(json.dumps(found, indent=2) if arguments.json else _table(found))
+
+
+def _mixture(arguments: argparse.Namespace, calibration: list[list[int]], int4: PreTrainedModel) -> dict[str, str]:
+    """What each stack is in under a budget of so many bits a weight, or of all in int4 where that takes more."""
+    shapes = shapes_of(shape_of(arguments.model))
+    weights = sum(math.prod(shapes.parameters[name]) for layer in shapes.architecture.layers for name in layer.stacks)
+    least = sum(stack_bytes(shapes, "int4", 4).values())
+    shapes, choice, _ = with_budget(shapes, str(max(least, int(arguments.bits * weights / 8))))
+    stacks = dict(shapes.stacks)
+    if choice is not None:
+        gains = measure_gains(int4, arguments.model, calibration, tuple(choice.extra), choice.by_gain)
+        stacks = choice.kinds(gains.chosen)
+        print(f"gains of int8: {gains.gains}", file=sys.stderr)
+    print(mixture_of(with_stacks(replace(shapes, budget=None), stacks)), file=sys.stderr)
+    return stacks
 
 
 def _in_nf4(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,6 +125,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--four-bit", action="store_true")
+    parser.add_argument("--bits", type=float, default=6.0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

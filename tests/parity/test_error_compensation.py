@@ -279,7 +279,7 @@ def test_nothing_to_compensate_is_said(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_calibration_stops_at_the_number_of_tokens_whose_inputs_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.quant.gptq.calibrate._MOST_TOKENS", 10)
+    monkeypatch.setattr("toolkit.quant.gptq.calibrate.MOST_CALIBRATION_TOKENS", 10)
     rows = [[1] * length for length in (4, 6, 1, 2)]
     assert calibration_examples(rows) == rows[:2]
     assert calibration_examples(rows[1:]) == rows[1:]

@@ -126,7 +126,7 @@ def _facts(weights: Mapping[str, float], first: Path, rank: int) -> dict[str, An
         }
         for folder, weight in weights.items()
     ]
-    kept = {key: manifest[key] for key in ("base", "chat", "coverage") if manifest.get(key) is not None}
+    kept = {key: manifest[key] for key in ("base", "chat", "coverage", "stacks") if manifest.get(key) is not None}
     facts: dict[str, Any] = portable(
         {**kept, "recipe": recipe, "results": {}, "versions": stack_versions(), "combined": parts}
     )

@@ -100,6 +100,7 @@ class _Manifest(_Part):
     coverage: dict[str, Any]
     chat: _Chat | None = None
     looked_at: _LookedAt | None = None
+    stacks: dict[str, Literal["int8", "int4"]] | None = None
 
 
 class _AdapterConfig(_Part):
@@ -118,7 +119,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The validated `manifest.json` of an artifact: `format files base versions recipe results coverage`.
 
     Where they are known also `chat`, how the run's conversations were written (`write_artifact` has its keys), and
-    `looked_at`, the files that came from the base or the chat template, and paths that the base's own files hold.
+    `looked_at`, the files that came from the base or the chat template, and paths that the base's own files hold; and
+    `stacks`, what each of the base's expert stacks was in, where a budget chose.
 
     Raises `ModelError` where it is missing, not ours, or names a file that no artifact holds.
     """

@@ -116,6 +116,7 @@ def write_artifact(
     pictures: Mapping[str, bytes] | None = None,
     chat: Mapping[str, Any] | None = None,
     base_folder: str | Path | None = None,
+    stacks: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
 
@@ -128,14 +129,16 @@ def write_artifact(
     `chat` is how the conversations were written, all keys optional: `form` (`chat`, or `text` for plain prompts),
     `stop_token_ids` (all that end an answer, the base's among them; they go into generation_config.json),
     `chat_template_kwargs`, `date` (of the template, YYYY-MM-DD) and `system_prompt`. `base_folder` is the base's files,
-    by default where the model was loaded from.
+    by default where the model was loaded from. `stacks` are the base's expert stacks, each to what it is in, where the
+    recipe's budget chose.
 
     Raises `ModelError` where `folder` holds something else, the adapter is empty or a row of the data would leave with
     it, `ResourceError` where it cannot be written.
     """
     folder = Path(folder)
     theirs = _base_folder(model, base, base_folder)
-    facts = {**_facts(base, recipe_yaml, results, coverage, chat), "versions": dict(versions or stack_versions())}
+    facts = _facts(base, recipe_yaml, results, coverage, chat, stacks)
+    facts["versions"] = dict(versions or stack_versions())
     check_folder(folder, base=base, recipe_yaml=recipe_yaml)
     try:
         with staged_folder(folder, replace=True) as staging:
@@ -164,6 +167,7 @@ def _facts(
     results: Mapping[str, Any],
     coverage: Mapping[str, Any],
     chat: Mapping[str, Any] | None,
+    stacks: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """What the manifest says of the run, without secrets and local paths."""
     return {
@@ -172,6 +176,7 @@ def _facts(
         "results": figures(results),
         "coverage": portable(coverage),
         **({"chat": _portable_chat(chat)} if chat else {}),
+        **({"stacks": dict(stacks)} if stacks else {}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ def quantize(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
     recipe: Annotated[Path | None, typer.Option(help="Compensate rounding errors on this recipe's examples.")] = None,
     experts: Annotated[str, typer.Option(help="What expert stacks are rounded to: int8, int4 or mxfp4.")] = "int8",
+    budget: Annotated[str | None, typer.Option(help="With a recipe and int4: bytes of the stacks, as 16GiB.")] = None,
     json_: Json = False,
 ) -> None:
     """Write an int8 checkpoint, one layer in memory at a time; it loads at disk speed, here and in transformers.
@@ -38,8 +40,10 @@ def quantize(
     refuse_existing(out)
     if experts not in EXPERT_KINDS:
         raise RecipeError(f"--experts {experts}: give one of {', '.join(EXPERT_KINDS)}")
-    compensated = _compensated(recipe, model, revision, console, experts) if recipe else None
-    done = quantize_checkpoint(model, out, revision=revision, compensated=compensated, experts=experts)
+    if budget is not None and (recipe is None or experts != "int4"):
+        raise RecipeError("--budget: needs --experts int4, and --recipe, on whose examples the loss is measured")
+    compensated, stacks = _compensated(recipe, model, revision, console, experts, budget) if recipe else (None, None)
+    done = quantize_checkpoint(model, out, revision=revision, compensated=compensated, experts=experts, stacks=stacks)
     console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
     if done.left_out:
         console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
@@ -112,16 +116,28 @@ def doctor(json_: Json = False) -> None:
     emit(found, json_)
 
 
-def _compensated(recipe: Path, model: str, revision: str, console: Console, experts: str) -> Any:
-    """The checkpoint in int8, its experts perhaps in int4, rounded with error feedback on a recipe's examples."""
+def _compensated(
+    recipe: Path, model: str, revision: str, console: Console, experts: str, budget: str | None
+) -> tuple[Any, Mapping[str, str]]:
+    """The checkpoint in int8, its experts perhaps in int4, rounded with error feedback on a recipe's examples.
+
+    And what each expert stack is in, where a budget decides it.
+    """
     from toolkit import run as job
     from toolkit.plan import make_plan
     from toolkit.report import terminal as show
 
     overrides = [f"model.model_name_or_path={model}", f"model.revision={revision}", f"quantization.experts={experts}"]
     overrides += ["quantization.linears=int8", "quantization.error_compensation=gptq"]
-    made = make_plan(load_recipe(recipe, overrides, console), for_training=False)
-    loaded, tokenizer = job.load(made)
-    if report := job.compensate(loaded, job.build_batches(tokenizer, made), made):
+    overrides += [f"quantization.budget={'null' if budget is None else budget}"]
+    parsed = load_recipe(recipe, overrides, console)
+    made = make_plan(parsed, for_training=False)
+    batches = job.build_batches(job.load_tokenizer(made), made)
+    if made.choice is not None:
+        chosen = job.choose_stacks(made, batches)
+        made = make_plan(parsed, for_training=False, stacks=chosen.stacks)
+        show.mixture(console, made.mixture, chosen.gains)
+    loaded, _ = job.load(made)
+    if report := job.compensate(loaded, batches, made):
         show.compensation(console, report)
-    return loaded
+    return loaded, made.stacks

@@ -78,7 +78,8 @@ def load_streamed(
         raise RecipeError(f"placement.experts: streaming reads an int8 file; set quantization.{part}=int8, not {kind}")
     if not streamed(placement):
         raise RecipeError("placement.experts: no layer is streamed; load it with quant.load_int8")
-    folder = int8_folder(name_or_path, revision=revision, dtype=dtype, experts=experts, root=cache)
+    stacks = options.get("stacks")
+    folder = int8_folder(name_or_path, revision=revision, dtype=dtype, experts=experts, stacks=stacks, root=cache)
     model, coverage = load_int8(str(folder), dtype=dtype, device="cpu", **options)
     stream_experts(model, placement, folder, torch.device(device))
     model.name_or_path = model.config._name_or_path = name_or_path

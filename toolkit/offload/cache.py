@@ -7,6 +7,8 @@ appears under its name only when it is complete.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,13 +32,14 @@ def int8_folder(
     revision: str = "main",
     dtype: torch.dtype | None = None,
     experts: str = "int8",
+    stacks: Mapping[str, str] | None = None,
     root: Path | None = None,
 ) -> Path:
     """A folder with the checkpoint in int8, written now if it is not there; writing holds one layer in memory.
 
     Args:
         dtype: what weights that are not int8 are stored in, so that a run of this dtype maps them as they are.
-        experts: what stacks are rounded to.
+        experts: what stacks are rounded to. stacks: int8 or int4 by stack, where they are not all that.
         root: of the cache.
 
     Raises:
@@ -47,11 +50,12 @@ def int8_folder(
     declared = declared_format(str(source), read_config(str(source)))
     if declared is not None and declared["quant_method"] == METHOD:
         return source
-    key = fingerprint(source, str(dtype), *([] if experts == "int8" else [experts]))
+    mixture = [json.dumps(dict(stacks), sort_keys=True)] if stacks else []
+    key = fingerprint(source, str(dtype), *([] if experts == "int8" else [experts]), *mixture)
     folder = (root or cache_root()) / "int8" / f"{Path(name_or_path).name}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        quantize_checkpoint(str(source), folder, dtype=dtype, experts=experts)
+        quantize_checkpoint(str(source), folder, dtype=dtype, experts=experts, stacks=stacks)
     return folder
 
 

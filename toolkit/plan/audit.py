@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.files import METHOD, declared_format, gguf_at, here, stored_headers
 from toolkit.parts import LINEAR_ROLES, Architecture
-from toolkit.plan.memory import bytes_of_stack
+from toolkit.plan.stacks import bytes_of_stack
 
 if TYPE_CHECKING:
     from torch import nn

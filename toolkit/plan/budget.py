@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
 from toolkit.mtp.cost import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
-from toolkit.offload.place import most_micro_batches_per_pass, resident_bytes, share_of, spread, streamed
+from toolkit.offload.place import most_micro_batches_per_pass, share_of, spread, streamed
 from toolkit.plan.devices import Device
 from toolkit.plan.duration import Duration, step_duration
-from toolkit.plan.memory import Bytes, count_bytes, stack_bytes
+from toolkit.plan.memory import Bytes, count_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
+from toolkit.plan.stacks import room_for_stacks, stack_bytes
 from toolkit.plan.steps import StepBytes, StepShape, StepSpec, cache_bytes, cached_bytes, rehearsed, step_spec
 from toolkit.recipe import Recipe
 
@@ -112,6 +113,10 @@ class Budget:
             learning=self._learning(recipe) if counts else 0,
         )
 
+    def stacks(self, recipe: Recipe, first: Collection[str] = ()) -> dict[str, int]:
+        """MoE layer to the bytes of its stacks; where a budget leaves them open, those of `first` are int8 first."""
+        return stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize, first)
+
     def _learning(self, recipe: Recipe) -> int:
         """What a multi-token-prediction head holds while it learns from a batch, the data's or its own answers'."""
         numbers, shape, batch = self.shapes.numbers, self.shape_for(recipe), recipe.training.per_device_train_batch_size
@@ -145,7 +150,7 @@ class Budget:
 
     def place(self, recipe: Recipe) -> dict[str, str]:
         """MoE layer to resident, host or disk: what the recipe says, or what fits with the least traffic."""
-        wanted, sizes = recipe.placement, stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize)
+        wanted, sizes = recipe.placement, self.stacks(recipe)
         if wanted.experts == "resident" or recipe.quantization.experts == "none":
             return spread(sizes, 0, "resident")
         if wanted.share is not None:
@@ -180,7 +185,8 @@ class Budget:
         rests = [counted.total - counted.experts for counted in beside]
         for count in range(1, len(sizes) + 1):
             placement = spread(sizes, count, self._place(recipe.placement.experts, sizes, count))
-            room = self.device.free - sum(resident_bytes(sizes, placement))
+            kind = recipe.quantization.experts
+            room = self.device.free - sum(room_for_stacks(self.shapes, kind, self.itemsize, placement))
             if per_pass := sum(rest <= room for rest in rests):
                 yield placement, per_pass
 
@@ -189,7 +195,7 @@ class Budget:
         if self.device.card is None or not self.counts_steps:
             return None
         shape, sizes = self.shape_for(recipe), self._bytes(recipe, placement, per_pass)
-        stacks = stack_bytes(self.shapes, recipe.quantization.experts, self.itemsize)
+        stacks = self.stacks(recipe, streamed(placement))
         return step_duration(
             self.shapes,
             recipe,
@@ -226,8 +232,17 @@ class Budget:
         spec = step_spec(
             recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
         )
-        if self.shapes.stacks:  # of the kinds that are kept, the one that most stacks are in
-            spec = replace(spec, experts=Counter(self.shapes.stacks.values()).most_common(1)[0][0])
+        answers = [self._held_by(replace(spec, experts=kind), recipe) for kind in self._kinds(recipe)]
+        return StepBytes(*(max(sizes) for sizes in zip(*map(astuple, answers), strict=True)))
+
+    def _kinds(self, recipe: Recipe) -> list[str]:
+        """What stacks are in, as far as a step's bytes are asked for; of kept kinds, the one that most are in."""
+        if recipe.quantization.budget is not None:
+            return sorted(set(self.shapes.stacks.values()) or {"int4", "int8"})
+        counts = Counter(self.shapes.stacks.values()).most_common(1)
+        return [kind for kind, _ in counts] or [recipe.quantization.experts]
+
+    def _held_by(self, spec: StepSpec, recipe: Recipe) -> StepBytes:
         if spec not in self._held:
             self._held[spec] = cached_bytes(spec, self._config, self._record) or self._rehearse(recipe, spec)
         return self._held[spec]

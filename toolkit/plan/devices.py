@@ -15,11 +15,11 @@ from pathlib import Path
 from toolkit.errors import RecipeError, ResourceError, did_you_mean
 from toolkit.plan.cards import CARDS, Card
 from toolkit.plan.driver import find_driver, is_built_for, why_unusable
+from toolkit.recipe.sizes import size_of
 
 __all__ = ["Device", "choose_device", "device_memory", "free_memory", "parse_bytes", "this_device", "unusable_card"]
 
 _SHORT = {"rtx-3060": "rtx-3060-12gb", "rtx-4060-ti": "rtx-4060-ti-16gb"}
-_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _SMALLEST = 1 << 20
 """Bytes: what is less was meant in another unit."""
 _CONTEXT = 256 << 20
@@ -160,8 +160,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         RecipeError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    size = int(float(match[1]) * (1 << _UNITS[match[2]])) if match else 0
+    try:
+        size = size_of(text)
+    except ValueError:
+        size = 0
     if size < _SMALLEST:
         raise RecipeError(f"--memory: {text} is not a size; write 12GiB")
     return size

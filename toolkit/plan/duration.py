@@ -17,8 +17,9 @@ from toolkit.plan.cards import Card
 from toolkit.plan.memory import Bytes
 from toolkit.plan.shapes import Shapes
 from toolkit.recipe import Recipe
+from toolkit.recipe.sizes import BATCHES_PER_PASS, CALIBRATION_BATCH, MOST_CALIBRATION_TOKENS
 
-__all__ = ["Duration", "step_duration"]
+__all__ = ["Duration", "measured_passes", "step_duration"]
 
 _REACHED = {"arithmetic": 0.2, "memory": 0.8, "bus": 0.8}
 """Shares of the published rates. The first is what the fastest published run of such a job reached, all its overheads
@@ -26,6 +27,8 @@ included (docs/planning.md); long reads and pinned copies are assumed. Nothing o
 _FAST = 0.45
 """Share of the arithmetic's rate that large products alone reach: even such a computation must hide the copies."""
 
+_PASSES_OF_ALL = 4
+"""With every layer in int4 to record their calls, and for their inputs; with the mixture, likewise."""
 _WELL_HIDDEN = 0.5
 """Share of the computation's time that copies beside it may take before the plan trades them for memory."""
 
@@ -40,6 +43,8 @@ class Duration:
     estimate: float
     afterwards: float = 0.0
     """Once, when all steps are over: a head's own answers at their longest."""
+    beforehand: float = 0.0
+    """Once, before the first: measuring which layers of a budget are int8, on as many calibration tokens as may be."""
 
     @property
     def limit(self) -> float:
@@ -93,7 +98,8 @@ def step_duration(
         "bus": 2 * math.ceil(micro / micro_batches_per_pass) * away / (card.pcie_rate * 1e9),
     }
     afterwards = _own_answers(shapes, recipe, card, weights, away, length)
-    return Duration(**limits, estimate=_likely(limits), afterwards=afterwards)
+    beforehand = _measuring(shapes, recipe, card, weights, away, length) if shapes.budget is not None else 0.0
+    return Duration(**limits, estimate=_likely(limits), afterwards=afterwards, beforehand=beforehand)
 
 
 def _likely(limits: Mapping[str, float]) -> float:
@@ -114,6 +120,23 @@ def _own_answers(shapes: Shapes, recipe: Recipe, card: Card, weights: int, away:
         "arithmetic": 2 * _active(shapes) * tokens / (card.bf16_tflops * 1e12),
         "memory": passes * weights / (card.memory_rate * 1e9),
         "bus": passes * away / (card.pcie_rate * 1e9),
+    }
+    return _likely(limits)
+
+
+def measured_passes(layers: int) -> float:
+    """Passes through all layers that measuring them one by one takes: each from itself on, and a few with all."""
+    return layers / 2 + _PASSES_OF_ALL
+
+
+def _measuring(shapes: Shapes, recipe: Recipe, card: Card, weights: int, away: int, length: int) -> float:
+    """Seconds that the loss with each layer in int8 takes, reading their weights apart."""
+    tokens = min(MOST_CALIBRATION_TOKENS, recipe.quantization.calibration_samples * length)
+    passes = measured_passes(len(shapes.architecture.layers))
+    limits = {
+        "arithmetic": 2 * _active(shapes) * tokens * passes / (card.bf16_tflops * 1e12),
+        "memory": math.ceil(tokens / CALIBRATION_BATCH) * passes * weights / (card.memory_rate * 1e9),
+        "bus": math.ceil(tokens / (CALIBRATION_BATCH * BATCHES_PER_PASS)) * passes * away / (card.pcie_rate * 1e9),
     }
     return _likely(limits)
 

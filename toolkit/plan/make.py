@@ -18,10 +18,11 @@ from toolkit.offload.place import streamed
 from toolkit.parts import Architecture
 from toolkit.plan.budget import Budget
 from toolkit.plan.devices import Device, this_device
-from toolkit.plan.duration import Duration
+from toolkit.plan.duration import Duration, measured_passes
 from toolkit.plan.fit import Change, cheapest_changes, settle
-from toolkit.plan.kept import kept_in
-from toolkit.plan.memory import Bytes, stack_bytes
+from toolkit.plan.kept import shapes_for
+from toolkit.plan.memory import Bytes
+from toolkit.plan.stacks import Choice, Mixture, mixture_of, stack_bytes
 from toolkit.plan.steps import StepShape
 from toolkit.plan.stored import Stored, what_is_stored
 from toolkit.processes import processes
@@ -66,6 +67,12 @@ class Plan:
     folder: Path
     placement: Mapping[str, str] = field(default_factory=dict)
     """MoE layer module name to where its expert stacks live: resident, host or disk."""
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    """Expert stack to what it is in, where a budget decides it and that is known."""
+    choice: Choice | None = None
+    """What a budget leaves to the loss, until it is measured (`toolkit.run.choose_stacks`)."""
+    mixture: Mixture | None = None
+    """Of a budget, how many stacks are in what."""
     micro_batches_per_pass: int = 1
     """Micro-batches that go through a streamed layer before the next."""
     device_name: str = ""
@@ -125,6 +132,7 @@ class Plan:
             "bytes": {**asdict(self.bytes), "total": self.bytes.total},
             "memory": self.memory,
             "fits": self.fits,
+            "mixture": asdict(self.mixture) if self.mixture else None,
             "placement": dict(self.placement),
             "streamed_layers": len(streamed(self.placement)),
             "micro_batches_per_pass": self.micro_batches_per_pass,
@@ -137,13 +145,19 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, device: Device | None = None, shape: StepShape | None = None, for_training: bool = True
+    recipe: Recipe,
+    *,
+    device: Device | None = None,
+    shape: StepShape | None = None,
+    for_training: bool = True,
+    stacks: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide device, dtype, backend and placement, enumerate the model, count its bytes, refuse what cannot work.
 
     Args:
         device: another one than this machine's. shape: the data's longest sequence, where they were looked at.
         for_training: whether a training step is rehearsed and counted; evaluation needs none.
+        stacks: what each expert stack is in, where the recipe's budget was chosen for before.
 
     Raises:
         ModelError: not an MoE, unknown family, missing folder. RecipeError: a setting that cannot be honoured here.
@@ -157,8 +171,8 @@ def make_plan(
     dtype = default_dtype(device) if recipe.model.dtype == "auto" else recipe.model.dtype
     budget = Budget(name, revision, device, dtype, backend, recipe.model.attn_implementation, for_training, shape)
     stored = what_is_stored(budget)
-    if recipe.quantization.experts == "source":
-        budget.shapes = replace(budget.shapes, stacks=kept_in(budget))
+    kinds = shapes_for(budget, recipe.quantization, is_ours=stored.is_int8, stacks=stacks)
+    budget.shapes, choice, held = kinds
     recipe, notes = settle(recipe, budget)
     placement = budget.place(recipe)
     sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)
@@ -177,6 +191,7 @@ def make_plan(
         taken=device.taken,
         folder=Path(recipe.training.output_dir),
         placement=placement,
+        **_of_budget(recipe, budget, choice),
         micro_batches_per_pass=per_pass,
         device_name=device.name,
         length=chosen.length,
@@ -186,8 +201,24 @@ def make_plan(
         stored=stored,
     )
     changes = cheapest_changes(recipe, budget) if for_training and not made.fits else ()
-    told = (*notes, *_about(device, dtype), *filter(None, [budget.note, stored.note]))
+    told = (*notes, *_about(device, dtype), *filter(None, [held, _on_measuring(choice), budget.note, stored.note]))
     return replace(made, changes=changes, notes=told)
+
+
+def _of_budget(recipe: Recipe, budget: Budget, choice: Choice | None) -> dict[str, Any]:
+    """Those fields of a `Plan`."""
+    if recipe.quantization.budget is None:
+        return {}
+    return {"stacks": dict(budget.shapes.stacks), "choice": choice, "mixture": mixture_of(budget.shapes)}
+
+
+def _on_measuring(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    return (
+        f"quantization.budget: before step 1 the loss is measured with each of {len(choice.extra)} layers in int8, in "
+        f"about {measured_passes(len(choice.plain)):.0f} passes over the calibration examples"
+    )
 
 
 def default_dtype(device: Device) -> str:
@@ -237,8 +268,11 @@ def _check_settings(recipe: Recipe) -> None:
 
 def _disk(budget: Budget, recipe: Recipe, sizes: Bytes, placement: Mapping[str, str], stored: Stored) -> dict[str, int]:
     """The download, the int8 file that streams from the disk, checkpoints kept and the one being written."""
-    stacks = stack_bytes(budget.shapes, recipe.quantization.experts, budget.itemsize)
-    on_disk = sum(stacks[name] for name in streamed(placement) if placement[name] == "disk")
+    away = [name for name in streamed(placement) if placement[name] == "disk"]
+    on_disk = sum(budget.stacks(recipe, away)[name] for name in away)
+    if budget.shapes.budget is not None:  # the loss is measured with all of them in int4
+        plain = stack_bytes(replace(budget.shapes, budget=None), "int4", budget.itemsize)
+        on_disk += sum(plain[name] for name in away)
     checkpoint = sizes.adapter + sizes.optimizer
     return {
         "download": 0 if stored.is_here else stored.bytes,

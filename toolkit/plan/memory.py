@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 
 from toolkit.errors import ModelError
 from toolkit.mtp.cost import HEAD_BYTES, head_bytes
-from toolkit.offload.place import resident_bytes
-from toolkit.parts import FOUR_BITS, LINEAR_ROLES, can_hold_four_bits, parsed_kind
+from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.shapes import Shapes
+from toolkit.plan.stacks import room_for_stacks, rounded_bytes
 from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
 
-__all__ = ["Bytes", "bytes_of_stack", "count_bytes", "stack_bytes"]
+__all__ = ["Bytes", "count_bytes"]
 
 _LIBRARIES = {"cuda": 600 << 20, "cpu": 650 << 20}
 """CUDA's context with its libraries, which torch's allocator does not count; on a CPU Python with torch and the rest,
@@ -32,7 +32,6 @@ _HEAD_WEIGHT = 4
 _A_THREAD = 13 << 20
 """What a thread keeps on a CPU, where micro-batches that go together have one each: MKL's own allocator about 10 MiB
 (measured: with MKL_DISABLE_FAST_MM=1 they are gone), the expert engine a buffer of 2 MiB."""
-_SCALES = {None: 1, "F16": 2, "BF16": 2, "F32": 4}
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
@@ -75,26 +74,6 @@ class Bytes:
         return self.total - self.libraries - self.slack
 
 
-def stack_bytes(shapes: Shapes, how: str, itemsize: int) -> dict[str, int]:
-    """MoE layer to the bytes of its two stacks, scales included."""
-    result = {}
-    for layer in shapes.architecture.layers:
-        axis = 2 if layer.is_transposed else 1
-        result[layer.name] = sum(
-            bytes_of_stack(math.prod(shape), shape[0] * shape[axis], shapes.stacks.get(name, how), itemsize)
-            for name, shape in ((name, shapes.parameters[name]) for name in layer.stacks)
-        )
-    return result
-
-
-def bytes_of_stack(size: int, rows: int, how: str, itemsize: int) -> int:
-    """Of a stack's parameters and output rows: four bits, a byte or a scale a group, and a scale a row for int4."""
-    kind, group, scales = parsed_kind(how)
-    if kind not in (*FOUR_BITS, "grouped") or not can_hold_four_bits(size // rows, group):
-        return _stored([(size, rows)], "none" if how == "none" else "int8", itemsize)
-    return size // 2 + _SCALES[scales] * size // group + (4 * rows if kind == "int4" else 0)
-
-
 def count_bytes(
     shapes: Shapes,
     recipe: Recipe,
@@ -116,7 +95,7 @@ def count_bytes(
         evaluating: most bytes of a pass over held-out examples.
     """
     architecture, parameters = shapes.architecture, shapes.parameters
-    experts, slots = resident_bytes(stack_bytes(shapes, recipe.quantization.experts, itemsize), placement)
+    experts, slots = room_for_stacks(shapes, recipe.quantization.experts, itemsize, placement)
     stacks = sum(math.prod(parameters[name]) for layer in architecture.layers for name in layer.stacks)
     names = architecture.linear_names(*LINEAR_ROLES)
     linears = [(math.prod(parameters[f"{name}.weight"]), parameters[f"{name}.weight"][0]) for name in names]
@@ -136,7 +115,7 @@ def count_bytes(
     return Bytes(
         experts=experts,
         slots=slots,
-        linears=_stored(linears, recipe.quantization.linears, itemsize),
+        linears=rounded_bytes(linears, recipe.quantization.linears, itemsize),
         other=rest * itemsize,
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
@@ -170,11 +149,6 @@ def _head(shapes: Shapes, recipe: Recipe) -> int:
 def _optimizer_scratch(recipe: Recipe, device: str, adapter: int) -> int:
     """What AdamW's step makes: with torch's own one on a card a list of square roots, as large as the adapter."""
     return 4 * adapter if device == "cuda" and recipe.training.optim == "adamw_torch" else 0
-
-
-def _stored(parts: list[tuple[int, int]], how: str, itemsize: int) -> int:
-    """Bytes of (parameters, output rows): int8 and a fp32 scale a row, or the compute dtype."""
-    return sum(size * itemsize if how == "none" else size + 4 * rows for size, rows in parts)
 
 
 def adapter_parameters(model: Shapes, recipe: Recipe) -> int:

@@ -45,12 +45,14 @@ class Shapes:
         numbers: of its text config: hidden_size, num_hidden_layers, vocab_size, num_attention_heads, head_dim,
             max_position_embeddings, experts_per_token; head_parameters: of one multi-token-prediction layer.
         stacks: what an expert stack is in, where that is not what the recipe says of all.
+        budget: bytes of all stacks, where it is still open which layers of int4 are int8.
     """
 
     architecture: Architecture
     parameters: Mapping[str, tuple[int, ...]]
     numbers: Mapping[str, int]
     stacks: Mapping[str, str] = field(default_factory=dict)
+    budget: int | None = None
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able and short: what repeats from layer to layer is said once."""

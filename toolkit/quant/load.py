@@ -61,6 +61,7 @@ def load_int8(
     linears: str = "int8",
     attn_implementation: str = "auto",
     experts_implementation: str = "onecard_per_expert",
+    stacks: Mapping[str, str] | None = None,
 ) -> tuple[PreTrainedModel, Coverage]:
     """Load a frozen model whose expert stacks and linears become int8 as the shards stream in.
 
@@ -72,13 +73,14 @@ def load_int8(
         dtype: of everything that is not int8.
         experts: int8, int4, mxfp4, source or none. linears: int8, bnb or none.
         experts_implementation: the expert backend, by the name `toolkit.ops` registered it under.
+        stacks: full names of expert stacks to int8 or int4, where they are not all what `experts` says.
 
     Raises:
         ModelError: not an MoE, a damaged or missing shard, keys that do not fit, a quantised format that cannot be
             requantised, or a stack left in 16 bit.
     """
     config = read_config(name_or_path, revision)
-    wanted = storage(name_or_path, config, experts, linears)
+    wanted = storage(name_or_path, config, experts, linears, stacks)
     kind, weights = auto_class(config), None
     if wanted is not None and wanted.source is not None:
         kind, weights = _plain(name_or_path, revision, config, wanted)
@@ -137,7 +139,13 @@ def _as_if_from(model: PreTrainedModel, name_or_path: str, revision: str) -> Non
         model.generation_config = said
 
 
-def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", linears: str = "int8") -> Any:
+def storage(
+    name_or_path: str,
+    config: PretrainedConfig,
+    experts: str = "int8",
+    linears: str = "int8",
+    stacks: Mapping[str, str] | None = None,
+) -> Any:
     """The `Int8Config` to load with, or None where the checkpoint is int8 already and says how itself.
 
     A foreign `quantization_config` is taken out of `config`, since transformers would insist on it, and recorded.
@@ -152,7 +160,7 @@ def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", 
                 f"{name_or_path}: quantization.experts=source keeps what is stored in four bits, and these weights are "
                 "floats; set it to int8 or int4"
             )
-        return Int8Config(experts, linears)
+        return Int8Config(experts, linears, stacks=stacks or None)
     if declared["quant_method"] == METHOD:
         stored = Int8Config.from_dict(declared)
         if (stored.experts, stored.linears) != (experts, linears):
@@ -160,12 +168,14 @@ def storage(name_or_path: str, config: PretrainedConfig, experts: str = "int8", 
                 f"{name_or_path}: stored with experts {stored.experts} and linears {stored.linears}, not {experts} and "
                 f"{linears}; change the recipe's quantization section, or take the checkpoint it was made from"
             )
+        if stacks and stacks != stored.stacks:
+            raise ModelError(f"{name_or_path}: stored with other layers in int8 than asked for; write it again")
         return None
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "quantization"):
             if hasattr(part, name):
                 delattr(part, name)
-    return Int8Config(experts, linears, source=declared)
+    return Int8Config(experts, linears, source=declared, stacks=stacks or None)
 
 
 def measure(model: nn.Module, architecture: Architecture | None = None) -> Coverage:

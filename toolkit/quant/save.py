@@ -85,6 +85,7 @@ def quantize_checkpoint(
     compensated: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     experts: str = "int8",
+    stacks: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenCheckpoint:
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
@@ -98,6 +99,7 @@ def quantize_checkpoint(
             scales are written, and what they were rounded from is not read again.
         dtype: of the weights that are not int8; as in the source by default.
         experts: what stacks are rounded to: int8, int4 or mxfp4.
+        stacks: full names of expert stacks to int8 or int4, where they are not all what `experts` says.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -108,7 +110,7 @@ def quantize_checkpoint(
     refuse_existing(target)
     source = fetch(name_or_path, revision)
     config = read_config(str(source))
-    wanted = storage(name_or_path, config, experts)
+    wanted = storage(name_or_path, config, experts, stacks=stacks)
     if wanted is None:
         raise ModelError(f"{name_or_path}: its weights are int8 already; use it as it is")
     try:

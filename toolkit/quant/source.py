@@ -58,7 +58,8 @@ class SourceWeights:
     ) -> None:
         self.name = name_or_path
         config = read_config(name_or_path, revision)
-        declared = (declared_format(name_or_path, config) or {}).get("quant_method")
+        said = declared_format(name_or_path, config) or {}
+        declared = said.get("quant_method")
         if declared == METHOD and also_ours:
             self.model = model_of(config)
             self._quantizer: Int8Quantizer | None = _keeps_floats(self.model)
@@ -69,8 +70,8 @@ class SourceWeights:
         wanted = None if declared == METHOD else storage(name_or_path, config)
         if wanted is None:
             raise ModelError(
-                f"{name_or_path}: int8 already, so its original weights are not there to compensate for; take the "
-                "checkpoint it was made from, or set quantization.error_compensation=none"
+                f"{name_or_path}: {said.get('experts', 'int8')} already, so its original weights are not there to "
+                "compensate for; take the checkpoint it was made from, or set quantization.error_compensation=none"
             )
         self.model = model_of(config)
         self._quantizer = _keeps_floats(self.model) if wanted.source is not None else None

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from toolkit.recipe.sizes import Size
+
 __all__ = [
     "DataSection",
     "EvalSection",
@@ -61,6 +63,8 @@ class QuantizationSection(_Section):
     """Expert stacks: int8 with one scale per output row; int4 or mxfp4, about half of that and coarser; source, which
     keeps the four bits of a checkpoint that has them; or none, the compute dtype. A stack whose inputs are no multiple
     of 64 stays int8."""
+    budget: Size | None = None
+    """With int4: bytes of all stacks, as 16GiB; as many layers as it holds are int8, those whose loss gains most."""
     linears: Literal["int8", "bnb", "none"] = "int8"
     """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
     activations too; or left alone."""
@@ -71,12 +75,14 @@ class QuantizationSection(_Section):
     """`gptq` rounds the int8 parts again, layer by layer, to keep their outputs on training examples as close as
     possible: same storage and speed, some minutes more before step 1."""
     calibration_samples: Positive = 512
-    """Training examples that `gptq` looks at, up to 262,144 tokens of them."""
+    """Training examples that `gptq` and `budget` look at, up to 262,144 tokens of them."""
 
     @model_validator(mode="after")
     def _something_to_compensate(self) -> QuantizationSection:
         if self.activations == "int8" and self.experts not in ("int8", "int4"):
             raise ValueError("activations: int8 needs experts: int8 or int4")
+        if self.budget is not None and self.experts != "int4":
+            raise ValueError("budget says how many layers of int4 are int8 instead: set experts: int4, or remove it")
         if self.error_compensation != "none" and self.experts not in ("int8", "int4") and self.linears != "int8":
             raise ValueError("error_compensation needs experts in int8 or int4, or linears in int8")
         return self

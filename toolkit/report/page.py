@@ -94,7 +94,7 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
         experts=experts,
         routing=list(_expert_charts(experts)),
         unhit=_unhit(experts),
-        quantisation=list(_error_chart(finished)),
+        quantisation=[*_mixture_chart(finished), *_error_chart(finished)],
         seconds=list(_time_chart(finished)),
     )
 
@@ -285,6 +285,21 @@ def _unhit(experts: Mapping[str, Any]) -> dict[str, list[str]]:
         when: [f"{i}.{e}" for i, layer in layers for e, count in enumerate(layer[when]) if count == 0]
         for when in ("before", "after")
     }
+
+
+def _mixture_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:
+    """What each layer gained in int8, where a budget mixed them with int4."""
+    if not (mixture := finished.get("mixture")):
+        return
+    gains, chosen = mixture["gains"], set(mixture["chosen"])
+    text = (
+        f"Loss on {mixture['tokens']:,} calibration tokens {mixture['loss']:.4f} with all in int4, "
+        f"{mixture['mixed']:.4f} with {len(chosen)} of {len(gains)} layers in int8"
+    )
+    rows = [[name, f"{gain:+.6f}", "int8" if name in chosen else "int4"] for name, gain in gains.items()]
+    lines = {"gain": [(float(place), gain) for place, gain in enumerate(gains.values())]}
+    svg = charts.curves("mixture", lines, "MoE layer", "loss that int8 takes off", from_zero=False)
+    yield Chart("What int8 gains by layer", text, svg, ("layer", "nats a token", "is"), rows)
 
 
 def _error_chart(finished: Mapping[str, Any]) -> Iterator[Chart]:

@@ -50,7 +50,7 @@ def show_plan(console: Console, made: Plan) -> None:
 
 
 def _lines(made: Plan) -> list[str]:
-    lines = []
+    lines = [str(made.mixture)] if made.mixture else []
     if away := [place for place in made.placement.values() if place != "resident"]:
         per_pass = made.micro_batches_per_pass
         beside = f", {per_pass} micro-batches per pass" if per_pass > 1 else ""
@@ -61,6 +61,8 @@ def _lines(made: Plan) -> list[str]:
             f"step: at least {time.limit:.2f} s ({which}), likely {time.estimate:.1f} s; from data-sheet rates; "
             "utilisation as others measured it, or assumed"
         )
+        if time.beforehand:
+            lines.append(f"before the steps: up to {time.beforehand:.0f} s to measure the loss with each layer in int8")
         if time.afterwards:
             lines.append(f"after the steps: up to {time.afterwards:.0f} s to generate answers for the head")
     if made.stored and made.stored.dtypes:

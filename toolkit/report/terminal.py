@@ -11,6 +11,8 @@ from rich.markup import escape
 
 from toolkit.artifact import VerifyReport
 from toolkit.data import DataReport
+from toolkit.plan.stacks import Mixture
+from toolkit.quant.gains import Gains
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.report.plans import mib, table_of
 
@@ -21,12 +23,14 @@ __all__ = [
     "compensation",
     "data",
     "draft_table",
+    "mixture",
     "reached",
     "requantised",
     "summary",
 ]
 
 _WORST_SHOWN = 3
+_LAYERS_SHOWN = 8
 _HEADS = ("base", "stale", "trained")
 
 
@@ -75,6 +79,19 @@ def compensation(console: Console, found: Compensation) -> None:
         )
 
 
+def mixture(console: Console, made: Mixture | None, found: Gains) -> None:
+    """What the stacks are in, what that costs, and the layers that gain most in int8."""
+    console.print(
+        f"[bold]mixture[/bold]  {made}; loss on {found.tokens} tokens {found.loss:.4f} with all in int4, "
+        f"{found.mixed:.4f} so"
+    )
+    table = table_of("layer", "gain in int8, nats a token", "is")
+    ordered = sorted(found.gains.items(), key=lambda pair: -pair[1])
+    for name, gain in ordered[:_LAYERS_SHOWN]:
+        table.add_row(name, f"{gain:+.6f}", "int8" if name in found.chosen else "int4")
+    console.print(table)
+
+
 def requantised(console: Console, found: Mapping[str, Any]) -> None:
     """What a checkpoint was quantised as, and what rounding adds to that: relative errors, measured while it loaded."""
     formats = "; ".join(f"{name} ({count:,})" for name, count in found["formats"].items())
@@ -100,6 +117,11 @@ _BEYOND = "; on a CPU, heap kept from tokenising and modules loaded since count 
 def summary(console: Console, finished: Mapping[str, Any]) -> None:
     """Coverage, base against adapted, sample answers, and where the adapter lies."""
     reached(console, finished["counts"])
+    if mixed := finished.get("mixture"):
+        console.print(
+            f"[bold]mixture[/bold]  {len(mixed['chosen'])} of {len(mixed['gains'])} layers in int8; loss on examples "
+            f"{mixed['loss']:.4f} with all in int4, {mixed['mixed']:.4f} so"
+        )
     if compensated := finished.get("compensation"):
         console.print(
             f"[bold]compensated[/bold]  mean output error {compensated['rounded']:.3%} rounded, "

@@ -2,6 +2,7 @@
 
 from toolkit.run.data import build_batches, dialogue, load_tokenizer, step_shape
 from toolkit.run.evaluation import evaluate, require_harmless_rounding
+from toolkit.run.mixture import choose_stacks
 from toolkit.run.model import attach, compensate, coverage, load, reopen
 from toolkit.run.mtp import evaluate_head, make_head, own_answers, reopen_head, step_tokens, teach_own_answers
 from toolkit.run.trained import Trained, judge, package, train
@@ -10,6 +11,7 @@ __all__ = [
     "Trained",
     "attach",
     "build_batches",
+    "choose_stacks",
     "compensate",
     "coverage",
     "dialogue",

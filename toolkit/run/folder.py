@@ -65,6 +65,7 @@ _WHAT: Mapping[str, str] = {
     "base": "the base's weights differ",
     "config": "the base's config.json differs",
     "compensated": "the base's compensated integers differ",
+    "stacks": "the layers in int8 differ",
     "tokenizer": "the tokenizer or its chat template differs",
     "device": "the device differs",
     "dtype": "the dtype differs",

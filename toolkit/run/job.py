@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.artifact import check_token
 from toolkit.data import Batches
 from toolkit.durable import write_text
-from toolkit.plan import Plan, make_plan
+from toolkit.plan import Plan, choose_device, make_plan
 from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
@@ -37,6 +37,7 @@ from toolkit.run.folder import (
     owned,
     with_decided,
 )
+from toolkit.run.mixture import Chosen, choose_stacks, kept_mixture
 from toolkit.run.model import attach, compensate, coverage, load, requantised
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run_folder import RunFolder
@@ -64,6 +65,8 @@ class _Prepared:
     tokenizer: PreTrainedTokenizerBase
     batches: Batches
     fork_of: RunFolder | None
+    replan: Callable[..., Plan]
+    """The same plan once more, with `stacks`."""
 
 
 def run(
@@ -106,10 +109,14 @@ def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)
-    plan = make_plan(recipe, shape=step_shape(batches, first))
+    device = choose_device(use_cpu=recipe.training.use_cpu)
+    shape = step_shape(batches, first)
+    found = kept_mixture(RunFolder(first.folder).mixture, first, batches) if first.choice else None
+    plan = make_plan(recipe, device=device, shape=shape, stacks=found.stacks if found else None)
     check_folder_is_ours(plan.folder)
     join(plan.device)
-    return _Prepared(plan, tokenizer, batches, source if fork else None)
+    replan = partial(make_plan, plan.recipe, device=device, shape=shape)
+    return _Prepared(plan, tokenizer, batches, source if fork else None, replan)
 
 
 def _open(prepared: _Prepared, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -131,12 +138,12 @@ def _finish(
     folder = RunFolder(plan.folder)
     with first_one_first():
         checkpoint = find_checkpoint(plan, prepared.tokenizer, batches, note)
-    if is_first():
-        write_text(folder.plan, json.dumps(plan.to_dict(), indent=2))
+    _write_plan(plan)
     show_plan(console, plan)
     plan.require_fit()
     before = anonymous_memory()
     show.data(console, batches.report)
+    plan, chosen = _with_stacks(prepared, folder, console)
     model, tokenizer = load(plan)
     if added := requantised(model):
         show.requantised(console, added)
@@ -150,11 +157,32 @@ def _finish(
         return {}
     artifact = package(judged, plan, run_pictures(folder.path))
     summary = _summarize(judged, plan, batches, artifact, compensated, before)
+    summary["mixture"] = chosen.to_dict() if chosen else None
     text = json.dumps(summary, indent=2)
     write_page(folder.path, text)
     write_text(folder.summary, text)
     finished: dict[str, Any] = json.loads(text)
     return finished
+
+
+def _with_stacks(prepared: _Prepared, folder: RunFolder, console: Console) -> tuple[Plan, Chosen | None]:
+    """The plan with what its budget leaves open chosen, now or when the run began, and what that choice was."""
+    plan, batches = prepared.plan, prepared.batches
+    if plan.choice is None:
+        chosen = kept_mixture(folder.mixture, plan, batches) if plan.stacks else None
+    else:
+        chosen = choose_stacks(plan, batches, folder.mixture)
+        plan = prepared.replan(stacks=chosen.stacks)
+        plan.require_fit()
+        _write_plan(plan)
+    if chosen:
+        show.mixture(console, plan.mixture, chosen.gains)
+    return plan, chosen
+
+
+def _write_plan(plan: Plan) -> None:
+    if is_first():
+        write_text(RunFolder(plan.folder).plan, json.dumps(plan.to_dict(), indent=2))
 
 
 def _once(console: Console) -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
-from toolkit.artifact import fetch_adapter, require_base
+from toolkit.artifact import fetch_adapter, read_manifest, require_base
 from toolkit.checkpoint.identity import identify_base
 from toolkit.checkpoint.remote import fetch
 from toolkit.data import Batches
@@ -19,7 +20,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
-from toolkit.plan import Plan, device_memory
+from toolkit.plan import Plan, device_memory, make_plan
 from toolkit.processes import first_one_first, join
 from toolkit.quant import load_int8, measure
 from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
@@ -28,7 +29,18 @@ from toolkit.run.data import build_batches, dialogue, load_tokenizer, stop_as_tr
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
-__all__ = ["attach", "compensate", "coverage", "load", "reopen", "requantised"]
+__all__ = [
+    "attach",
+    "base_hash",
+    "compensate",
+    "coverage",
+    "get_ready",
+    "load",
+    "load_frozen",
+    "refuse_streamed_compensation",
+    "reopen",
+    "requantised",
+]
 
 _COMPENSATED = "onecard_compensated"
 """Attribute of a base model whose integers are those of error compensation."""
@@ -39,13 +51,33 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen int8 model, quantised as its shards stream in, and its tokenizer.
 
     Expert stacks that the plan streams stay in the int8 file, which is written first where the checkpoint is not int8.
+
+    Raises:
+        ModelError: the plan leaves open which layers a budget lets be int8.
     """
+    if plan.choice is not None:
+        raise ModelError(
+            "quantization.budget: which layers are int8 is not chosen yet; call choose_stacks(plan, batches), and "
+            "make_plan(recipe, stacks=…) with the stacks it gives"
+        )
+    get_ready(plan)
+    tokenizer = load_tokenizer(plan)
+    with first_one_first() if streamed(plan.placement) else nullcontext():
+        return load_frozen(plan), tokenizer
+
+
+def get_ready(plan: Plan) -> None:
+    """Take the device, and bring the checkpoint here, before the model is loaded."""
     if plan.backend not in BACKENDS:
         raise ModelError(f"{plan.backend}: no such expert backend; known: {', '.join(BACKENDS)}")
     join(plan.device)
     _forbid_spilling(plan)
     fetch(plan.model, plan.recipe.model.revision)
-    tokenizer, stored = load_tokenizer(plan), plan.recipe.quantization
+
+
+def load_frozen(plan: Plan) -> PreTrainedModel:
+    """The model alone, in this process alone, once all is ready."""
+    stored = plan.recipe.quantization
     options: dict[str, Any] = {
         "revision": plan.recipe.model.revision,
         "dtype": plan.torch_dtype,
@@ -54,16 +86,21 @@ def load(plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         "linears": stored.linears,
         "attn_implementation": plan.recipe.model.attn_implementation,
         "experts_implementation": plan.backend,
+        "stacks": plan.stacks,
     }
     if not streamed(plan.placement):
-        return load_int8(plan.model, **options)[0], tokenizer
-    if stored.error_compensation != "none":
+        return load_int8(plan.model, **options)[0]
+    refuse_streamed_compensation(plan)
+    return load_streamed(plan.model, plan.placement, **options)[0]
+
+
+def refuse_streamed_compensation(plan: Plan) -> None:
+    """Raise `RecipeError` where streamed stacks are to be compensated: their file is finished when they are loaded."""
+    if streamed(plan.placement) and plan.recipe.quantization.error_compensation != "none":
         raise RecipeError(
             "quantization.error_compensation: streamed experts are read from a file that is finished; run `onecard "
             "quantize` with compensation, and give its folder as model.model_name_or_path"
         )
-    with first_one_first():
-        return load_streamed(plan.model, plan.placement, **options)[0], tokenizer
 
 
 def _forbid_spilling(plan: Plan) -> None:
@@ -84,16 +121,16 @@ def compensate(model: PreTrainedModel, batches: Batches, plan: Plan, kept: Path 
     model.__dict__[_COMPENSATED] = True
     with first_one_first():
         if kept and kept.is_file():
-            return read_compensated(model, kept, _base_hash(plan))
+            return read_compensated(model, kept, base_hash(plan))
         examples = calibration_examples(batches.train[: wanted.calibration_samples]["input_ids"])
         report = compensate_model(model, plan.model, examples, revision=plan.recipe.model.revision)
         if kept:
-            write_compensated(model, report, kept, _base_hash(plan))
+            write_compensated(model, report, kept, base_hash(plan))
         return report
 
 
-def _base_hash(plan: Plan) -> str:
-    """Of the checkpoint's weights: compensated integers belong to these alone."""
+def base_hash(plan: Plan) -> str:
+    """Of the checkpoint's weights: compensated integers and measured layers belong to these alone."""
     return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
 
 
@@ -121,14 +158,17 @@ def reopen(plan: Plan, artifact: str | Path, *, as_trained: bool = False) -> tup
     """The plan's model with a finished adapter on it, for evaluation and generation.
 
     A compensated run keeps its base's integers beside the artifact. An artifact without its run has none: `as_trained`
-    then compensates again, which reads the training data; without it the base is rounded plainly.
+    then compensates again, which reads the training data; without it the base is rounded plainly. Which layers a budget
+    has in int8 the artifact itself says.
     """
+    if plan.choice is not None:
+        plan = make_plan(plan.recipe, for_training=False, stacks=read_manifest(artifact).get("stacks"))
     model, tokenizer = load(plan)
     require_base(artifact, plan.model, plan.recipe.model.revision)
     kept = RunFolder(Path(artifact).parent).compensated
     if plan.recipe.quantization.error_compensation != "none":
         if kept.is_file():
-            read_compensated(model, kept, _base_hash(plan))
+            read_compensated(model, kept, base_hash(plan))
         elif as_trained:
             compensate(model, build_batches(tokenizer, plan), plan)
     stop_as_trained(model, dialogue(tokenizer, plan, Path(artifact)).form)

@@ -301,6 +301,7 @@ def _base_facts(plan: Plan) -> dict[str, Any]:
         "base": base.weights_sha256,
         "config": config_sha256(plan.model, plan.recipe.model.revision),
         "compensated": file_entry(kept)["sha256"] if kept.is_file() else None,
+        "stacks": dict(plan.stacks) or None,
     }
 
 
@@ -324,5 +325,6 @@ def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = 
         rows=result.rows or (),
         chat=result.chat,
         base_folder=files_of(base, revision),
+        stacks=plan.stacks,
         mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),
     )

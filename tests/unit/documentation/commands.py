@@ -49,6 +49,10 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"curl localhost", _SERVER),
     (r"onecard sweep", "tests/unit/sweep/test_sweep.py::test_the_sweeps_of_the_documentation_on_ray"),
     (
+        r"onecard quantize .*--budget",
+        "tests/unit/run/test_mixture.py::test_quantize_writes_a_mixture_that_needs_no_budget",
+    ),
+    (
         r"onecard quantize .*--recipe",
         "tests/parity/test_compensated_base.py::test_quantize_with_a_recipe_writes_the_compensated_integers",
     ),

@@ -28,6 +28,7 @@ from toolkit.quant.gptq.error_feedback import Solved, blend, compensate, compens
 from toolkit.quant.gptq.observe import Batch, ExpertInputs, LayerVisit, LinearInputs, decoder_layers, observe, walk
 from toolkit.quant.gptq.search import effort_for
 from toolkit.quant.source import SourceWeights
+from toolkit.recipe.sizes import MOST_CALIBRATION_TOKENS
 from toolkit.steps import advance
 
 __all__ = ["Compensation", "ExpertError", "PartError", "calibration_examples", "compensate_model", "make_batches"]
@@ -39,9 +40,6 @@ _DAMPING, _FEW_ROWS = 0.01, 0.3
 """GPTQ's usual damping, and how it grows with inputs per row: the fewer rows, the less they say about others. Measured
 on held-out text with 24 / 96 / 384 examples: 0.49 / 0.46 / 0.43 of the plain error, 0.55 / 0.47 / 0.42 without."""
 _WORST = 10
-_MOST_TOKENS = 1 << 18
-"""Calibration tokens: 128 sequences of 2048, as many as GPTQ's authors took. A layer's inputs are held for all of them,
-4·H bytes a token."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +130,12 @@ def compensate_model(
 
 
 def calibration_examples(examples: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """The first examples, as many as make up 262,144 tokens at most; at least one."""
+    """The first examples, as many as make up 262,144 tokens at most; at least one.
+
+    A layer's inputs are held for all of them, 4·H bytes a token.
+    """
     tokens = accumulate(map(len, examples))
-    return examples[: max(1, bisect_right(list(tokens), _MOST_TOKENS))]
+    return examples[: max(1, bisect_right(list(tokens), MOST_CALIBRATION_TOKENS))]
 
 
 def make_batches(examples: Sequence[Sequence[int]], device: torch.device, *, most_tokens: int = 4096) -> list[Batch]:

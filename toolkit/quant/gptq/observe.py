@@ -22,7 +22,17 @@ from transformers import PreTrainedModel
 from toolkit.architecture import Architecture
 from toolkit.errors import ModelError
 
-__all__ = ["Batch", "ExpertInputs", "LayerVisit", "LinearInputs", "Observed", "decoder_layers", "observe", "walk"]
+__all__ = [
+    "Batch",
+    "ExpertInputs",
+    "LayerCalls",
+    "LayerVisit",
+    "LinearInputs",
+    "Observed",
+    "decoder_layers",
+    "observe",
+    "walk",
+]
 
 
 @dataclass(frozen=True)
@@ -129,12 +139,10 @@ def walk(model: PreTrainedModel, layers: re.Pattern[str], batches: Sequence[Batc
     Raises:
         ModelError: the model does something to hidden states between its layers.
     """
-    modules = {name: module for name, module in model.named_modules() if layers.fullmatch(name)}
-    traces = [_trace(model, modules, batch.ids) for batch in batches]
-    hidden = [trace[0].hidden for trace in traces]
-    for calls in zip(*traces, strict=True):
-        name = calls[0].name
-        bound = [partial(modules[name], x, *call.args, **call.kwargs) for call, x in zip(calls, hidden, strict=True)]
+    calls = LayerCalls(model, layers, batches)
+    hidden = calls.hidden
+    for number, name in enumerate(calls.names):
+        bound = [calls.bound(number, place, x) for place, x in enumerate(hidden)]
         yield LayerVisit(name, [(batch.real, run) for batch, run in zip(batches, bound, strict=True)])
         hidden = [_hidden(run()) for run in bound]
 
@@ -149,6 +157,40 @@ class _Call:
     kwargs: dict[str, Any]
 
 
+class LayerCalls:
+    """Every call that a model makes of its decoder layers, batch by batch, to be made again with other hidden states.
+
+    `names` are the layers in the order in which they run, `hidden` what the first is given [B, T', H], by batch.
+
+    Raises:
+        ModelError: the model does something to hidden states between its layers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, layers: re.Pattern[str], batches: Sequence[Batch]) -> None:
+        self._modules = {name: module for name, module in model.named_modules() if layers.fullmatch(name)}
+        self._traces = [_trace(model, self._modules, batch.ids) for batch in batches]
+        self.names = tuple(call.name for call in self._traces[0]) if batches else ()
+        self.hidden = [trace[0].hidden for trace in self._traces]
+        self._widths: dict[str, int] = {}
+
+    def bound(self, number: int, batch: int, hidden: torch.Tensor) -> Callable[[], Any]:
+        """The call of a layer, by its place in `names`, for these hidden states of a batch."""
+        call = self._traces[batch][number]
+        return partial(self._modules[call.name], hidden, *call.args, **call.kwargs)
+
+    def run(self, number: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that it gives back."""
+        output = self.bound(number, batch, hidden)()
+        self._widths[self.names[number]] = len(output) if isinstance(output, tuple) else 0
+        return _hidden(output)
+
+    def as_given(self, name: str, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which a layer that has run gives them: alone, or first of several."""
+        width = self._widths[name]
+        return (hidden, *[None] * (width - 1)) if width else hidden
+
+
 def _trace(model: PreTrainedModel, modules: dict[str, nn.Module], ids: torch.Tensor) -> list[_Call]:
     """Every call of the decoder layers in one forward pass."""
     calls: list[_Call] = []
@@ -160,7 +202,8 @@ def _trace(model: PreTrainedModel, modules: dict[str, nn.Module], ids: torch.Ten
             if outputs and x is not outputs[-1] and not torch.equal(x, outputs[-1]):
                 raise ModelError(
                     f"{name}: this model changes hidden states between decoder layers, so its layers cannot be "
-                    "calibrated one by one; set quantization.error_compensation=none and report this model family"
+                    "calibrated one by one; set quantization.error_compensation=none, remove quantization.budget, and "
+                    "report this model family"
                 )
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             calls.append(_Call(name, x.new_empty(0) if calls else x, args[1:], rest))
