@@ -139,13 +139,15 @@ def expand_into(low: Tensor, high: Tensor, packed: Tensor, low_step: Tensor, hig
 def float_into(low: Tensor, high: Tensor, packed: Tensor, low_scale: Tensor, high_scale: Tensor) -> None:
     """mxfp4 or grouped, multiplied out: both float [..., n, O] of bytes [..., n, O] and scales [..., n/G, O]."""
     is_mx = low_scale.dtype == torch.uint8
-    for half, codes, scale in ((low, packed & 15, low_scale), (high, packed >> 4, high_scale)):
+    bits = packed.to(torch.int16) if is_mx else packed
+    for half, place, scale in ((low, 0, low_scale), (high, 4, high_scale)):
         if is_mx:
-            bits = codes.to(torch.int16)
-            half.copy_((((bits & 8) << 12) | ((bits & 7) << 9)).view(torch.float16))
+            sign = bits.bitwise_and(8 << place).bitwise_left_shift_(12 - place)
+            size = bits.bitwise_and(7 << place).bitwise_left_shift_(9 - place)
+            half.copy_(size.bitwise_or_(sign).view(torch.float16))
             factor = torch.exp2(scale.float() - 127) * 2.0**_HALF_BIAS
         else:
-            half.copy_(codes).sub_(_LARGEST_CODE)
+            half.copy_(bits >> 4 if place else bits & 15).sub_(_LARGEST_CODE)
             factor = scale.float()
         grouped = half.unflatten(-2, (scale.shape[-2], -1))
         if torch.promote_types(scale.dtype, half.dtype) == half.dtype and (not is_mx or half.dtype != torch.float16):

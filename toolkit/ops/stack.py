@@ -30,8 +30,8 @@ FactorGradients = tuple[torch.Tensor, torch.Tensor]
 
 _BUFFER = 1 << 19
 """Elements of a weight multiplied out at a time on a CPU: about a core's own cache, and wide enough for BLAS."""
-_FOUR_BIT_BUFFER = 1 << 18
-"""The same of one in four bits, which is gone over more often."""
+_FOUR_BIT_BUFFER = 1 << 20
+"""The same of one in four bits, which takes many calls: larger than a core's cache is faster than more of them."""
 _SMALL = 1 << 21
 """Elements of a stack that is multiplied out whole."""
 
