@@ -1,0 +1,190 @@
+"""Direct preference optimisation: TRL's `DPOTrainer` with its own losses, on pairs that come tokenised and a reference
+that is known before the first step.
+
+TRL copies the adapter to have a reference of one that was trained, or runs the model a second time in every step. Here
+each pair brings the reference's two log-probabilities (`toolkit.training.reference`), so that a step costs one pass,
+nothing is held twice, and streamed layers see micro-batches in any order. TRL would also tokenise text by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from trl import DPOConfig, DPOTrainer
+
+from toolkit.data.storage import sequence_lengths
+from toolkit.labels import IGNORED
+from toolkit.ops.label_logits import pays_to_keep_logits
+from toolkit.ops.token_scores import token_scores
+from toolkit.training.adapter_steps import AdapterSteps, RunContext
+
+__all__ = ["Pairs", "PreferenceTrainer", "dpo_config", "without_noise"]
+
+_PAIRWISE = ("rewards/", "logps/")
+"""Beginnings of the figures that TRL has as means over a batch's pairs."""
+_NOISE = ("dropout", "_drop", "jitter", "noise")
+
+
+class Pairs:
+    """Chosen and rejected answers, and what the reference gives them.
+
+    Args:
+        table: rows of `input_ids` and `labels`; rows 2n and 2n+1 are the chosen and the rejected answer of pair n.
+    """
+
+    def __init__(self, table: Dataset) -> None:
+        self.table = table
+        self.reference: Sequence[tuple[float, float]] = ()
+        """Of each pair: log-probabilities in nats of the chosen and of the rejected answer."""
+
+    def __len__(self) -> int:
+        return len(self.table) // 2
+
+    def numbers(self, *, held_out: bool) -> Dataset:
+        """The rows that the trainer draws from: each is a pair's number, which the collator looks up."""
+        return Dataset.from_dict({"pair": list(range(len(self))), "held_out": [held_out] * len(self)})
+
+    def longest(self, count: int) -> list[int]:
+        """Numbers of the `count` pairs that take most tokens, each answer padded to the longer."""
+        lengths = sequence_lengths(self.table).reshape(-1, 2).max(1)
+        found: list[int] = np.argsort(-lengths, kind="stable")[:count].tolist()
+        return found
+
+
+class _Collator:
+    """Pairs to TRL's preference batch: all chosen answers, then all rejected ones, padded on the right."""
+
+    def __init__(self, train: Pairs, held_out: Pairs | None, pad_token_id: int) -> None:
+        self.train, self.held_out, self.pad_token_id = train, held_out, pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        found = [(self.held_out if row["held_out"] else self.train, row["pair"]) for row in rows]
+        sequences = [pairs.table[2 * number + side] for side in (0, 1) for pairs, number in found if pairs is not None]
+        width = max(len(sequence["input_ids"]) for sequence in sequences)
+        ids = torch.full((len(sequences), width), self.pad_token_id)
+        mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
+        for index, sequence in enumerate(sequences):
+            length = len(sequence["input_ids"])
+            ids[index, :length] = torch.tensor(sequence["input_ids"])
+            mask[index, :length] = 1
+            counts[index, :length] = (torch.tensor(sequence["labels"]) != IGNORED).long()
+        batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": counts}
+        if all(pairs is not None and pairs.reference for pairs, _ in found):
+            known = torch.tensor([pairs.reference[number] for pairs, number in found if pairs is not None])
+            batch |= {"ref_chosen_logps": known[:, 0].clone(), "ref_rejected_logps": known[:, 1].clone()}
+        return batch
+
+
+class _Unasked(nn.Module):
+    """Stands where TRL wants a reference model, so that it copies no adapter. Every pair's reference is known."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self) -> None:
+        """Never computed."""
+        raise AssertionError("the reference is known before the first step")
+
+
+class PreferenceTrainer(AdapterSteps, DPOTrainer):  # type: ignore[misc]
+    """TRL's preference losses; on a CPU by the model's own logits of the answers alone.
+
+    The reference must be set in the pairs before a step is taken or an evaluation made.
+    """
+
+    def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes beside the data."""
+        model, tokenizer = trl["model"], trl["processing_class"]
+        self.pairs, self.held_out_pairs = train, held_out
+        without_noise(model)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            context,
+            **trl,
+            ref_model=_Unasked(model.config),
+            data_collator=_Collator(train, held_out, pad),
+            train_dataset=train.numbers(held_out=False),
+            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
+        )
+        self.precompute_ref_logps = True
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        """Pairs come tokenised."""
+        return dataset
+
+    def _longest_batch(self) -> dict[str, Any]:
+        longest = self.pairs.longest(self.args.per_device_train_batch_size)
+        return self.data_collator([{"pair": number, "held_out": False} for number in longest])
+
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
+        mode = "train" if self.model.training else "eval"
+        before = {name: len(values) for name, values in self._metrics[mode].items()}
+        loss: torch.Tensor = DPOTrainer.compute_loss(self, _Scored(self, model), inputs)
+        for name, values in self._metrics[mode].items():
+            if mode == "eval" and name.startswith(_PAIRWISE):  # a mean over pairs, however they fall into batches
+                values += values[before.get(name, 0) :] * (len(inputs["input_ids"]) // 2 - 1)
+        return loss
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
+        """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
+
+        It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss.
+        """
+        positions = int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.device.type == "cpu" else 0
+        if positions and not self.wants_trls_balance and pays_to_keep_logits(self.model, len(labels), positions):
+            found = token_scores(model, inputs, labels, balanced=balanced)
+            if not balanced or found.aux_loss is not None:
+                return found
+            self.wants_trls_balance = True
+        router = {"output_router_logits": True} if balanced else {}
+        return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
+
+    @torch.no_grad()
+    def reference_of(self, pairs: Pairs, numbers: Sequence[int]) -> torch.Tensor:
+        """What the model as it stands gives the answers of some pairs, in nats: chosen and rejected [pairs, 2]."""
+        held_out = pairs is not self.pairs
+        batch = self.data_collator([{"pair": number, "held_out": held_out} for number in numbers])
+        inputs = self._prepare_inputs(batch)
+        found = self.compute_ref_log_probs(_Scored(self, self.model), inputs)
+        return torch.stack([logps.float() for logps in found], dim=1)
+
+
+class _Scored:
+    """A model to TRL's loss: called like one with a fused head, it gives the trainer's own scores."""
+
+    def __init__(self, trainer: PreferenceTrainer, model: nn.Module) -> None:
+        self.trainer, self.model = trainer, model
+
+    def __call__(self, **given: Any) -> Any:
+        balanced = given.pop("output_router_logits", False)
+        inputs = {key: given[key] for key in given.keys() - {"labels", "fused_lm_head", "use_cache"}}
+        return self.trainer.scores(self.model, inputs, given["labels"], balanced=balanced)
+
+
+def without_noise(model: nn.Module) -> None:
+    """Switch dropout and the routers' noise off: policy and reference would draw theirs apart, which is no preference.
+
+    TRL's `disable_dropout` knows `nn.Dropout`; many families keep a rate as a plain number of a module or the config.
+    """
+    for module in (*model.modules(), model.config.get_text_config()):  # type: ignore[operator,union-attr]
+        for name, rate in vars(module).items():
+            if isinstance(rate, float) and rate and any(word in name for word in _NOISE):
+                setattr(module, name, 0.0)
+
+
+def dpo_config(context: RunContext, common: Mapping[str, Any]) -> DPOConfig:
+    """TRL's configuration; `common` are the arguments that every method has."""
+    assert context.preference is not None
+    return DPOConfig(
+        **common,
+        **context.preference.options,
+        max_length=None,
+        remove_unused_columns=False,
+        precompute_ref_log_probs=False,
+    )
