@@ -76,13 +76,15 @@ class Trained:
     drafting: dict[str, Any] | None = None
     evaluation_peak: int = 0
     """Bytes at the highest while base and adapted model were compared, as `TrainResult.peak_memory`."""
+    sides: int = 1
+    """Rows of `rows` that an example is: a pair's two, else one."""
     chat: Mapping[str, Any] | None = None
     """How conversations were written and what ended them, as `write_artifact` takes it."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
         run = self.training
-        examples = {"examples": len(self.rows.examples)} if self.rows else {}
+        examples = {"examples": len(self.rows.examples) // self.sides} if self.rows else {}
         figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens, **examples}}
         mtp = {"mtp": self.drafting} if self.drafting else {}
         return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
@@ -184,6 +186,7 @@ def train(
         training=training,
         counts=counts,
         rows=TrainedText(tokenizer, batches.train),
+        sides=2 if batches.pairs else 1,
         head=None if head is None else head.head.to(model.dtype).eval(),
         drafting=None if head is None else {"training": head.result().to_dict()},
         chat=batches.form.to_dict(),
