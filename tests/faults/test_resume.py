@@ -27,7 +27,6 @@ SOME = (
     "two resumes in a row",
     "streamed, layer by layer, cut inside a step",
     "a head over streamed experts",
-    "pairs, accumulated, cut inside a step",
     "pairs, streamed, layer by layer",
 )
 
