@@ -4,8 +4,8 @@
 
 Builds a tiny random checkpoint of each family in the installed transformers (as tests/parity does), loads it in int8,
 attaches the default adapter, and trains it by DPO on two pairs a step through the run's own trainer. Printed for each:
-adapters that moved, the first step's margin (policy and reference are then the same model) over what it may round to,
-and how the load-balancing loss was found.
+adapters that moved, the first step's margin (policy and reference are then the same model), the load-balancing loss,
+and whether TRL's fused head computes the family's own logits. Where it does not, ours are used on every device.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Row:
-    """One family: adapters moved of all, the first margin in nats, how balance was found, and what went wrong."""
+    """One family: adapters moved of all, the first margin in nats, the first load-balancing loss, whether TRL's fused
+    head has the family's own logits, and what went wrong."""
 
     family: str
     moved: int = 0
     adapters: int = 0
     margin: float = float("nan")
     balance: str = ""
+    head: str = ""
     failed: str = ""
 
     @property
@@ -96,7 +98,8 @@ def _trained(family: str, folder: Path, steps: int) -> Row:
     reached = adapter_coverage(adapted)
     balance = "none" if "no load-balancing loss" in said.getvalue() else f"{first.get('aux_loss', float('nan')):.3f}"
     margin = first["rewards/margins"] / DpoSection().beta
-    return Row(family, reached.moved, reached.adapters, margin, balance)
+    head = "another" if "TRL's fused head" in said.getvalue() else "own"
+    return Row(family, reached.moved, reached.adapters, margin, balance, head)
 
 
 def pairs(count: int) -> Any:
@@ -120,8 +123,9 @@ def sweep(families: Sequence[str], steps: int) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(train(family, Path(folder), steps))
         row = rows[-1]
-        told = row.failed or f"{row.moved}/{row.adapters} moved, first margin {row.margin:+.1e}, balance {row.balance}"
-        print(f"{'ok    ' if row.passes else 'FAILED'}  {family:24} {told}", flush=True)
+        told = f"{row.moved}/{row.adapters} moved, first margin {row.margin:+.1e}, balance {row.balance}, "
+        told += f"TRL's logits: {row.head}"
+        print(f"{'ok    ' if row.passes else 'FAILED'}  {family:24} {row.failed or told}", flush=True)
     return rows
 
 

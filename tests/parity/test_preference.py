@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, set_seed
 
+from scripts.parity import dpo_families
 from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.architecture import describe
@@ -168,6 +169,15 @@ def test_scores_of_labelled_tokens_are_those_of_trls_fused_head(tmp_path: Path) 
     assert torch.allclose(sequence_logps(trainer.model, inputs, labels), ours.log_probs.sum(1), atol=ROUNDING)
     assert ours.log_probs.requires_grad
     assert not ours.entropy.requires_grad
+
+
+def test_a_head_that_passes_over_what_a_family_does_to_its_logits_is_not_used(tmp_path: Path) -> None:
+    """Its width multiplier is no attribute that TRL's fused head knows; the embedded model has nothing of the kind."""
+    row = dpo_families.train("inkling_text", tmp_path, steps=1)
+    assert (row.head, row.moved == row.adapters, row.failed) == ("another", True, "")
+    trainer = trainer_of(tmp_path / "run")
+    assert trainer.check_fused_head()
+    assert trainer.aux_loss_enabled
 
 
 def test_noise_is_off_for_model_and_reference_alike() -> None:

@@ -25,6 +25,11 @@ from toolkit.training.adapter_steps import AdapterSteps, RunContext
 
 __all__ = ["Pairs", "PreferenceTrainer", "dpo_config", "without_noise"]
 
+_PROBED = 8
+"""Answer tokens on which TRL's head is compared with the model's own logits."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
+to some thousand numbers. A head that leaves out a factor is off by that factor."""
 _PAIRWISE = ("rewards/", "logps/")
 """Beginnings of the figures that TRL has as means over a batch's pairs."""
 _NOISE = ("dropout", "_drop", "jitter", "noise")
@@ -98,6 +103,9 @@ class PreferenceTrainer(AdapterSteps, DPOTrainer):  # type: ignore[misc]
     The reference must be set in the pairs before a step is taken or an evaluation made.
     """
 
+    trusts_fused_head = True
+    """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
+
     def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes beside the data."""
         model, tokenizer = trl["model"], trl["processing_class"]
@@ -134,16 +142,37 @@ class PreferenceTrainer(AdapterSteps, DPOTrainer):  # type: ignore[misc]
     def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
         """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
 
-        It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss.
+        It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss;
+        and nowhere if its logits are not the family's own.
         """
         positions = int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.device.type == "cpu" else 0
-        if positions and not self.wants_trls_balance and pays_to_keep_logits(self.model, len(labels), positions):
+        pays = positions and not self.wants_trls_balance and pays_to_keep_logits(self.model, len(labels), positions)
+        if pays or not self.trusts_fused_head:
             found = token_scores(model, inputs, labels, balanced=balanced)
-            if not balanced or found.aux_loss is not None:
+            if not balanced or found.aux_loss is not None or not self.trusts_fused_head:
                 return found
             self.wants_trls_balance = True
         router = {"output_router_logits": True} if balanced else {}
         return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
+
+    @torch.no_grad()
+    def check_fused_head(self) -> bool:
+        """Whether TRL's head gives some answer tokens the log-probabilities of the model's own logits.
+
+        Where not, it is not used from now on, and without it there may be no load-balancing loss.
+        """
+        batch = self._prepare_inputs(self.data_collator([{"pair": 0, "held_out": False}]))
+        inputs = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
+        counted = (batch["completion_mask"][:1] != 0) & (batch["completion_mask"][:1].cumsum(1) <= _PROBED)
+        labels = inputs["input_ids"].masked_fill(~counted, IGNORED)
+        self.model.eval()
+        with self.accelerator.autocast():
+            own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled)
+            fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
+        off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
+        self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
+        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
+        return self.trusts_fused_head
 
     @torch.no_grad()
     def reference_of(self, pairs: Pairs, numbers: Sequence[int]) -> torch.Tensor:

@@ -47,6 +47,8 @@ def take_reference(trainer: PreferenceTrainer, wanted: Preference, resume: Resum
     Raises:
         ModelError: the run was trained with another reference. RecipeError: a fork's reference is lost.
     """
+    if not trainer.check_fused_head():
+        say("logits: TRL's fused head passes over what this family does to its own; the family's are computed instead")
     with part("reference"), first_one_first():  # the others read what it has written
         parts = [pairs for pairs in (trainer.pairs, trainer.held_out_pairs) if pairs is not None]
         keys = [_keys(pairs) for pairs in parts]

@@ -54,6 +54,8 @@ def test_a_run_has_its_figures_page_and_artifact_and_a_fork_keeps_the_reference(
     assert "Pairs rewarded the right way round" in page
     assert "pairs whose chosen answer is more probable" in page
     assert summary["memory"]["training"] <= summary["memory"]["planned"] + summary["memory"]["slack"]
+    card = (run / "adapter" / "README.md").read_text()
+    assert "| method | direct preference optimisation on pairs of answers, loss sigmoid + sft, beta 0.2 |" in card
     status, _, err = onecard("train", place / "recipe.yaml", "dpo.beta=0.5", "--fork")
     assert status == 0, err
     assert "reference: the base of the run that this is a fork of, not the weights that the fork starts from" in err
