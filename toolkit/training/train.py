@@ -91,9 +91,7 @@ def train_adapter(
         PreemptedError, InterruptedRunError: a signal came; the run is saved.
     """
     console, head, best = context.console, context.head, context.best
-    resume = context.resume or Resume(
-        {}, newest_checkpoint(context.folder, lambda why: console.print(f"checkpoint skipped: {why}"))
-    )
+    resume = context.resume or Resume({}, _newest(context))
     log = MetricsLog(context.metrics, context.device)
     trainer = _trainer(model, tokenizer, train, validation, context, log)
     keeper = KeepBest(best, model) if best else None
@@ -188,6 +186,10 @@ def _trainer(
         console.print(f"processes: {processes()}, {sequences} {what} per step")
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _newest(context: RunContext) -> Checkpoint | None:
+    return newest_checkpoint(context.folder, lambda why: context.console.print(f"checkpoint skipped: {why}"))
 
 
 def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:
