@@ -102,7 +102,7 @@ class Resumable(Trainer):  # type: ignore[misc]
     @staticmethod
     def get_optimizer_cls_and_kwargs(*given: Any, **named: Any) -> tuple[Any, Any]:
         """transformers' choice, without bitsandbytes' waits."""
-        optimizer, options = SFTTrainer.get_optimizer_cls_and_kwargs(*given, **named)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(*given, **named)
         return with_one_wait(optimizer), options
 
     def _adapter(self) -> dict[str, torch.Tensor]:
