@@ -311,3 +311,12 @@ def test_pairs_are_looked_up_and_padded_on_the_right() -> None:
         assert batch["completion_mask"][line].sum() == sum(label >= 0 for label in table[row]["labels"])
     assert batch["ref_rejected_logps"].tolist() == [-4.0, -2.0]
     assert pairs.longest(1) == [1]
+
+
+def test_pairs_of_like_length_are_asked_together() -> None:
+    pairs = Pairs(rows(9))
+    groups = pairs.groups(range(9), 26)
+    assert sorted(number for group in groups for number in group) == list(range(9))
+    assert all(len(group) * pairs.lengths[group].max() <= 26 for group in groups)
+    assert [pairs.lengths[group].max() for group in groups] == sorted(pairs.lengths[g].max() for g in groups)[::-1]
+    assert (len(groups), len(pairs.groups(range(9), 1))) == (5, 9)

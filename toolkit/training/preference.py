@@ -9,11 +9,13 @@ nothing is held twice, and streamed layers see micro-batches in any order. TRL w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
@@ -54,10 +56,28 @@ class Pairs:
         """The rows that the trainer draws from: each is a pair's number, which the collator looks up."""
         return Dataset.from_dict({"pair": list(range(len(self))), "held_out": [held_out] * len(self)})
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each pair's longer side, prompt included (pairs,)."""
+        found: NDArray[np.int64] = sequence_lengths(self.table).reshape(-1, 2).max(1)
+        return found
+
     def longest(self, count: int) -> list[int]:
         """Numbers of the `count` pairs that take most tokens, each answer padded to the longer."""
-        lengths = sequence_lengths(self.table).reshape(-1, 2).max(1)
-        found: list[int] = np.argsort(-lengths, kind="stable")[:count].tolist()
+        found: list[int] = np.argsort(-self.lengths, kind="stable")[:count].tolist()
+        return found
+
+    def groups(self, numbers: Sequence[int], tokens: int) -> list[list[int]]:
+        """These pairs in batches of about equal length, long ones first.
+
+        A batch's pairs times its longest side are at most `tokens`; a pair that is longer stands alone.
+        """
+        found: list[list[int]] = []
+        for number in sorted(numbers, key=lambda number: -int(self.lengths[number])):
+            if found and (len(found[-1]) + 1) * self.lengths[found[-1][0]] <= tokens:
+                found[-1].append(number)
+            else:
+                found.append([number])
         return found
 
 

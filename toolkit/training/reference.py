@@ -86,18 +86,22 @@ def _compute(
     wanted: Preference,
     start: str,
 ) -> None:
-    """Add to `known` what is lacking. Of a fork only the base can still be asked, with the adapter switched off."""
+    """Add to `known` what is lacking. Of a fork only the base can still be asked, with the adapter switched off.
+
+    No batch has more tokens than a step's longest, which holds gradients besides.
+    """
     if wanted.forked is not None and start:
         raise RecipeError(
             f"data.train: {sum(map(len, lacking))} pairs are new to this fork, and the run's reference was another "
             "adapter, which is not here; use the run's pairs and dpo.ld_alpha, or start a new run from its adapter"
         )
-    size, done, total = trainer.args.per_device_train_batch_size, 0, sum(map(len, lacking))
+    most = trainer.args.per_device_train_batch_size * int(trainer.pairs.lengths.max())
+    done, total = 0, sum(map(len, lacking))
     asked: AbstractContextManager[object] = trainer.model.disable_adapter() if wanted.forked else nullcontext()
     trainer.model.eval()
     with asked:
         for pairs, names, numbers in zip(parts, keys, lacking, strict=True):
-            groups = [numbers[at : at + size] for at in range(0, len(numbers), size)]
+            groups = pairs.groups(numbers, most)
             together = trainer.args.gradient_accumulation_steps if trainer.layer_major else 1
             for at in range(0, len(groups), together):
                 tasks = [partial(trainer.reference_of, pairs, group) for group in groups[at : at + together]]
