@@ -140,7 +140,7 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     prompts = [len(question.prompt_ids) for question in questions] + list(map(len, own_prompts(batches, plan)))
     beside = (*(others or (0, 0)), max(prompts, default=0))
     longest = int(lengths.max())
-    if batches.pairs:  # both answers begin where the prompt ends, and what stands between turns is no label
+    if batches.pairs:  # both answers begin where the prompt ends; positions between their turns are in the union, too
         labels = lengths - first_trained(batches.train)
     if not training.packing:
         one = training.per_device_train_batch_size == 1
