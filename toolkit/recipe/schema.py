@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
 from toolkit.recipe.elsewhere import HubSection, TrackingSection
 from toolkit.recipe.methods import DpoSection, misfits, with_method
-
 from toolkit.recipe.sizes import Size
 
 __all__ = [
