@@ -76,7 +76,8 @@ def planned(recipe: Recipe, made: Plan) -> str:
     """Memory and time on the card that the plan is for."""
     training = recipe.training
     assert made.duration is not None
-    tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * made.length
+    sequences = training.per_device_train_batch_size * training.sides * training.gradient_accumulation_steps
+    tokens = sequences * made.length
     hourly = 3600 / made.duration.estimate * tokens
     return (
         f"Planned for the first of them, not measured: {made.bytes.total / 2**30:.1f} GiB at the peak, of which "

@@ -317,7 +317,20 @@ SEAMS = (
         "to probe a batch as the trainer would see it",
         "_remove_unused_columns",
     ),
-    *_at("trl.SFTTrainer", "training", "to add our metrics to TRL's, and to restore them", "_metrics"),
+    *_at(
+        "trl.SFTTrainer",
+        "training",
+        "to add our metrics to TRL's, and to restore them",
+        "_metrics",
+        "_total_train_tokens",
+    ),
+    *_at("trl.DPOTrainer", "training", "to give it pairs that are tokenised", "_prepare_dataset"),
+    *_at(
+        "trl.trainer.base_trainer._BaseTrainer",
+        "training",
+        "to send the Hub nothing that nobody asked for",
+        "_send_telemetry",
+    ),
     *_at("trl.SFTTrainer", "training", "to ask for router logits where the balancing loss is on", "aux_loss_enabled"),
     *_at("trl.chat_template_utils", "data", "to know how a family writes calls", "add_response_schema"),
     *_at(

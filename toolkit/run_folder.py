@@ -1,6 +1,7 @@
 """Where each part of a run lies.
 
-recipe.yaml  plan.json  chat.json  metrics.jsonl  checkpoints/  adapter/  experts.json  summary.json  report.html
+recipe.yaml  plan.json  chat.json  metrics.jsonl  reference.safetensors  checkpoints/  adapter/  experts.json
+summary.json  report.html
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ class RunFolder:
     def start(self) -> Path:
         """The adapter that a fork starts from."""
         return self.path / "start"
+
+    @property
+    def reference(self) -> Path:
+        """What a preference run's reference gives its pairs, computed before the first step."""
+        return self.path / "reference.safetensors"
+
+    @property
+    def forked_reference(self) -> Path:
+        """The same of the run that a fork comes from."""
+        return self.start / self.reference.name
 
     @property
     def compensated(self) -> Path:

@@ -153,8 +153,9 @@ class Ours(Arm):
         """The summed loss of all examples, packed and padded, through the trainer's own batches."""
         from rich.console import Console
 
+        from toolkit.training.adapter_steps import RunContext
         from toolkit.training.train import sft_config
-        from toolkit.training.trainer import AdapterTrainer, RunContext
+        from toolkit.training.trainer import AdapterTrainer
 
         found = {}
         for name, packing in (("packed", True), ("padded", False)):

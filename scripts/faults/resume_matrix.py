@@ -36,10 +36,13 @@ from toolkit.mtp.training import HeadTraining
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import spread
 from toolkit.quant import load_int8
-from toolkit.recipe import TrainingSection
-from toolkit.training import RunContext, TrainResult, train_adapter
+from toolkit.recipe import DpoSection, TrainingSection
+from toolkit.training import Preference, RunContext, TrainResult, train_adapter
+from toolkit.training.adapter_steps import AdapterSteps, layer_major_for
 from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
-from toolkit.training.trainer import AdapterTrainer, layer_major_for
+from toolkit.training.preference import PreferenceTrainer
+from toolkit.training.reference import START
+from toolkit.training.trainer import AdapterTrainer
 
 __all__ = ["CASES", "Case", "Cut", "Outcome", "compare", "train"]
 
@@ -71,6 +74,13 @@ class Case:
     """Whether a step's micro-batches must go through streamed layers together."""
     head: dict[str, Any] = field(default_factory=dict)
     """A multi-token-prediction head's training, and its `stage`."""
+    dpo: dict[str, Any] | None = None
+    """Fields of the recipe's section, where the rows are read as preference pairs."""
+
+    @property
+    def trainer(self) -> type[AdapterSteps]:
+        """The class that trains."""
+        return AdapterTrainer if self.dpo is None else PreferenceTrainer
 
 
 BASE = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "max_length": 96, "warmup_steps": 2, "use_cpu": True}
@@ -133,6 +143,11 @@ CASES = (
     Case("a head after the adapter", {**PLAIN, "max_steps": 4}, (3,), head={"stage": "after"}),
     Case("a head after the adapter, cut before it", {**PLAIN, "max_steps": 4}, (4,), head={"stage": "after"}, rows=9),
     Case("a head over streamed experts", {**PLAIN, **THREE}, (10,), head={"depth": 2}, streamed=1.0),
+    Case("pairs", {**PLAIN, "per_device_train_batch_size": 2}, (3,), dpo={}),
+    Case("pairs, accumulated, cut inside a step", {**PLAIN, **THREE}, (10,), dpo={"loss_type": ["sigmoid", "sft"]}),
+    Case("pairs, logged in threes, epochs", {**PLAIN, "logging_steps": 3, "max_steps": 9}, (7,), rows=8, dpo={}),
+    Case("pairs, a step left out before the cut", {**PLAIN, "max_steps": 8}, (5,), poisoned=2, dpo={"ld_alpha": 0.5}),
+    Case("pairs, streamed, layer by layer", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True, dpo={}),
     Case("cut after the last step", {**PLAIN, "max_steps": 4}, cuts=(4,), rows=9),
 )
 
@@ -158,7 +173,7 @@ def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[],
         result = train_adapter(
             adapted,
             AutoTokenizer.from_pretrained(MODEL),
-            _rows(case.rows),
+            _rows(case.rows - case.rows % 2 if case.dpo is not None else case.rows),
             _rows(4),
             RunContext(
                 folder=folder / "checkpoints",
@@ -170,6 +185,7 @@ def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[],
                 console=Console(file=io.StringIO()),
                 head=head,
                 head_stage=case.head.get("stage", "with"),
+                preference=_preference(case, folder),
             ),
         )
     if head is not None:
@@ -191,6 +207,12 @@ def _model(case: Case, folder: Path) -> tuple[PeftModel, HeadTraining | None]:
         return adapted, None
     options = {"learning_rate": 3e-3, **{key: value for key, value in case.head.items() if key != "stage"}}
     return adapted, HeadTraining(new_head(model), adapted, **options)
+
+
+def _preference(case: Case, folder: Path) -> Preference | None:
+    if case.dpo is None:
+        return None
+    return Preference(DpoSection(**case.dpo).model_dump(), folder / "reference.safetensors", {START: ""})
 
 
 def compare(case: Case, folder: Path) -> list[str]:
@@ -217,33 +239,30 @@ def _rows(count: int) -> Dataset:
 def _interrupted(case: Case, cut: int | None) -> Iterator[None]:
     """Cut the run off before a forward pass (or after the last one), and poison the loss of one."""
     passes = 0
-    step, loss, finalize = (
-        AdapterTrainer.training_step,
-        AdapterTrainer._labelled_loss,
-        AdapterTrainer._finalize_training,
-    )
+    trainer = case.trainer
+    step, loss, finalize = trainer.training_step, trainer._own_loss, trainer._finalize_training
 
-    def training_step(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self: AdapterSteps, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal passes
         if passes == cut:
             raise Cut
         passes += 1
         return step(self, *args, **kwargs)
 
-    def labelled_loss(self: AdapterTrainer, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    def own_loss(self: AdapterSteps, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         found = loss(self, *args, **kwargs)
         poisoned = found is not None and self.model.training and self.state.global_step == case.poisoned
         return found * float("nan") if poisoned else found
 
-    def finalize_training(self: AdapterTrainer, *args: Any, **kwargs: Any) -> Any:
+    def finalize_training(self: AdapterSteps, *args: Any, **kwargs: Any) -> Any:
         if passes == cut:
             raise Cut
         return finalize(self, *args, **kwargs)
 
     with (
-        mock.patch.object(AdapterTrainer, "training_step", training_step),
-        mock.patch.object(AdapterTrainer, "_labelled_loss", labelled_loss),
-        mock.patch.object(AdapterTrainer, "_finalize_training", finalize_training),
+        mock.patch.object(trainer, "training_step", training_step),
+        mock.patch.object(trainer, "_own_loss", own_loss),
+        mock.patch.object(trainer, "_finalize_training", finalize_training),
     ):
         yield
 
@@ -255,7 +274,7 @@ def _outcome(folder: Path, result: TrainResult) -> Outcome:
     assert last is not None
     hashes = {path.name: _sha256(path) for path in last.path.iterdir() if path.suffix == ".safetensors"}
     state = read_json(last.path / "state.json")
-    counted = {key: state[key] for key in ("schedule", "random", "loss_logged", "tokens", "guard")}
+    counted = {key: state[key] for key in ("schedule", "random", "loss_logged", "tokens", "trl_tokens", "guard")}
     adapter = {name: tensor.tolist() for name, tensor in read_tensors(last.path / "adapter_model.safetensors").items()}
     facts = {"steps": result.steps, "mean loss": result.loss, "tokens": result.tokens, "skipped": result.skipped}
     optimizer = read_json(last.path / "optimizer.json")

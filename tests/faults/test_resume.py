@@ -27,6 +27,7 @@ SOME = (
     "two resumes in a row",
     "streamed, layer by layer, cut inside a step",
     "a head over streamed experts",
+    "pairs, streamed, layer by layer",
 )
 
 

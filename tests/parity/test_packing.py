@@ -31,8 +31,9 @@ from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.registry import _forward_with
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
+from toolkit.training.adapter_steps import RunContext
 from toolkit.training.train import isolate_documents, sft_config
-from toolkit.training.trainer import AdapterTrainer, RunContext
+from toolkit.training.trainer import AdapterTrainer
 
 LENGTHS = (23, 31, 9, 40)
 

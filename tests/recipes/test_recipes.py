@@ -13,7 +13,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import make_quickstart_thoughts
+from scripts import make_quickstart_pairs, make_quickstart_thoughts
 from toolkit.data import build_batches
 from toolkit.data.formats import SHAPES
 from toolkit.offload.place import streamed
@@ -96,6 +96,7 @@ TASK_RECIPES = {
     "chat": "olmoe-1b-7b", "classification": "classification", "extraction to JSON": "extraction",
     "tool calls": "tool-calls", "text-to-SQL": "text-to-sql", "style": "style", "translation": "translation",
     "code": "code", "continued pre-training": "continued-pretraining", "multi-token prediction": "olmoe-mtp",
+    "preferences": "dpo",
 }  # fmt: skip
 FOR_A_CARD = [name for name in NAMES if "Fits a " in head(name)]
 
@@ -117,7 +118,14 @@ def planned_by(name: str) -> tuple[str, ...]:
     """All of a recipe that its plan looks at, as text."""
     recipe = source.load(RECIPES / name)
     used = recipe.training.model_dump(
-        include={"max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "packing"}
+        include={
+            "method",
+            "max_length",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "optim",
+            "packing",
+        }
     )
     return (recipe.model.model_name_or_path, repr(recipe.lora), repr(recipe.mtp), repr(used))
 
@@ -141,8 +149,8 @@ def test_what_a_recipe_says_of_data_card_memory_and_time_is_what_is_planned(name
     assert float(figures[2]) == pytest.approx(made.bytes.experts / 2**30, abs=0.06), again
     assert float(figures[3]) == pytest.approx(made.duration.estimate, abs=0.06, rel=0.02), again
     training = source.load(RECIPES / name).training
-    tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * made.length
-    assert figures[4] == f"{tokens:,}"
+    sequences = training.per_device_train_batch_size * training.sides * training.gradient_accumulation_steps
+    assert figures[4] == f"{sequences * made.length:,}"
     away = re.search(r"Fits a [^.]*experts of (\d+) of", text)
     assert int(away[1] if away else 0) == len(streamed(made.placement)), again
 
@@ -196,6 +204,16 @@ def test_rows_with_thoughts_are_made_of_the_category_rows(split: str) -> None:
     assert written == list(make_quickstart_thoughts.lines(split)), "run scripts/make_quickstart_thoughts.py"
     assert len(written) == make_quickstart_thoughts.COUNTS[split]
     assert all(json.loads(line)["messages"][1]["reasoning_content"].startswith("It is ") for line in written)
+
+
+@pytest.mark.parametrize("split", make_quickstart_pairs.COUNTS)
+def test_pairs_are_made_of_the_category_rows(split: str) -> None:
+    written = (QUICKSTART / "data" / f"pairs.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert written == list(make_quickstart_pairs.lines(split)), "run scripts/make_quickstart_pairs.py"
+    answers = [[json.loads(line)[side][0]["content"] for line in written] for side in ("chosen", "rejected")]
+    assert all(right != wrong for right, wrong in zip(*answers, strict=True))
+    common = max(answers[0], key=answers[0].count)
+    assert abs(answers[0].count(common) - answers[1].count(common)) < 0.06 * len(written), "the commoner one wins"
 
 
 def test_thoughts_are_trained_as_their_recipe_has_them(tokenizer: Any) -> None:

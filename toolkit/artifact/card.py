@@ -146,6 +146,7 @@ def _training_section(
     targets = [targets] if isinstance(targets, str) else [*targets]
     names = ", ".join(f"`{name}`" for name in [*(config.get("target_parameters") or []), *targets])
     rows = [f"| data | {_data(recipe, results)} |"] if recipe.get("data") else []
+    rows += [f"| method | {method} |"] if (method := _method(recipe)) else []
     rows += [f"| form | {form} |"] if (form := form_of(chat)) else []
     rows += [f"| rank, alpha | {config['r']}, {config['lora_alpha']:g} |"]
     rows += [
@@ -158,6 +159,15 @@ def _training_section(
     trained = _mapping(results, "training")
     rows += [f"| {name} | {_figure(trained[name])} |" for name in ("steps", "tokens", "loss") if name in trained]
     return "\n".join(["## What was trained, on what", "", "| | |", "|---|---|", *rows])
+
+
+def _method(recipe: Mapping[str, Any]) -> str:
+    """How pairs were learnt from; nothing where single answers were."""
+    if _mapping(recipe, "training").get("method", "sft") != "dpo":
+        return ""
+    dpo = _mapping(recipe, "dpo")
+    losses = dpo["loss_type"] if isinstance(dpo["loss_type"], list) else [dpo["loss_type"]]
+    return f"direct preference optimisation on pairs of answers, loss {' + '.join(losses)}, beta {dpo['beta']:g}"
 
 
 def _data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:

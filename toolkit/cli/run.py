@@ -139,11 +139,13 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Train a recipe with every combination of some values. Rerun the same command to finish the rest."""
+    from toolkit.recipe import PAIR_METRICS
     from toolkit.sweep.grid import expand
 
     trials = expand(overrides)
     parsed = load_recipe(recipe, list(trials[0].overrides), plain_console())
-    _check_metric(metric, parsed.eval.metric, parsed.eval.regression)
+    pairs = ["preference_accuracy", *PAIR_METRICS] if parsed.training.method == "dpo" else []
+    _check_metric(metric, parsed.eval.metric, parsed.eval.regression, pairs)
     import torch
 
     from toolkit.durable import write_text
@@ -182,11 +184,11 @@ def sweep(
 _FIGURES = ["loss", "exact_match", "token_f1", "rouge_l", "json_valid"]
 
 
-def _check_metric(metric: str, chosen: str, regression: str | None) -> None:
+def _check_metric(metric: str, chosen: str, regression: str | None, pairs: list[str]) -> None:
     """Raise `RecipeError` unless trials will have this figure."""
     from toolkit.errors import RecipeError, did_you_mean
 
-    known = [*_FIGURES, chosen.rpartition(":")[2], *(["perplexity"] if regression else [])]
+    known = [*_FIGURES, *pairs, chosen.rpartition(":")[2], *(["perplexity"] if regression else [])]
     if metric not in known:
         hint = did_you_mean(metric, known) or f"; known: {', '.join(dict.fromkeys(known))}"
         raise RecipeError(f"--metric {metric}: no trial will have that figure{hint}")

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder, HeldOut, pack_row, unpack_row
-from toolkit.data.formats import Example
+from toolkit.data.formats import SHAPES, Example
+from toolkit.data.pairs import EQUAL_WHEN_CUT, PAIR_SHAPES, PAIRS, encode_examples
 from toolkit.data.problems import Problems
 from toolkit.data.reading import Reading, Split, counted, read_sources, require_removed, sources_of
 from toolkit.data.report import DataReport, SourceReport, SplitReport, source_reports, summarise
@@ -53,13 +54,17 @@ _REPEATED = "examples repeated by the weights of data.train"
 _REMEDIES = {
     TOO_LONG: "; raise training.max_length or set data.truncation: keep_start",
     CUT_OFF: "; raise training.max_length",
+    EQUAL_WHEN_CUT: "; raise training.max_length",
     HELD: "; hold out less, or set data.dedupe: false",
 }
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Masked examples, not packed yet: columns `input_ids` and `labels`, both (T,), IGNORED where not trained."""
+    """Masked examples, not packed yet: columns `input_ids` and `labels`, both (T,), IGNORED where not trained.
+
+    Of pairs, rows 2n and 2n+1 are the chosen and the rejected answer of pair n, and a label is what counts.
+    """
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
@@ -69,6 +74,11 @@ class Batches:
     """How inference asks for what was trained, and where it stops."""
     places: Sequence[str] = ()
     """Where each row of `train` came from, `file:line`."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the rows are pairs."""
+        return self.report.pairs
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def build_batches(
     name: str | None = None,
     train_split: str = "train",
     validation_split: str | None = None,
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = "auto",
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"] = "auto",
     columns: Mapping[str, str] = {},
     system_prompt: str | None = None,
     chat_template: str | None = None,
@@ -118,20 +128,23 @@ def build_batches(
     base_folder: Path = Path("."),
     stop_token_ids: Sequence[int] = (),
     date: datetime.date | None = None,
+    pairs: bool = False,
 ) -> Batches:
     """Read, check and mask the data of a run; the same arguments and files always give the same batches.
 
     The arguments are the fields of the recipe's data section, but `chat_template` is Jinja text (see
     `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. `stop_token_ids` are
-    those at which the checkpoint's own generation stops, and `date` is what the chat template prints as today's. The
-    tokenizer must be a fast one; it is not changed. Turns after a conversation's last answer are left out and counted.
+    those at which the checkpoint's own generation stops, and `date` is what the chat template prints as today's. With
+    `pairs`, rows are preference pairs. The tokenizer must be a fast one; it is not changed. Turns after a
+    conversation's last answer are left out and counted.
 
     Raises:
         DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), or nothing is left.
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
-    reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by)
+    shapes = PAIR_SHAPES if pairs else SHAPES
+    reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by, shapes)
     sources = sources_of(train, name, train_split)
     training = read_sources(sources, reading, base_folder)
     require_removed(reading, training.where)
@@ -213,13 +226,13 @@ def _encode(
         seen += len(chunk)
         advance(seen, len(order), "examples")
         fresh = [index for index in dict.fromkeys(drawn[chunk].tolist()) if number[index] == _UNSEEN]
-        encoded = encoder.encode([split.examples[index] for index in fresh], hold_out=hold_out)
+        encoded = encode_examples(encoder, [split.examples[index] for index in fresh], hold_out=hold_out)
         for index, result in zip(fresh, encoded, strict=True):
             number[index] = len(rows) if isinstance(result, EncodedRow) else _UNUSABLE
             if isinstance(result, EncodedRow):
                 rows.append(result)
                 distinct += len(result.examples)
-            elif result.reason in (TOO_LONG, CUT_OFF):
+            elif result.reason in (TOO_LONG, CUT_OFF, EQUAL_WHEN_CUT):
                 drops[result.reason] += 1
             else:
                 problems.add(index, split.examples[index].place, result)
@@ -235,8 +248,10 @@ def _encode(
     kept = drawn[np.sort(places) if keep_order else np.asarray(places)]
     kept_rows = View(rows, number[kept])
     summary = summarise(split.rows, kept_rows, drops)
-    again = copies(each for row in rows for each in row.examples)
-    return _Done(View(split.examples, kept), kept_rows, summary, again, summary.examples - distinct)
+    is_paired = bool(split.examples[0].rejected)
+    again = copies(unit for row in rows for unit in ([row.examples] if is_paired else zip(row.examples)))
+    repeated = (summary.examples - distinct) // (2 if is_paired else 1)
+    return _Done(View(split.examples, kept), kept_rows, summary, again, repeated)
 
 
 def _memory_of(row: EncodedRow) -> int:
@@ -259,12 +274,13 @@ def _batches(
     sources: tuple[SourceReport, ...],
 ) -> Batches:
     splits = {"train": done.summary} | ({"validation": held.summary} if held else {})
+    first = [each.place for each in itertools.islice(done.encoded, 6)]
     report = DataReport(
         format=found,
         splits=splits,
         overlap=overlap(done.examples, held.examples) if held else 0,
         notices={text: n for text, n in sorted(notices.items()) if n},
-        examples=tuple(each.place for each in itertools.islice(done.encoded, 3)),
+        examples=tuple(first[::2] if found == PAIRS else first[:3]),
         sources=sources,
     )
     train, places = token_table(done.encoded, done.summary.tokens)

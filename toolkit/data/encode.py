@@ -105,8 +105,8 @@ class Encoder:
         self._all_turns = not assistant_only_loss
         self._all_text = not completion_only_loss
         self._last_only = train_on == "last"
-        self._cut = truncation == "keep_start"
-        self._max_length = max_length
+        self.cuts = truncation == "keep_start"
+        self.max_length = max_length
         self._special = any_of(map(str, tokenizer.all_special_tokens))
         self.notices: Counter[str] = Counter()
         """What deserves a look but is no error, and how many examples it concerns."""
@@ -202,8 +202,8 @@ class Encoder:
         ids, trained, first = group.ids, group.trained, group.first
         if not piece.chat and ids[-1] != self._tokens.eos:
             ids, trained = [*ids, self._tokens.eos], np.append(trained, True)
-        most = self._max_length
-        if len(ids) > most and not self._cut:
+        most = self.max_length
+        if len(ids) > most and not self.cuts:
             return InvalidRow(TOO_LONG, f"{len(ids)} tokens, more than training.max_length={most}")
         if not trained[:most].any():
             return InvalidRow(CUT_OFF, f"its answer begins beyond training.max_length={most}")

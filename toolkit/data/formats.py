@@ -18,7 +18,19 @@ from toolkit.data.problems import InvalidRow, listed, printable
 from toolkit.data.template import NOT_OPTIONS
 from toolkit.errors import DataError, did_you_mean
 
-__all__ = ["SHAPES", "Example", "Shape", "add_system", "carries", "choose_shape", "rename"]
+__all__ = [
+    "CHAT",
+    "SHAPES",
+    "Example",
+    "Shape",
+    "add_system",
+    "carries",
+    "choose_shape",
+    "conversation",
+    "present",
+    "rename",
+    "text_column",
+]
 
 _SYSTEM = ("system", "developer")
 
@@ -48,21 +60,26 @@ class Example:
     """A hash of the value of `data.group_by`: examples that share it must not be held apart."""
     source: int = 0
     """Which of several data sets it is from."""
+    rejected: Example | None = None
+    """The same prompt with the answer that is rejected, where the example is a pair."""
 
     def memory(self) -> int:
         """About the bytes that it takes."""
-        return 500 + len(str(self.messages)) + len(str(self.tools or "")) + len(self.text)
+        own = 500 + len(str(self.messages)) + len(str(self.tools or "")) + len(self.text)
+        return own + (self.rejected.memory() if self.rejected else 0)
 
     @property
     def key(self) -> bytes:
         """A hash of everything before the last answer, 16 bytes: examples that share it must not be held apart."""
         if self.messages:
-            return _hash(self._plain(self.messages[:-1]).strip())
+            return _hash(self._plain(self.messages[: self.given if self.rejected else -1]).strip())
         return _hash((self.text if self.prompt is None else self.prompt).strip())
 
     @property
     def identity(self) -> bytes:
         """A hash of the whole example, 16 bytes: those that share it teach the same."""
+        if self.rejected:
+            return _hash((replace(self, rejected=None).identity + self.rejected.identity).hex())
         if self.messages:
             return _hash(f"{self.given} {self._plain(self.messages)}")
         return _hash(f"{-1 if self.prompt is None else len(self.prompt)} {self.text}")
@@ -87,7 +104,13 @@ class Shape:
     parse: Callable[[Mapping[str, Any]], Example]
 
 
-def choose_shape(declared: str, columns: Set[str], renamed: Mapping[str, str], where: str) -> str:
+def choose_shape(
+    declared: str,
+    columns: Set[str],
+    renamed: Mapping[str, str],
+    where: str,
+    shapes: Mapping[str, Shape] | None = None,
+) -> str:
     """The format of a file with these columns.
 
     Args:
@@ -95,11 +118,13 @@ def choose_shape(declared: str, columns: Set[str], renamed: Mapping[str, str], w
         columns: the file's own column names.
         renamed: our column to the file's column.
         where: the file, for messages.
+        shapes: the formats that the training can use, by name; those of single answers where none are given.
 
     Raises:
         DataError: a renaming names no column, the columns fit no format, or not the declared one.
     """
-    ours = sorted({name for shape in SHAPES.values() for name in (*shape.required, *shape.optional)})
+    shapes = SHAPES if shapes is None else shapes
+    ours = sorted({name for shape in shapes.values() for name in (*shape.required, *shape.optional)})
     for our, theirs in renamed.items():
         if our not in ours:
             raise DataError(
@@ -109,12 +134,14 @@ def choose_shape(declared: str, columns: Set[str], renamed: Mapping[str, str], w
             near = did_you_mean(theirs, sorted(map(printable, columns)))
             raise DataError(f"{where}: data.columns: no column {theirs!r}{near}; it has {listed(sorted(columns))}")
     available = columns | renamed.keys()
-    fitting = [name for name, shape in SHAPES.items() if available.issuperset(shape.required)]
+    fitting = [name for name, shape in shapes.items() if available.issuperset(shape.required)]
     if declared == "auto" and fitting:
         return fitting[0]
     if declared in fitting:
         return declared
-    wanted = SHAPES if declared == "auto" else {declared: SHAPES[declared]}
+    if declared != "auto" and declared not in shapes:
+        raise DataError(f"{where}: data.format: {declared} is not for this training.method; known: {listed(shapes)}")
+    wanted = shapes if declared == "auto" else {declared: shapes[declared]}
     raise DataError(_no_fit(declared, wanted, set(map(printable, columns)), available, where))
 
 
@@ -128,7 +155,8 @@ def add_system(example: Example, system_prompt: str | None) -> Example:
     if system_prompt is None or any(turn["role"] in _SYSTEM for turn in example.messages):
         return example
     messages = ({"role": "system", "content": system_prompt}, *example.messages)
-    return replace(example, messages=messages, given=example.given + 1 if example.given else 0)
+    rejected = add_system(example.rejected, system_prompt) if example.rejected else None
+    return replace(example, messages=messages, given=example.given + 1 if example.given else 0, rejected=rejected)
 
 
 def _no_fit(declared: str, wanted: Mapping[str, Shape], columns: Set[str], available: Set[str], where: str) -> str:
@@ -153,7 +181,8 @@ def _example_column(missing: str, columns: Set[str]) -> str:
     return near[0] if near else min(columns, default="your_column")
 
 
-def _text_of(values: Mapping[str, Any], column: str) -> str:
+def text_column(values: Mapping[str, Any], column: str) -> str:
+    """The text of a column. Raises `InvalidRow` where there is none, or something else."""
     value = values.get(column)
     if value is None:
         raise InvalidRow("missing column", f"no {column}; the row has {listed(map(str, values)) or 'nothing'}")
@@ -163,7 +192,8 @@ def _text_of(values: Mapping[str, Any], column: str) -> str:
     return value
 
 
-def _present(values: Mapping[str, Any], column: str) -> Any:
+def present(values: Mapping[str, Any], column: str) -> Any:
+    """The value of a column. Raises `InvalidRow` where there is none."""
     if values.get(column) is None:
         raise InvalidRow("missing column", f"no {column}; the row has {listed(map(str, values)) or 'nothing'}")
     return values[column]
@@ -173,13 +203,18 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _conversation(values: Mapping[str, Any], messages: list[Message], given: int = 0) -> Example:
+def conversation(values: Mapping[str, Any], messages: list[Message], given: int = 0) -> Example:
+    """An example of checked messages, and of what a row says beside them; the first `given` are its prompt.
+
+    Raises:
+        InvalidRow: nothing is answered, or a column beside them cannot be read.
+    """
     notes = []
     if values.get("system"):
         if messages[0]["role"] in _SYSTEM:
             notes += [TWO_SYSTEMS] if messages[0].get("content") != values["system"] else []
         else:
-            messages = [{"role": "system", "content": _text_of(values, "system")}, *messages]
+            messages = [{"role": "system", "content": text_column(values, "system")}, *messages]
             given += 1 if given else 0
     kept = trim(messages)
     if len(kept) <= given:
@@ -266,36 +301,36 @@ def _json_or_itself(raw: Any) -> Any:
 
 
 def _parse_messages(values: Mapping[str, Any]) -> Example:
-    return _conversation(values, check_messages(as_turns(_present(values, "messages"), "messages")))
+    return conversation(values, check_messages(as_turns(present(values, "messages"), "messages")))
 
 
 def _parse_sharegpt(values: Mapping[str, Any]) -> Example:
-    turns = as_turns(_present(values, "conversations"), "conversations")
-    return _conversation(values, check_messages(turns, "conversations"))
+    turns = as_turns(present(values, "conversations"), "conversations")
+    return conversation(values, check_messages(turns, "conversations"))
 
 
 def _parse_pair(values: Mapping[str, Any]) -> Example:
-    prompt, completion = _present(values, "prompt"), _present(values, "completion")
+    prompt, completion = present(values, "prompt"), present(values, "completion")
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InvalidRow("mixed pair", "prompt and completion must both be text or both be lists of messages")
     if isinstance(prompt, list):
         given = check_messages(as_turns(prompt, "prompt"), "prompt")
         answered = check_messages(as_turns(completion, "completion"), "completion")
-        return _conversation(values, [*given, *answered], given=len(given))
-    prompt, completion = _text_of(values, "prompt"), _text_of(values, "completion")
+        return conversation(values, [*given, *answered], given=len(given))
+    prompt, completion = text_column(values, "prompt"), text_column(values, "completion")
     if not completion.strip():
         raise InvalidRow("empty answer", "completion is empty; there is nothing to learn from")
-    if chat := next((name for name in _CHAT if carries(values.get(name))), None):
+    if chat := next((name for name in CHAT if carries(values.get(name))), None):
         raise InvalidRow("plain text", f"plain text has no place for {chat}; make prompt and completion messages")
     return Example("", prompt=prompt, text=prompt + completion)
 
 
 def _parse_alpaca(values: Mapping[str, Any]) -> Example:
-    asked = _text_of(values, "instruction")
+    asked = text_column(values, "instruction")
     if values.get("input"):
-        asked = f"{asked}\n\n{_text_of(values, 'input')}"
-    turns = [*_history(values.get("history")), ("user", asked), ("assistant", _text_of(values, "output"))]
-    return _conversation(values, [{"role": role, "content": content} for role, content in turns])
+        asked = f"{asked}\n\n{text_column(values, 'input')}"
+    turns = [*_history(values.get("history")), ("user", asked), ("assistant", text_column(values, "output"))]
+    return conversation(values, [{"role": role, "content": content} for role, content in turns])
 
 
 def _history(raw: Any) -> list[tuple[str, str]]:
@@ -315,20 +350,20 @@ def _history(raw: Any) -> list[tuple[str, str]]:
 
 
 def _parse_text(values: Mapping[str, Any]) -> Example:
-    text = _text_of(values, "text")
+    text = text_column(values, "text")
     if not text.strip():
         raise InvalidRow("empty text", "text is empty; there is nothing to learn from")
     return Example("", text=text)
 
 
-_CHAT = ("system", "tools", "functions", "chat_template_kwargs")
+CHAT = ("system", "tools", "functions", "chat_template_kwargs")
 """Columns that every conversation may have."""
 
 SHAPES: Mapping[str, Shape] = {
-    "messages": Shape(("messages",), _CHAT, _parse_messages),
-    "sharegpt": Shape(("conversations",), _CHAT, _parse_sharegpt),
-    "prompt-completion": Shape(("prompt", "completion"), _CHAT, _parse_pair),
-    "alpaca": Shape(("instruction", "output"), ("input", "history", *_CHAT), _parse_alpaca),
+    "messages": Shape(("messages",), CHAT, _parse_messages),
+    "sharegpt": Shape(("conversations",), CHAT, _parse_sharegpt),
+    "prompt-completion": Shape(("prompt", "completion"), CHAT, _parse_pair),
+    "alpaca": Shape(("instruction", "output"), ("input", "history", *CHAT), _parse_alpaca),
     "text": Shape(("text",), (), _parse_text),
 }
 """Every format by name, in the order in which `auto` tries them."""

@@ -8,7 +8,7 @@ must not reach the terminal.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -47,15 +47,36 @@ def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedToke
     """
     marked = console.color_system is None or console.no_color
     dialogue = Dialogue(tokenizer, batches.form)
-    for index in range(min(count, len(batches.train))):
-        row = batches.train[index]
+    sides = 2 if batches.pairs else 1
+    for index in range(min(count, len(batches.train) // sides)):
         place = f" ({batches.report.examples[index]})" if index < len(batches.report.examples) else ""
-        trained = sum(label != IGNORED for label in row["labels"])
-        title = f"example {index + 1}{place}: {len(row['input_ids'])} tokens, {trained} trained"
+        if batches.pairs:
+            _print_pair(console, batches, index, place, dialogue, marked)
+            continue
+        row = batches.train[index]
+        title = f"example {index + 1}{place}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
         console.print(Text(_visible(title), style="bold"))
         console.print(_tokens(row["input_ids"], row["labels"], dialogue, marked))
         console.print()
     _print_report(console, batches.report, _legend(marked))
+
+
+def _print_pair(console: Console, batches: Batches, index: int, place: str, dialogue: Dialogue, marked: bool) -> None:
+    """The prompt once, then the two answers, each through the token that ends it."""
+    chosen, rejected = (batches.train[2 * index + side] for side in (0, 1))
+    prompt = next(number for number, label in enumerate(chosen["labels"]) if label != IGNORED)
+    title = f"pair {index + 1}{place}: prompt {prompt} tokens, chosen {_counted(chosen)}, rejected {_counted(rejected)}"
+    console.print(Text(_visible(title), style="bold"))
+    before = chosen["input_ids"][:prompt]
+    console.print(_tokens(before, [IGNORED] * prompt, dialogue, marked))
+    for side, row in (("chosen", chosen), ("rejected", rejected)):
+        answer = _tokens(row["input_ids"][prompt:], row["labels"][prompt:], dialogue, marked, before)
+        console.print(Text(f"{side}: ", style="bold").append(answer))
+    console.print()
+
+
+def _counted(row: Mapping[str, Sequence[int]]) -> int:
+    return sum(label != IGNORED for label in row["labels"])
 
 
 def _legend(marked: bool) -> Text:
@@ -67,23 +88,23 @@ def _legend(marked: bool) -> Text:
     return legend
 
 
-def _tokens(ids: list[int], labels: list[int], dialogue: Dialogue, marked: bool) -> Text:
+def _tokens(ids: list[int], labels: list[int], dialogue: Dialogue, marked: bool, before: Sequence[int] = ()) -> Text:
     shown = Text()
     pairs = list(zip(ids, labels, strict=True))[:_MOST_TOKENS]
-    before: list[int] = []
+    read = list(before)
     # Whole runs are decoded: one character may be spread over several tokens.
     for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         tokens = [token for token, _ in run]
         if trained:
             shown.append("«" if marked else "")
-            for text, part in _parts(tokens, before, dialogue):
+            for text, part in _parts(tokens, read, dialogue):
                 style, mark = _PARTS[part]
                 text = _visible(text)
                 shown.append(mark.format(text) if marked else text, "" if marked else style)
             shown.append("»" if marked else "")
         else:
             shown.append(_visible(dialogue.tokens.decode(tokens)), "dim")
-        before += tokens
+        read += tokens
     if len(ids) > _MOST_TOKENS:
         shown.append(f" … {len(ids) - _MOST_TOKENS} more tokens", "italic")
     shown.rstrip()
@@ -127,7 +148,7 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         for line in _histogram(split):
             console.print(Text(line))
     for name, split in report.splits.items():
-        console.print(Text(f"{name}: {_turns(split)}"))
+        console.print(Text(f"{name}: {_turns(split, pairs=report.pairs)}"))
     for source in report.sources:
         console.print(Text(str(source)))
     for notice, examples in report.notices.items():
@@ -136,11 +157,11 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         console.print(Text(f"notice: {report.overlap} validation prompts are training prompts too", style="yellow"))
 
 
-def _turns(split: SplitReport) -> str:
+def _turns(split: SplitReport, *, pairs: bool) -> str:
     """What was trained of a split, and what became of rows that could not stay one example."""
     more = split.examples - split.kept
-    parts = [f"{split.turns} answers trained in {split.examples} examples"]
-    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split else []
+    parts = [f"{split.turns} answers {'count' if pairs else 'trained'} in {split.examples} examples"]
+    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split and not pairs else []
     parts += [f"thoughts: {split.thoughts} trained, {split.dropped_thoughts} left out"]
     parts += ["ends: " + (", ".join(f"{_visible(end)} {count}" for end, count in split.enders.items()) or "none")]
     return "; ".join(parts)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.data.formats import SHAPES, Example, add_system, carries, choose_shape, rename
+from toolkit.data.formats import SHAPES, Example, Shape, add_system, carries, choose_shape, rename
 from toolkit.data.problems import InvalidRow, Problems, listed, printable
 from toolkit.data.sources import Row, open_source
 from toolkit.data.storage import Spool
@@ -78,6 +78,8 @@ class Reading:
     on_invalid: Literal["error", "drop"]
     remove_columns: Sequence[str] = ()
     group_by: str | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
+    """The formats that rows may have, by name."""
     found: str = ""
     notices: Counter[str] = field(default_factory=Counter)
     seen: set[str] = field(default_factory=set)
@@ -129,7 +131,7 @@ class Reading:
         return replace(row, values={k: v for k, v in row.values.items() if k not in self.remove_columns})
 
     def _shape(self, columns: Set[str], where: str) -> str:
-        shape = choose_shape(self.format, columns, self.columns, where)
+        shape = choose_shape(self.format, columns, self.columns, where, self.shapes)
         self.found = self.found or shape
         if self.group_by is not None and self.group_by not in columns:
             near = did_you_mean(self.group_by, sorted(columns)) or f"; it has {listed(sorted(columns))}"
@@ -138,7 +140,7 @@ class Reading:
 
     def _read_columns(self, shape: str | None) -> Set[str]:
         """The file's columns that something here reads."""
-        ours = {*SHAPES[shape].required, *SHAPES[shape].optional} if shape else set()
+        ours = {*self.shapes[shape].required, *self.shapes[shape].optional} if shape else set()
         theirs = {theirs for our, theirs in self.columns.items() if our in ours}
         return (ours - self.columns.keys()) | theirs | ({self.group_by} if self.group_by else set())
 
@@ -147,7 +149,7 @@ class Reading:
             raise row.values
         if shape is None:
             raise InvalidRow("missing column", "no columns in it or in the first rows; rows need named columns")
-        example = SHAPES[shape].parse(rename(row.values, self.columns))
+        example = self.shapes[shape].parse(rename(row.values, self.columns))
         if self.system_prompt is not None and not example.messages:
             raise DataError(f"{row.place}: plain text has no system turn; remove data.system_prompt or use messages")
         group = _group(row.values.get(self.group_by)) if self.group_by else None
@@ -247,7 +249,8 @@ def _refuse(name: str, value: Any) -> None:
     if name in _MEDIA:
         raise InvalidRow("more than text", f"{name}: the row has more than text; take text rows, {aside}")
     if name in _PAIR:
-        raise InvalidRow("a preference pair", f"{name}: preference pairs are not supported; keep one answer, {aside}")
+        learn = "learn from both with training.method: dpo, keep one answer"
+        raise InvalidRow("a preference pair", f"{name}: the row has a better and a worse answer; {learn}, {aside}")
     if value is False and name in _VERDICTS:
         raise InvalidRow("an answer marked as bad", f"{name} marks the answer as bad; remove the row, {aside}")
 

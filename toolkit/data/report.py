@@ -15,6 +15,7 @@ import numpy as np
 
 from toolkit.data.encode import EncodedRow
 from toolkit.data.formats import Example
+from toolkit.data.pairs import PAIRS
 from toolkit.data.reading import DataSource, Split
 
 __all__ = ["DataReport", "LengthBin", "SourceReport", "SplitReport", "length_bins", "source_reports", "summarise"]
@@ -91,6 +92,11 @@ class DataReport:
     notices: Mapping[str, int]
     examples: tuple[str, ...]
     sources: tuple[SourceReport, ...] = ()
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are preference pairs, of which the rejected answers are examples of their own."""
+        return self.format == PAIRS
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -162,12 +162,14 @@ def _keep(split: Split, flags: list[bool], reason: str) -> None:
     split.examples = chosen(split.examples, flags)
 
 
-def copies(encoded: Iterable[Encoded]) -> int:
-    """How many of the examples have the tokens and the mask of an earlier one."""
+def copies(encoded: Iterable[Sequence[Encoded]]) -> int:
+    """How many have the tokens and the masks of an earlier one; each is an example, or a pair's two."""
     hashes = array("Q")
-    for each in encoded:
-        digest = hashlib.blake2b(each.ids.tobytes(), digest_size=8)
-        digest.update(each.trained.tobytes())
+    for one in encoded:
+        digest = hashlib.blake2b(digest_size=8)
+        for each in one:
+            digest.update(each.ids.tobytes())
+            digest.update(each.trained.tobytes())
         hashes.frombytes(digest.digest())
     return len(hashes) - len(np.unique(hashes))
 

@@ -38,6 +38,7 @@ __all__ = [
     "View",
     "chosen",
     "count_trained",
+    "first_trained",
     "scratch_folder",
     "scratch_parent",
     "sequence_lengths",
@@ -279,6 +280,19 @@ def sequence_lengths(rows: datasets.Dataset) -> NDArray[np.int64]:
 def count_trained(rows: datasets.Dataset) -> NDArray[np.int64]:
     """How many tokens of each row carry a label, (rows,)."""
     return _of_each(rows, "labels", _labelled)
+
+
+def first_trained(rows: datasets.Dataset) -> NDArray[np.int64]:
+    """Where in each row the first label stands, (rows,); each row has one."""
+    return _of_each(rows, "labels", _first)
+
+
+def _first(column: pa.ListArray) -> NDArray[np.int64]:
+    ends = np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False))
+    places = np.flatnonzero(column.flatten().to_numpy() != IGNORED)
+    starts = np.concatenate([[0], ends[:-1]])
+    found: NDArray[np.int64] = places[np.searchsorted(places, starts)] - starts
+    return found
 
 
 def _labelled(column: pa.ListArray) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_los
 from toolkit.evaluate.generate import answer, answer_ids, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
 from toolkit.evaluate.metrics import LOSS, find_metric
+from toolkit.evaluate.preferences import reward_figures
 from toolkit.evaluate.routing import adapter_norms, expert_statistics, router_entropy
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "held_out_loss",
     "read_windows",
     "require_harness",
+    "reward_figures",
     "router_entropy",
     "run_harness",
     "sampling",

@@ -82,12 +82,12 @@ def step_duration(
     """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
-    micro = training.gradient_accumulation_steps
-    tokens = micro * training.per_device_train_batch_size * length
+    micro, batch = training.gradient_accumulation_steps, training.per_device_train_batch_size * training.sides
+    tokens = micro * batch * length
     frozen = _active(shapes) * tokens * 2 * (passes - 1)
     attention = _attention(shapes, length) * tokens * (passes - 0.5)
     low_rank = adapter * _share(shapes) * tokens * 2 * passes
-    head = _head(shapes, recipe, sizes, tokens, micro * training.per_device_train_batch_size * labelled)
+    head = _head(shapes, recipe, sizes, tokens, micro * batch * labelled)
     arithmetic = (frozen + attention + low_rank + head) / (card.bf16_tflops * 1e12)
     weights = sizes.linears + sizes.other + sum(stacks.values())
     moved = micro * (passes - 1) * weights + 2 * (sizes.adapter + sizes.gradients + sizes.optimizer)

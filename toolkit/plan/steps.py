@@ -88,9 +88,10 @@ def step_spec(
 ) -> StepSpec:
     """What a recipe with rank and length decided asks. `device` is cuda or cpu."""
     training, lora = recipe.training, recipe.lora
-    batch, length, labelled = training.per_device_train_batch_size, shape.length, shape.labelled
+    batch, length, labelled = training.per_device_train_batch_size * training.sides, shape.length, shape.labelled
     if kind == "loss":
-        batch = max(training.per_device_eval_batch_size, recipe.eval.batch_size if recipe.eval.enabled else 1)
+        batch = training.per_device_eval_batch_size * training.sides
+        batch = max(batch, recipe.eval.batch_size if recipe.eval.enabled else 1)
         length, labelled = shape.held_out, max(1, shape.held_out_labelled)
     if kind == "generate":
         batch, length, labelled = recipe.eval.batch_size, shape.prompt + recipe.eval.max_new_tokens, 1

@@ -1,8 +1,10 @@
 """The recipe: YAML in, a frozen and fully validated `Recipe` out. Imports no torch."""
 
 from toolkit.recipe.binding import Change, Effect, changes, flat
+from toolkit.recipe.methods import PAIR_METRICS
 from toolkit.recipe.schema import (
     DataSection,
+    DpoSection,
     EvalSection,
     HubSection,
     LoraSection,
@@ -20,8 +22,10 @@ from toolkit.recipe.starter import starter
 
 __all__ = [
     "ALIASES",
+    "PAIR_METRICS",
     "Change",
     "DataSection",
+    "DpoSection",
     "Effect",
     "EvalSection",
     "HubSection",

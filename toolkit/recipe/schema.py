@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
+from toolkit.recipe.elsewhere import HubSection, TrackingSection
+from toolkit.recipe.methods import DpoSection, misfits, with_method
 from toolkit.recipe.sizes import Size
 
 __all__ = [
     "DataSection",
+    "DpoSection",
     "EvalSection",
     "HubSection",
     "LoraSection",
@@ -27,19 +31,8 @@ __all__ = [
     "TrainingSection",
 ]
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonEmpty = Annotated[str, Field(min_length=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which checkpoint is fine-tuned, and how its attention is computed."""
 
     model_name_or_path: NonEmpty
@@ -56,7 +49,7 @@ class ModelSection(_Section):
     """transformers' attention backend; `auto` is its own choice for the family. Packing is exact on every one."""
 
 
-class QuantizationSection(_Section):
+class QuantizationSection(Section):
     """What is stored in 8 or 4 bit. Router, norms, embeddings and head always keep their own dtype."""
 
     experts: Literal["int8", "int4", "mxfp4", "source", "none"] = "int8"
@@ -88,7 +81,7 @@ class QuantizationSection(_Section):
         return self
 
 
-class PlacementSection(_Section):
+class PlacementSection(Section):
     """Where the frozen expert stacks live while the rest of the model is on the device."""
 
     experts: Literal["auto", "resident", "host", "disk"] = "auto"
@@ -105,7 +98,7 @@ class PlacementSection(_Section):
         return self
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """The adapter. Experts and router are adapted by default; PEFT's names and meanings."""
 
     r: Positive | Literal["auto"] = 16
@@ -141,7 +134,7 @@ class LoraSection(_Section):
         return self
 
 
-class MtpSection(_Section):
+class MtpSection(Section):
     """The multi-token-prediction head: it drafts tokens that the model then checks, several in one pass."""
 
     enabled: bool = False
@@ -172,10 +165,10 @@ class MtpSection(_Section):
         return self.enabled and (self.stage == "with" or self.own_answers == 0)
 
 
-_Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"]
+_Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"]
 
 
-class TrainSource(_Section):
+class TrainSource(Section):
     """One of several data sets to train on, as an item of `data.train`."""
 
     path: NonEmpty
@@ -202,7 +195,7 @@ class TrainSource(_Section):
         return {"path": value} if isinstance(value, str) else value
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Where the examples come from, what they look like, and which of their tokens are trained."""
 
     train: NonEmpty | Annotated[list[TrainSource], Field(min_length=1)]
@@ -261,24 +254,26 @@ class DataSection(_Section):
         return self
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """TRL's and transformers' training arguments."""
 
     output_dir: NonEmpty = "runs/run"
     """The run's folder: recipe, metrics, checkpoints, adapter."""
+    method: Literal["sft", "dpo"] = "sft"
+    """What is learnt from: single answers (supervised fine-tuning), or pairs of a better and a worse answer."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training examples."""
     max_steps: Positive | None = None
     """Optimizer steps; overrides `num_train_epochs`."""
     per_device_train_batch_size: Positive = 1
-    """Sequences (packed ones, with packing) in one forward pass."""
+    """Sequences (packed ones, with packing) in one forward pass; with `dpo` pairs, of two sequences each."""
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
     max_length: Positive | Literal["auto"] = 1024
     """Tokens in a sequence; with packing, tokens in a packed sequence. `auto` is the longest that fits the device,
     up to what the data or the model can use."""
     packing: bool = True
-    """Pack several examples into one sequence with a block-diagonal mask; no example sees another."""
+    """Pack several examples into one sequence with a block-diagonal mask; no example sees another. Off with `dpo`."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -324,15 +319,21 @@ class TrainingSection(_Section):
     use_cpu: bool = False
     """Use the CPU even where there is a card."""
 
+    @property
+    def sides(self) -> int:
+        """Sequences that one example of a batch becomes: a pair's two, else one."""
+        return 2 if self.method == "dpo" else 1
 
-class EvalSection(_Section):
+
+class EvalSection(Section):
     """What is measured on held-out examples, before and after training."""
 
     enabled: bool = True
     """Compare base and adapted model after training, where there are held-out examples."""
     metric: NonEmpty = "loss"
     """What is best: `loss`, `exact_match`, `token_f1`, `rouge_l`, `json_valid`, or a function of yours, as
-    `file.py:function` or `module:function`, from answer and wanted answer to a number; higher is better."""
+    `file.py:function` or `module:function`, from answer and wanted answer to a number; higher is better. With `dpo`
+    also `rewards/accuracies` or `rewards/margins` of the held-out pairs."""
     regression: NonEmpty | None = None
     """A UTF-8 file of general text; its perplexity before and after shows forgetting."""
     max_samples: Positive | None = 200
@@ -345,37 +346,7 @@ class EvalSection(_Section):
     """Answers shown."""
 
 
-class TrackingSection(_Section):
-    """Metric trackers besides `metrics.jsonl`."""
-
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Metric trackers besides `metrics.jsonl`, as transformers names them; each must be installed."""
-    run_name: NonEmpty | None = None
-    """The run's name there; without it the run folder's name."""
-
-
-class HubSection(_Section):
-    """Upload of the finished artifact."""
-
-    push_to_hub: bool = False
-    """Push the artifact when training ends."""
-    hub_model_id: NonEmpty | None = None
-    """`owner/name` of the repository."""
-    hub_private_repo: bool = True
-    """Create the repository private."""
-    license: NonEmpty | None = None
-    """The adapter's licence, by its Hub id; without it, that of the base's card."""
-    hub_token: NonEmpty | None = None
-    """Only as `${NAME}`, an environment variable; without it the Hub's own login is used."""
-
-    @model_validator(mode="after")
-    def _target(self) -> HubSection:
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("push_to_hub needs hub_model_id")
-        return self
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. Frozen; `load` builds it from YAML and overrides."""
 
     model: ModelSection
@@ -392,9 +363,22 @@ class Recipe(_Section):
     """The examples."""
     training: TrainingSection = TrainingSection()
     """The training run."""
+    dpo: DpoSection = DpoSection()
+    """Learning from pairs."""
     eval: EvalSection = EvalSection()
     """What is measured."""
     tracking: TrackingSection = TrackingSection()
     """Metric trackers."""
     hub: HubSection = HubSection()
     """Upload."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        return with_method(values)
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Recipe:
+        for misfit in misfits(self):
+            raise misfit
+        return self

@@ -381,7 +381,7 @@ def _path(problem: Any) -> tuple[str, ...]:
 
     Of a field that is an item's in a list, that is section, key, the item's number, and the field.
     """
-    location = [str(part) for part in problem["loc"]]
+    location = [str(part) for part in problem["loc"] or getattr(problem.get("ctx", {}).get("error"), "path", ())]
     depth = 1
     if len(location) > 1 and location[0] in Recipe.model_fields and location[1] not in ("",):
         depth = _DEPTH

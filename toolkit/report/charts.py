@@ -164,7 +164,8 @@ def _loss_picture(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
             axes.plot(steps, values, color=_PNG_COLOURS[label], label=label, marker=marker, markersize=3)
     if not axes.lines:
         return None
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+    of_pairs = any("rewards/margins" in entry for entry in metrics)
+    axes.set(xlabel="step", ylabel="preference loss" if of_pairs else "loss, nats per token")
     axes.legend(fontsize=8)
     return _png(figure)
 

@@ -128,8 +128,23 @@ def _time_left(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     return f"{seconds / 3600:.1f} h"
 
 
-_SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid")
-_NAMES = {"perplexity": "perplexity of general text", "rouge_l": "ROUGE-L", "token_f1": "token F1"}
+_SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid", "preference_accuracy")
+_NAMES = {
+    "perplexity": "perplexity of general text",
+    "rouge_l": "ROUGE-L",
+    "token_f1": "token F1",
+    "preference_accuracy": "pairs whose chosen answer is more probable",
+    "logps_chosen": "log-probability of chosen answers, nats",
+    "logps_rejected": "log-probability of rejected answers, nats",
+}
+_BETTER_LOW = ("loss", "perplexity", "logps_rejected")
+_OF_PAIRS = {
+    "rewards/accuracies": ("Pairs rewarded the right way round", "share"),
+    "rewards/margins": ("Reward of the chosen answer over the rejected one", "beta times nats"),
+    "logps/chosen": ("Log-probability of chosen answers", "nats"),
+    "logps/rejected": ("Log-probability of rejected answers", "nats"),
+}
+"""Figures that TRL logs of preference pairs: their titles and units."""
 _CHANGED = {"better": "Answers that became better", "worse": "Answers that became worse"}
 
 
@@ -140,7 +155,7 @@ def _outcome(finished: Mapping[str, Any]) -> list[dict[str, str]]:
     found = []
     for name in (name for name in base if name in adapted):
         shown = [f"{100 * value:.1f}%" if name in _SHARES else _figure(value) for value in (base[name], adapted[name])]
-        gain = (base[name] - adapted[name]) * (1 if name in ("loss", "perplexity") else -1)
+        gain = (base[name] - adapted[name]) * (1 if name in _BETTER_LOW else -1)
         went = "better" if gain > 0 else "worse" if gain < 0 else "the same"
         words = _NAMES.get(name, name.replace("_", " "))
         found.append({"name": words, "base": shown[0], "adapted": shown[1], "went": went})
@@ -178,11 +193,17 @@ def _points(metrics: Sequence[Mapping[str, Any]], key: str, scale: float = 1.0) 
 def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str, Any]) -> Iterator[Chart]:
     lines = {"training": _points(metrics, "loss"), "held-out": _points(metrics, "eval_loss")}
     given = {label: points for label, points in lines.items() if points}
+    of_pairs = any("rewards/margins" in entry for entry in metrics)
     if lines["training"]:
-        results = finished.get("results", {})
+        results = {} if of_pairs else finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
-        yield _curve_chart("Loss", "nats per token", given, "loss", levels)
-    for name in sorted({name for entry in metrics for name in held_out_scores(entry)}):
+        yield _curve_chart("Loss", "of preference" if of_pairs else "nats per token", given, "loss", levels)
+    for name, (title, unit) in _OF_PAIRS.items() if of_pairs else ():
+        lines = {"training": _points(metrics, name), "held-out": _points(metrics, f"eval_{name}")}
+        given = {label: points for label, points in lines.items() if points}
+        if given:
+            yield _curve_chart(title, unit, given, name.replace("/", "-"), from_zero=False)
+    for name in sorted({name for entry in metrics for name in held_out_scores(entry)} - _OF_PAIRS.keys()):
         if points := _points(metrics, f"eval_{name}"):
             words = name.replace("_", " ")
             yield _curve_chart(f"Held-out {words}, while training", "", {words: points}, f"eval-{name}")
@@ -197,7 +218,13 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
 
 
 def _curve_chart(
-    title: str, unit: str, lines: Mapping[str, charts.Points], name: str, levels: Mapping[str, float] = {}
+    title: str,
+    unit: str,
+    lines: Mapping[str, charts.Points],
+    name: str,
+    levels: Mapping[str, float] = {},
+    *,
+    from_zero: bool = True,
 ) -> Chart:
     first, *_ = lines.values()
     text = f"{title} over {len(first)} logged steps: first {_figure(first[0][1])}, last {_figure(first[-1][1])}"
@@ -205,7 +232,8 @@ def _curve_chart(
     thin = {label: dict(charts.thin_out(points)) for label, points in lines.items()}
     steps = sorted({step for points in thin.values() for step in points})
     rows = [[int(step), *(points.get(step, "") for points in thin.values())] for step in steps]
-    return Chart(title, text, charts.curves(name, lines, "step", unit, levels), ("step", *lines), rows)
+    svg = charts.curves(name, lines, "step", unit, levels, from_zero=from_zero)
+    return Chart(title, text, svg, ("step", *lines), rows)
 
 
 def _memory_chart(

@@ -39,7 +39,7 @@ _DRAFT_FIGURES = (
     ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("without drafts", "plain_tokens_per_second", "{:.1f}"),
 )
-_SHARES = {"exact_match", "token_f1", "rouge_l", "json_valid"}
+_SHARES = {"exact_match", "token_f1", "rouge_l", "json_valid", "preference_accuracy"}
 
 
 def data(console: Console, report: DataReport) -> None:
@@ -163,6 +163,11 @@ def comparison(console: Console, results: Mapping[str, Any]) -> None:
             shares = name in _SHARES
             table.add_row(name.replace("_", " "), *(f"{each:.1%}" if shares else f"{each:.4f}" for each in both))
     console.print(table)
+    if pairs := results.get("preference"):
+        console.print(
+            f"{pairs['pairs']} held-out pairs: {pairs['rewards/accuracies']:.1%} rewarded the right way round, "
+            f"mean margin {pairs['rewards/margins']:.4f}"
+        )
     if changed := results.get("answers"):
         console.print(f"answers: {changed['better']} better than the base's, {changed['worse']} worse")
 

@@ -22,12 +22,12 @@ from toolkit.checkpoint.config import read_config, read_generation_config
 from toolkit.checkpoint.files import gguf_at
 from toolkit.data import Batches, ChatForm, Dialogue, read_chat_template
 from toolkit.data import build_batches as build_from_rows
-from toolkit.data.storage import count_trained, sequence_lengths
+from toolkit.data.storage import count_trained, first_trained, sequence_lengths
 from toolkit.durable import write_text
 from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
-from toolkit.recipe import Recipe
+from toolkit.recipe import PAIR_METRICS, Recipe
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run_folder import RunFolder
@@ -86,7 +86,7 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         DataError: the examples or the general text cannot be used. RecipeError: there is no such metric.
     """
     general_text(tokenizer, plan)
-    if plan.recipe.eval.metric != LOSS:
+    if plan.recipe.eval.metric not in (LOSS, *PAIR_METRICS):
         find_metric(plan.recipe.eval.metric)
     return _batches_of(plan.recipe, tokenizer, plan.max_length, _recorded_form(plan.folder))
 
@@ -98,6 +98,7 @@ def _batches_of(
         tokenizer,
         **recipe.data.model_dump(exclude={"chat_template_path"}),
         max_length=max_length,
+        pairs=recipe.training.method == "dpo",
         seed=recipe.training.seed,
         stop_token_ids=_declared_stops(recipe),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
@@ -139,6 +140,8 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     prompts = [len(question.prompt_ids) for question in questions] + list(map(len, own_prompts(batches, plan)))
     beside = (*(others or (0, 0)), max(prompts, default=0))
     longest = int(lengths.max())
+    if batches.pairs:  # both answers begin where the prompt ends; positions between their turns are in the union, too
+        labels = lengths - first_trained(batches.train)
     if not training.packing:
         one = training.per_device_train_batch_size == 1
         return StepShape(longest, int(labels.max()) if one else longest, *beside)
@@ -162,10 +165,11 @@ def general_text(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Dataset | No
 
 
 def held_out(batches: Batches, plan: Plan) -> Dataset | None:
-    """The held-out sequences that the recipe wants looked at."""
+    """The held-out sequences that the recipe wants looked at; of pairs both answers, one after the other."""
     if batches.validation is None:
         return None
-    return batches.validation.select(range(min(len(batches.validation), plan.recipe.eval.max_samples or 1 << 40)))
+    most = (2 if batches.pairs else 1) * (plan.recipe.eval.max_samples or 1 << 40)
+    return batches.validation.select(range(min(len(batches.validation), most)))
 
 
 _LONGEST_WINDOW = 512

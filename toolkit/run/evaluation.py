@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -11,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches, Dialogue
 from toolkit.durable import write_text
-from toolkit.evaluate import Comparison, compare, expert_statistics, held_out_loss
+from toolkit.evaluate import LOSS, Comparison, compare, expert_statistics, held_out_loss, reward_figures
 from toolkit.plan import ROUNDED_ROWS, TRITON, Plan
+from toolkit.recipe import PAIR_METRICS
 from toolkit.run.data import general_text, held_out, stop_as_trained
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
+from toolkit.training.reference import kept_logps
 
 __all__ = ["LOOKED_AT", "evaluate", "look_at_experts", "require_harmless_rounding"]
 
@@ -30,17 +33,28 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
     if not wanted.enabled or sequences is None:
         return None
     stop_as_trained(model.get_base_model(), batches.form)
-    return compare(
+    metric, pairs = wanted.metric, sequences if batches.pairs else None
+    compared = compare(
         model,
         tokenizer,
-        sequences,
+        sequences if pairs is None else sequences.select(range(0, len(sequences), 2)),
         batches.held_out[: wanted.max_samples],
-        metric=wanted.metric,
+        metric=LOSS if metric in PAIR_METRICS else metric,
         general=general_text(tokenizer, plan),
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
         read=Dialogue(tokenizer, batches.form).judged,
+        pairs=pairs,
     )
+    return compared if pairs is None else _rewarded(compared, pairs, plan)
+
+
+def _rewarded(compared: Comparison, pairs: Dataset, plan: Plan) -> Comparison:
+    """The comparison with the rewards of the pairs, where the run folder has their reference."""
+    reference = kept_logps(RunFolder(plan.folder).reference, pairs)
+    if reference is None:
+        return compared
+    return replace(compared, rewards=reward_figures(compared.adapted.pairs, reference, plan.recipe.dpo.beta))
 
 
 @part("look at experts")

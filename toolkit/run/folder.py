@@ -343,7 +343,7 @@ def fork_recipe(recipe: Recipe) -> Recipe:
 
 
 def copy_start(run: RunFolder, source: RunFolder) -> None:
-    """Copy the newest weights of `source` to where the fork `run` starts from, unless they are there.
+    """Copy newest weights and reference of `source` to where the fork `run` starts from, unless they are there.
 
     Raises:
         RecipeError: the source has none.
@@ -357,6 +357,8 @@ def copy_start(run: RunFolder, source: RunFolder) -> None:
     with staged_folder(run.start) as staging:
         for name in _ADAPTER:
             shutil.copyfile(weights / name, staging / name)
+        if source.reference.is_file():
+            shutil.copyfile(source.reference, staging / source.reference.name)
 
 
 def _started_from(recipe: Recipe, folder: Path) -> Recipe:

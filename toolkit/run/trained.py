@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.adapters import unmoved_adapters
-from toolkit.artifact import check_folder, read_manifest, write_artifact
+from toolkit.artifact import check_folder, fetch_adapter, read_manifest, write_artifact
 from toolkit.artifact import require_packageable as may_be_packaged
 from toolkit.artifact.manifest import file_entry
 from toolkit.checkpoint.identity import BaseIdentity, config_sha256, files_of, identify_base, license_of
@@ -27,7 +27,7 @@ from toolkit.mtp.head import MtpHead
 from toolkit.mtp.head_file import head_state
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.processes import StopRequest, is_first
-from toolkit.recipe import dump, flat
+from toolkit.recipe import PAIR_METRICS, dump, flat
 from toolkit.run.data import held_out, stop_as_trained
 from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding
 from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tokenizer_sha256, versions
@@ -35,9 +35,10 @@ from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
-from toolkit.training import BestAdapter, RunContext, TrainResult, train_adapter
+from toolkit.training import BestAdapter, Preference, RunContext, TrainResult, train_adapter
 from toolkit.training.checkpoint import Resume
 from toolkit.training.memory import peak_of
+from toolkit.training.reference import START
 
 __all__ = ["Trained", "TrainedText", "find_checkpoint", "judge", "package", "require_packageable", "train"]
 
@@ -75,13 +76,15 @@ class Trained:
     drafting: dict[str, Any] | None = None
     evaluation_peak: int = 0
     """Bytes at the highest while base and adapted model were compared, as `TrainResult.peak_memory`."""
+    sides: int = 1
+    """Rows of `rows` that an example is: a pair's two, else one."""
     chat: Mapping[str, Any] | None = None
     """How conversations were written and what ended them, as `write_artifact` takes it."""
 
     def results(self) -> dict[str, Any]:
         """Figures that the same recipe gives again: training loss and steps, base against adapted."""
         run = self.training
-        examples = {"examples": len(self.rows.examples)} if self.rows else {}
+        examples = {"examples": len(self.rows.examples) // self.sides} if self.rows else {}
         figures = {"training": {"loss": run.loss, "steps": run.steps, "tokens": run.tokens, **examples}}
         mtp = {"mtp": self.drafting} if self.drafting else {}
         return {**figures, **mtp, **(self.comparison.to_dict() if self.comparison else {})}
@@ -155,7 +158,8 @@ def train(
     if resumed is None:
         require_packageable(tokenizer, plan)
         resumed = find_checkpoint(plan, tokenizer, batches, note)
-    bind(resumed, note, **_base_facts(plan))
+    base = _base_facts(plan)
+    bind(resumed, note, **base)
     if plan.backend == ROUNDED_ROWS:
         looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
@@ -169,6 +173,7 @@ def train(
         stop=stop or StopRequest(),
         places=batches.places,
         head=head if plan.recipe.mtp.reads_data else None,
+        preference=_preference(plan, base) if batches.pairs else None,
     )
     training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
     counts = coverage(model, plan)
@@ -181,6 +186,7 @@ def train(
         training=training,
         counts=counts,
         rows=TrainedText(tokenizer, batches.train),
+        sides=2 if batches.pairs else 1,
         head=None if head is None else head.head.to(model.dtype).eval(),
         drafting=None if head is None else {"training": head.result().to_dict()},
         chat=batches.form.to_dict(),
@@ -202,7 +208,22 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "advice": plan.changes[0].what if plan.changes else nearest_change(recipe),
         "micro_batches_per_pass": plan.micro_batches_per_pass,
         "head_stage": recipe.mtp.stage,
+        "telemetry": recipe.tracking.telemetry,
     }
+
+
+def _preference(plan: Plan, base: Mapping[str, Any]) -> Preference:
+    """What a preference run is told beside its pairs."""
+    run, start, options = RunFolder(plan.folder), plan.recipe.lora.adapter_name_or_path, plan.recipe.dpo.model_dump()
+    weights = fetch_adapter(start) / "adapter_model.safetensors" if start else None
+    facts = {
+        **{name: str(base[name]) for name in ("base", "config", "compensated")},
+        "dtype": plan.dtype,
+        "ld_alpha": str(options["ld_alpha"]),
+        START: file_entry(weights)["sha256"] if weights else "",
+    }
+    forked = run.forked_reference if start and Path(start) == run.start.absolute() else None
+    return Preference(options, run.reference, facts, forked if forked and forked.is_file() else None)
 
 
 @part("compare", drawn=False)
@@ -273,6 +294,7 @@ def _wanted_best(
     questions = batches.held_out[: wanted.max_samples]
     if batches.validation is None or (wanted.metric != LOSS and not questions):
         raise RecipeError("training.load_best_model_at_end: needs held-out examples; add data.validation_size=0.1")
+    own = wanted.metric not in (LOSS, *PAIR_METRICS)
     score = partial(
         score_now,
         model,
@@ -285,9 +307,9 @@ def _wanted_best(
     )
     return BestAdapter(
         plan.folder,
-        LOSS if wanted.metric == LOSS else find_metric(wanted.metric)[0],
+        find_metric(wanted.metric)[0] if own else wanted.metric,
         lower=wanted.metric == LOSS,
-        score=None if wanted.metric == LOSS else score,
+        score=score if own else None,
         patience=training.early_stopping_patience,
         restore=training.load_best_model_at_end,
     )

@@ -137,6 +137,7 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float]:
     """The adapted model's figures on held-out examples; the training loss where none are held out."""
     results = summary["results"]
     measured = results.get("adapted") or {"loss": results["training"]["loss"]}
+    measured = {**measured, **results.get("preference", {})}
     return {name: float(value) for name, value in measured.items() if isinstance(value, int | float)}
 
 

@@ -40,10 +40,11 @@ __all__ = [
 
 _PLAIN_SECONDS = 5.0
 _NOT_SCORES = {
-    "aux_loss", "entropy", "loss", "mean_token_accuracy", "num_tokens", "runtime", "samples_per_second",
+    "aux_loss", "entropy", "logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected", "loss",
+    "mean_token_accuracy", "num_tokens", "rewards/chosen", "rewards/rejected", "runtime", "samples_per_second",
     "steps_per_second",
 }  # fmt: skip
-"""What an evaluation logs of its own accord."""
+"""What an evaluation logs of its own accord and nobody needs to be told; of pairs there are accuracy and margin too."""
 _RERUN = "checkpoints are intact: free space or fix the disk, then rerun the same command"
 
 

@@ -1,8 +1,9 @@
-"""TRL's trainer on our checkpoints: everything that the next step depends on is saved, and a resume changes no bit.
+"""A trainer on our checkpoints: everything that the next step depends on is saved, and a resume changes no bit.
 
 transformers saves adapter, optimizer, schedule and random numbers, but not the losses that were summed up and not yet
 logged; it evaluates at an epoch's end after it saved, so that a resume skips it; and it trains one step too many where
-the last step is saved already. Its own seams (`_save_checkpoint`, `_load_*`, callbacks) are enough to mend that.
+the last step is saved already. Its own seams (`_save_checkpoint`, `_load_*`, callbacks) are enough to mend that, and
+they are no method's: the class stands before any trainer of TRL's, as in `class Ours(Resumable, DPOTrainer)`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from toolkit.errors import DivergedError, ModelError
 from toolkit.processes import StopRequest, is_first
@@ -36,7 +36,7 @@ from toolkit.training.checkpoint import (
 from toolkit.training.divergence import StepGuard
 from toolkit.training.optimizer import with_one_wait
 
-__all__ = ["ResumableTrainer", "SavedPart"]
+__all__ = ["Resumable", "SavedPart"]
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, TRAINER_STATE = "optimizer", "state", "trainer_state.json"
@@ -52,12 +52,21 @@ class SavedPart(Protocol):
         """Take over what `state_dict` gave."""
 
 
-class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
-    """Saves and restores a run whole. `go_on_with` must be called before `train`."""
+class Resumable(Trainer):  # type: ignore[misc]
+    """Saves and restores a run whole; put before a trainer of TRL's. `go_on_with` must be called before `train`."""
 
+    _metrics: dict[str, dict[str, list[Any]]]
+    _total_train_tokens: float
     evaluates_each_epoch = False
     tokens_trained = 0
     """Real tokens that went through training, padding not counted; over resumes too."""
+    sends_telemetry = False
+    """Whether TRL may tell the Hub that a run began."""
+
+    def _send_telemetry(self) -> None:
+        """As TRL, where that is asked for."""
+        if self.sends_telemetry:
+            super()._send_telemetry()
 
     def go_on_with(
         self,
@@ -93,7 +102,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     @staticmethod
     def get_optimizer_cls_and_kwargs(*given: Any, **named: Any) -> tuple[Any, Any]:
         """transformers' choice, without bitsandbytes' waits."""
-        optimizer, options = SFTTrainer.get_optimizer_cls_and_kwargs(*given, **named)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(*given, **named)
         return with_one_wait(optimizer), options
 
     def _adapter(self) -> dict[str, torch.Tensor]:
@@ -131,6 +140,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             "last_logged": self._globalstep_last_logged,
             "metrics": dict(self._metrics["train"]),
             "tokens": self.tokens_trained,
+            "trl_tokens": self._total_train_tokens,
             "guard": self.guard.state(),
             "metrics_bytes": self.metrics_log.position(),
             "epoch": self.state.epoch,
@@ -203,6 +213,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self._initial_global_step = 0  # the mean loss is that of the whole run
         self._metrics["train"].update(found["metrics"])
         self.tokens_trained = found["tokens"]
+        self._total_train_tokens = found.get("trl_tokens", found["tokens"])  # older checkpoints have one count
         self.guard.restore(found["guard"])
         self.metrics_log.go_on(found["metrics_bytes"], found["tokens"])
 
@@ -240,7 +251,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 class _Boundary(TrainerCallback):  # type: ignore[misc]
     """What happens between two steps: evaluate, then save, then stop where a signal asked for it."""
 
-    def __init__(self, trainer: ResumableTrainer) -> None:
+    def __init__(self, trainer: Resumable) -> None:
         self.trainer = trainer
 
     def on_train_begin(

@@ -12,14 +12,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.masking_utils import create_masks_for_generate
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -30,16 +30,24 @@ from toolkit.mtp.training import learn_after
 from toolkit.ops import keep_up_outputs
 from toolkit.ops.document_attention import per_document_attention
 from toolkit.processes import is_first, processes
+from toolkit.training.adapter_steps import AdapterSteps, RunContext
 from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, UnmovedAdapters
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.memory import peak_of
-from toolkit.training.trainer import AdapterTrainer, RunContext
+from toolkit.training.preference import Pairs, PreferenceTrainer, dpo_config
+from toolkit.training.reference import take_reference
+from toolkit.training.trainer import AdapterTrainer
 
 __all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
 
-_NOT_TRL = {"use_cpu", "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience"}
+_NOT_TRL = {
+    "method", "packing", "max_length", "use_cpu", "max_nonfinite_steps", "load_best_model_at_end",
+    "early_stopping_patience",
+}  # fmt: skip
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
+
+Config = TypeVar("Config", bound=TrainingArguments)
 
 _PROBED = 12
 """Tokens of each of the two documents that are run."""
@@ -73,7 +81,8 @@ def train_adapter(
     """Train the adapter in `model`; goes on from a checkpoint in the context's folder if there is one.
 
     Args:
-        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`.
+        train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`. Where the context has
+            a preference, rows 2n and 2n+1 are the chosen and the rejected answer of a pair.
         validation: rows to look at meanwhile.
 
     Raises:
@@ -82,9 +91,7 @@ def train_adapter(
         PreemptedError, InterruptedRunError: a signal came; the run is saved.
     """
     console, head, best = context.console, context.head, context.best
-    resume = context.resume or Resume(
-        {}, newest_checkpoint(context.folder, lambda why: console.print(f"checkpoint skipped: {why}"))
-    )
+    resume = context.resume or Resume({}, _newest(context))
     log = MetricsLog(context.metrics, context.device)
     trainer = _trainer(model, tokenizer, train, validation, context, log)
     keeper = KeepBest(best, model) if best else None
@@ -92,11 +99,11 @@ def train_adapter(
         trainer.add_callback(keeper)
     places = partial(name_examples, train, context.places)
     guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
+    _take_reference(trainer, context, resume)
     saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
     trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
     trainer.add_callback(UnmovedAdapters(console))
-    if context.train_router and not trainer.aux_loss_enabled:
-        console.print("router: no load-balancing loss; transformers computes none for this family, or its weight is 0")
+    _tell_of_balance(trainer, context)
     if trainer.beside:
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
@@ -154,29 +161,52 @@ def _trainer(
     validation: Dataset | None,
     context: RunContext,
     log: MetricsLog,
-) -> AdapterTrainer:
+) -> AdapterSteps:
     """TRL's trainer with what the context asks for, before a checkpoint is read into it."""
     arguments, console = context.arguments, context.console
     keep_up_outputs(model, arguments["gradient_checkpointing"])
     balanced = context.train_router and _name_experts_for_trl(model)
-    config = sft_config(context, train_router=balanced, evaluates=validation is not None)
-    trainer = AdapterTrainer(
-        context,
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[log, ProgressDisplay(console, log)] if is_first() else [],
-    )
+    given = {
+        "model": model,
+        "processing_class": tokenizer,
+        "callbacks": [log, ProgressDisplay(console, log)] if is_first() else [],
+    }
+    evaluates = validation is not None
+    trainer: AdapterSteps
+    if context.preference:
+        arguments = common_arguments(context, train_router=balanced, evaluates=evaluates)
+        config, held_out = _one_card(dpo_config(context, arguments)), Pairs(validation) if validation else None
+        trainer = PreferenceTrainer(context, train=Pairs(train), held_out=held_out, args=config, **given)
+    else:
+        config = sft_config(context, train_router=balanced, evaluates=evaluates)
+        trainer = AdapterTrainer(context, args=config, train_dataset=train, eval_dataset=validation, **given)
     if processes() > 1:
         sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
-        console.print(f"processes: {processes()}, {sequences} sequences per step")
+        what = "pairs" if context.preference else "sequences"
+        console.print(f"processes: {processes()}, {sequences} {what} per step")
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _run(trainer: AdapterTrainer, checkpoint: Checkpoint | None) -> Any:
+def _newest(context: RunContext) -> Checkpoint | None:
+    return newest_checkpoint(context.folder, lambda why: context.console.print(f"checkpoint skipped: {why}"))
+
+
+def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:
+    if context.train_router and not trainer.aux_loss_enabled:
+        context.console.print(
+            "router: no load-balancing loss; transformers computes none for this family, or its weight is 0"
+        )
+
+
+def _take_reference(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
+    """Of preference pairs: what the model gives them before the first step."""
+    if isinstance(trainer, PreferenceTrainer) and context.preference:
+        say = partial(context.console.print, highlight=False, markup=False)
+        take_reference(trainer, context.preference, resume, say)
+
+
+def _run(trainer: AdapterSteps, checkpoint: Checkpoint | None) -> Any:
     """Train; memory that runs out becomes one line that says what is kept."""
     try:
         with trainer.stop.until_saved():
@@ -216,38 +246,53 @@ def _name_experts_for_trl(model: PeftModel) -> bool:
 
 def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> SFTConfig:
     """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
+    arguments = context.arguments
+    config = SFTConfig(
+        **common_arguments(context, train_router=train_router, evaluates=evaluates),
+        packing=arguments["packing"],
+        max_length=arguments["max_length"],
+        eval_packing=False,
+        packing_strategy="bfd",
+        # Rows come cut and masked; only packing is left to do.
+        dataset_kwargs={"skip_prepare_dataset": not arguments["packing"]},
+        shuffle_dataset=False,
+    )
+    return _one_card(config)
+
+
+def common_arguments(context: RunContext, *, train_router: bool, evaluates: bool) -> dict[str, Any]:
+    """What every method's configuration is given."""
     arguments, device, dtype = context.arguments, context.device, context.dtype
     given = {key: value for key, value in arguments.items() if key not in _NOT_TRL}
     coefficient = given.pop("router_aux_loss_coef")
     checkpointing = given.pop("gradient_checkpointing")  # transformers' new name for it is activation_checkpointing
     max_steps, eval_steps = given.pop("max_steps"), given.pop("eval_steps")
     when = "steps" if evaluates and eval_steps else "no"  # at an epoch's end the trainer looks itself, before saving
-    config = SFTConfig(
+    return {
         **given,
-        output_dir=str(context.folder),
-        max_steps=max_steps or -1,
-        eval_strategy=when,
-        eval_steps=eval_steps,
-        eval_packing=False,
-        packing_strategy="bfd",
-        # Rows come cut and masked; only packing is left to do.
-        dataset_kwargs={"skip_prepare_dataset": not arguments["packing"]},
-        router_aux_loss_coef=coefficient if train_router else 0.0,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        use_cpu=device == "cpu",
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        shuffle_dataset=False,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=device == "cuda",
-        prediction_loss_only=True,
-        data_seed=given["seed"],
+        "output_dir": str(context.folder),
+        "max_steps": max_steps or -1,
+        "eval_strategy": when,
+        "eval_steps": eval_steps,
+        "router_aux_loss_coef": coefficient if train_router else 0.0,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": device == "cpu",
+        "activation_checkpointing": checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device == "cuda",
+        "prediction_loss_only": True,
+        "data_seed": given["seed"],
         # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
-        ddp_find_unused_parameters=False,
-    )
-    config._n_gpu = min(config.n_gpu, 1)  # else a Trainer that sees two cards copies the model to both by itself
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _one_card(config: Config) -> Config:
+    """Else a Trainer that sees two cards copies the model to both by itself."""
+    config._n_gpu = min(config.n_gpu, 1)
     return config
 
 

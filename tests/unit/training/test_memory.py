@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers.training_args import OptimizerNames
 
 from toolkit.errors import ResourceError, out_of_memory
+from toolkit.training.adapter_steps import moment_bytes
 from toolkit.training.memory import anonymous_memory, longest_rows, peak_of, probe
-from toolkit.training.trainer import moment_bytes
 
 
 def draw() -> tuple[float, float, float]:

@@ -1,0 +1,93 @@
+"""What a method of training asks of the other sections, and direct preference optimisation's own, by TRL's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from toolkit.recipe.bounds import Misfit, Section
+
+__all__ = ["PAIR_METRICS", "DpoSection", "misfits", "with_method"]
+
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+PAIR_METRICS = ("rewards/accuracies", "rewards/margins")
+"""Figures of held-out pairs that an adapter may be chosen by, by TRL's names; better high."""
+_OF_DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+"""Losses that every divergence fits."""
+
+
+class DpoSection(Section):
+    """Direct preference optimisation, for `training.method: dpo`; TRL's names and meanings."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How close the model stays to its reference: higher is closer. With `ipo` it is that paper's τ."""
+    loss_type: Loss | Annotated[list[Loss], Field(min_length=1)] = "sigmoid"
+    """The loss, or several that are added. `sigmoid` is DPO's own."""
+    loss_weights: list[float] | None = None
+    """A weight for each of several losses; 1 without it."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Share of pairs that are thought to be the wrong way round, for `robust`, `exo_pair`, `aot` and `aot_unpaired`."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """How distance from the reference is measured."""
+    f_alpha_divergence_coef: float = 0.5
+    """α of `alpha_divergence`."""
+    ld_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Weight of what a longer answer says beyond the length of the shorter one; without it all counts."""
+    use_weighting: bool = False
+    """Weigh pairs by how probable the model finds them (WPO)."""
+    discopop_tau: Annotated[float, Field(gt=0)] = 0.05
+    """Temperature of `discopop`."""
+
+    @property
+    def losses(self) -> list[str]:
+        """The losses as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @model_validator(mode="after")
+    def _fits_its_losses(self) -> DpoSection:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} weights for {len(self.losses)} losses")
+        if "exo_pair" in self.losses and not self.label_smoothing:
+            raise ValueError("loss_type: exo_pair needs label_smoothing above 0; its paper recommends 1e-3")
+        if self.f_divergence_type != "reverse_kl" and (other := set(self.losses) - _OF_DIFFERENCES):
+            raise ValueError(f"f_divergence_type: {min(other)} is defined for reverse_kl alone")
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.losses):
+            raise ValueError("use_weighting: aot and aot_unpaired sort pairs, so that none has a weight of its own")
+        return self
+
+
+def with_method(values: Any) -> Any:
+    """A recipe's values before they are checked: pairs are padded, so that packing is off where nobody asked for it."""
+    training = values.get("training") if isinstance(values, Mapping) else None
+    if isinstance(training, Mapping) and training.get("method") == "dpo" and "packing" not in training:
+        return {**values, "training": {**training, "packing": False}}
+    return values
+
+
+def misfits(recipe: Any) -> Iterator[Misfit]:
+    """What the other sections say that the method cannot do."""
+    data, training = recipe.data, recipe.training
+    if training.method == "sft":
+        if recipe.dpo != DpoSection():
+            yield Misfit("dpo", "is for training.method: dpo; remove it, or set that")
+        if data.format == "preference":
+            yield Misfit("data.format", "preference is for training.method: dpo")
+        if recipe.eval.metric in PAIR_METRICS:
+            yield Misfit("eval.metric", f"{recipe.eval.metric} is for training.method: dpo")
+        return
+    if training.packing:
+        yield Misfit("training.packing", "pairs are padded, never packed; remove the line")
+    if recipe.mtp.enabled:
+        yield Misfit("mtp.enabled", "a head learns from single answers; set training.method: sft, or remove the line")
+    if recipe.lora.lora_dropout:
+        yield Misfit("lora.lora_dropout", "model and reference are compared without dropout; remove the line")
+    if data.format not in ("auto", "preference"):
+        yield Misfit("data.format", f"{data.format} has no rejected answers; training.method: dpo reads preference")
+    for field, only in (("train_on", "all"), ("assistant_only_loss", True), ("completion_only_loss", True)):
+        if getattr(data, field) != only:
+            yield Misfit(f"data.{field}", "of a pair the answers count and nothing else; remove the line")

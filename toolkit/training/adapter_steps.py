@@ -1,0 +1,315 @@
+"""What is the same in every method of training an adapter: one step's order, its guard, its probe, its tokens.
+
+A method's own trainer of TRL's computes the loss. Around it stand no silent NaN, the longest batch first, all of a
+step's micro-batches through a streamed layer before the next, and evaluations that ask for figures of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from toolkit.errors import DivergedError
+from toolkit.labels import IGNORED
+from toolkit.mtp.training import HeadSteps, HeadTraining
+from toolkit.offload.attach import stream_of
+from toolkit.ops.document_attention import keep_lengths
+from toolkit.processes import StopRequest, broadcast, processes
+from toolkit.training.callbacks import BestAdapter
+from toolkit.training.checkpoint import Resume
+from toolkit.training.layer_major import LayerMajor
+from toolkit.training.memory import longest_rows, probe
+from toolkit.training.resumable import Resumable, SavedPart
+
+__all__ = ["AdapterSteps", "Preference", "RunContext", "layer_major_for", "moment_bytes"]
+
+
+_LENGTHS, _TOKENS = "document_lengths", "real_tokens"
+"""Keys of a batch, between collator and trainer."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation.
+
+    Args:
+        options: the fields of the recipe's section, by TRL's names.
+        kept: the file of the reference's log-probabilities. facts: what they depend on beside the pairs.
+        forked: the same file of the run that this one is a fork of; its reference is kept.
+    """
+
+    options: Mapping[str, Any]
+    kept: Path
+    facts: Mapping[str, str]
+    forked: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """Everything that training depends on beside the model and the data.
+
+    Args:
+        folder: checkpoints. metrics: the JSON-lines file.
+        arguments: fields of the recipe's training section, by TRL's names.
+        device: cpu or cuda. dtype: float32, bfloat16 or float16, of the computation.
+        train_router: whether the load-balancing loss applies.
+        best: what to keep or stop for.
+        advice: what to change where memory does not suffice for the longest batch.
+        probes: whether that batch goes first. It changes no number; it costs a batch's time.
+        micro_batches_per_pass: those that go through a streamed layer before the next; None for all of a step.
+        resume: the checkpoint to go on from and what new ones are bound to; without it the newest valid one, unbound.
+        stop: told of signals. places: where each training row came from. parts: trained and saved beside the adapter.
+        head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
+        preference: pairs are trained on, as it says; without it single answers.
+        telemetry: whether TRL may tell the Hub that a run began.
+    """
+
+    folder: Path
+    metrics: Path
+    arguments: Mapping[str, Any]
+    device: str
+    dtype: str
+    console: Console
+    train_router: bool = True
+    best: BestAdapter | None = None
+    advice: str = "a smaller training.max_length"
+    probes: bool = True
+    micro_batches_per_pass: int | None = None
+    resume: Resume | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    places: Sequence[str] = ()
+    parts: Mapping[str, SavedPart] = field(default_factory=dict)
+    head: HeadTraining | None = None
+    head_stage: str = "with"
+    preference: Preference | None = None
+    telemetry: bool = False
+
+    @property
+    def head_beside(self) -> HeadTraining | None:
+        """The head, where it learns in the adapter's steps."""
+        return self.head if self.head_stage == "with" else None
+
+
+class _Counting:
+    """TRL's collator; a batch also brings as numbers what a card would be asked for: lengths of documents, tokens."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        if "cu_seq_lens_q" in batch:
+            batch[_LENGTHS] = batch["cu_seq_lens_q"].diff().tolist()
+        if "attention_mask" in batch:
+            batch[_TOKENS] = int(batch["attention_mask"].sum())
+        return batch
+
+
+def _real_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens of a batch that are no padding."""
+    mask = inputs.get("attention_mask")
+    told: int | None = getattr(inputs["input_ids"], _TOKENS, None)
+    if mask is None:
+        return int(inputs["input_ids"].numel())
+    return int(mask.sum()) if told is None else told
+
+
+class AdapterSteps(Resumable):
+    """The steps of an adapter; put before a trainer of TRL's, whose loss it is.
+
+    Where a layer streams, all micro-batches of an optimizer step go through it before the next one.
+    """
+
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    data_collator: Callable[[list[Any]], dict[str, Any]]
+    wants_trls_balance = False
+    """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
+    _logits: torch.Tensor | None = None
+    _samples: list[Any]
+    _losses: Sequence[torch.Tensor] = ()
+
+    def __init__(self, context: RunContext, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes."""
+        self.sends_telemetry = context.telemetry
+        super().__init__(**trl)
+        self.data_collator = _Counting(self.data_collator)
+        arguments, head = context.arguments, context.head
+        self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
+        """Figures of the model as it stands that an evaluation has beside the loss."""
+        self.probe_advice = context.advice if context.probes else None
+        """What to change where the longest batch does not fit; None runs no probe."""
+        self.layer_major = None if head else layer_major_for(trl["model"], arguments, context.micro_batches_per_pass)
+        self.evaluates_each_epoch = trl["eval_dataset"] is not None and not arguments["eval_steps"]
+        beside = context.head_beside
+        self.beside = HeadSteps(beside, arguments["learning_rate"]) if beside else None
+        """The multi-token-prediction head that learns from the same batches."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The method's loss, checked."""
+        self._logits = None
+        result = None if return_outputs else self._own_loss(model, inputs, **kwargs)
+        if result is None:
+            result = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if self.model.training:
+            count = _real_tokens(inputs)
+            if processes() > 1:
+                count = int(self.accelerator.reduce(torch.tensor(count, device=loss.device)))
+            self.tokens_trained += count
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.tokens_trained]
+        if self.model.training:
+            guarded: torch.Tensor = self._guarded(result, inputs, loss, kwargs.get("num_items_in_batch"))
+            return guarded
+        if not torch.isfinite(loss.detach()):
+            raise DivergedError(
+                f"step {self.state.global_step}: the held-out loss is {loss.item()}; look at the held-out examples, or "
+                "start again with a lower training.learning_rate"
+            )
+        return result
+
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
+        """The same number as TRL's, found otherwise; None where TRL shall find it."""
+        return None
+
+    def _guarded(self, result: Any, inputs: dict[str, Any], loss: torch.Tensor, count: Any) -> Any:
+        """A training loss, with what a head learns beside it; one that is not finite goes no further.
+
+        On a card it is looked at when the step ends, with all others; what is not finite counts nothing until then.
+        """
+        if self._would_wait(loss) and self.beside is None:
+            self.guard.note(inputs, loss.detach())
+            return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0)
+        if not self.guard.see(inputs, loss.detach()):
+            # Without a graph nothing flows back, and the guard drops the whole step. Where processes wait for each
+            # other's gradients these must come, and are not finite anywhere.
+            return loss.new_zeros((), requires_grad=True) if processes() == 1 else result
+        logits, self._logits = self._logits, None  # not to be held through the backward pass
+        return result if self.beside is None else self.beside.learn(result, inputs, logits, count)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """transformers' own, remembered: these micro-batches make one optimizer step."""
+        self._samples, count = super().get_batch_samples(*args, **kwargs)
+        return self._samples, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch, or of all where this is a step's first; gives its loss.
+
+        Before the first step, those of the longest batch.
+        """
+        if self.probe_advice is not None:
+            advice, self.probe_advice = self.probe_advice, None
+            self._probe(model, advice)
+        step = super().training_step
+        if self.layer_major is None or len(self._samples) < 2:  # set by `get_batch_samples`
+            loss: torch.Tensor = step(model, inputs, *args, **kwargs)
+            return loss
+        number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
+        if number == 0:
+            self._losses = self.layer_major.run(
+                [partial(step, model, sample, *args, **kwargs) for sample in self._samples]
+            )
+        return self._losses[number]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As there; the numbers that came with the batch stay on the host."""
+        lengths, tokens = inputs.pop(_LENGTHS, None), inputs.pop(_TOKENS, None)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if lengths is not None:
+            keep_lengths(prepared, lengths)
+        if tokens is not None:
+            setattr(prepared["input_ids"], _TOKENS, tokens)
+        return prepared
+
+    def _probe(self, model: nn.Module, advice: str) -> None:
+        batch = self._prepare_inputs(self._longest_batch())
+        metrics, guarded = copy.deepcopy(self._metrics), self.guard.state()
+        tokens = self.tokens_trained, self._total_train_tokens
+        beside, self.beside = self.beside, None  # it learns from no batch twice
+
+        def step() -> None:
+            model.train()
+            with self.compute_loss_context_manager():
+                labels = batch.get("labels")
+                count = None if labels is None else (labels != IGNORED).sum()
+                loss = self.compute_loss(model, batch, num_items_in_batch=count)
+            self.accelerator.backward(loss)
+
+        def forget() -> None:
+            model.zero_grad(set_to_none=True)
+            self._metrics, (self.tokens_trained, self._total_train_tokens) = metrics, tokens
+            self.guard.restore(guarded)
+            self.beside = beside
+
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        held = 0 if self.state.global_step else trained * moment_bytes(self.args.optim)
+        size = batch["input_ids"].numel()
+        probe(step, forget, tokens=size, held=held, device=self.args.device, advice=advice)
+
+    def _longest_batch(self) -> dict[str, Any]:
+        """The batch that takes the most memory."""
+        dataset = self._remove_unused_columns(self.train_dataset, description="probe")
+        longest = longest_rows(self.train_dataset, self.args.per_device_train_batch_size)
+        return self.data_collator([dataset[index] for index in longest])
+
+    @staticmethod
+    def _would_wait(tensor: torch.Tensor) -> bool:
+        """Whether asking for a number of it means to wait for all that is queued before."""
+        return tensor.device.type != "cpu"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation without the load-balancing loss, so that the held-out loss is that of the tokens alone."""
+        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            result: dict[str, float] = super().evaluate(*args, **kwargs)
+        finally:
+            self.aux_loss_enabled = balanced
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer, with the figures of `score` among the metrics, so that they are logged and callbacks see them."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.score is not None:
+            output.metrics.update({f"eval_{name}": value for name, value in broadcast(self.score).items()})
+        return output
+
+
+def moment_bytes(optim: str) -> int:
+    """Bytes of AdamW's two moments per trained parameter, of an optimizer by transformers' name for it."""
+    name = optim.value if isinstance(optim, Enum) else optim  # what the trainer's arguments hold prints in capitals
+    return 2 if "8bit" in name else 8
+
+
+def layer_major_for(
+    model: nn.Module, arguments: Mapping[str, Any], micro_batches_per_pass: int | None = None
+) -> LayerMajor[torch.Tensor] | None:
+    """What runs an optimizer step's micro-batches, so many at a time; None where the ordinary order is right.
+
+    That is where nothing is streamed, where there is one micro-batch or more than one process, where activations are
+    moved to host memory (by hooks that know one micro-batch), and where dropout or noise is drawn in order.
+    """
+    stream = stream_of(model)
+    is_alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
+    if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
+        return None
+    return None if micro_batches_per_pass == 1 else LayerMajor(stream, micro_batches_per_pass)
+
+
+def _draws_random_numbers(model: Any) -> bool:
+    """Whether a training forward may draw random numbers: in another order they would be others."""
+    layers = (module for module in model.modules() if isinstance(module, nn.Dropout))
+    settings = model.config.get_text_config().to_dict().items()
+    rates = [value for key, value in settings if "drop" in key or "jitter" in key or "noise" in key]
+    return any(layer.p > 0 for layer in layers) or any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -1,0 +1,239 @@
+"""Direct preference optimisation: TRL's `DPOTrainer` with its own losses, on pairs that come tokenised and a reference
+that is known before the first step.
+
+TRL copies the adapter to have a reference of one that was trained, or runs the model a second time in every step. Here
+each pair brings the reference's two log-probabilities (`toolkit.training.reference`), so that a step costs one pass,
+nothing is held twice, and streamed layers see micro-batches in any order. TRL would also tokenise text by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import nn
+from trl import DPOConfig, DPOTrainer
+
+from toolkit.data.storage import sequence_lengths
+from toolkit.labels import IGNORED
+from toolkit.ops.label_logits import pays_to_keep_logits
+from toolkit.ops.token_scores import token_scores
+from toolkit.training.adapter_steps import AdapterSteps, RunContext
+
+__all__ = ["Pairs", "PreferenceTrainer", "dpo_config", "without_noise"]
+
+_PROBED = 8
+"""Answer tokens on which TRL's head is compared with the model's own logits."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
+to some thousand numbers. A head that leaves out a factor is off by that factor."""
+_PAIRWISE = ("rewards/", "logps/")
+"""Beginnings of the figures that TRL has as means over a batch's pairs."""
+_NOISE = ("dropout", "_drop", "jitter", "noise")
+
+
+class Pairs:
+    """Chosen and rejected answers, and what the reference gives them.
+
+    Args:
+        table: rows of `input_ids` and `labels`; rows 2n and 2n+1 are the chosen and the rejected answer of pair n.
+    """
+
+    def __init__(self, table: Dataset) -> None:
+        self.table = table
+        self.reference: Sequence[tuple[float, float]] = ()
+        """Of each pair: log-probabilities in nats of the chosen and of the rejected answer."""
+
+    def __len__(self) -> int:
+        return len(self.table) // 2
+
+    def numbers(self, *, held_out: bool) -> Dataset:
+        """The rows that the trainer draws from: each is a pair's number, which the collator looks up."""
+        return Dataset.from_dict({"pair": list(range(len(self))), "held_out": [held_out] * len(self)})
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each pair's longer side, prompt included (pairs,)."""
+        found: NDArray[np.int64] = sequence_lengths(self.table).reshape(-1, 2).max(1)
+        return found
+
+    def longest(self, count: int) -> list[int]:
+        """Numbers of the `count` pairs that take most tokens, each answer padded to the longer."""
+        found: list[int] = np.argsort(-self.lengths, kind="stable")[:count].tolist()
+        return found
+
+    def groups(self, numbers: Sequence[int], tokens: int) -> list[list[int]]:
+        """These pairs in batches of about equal length, long ones first.
+
+        A batch's pairs times its longest side are at most `tokens`; a pair that is longer stands alone.
+        """
+        found: list[list[int]] = []
+        for number in sorted(numbers, key=lambda number: -int(self.lengths[number])):
+            if found and (len(found[-1]) + 1) * self.lengths[found[-1][0]] <= tokens:
+                found[-1].append(number)
+            else:
+                found.append([number])
+        return found
+
+
+class _Collator:
+    """Pairs to TRL's preference batch: all chosen answers, then all rejected ones, padded on the right."""
+
+    def __init__(self, train: Pairs, held_out: Pairs | None, pad_token_id: int) -> None:
+        self.train, self.held_out, self.pad_token_id = train, held_out, pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        found = [(self.held_out if row["held_out"] else self.train, row["pair"]) for row in rows]
+        sequences = [pairs.table[2 * number + side] for side in (0, 1) for pairs, number in found if pairs is not None]
+        width = max(len(sequence["input_ids"]) for sequence in sequences)
+        ids = torch.full((len(sequences), width), self.pad_token_id)
+        mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
+        for index, sequence in enumerate(sequences):
+            length = len(sequence["input_ids"])
+            ids[index, :length] = torch.tensor(sequence["input_ids"])
+            mask[index, :length] = 1
+            counts[index, :length] = (torch.tensor(sequence["labels"]) != IGNORED).long()
+        batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": counts}
+        if all(pairs is not None and pairs.reference for pairs, _ in found):
+            known = torch.tensor([pairs.reference[number] for pairs, number in found if pairs is not None])
+            batch |= {"ref_chosen_logps": known[:, 0].clone(), "ref_rejected_logps": known[:, 1].clone()}
+        return batch
+
+
+class _Unasked(nn.Module):
+    """Stands where TRL wants a reference model, so that it copies no adapter. Every pair's reference is known."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self) -> None:
+        """Never computed."""
+        raise AssertionError("the reference is known before the first step")
+
+
+class PreferenceTrainer(AdapterSteps, DPOTrainer):  # type: ignore[misc]
+    """TRL's preference losses; on a CPU by the model's own logits of the answers alone.
+
+    The reference must be set in the pairs before a step is taken or an evaluation made.
+    """
+
+    trusts_fused_head = True
+    """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
+
+    def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes beside the data."""
+        model, tokenizer = trl["model"], trl["processing_class"]
+        self.pairs, self.held_out_pairs = train, held_out
+        without_noise(model)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            context,
+            **trl,
+            ref_model=_Unasked(model.config),
+            data_collator=_Collator(train, held_out, pad),
+            train_dataset=train.numbers(held_out=False),
+            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
+        )
+        self.precompute_ref_logps = True
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        """Pairs come tokenised."""
+        return dataset
+
+    def _longest_batch(self) -> dict[str, Any]:
+        longest = self.pairs.longest(self.args.per_device_train_batch_size)
+        return self.data_collator([{"pair": number, "held_out": False} for number in longest])
+
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
+        mode = "train" if self.model.training else "eval"
+        before = {name: len(values) for name, values in self._metrics[mode].items()}
+        loss: torch.Tensor = DPOTrainer.compute_loss(self, _Scored(self, model), inputs)
+        for name, values in self._metrics[mode].items():
+            if mode == "eval" and name.startswith(_PAIRWISE):  # a mean over pairs, however they fall into batches
+                values += values[before.get(name, 0) :] * (len(inputs["input_ids"]) // 2 - 1)
+        return loss
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
+        """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
+
+        It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss;
+        and nowhere if its logits are not the family's own.
+        """
+        positions = int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.device.type == "cpu" else 0
+        pays = positions and not self.wants_trls_balance and pays_to_keep_logits(self.model, len(labels), positions)
+        if pays or not self.trusts_fused_head:
+            found = token_scores(model, inputs, labels, balanced=balanced)
+            if not balanced or found.aux_loss is not None or not self.trusts_fused_head:
+                return found
+            self.wants_trls_balance = True
+        router = {"output_router_logits": True} if balanced else {}
+        return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
+
+    @torch.no_grad()
+    def check_fused_head(self) -> bool:
+        """Whether TRL's head gives some answer tokens the log-probabilities of the model's own logits.
+
+        Where not, it is not used from now on, and without it there may be no load-balancing loss.
+        """
+        batch = self._prepare_inputs(self.data_collator([{"pair": 0, "held_out": False}]))
+        inputs = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
+        counted = (batch["completion_mask"][:1] != 0) & (batch["completion_mask"][:1].cumsum(1) <= _PROBED)
+        labels = inputs["input_ids"].masked_fill(~counted, IGNORED)
+        self.model.eval()
+        with self.accelerator.autocast():
+            own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled)
+            fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
+        off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
+        self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
+        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
+        return self.trusts_fused_head
+
+    @torch.no_grad()
+    def reference_of(self, pairs: Pairs, numbers: Sequence[int]) -> torch.Tensor:
+        """What the model as it stands gives the answers of some pairs, in nats: chosen and rejected [pairs, 2]."""
+        held_out = pairs is not self.pairs
+        batch = self.data_collator([{"pair": number, "held_out": held_out} for number in numbers])
+        inputs = self._prepare_inputs(batch)
+        found = self.compute_ref_log_probs(_Scored(self, self.model), inputs)
+        return torch.stack([logps.float() for logps in found], dim=1)
+
+
+class _Scored:
+    """A model to TRL's loss: called like one with a fused head, it gives the trainer's own scores."""
+
+    def __init__(self, trainer: PreferenceTrainer, model: nn.Module) -> None:
+        self.trainer, self.model = trainer, model
+
+    def __call__(self, **given: Any) -> Any:
+        balanced = given.pop("output_router_logits", False)
+        inputs = {key: given[key] for key in given.keys() - {"labels", "fused_lm_head", "use_cache"}}
+        return self.trainer.scores(self.model, inputs, given["labels"], balanced=balanced)
+
+
+def without_noise(model: nn.Module) -> None:
+    """Switch dropout and the routers' noise off: policy and reference would draw theirs apart, which is no preference.
+
+    TRL's `disable_dropout` knows `nn.Dropout`; many families keep a rate as a plain number of a module or the config.
+    """
+    for module in (*model.modules(), model.config.get_text_config()):  # type: ignore[operator,union-attr]
+        for name, rate in vars(module).items():
+            if isinstance(rate, float) and rate and any(word in name for word in _NOISE):
+                setattr(module, name, 0.0)
+
+
+def dpo_config(context: RunContext, common: Mapping[str, Any]) -> DPOConfig:
+    """TRL's configuration; `common` are the arguments that every method has."""
+    assert context.preference is not None
+    return DPOConfig(
+        **common,
+        **context.preference.options,
+        max_length=None,
+        remove_unused_columns=False,
+        precompute_ref_log_probs=False,
+    )
