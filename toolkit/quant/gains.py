@@ -27,7 +27,7 @@ from toolkit.ops.label_logits import can_keep_logits, label_logits, summed_loss
 from toolkit.quant.gptq.calibrate import make_batches
 from toolkit.quant.gptq.observe import Batch, LayerCalls, decoder_layers
 from toolkit.quant.source import SourceWeights
-from toolkit.quant.stored import BESIDE, input_dim
+from toolkit.quant.stored import input_dim, names_of
 from toolkit.recipe.sizes import BATCHES_PER_PASS, CALIBRATION_BATCH
 from toolkit.steps import advance
 
@@ -138,18 +138,20 @@ def in_int8(model: nn.Module, layer: ExpertLayer, weights: Mapping[str, torch.Te
     """
     module = model.get_submodule(layer.name)
     device = next(iter(module.parameters())).device
-    own, stream = dict(module._parameters), module.__dict__.pop(SOURCE, None)
+    own, stream = dict(module.named_parameters(recurse=False)), module.__dict__.pop(SOURCE, None)
     try:
         for leaf, name in zip((layer.up, layer.down), layer.stacks, strict=True):
-            for ending in BESIDE:
-                module._parameters.pop(f"{leaf}{ending}", None)
+            for beside in names_of(module, leaf):
+                delattr(module, beside)
             stack, scale = _rounded(weights[name], input_dim(module), device)
             module.register_parameter(leaf, nn.Parameter(stack, requires_grad=False))
             module.register_parameter(f"{leaf}_scale", nn.Parameter(scale, requires_grad=False))
         yield
     finally:
-        module._parameters.clear()
-        module._parameters.update(own)
+        for name in [name for name, _ in module.named_parameters(recurse=False)]:
+            delattr(module, name)
+        for name, parameter in own.items():
+            module.register_parameter(name, parameter)
         if stream is not None:
             module.__dict__[SOURCE] = stream
 
