@@ -211,3 +211,19 @@ def test_scales_of_inputs_are_multiplied_into_a_weight() -> None:
     case.tensors[f"{key.removesuffix('.weight')}.pre_quant_scale"] = scale[1:].clone()
     with pytest.raises(ModelError, match=r"gate_proj\.pre_quant_scale: does not fit a weight"):
         packed_weights(case.files())
+
+
+def test_a_group_that_no_integer_holds_is_one_of_all_inputs() -> None:
+    case = Case("gptqmodel-v1-4-channel")
+    case.declared["group_size"] = 10**40
+    found = packed_weights(case.files())
+    assert all(agrees(case, as_slice(found[key], case.tensors).read(), theirs) for key, theirs in case.expected.items())
+
+
+def test_a_single_scale_without_a_side_is_named() -> None:
+    case = Case("bitsandbytes-int8")
+    key = of_gate(case, "weight")
+    case.tensors[key] = case.tensors[key][:1].contiguous()
+    case.tensors[f"{key.removesuffix('weight')}SCB"] = torch.tensor(1.0)
+    with pytest.raises(ModelError, match="do not fit their scales"):
+        packed_weights(case.files())

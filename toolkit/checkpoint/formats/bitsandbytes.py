@@ -38,7 +38,8 @@ def read_bitsandbytes(files: Files) -> Iterator[Packed]:
     for module in files.modules("SCB"):
         weight = f"{module}.weight"
         rows, columns = files.matrix(weight)
-        if files.headers[weight].dtype != "I8" or math.prod(files.shape(f"{module}.SCB")) != rows:
+        scales = files.shape(f"{module}.SCB")
+        if files.headers[weight].dtype != "I8" or scales[:1] != (rows,) or math.prod(scales) != rows:
             raise files.wrong(weight, f"{rows} rows in {files.headers[weight].dtype} do not fit their scales")
         parts = {"codes": Part(weight), "scale": Part(f"{module}.SCB")}
         yield files.packed(weight, (rows, columns), parts, _unpack_int8, "int8, a scale a row")

@@ -133,7 +133,7 @@ def _group_size(files: Files, inputs: int, groups: int) -> int:
     """Inputs of a group; the last may be cut off."""
     told = files.declared.get("group_size")
     if isinstance(told, int) and told > 0 and -(-inputs // told) == groups:
-        return told
+        return min(told, inputs)
     return -(-inputs // groups)
 
 
@@ -236,7 +236,7 @@ def _declared_group(files: Files, module: str, inputs: int) -> int:
     size = files.declared.get("group_size", files.declared.get("q_group_size"))
     if not isinstance(size, int) or size == 0 or size < -1:
         raise files.wrong(module, f"the quantization_config says a group_size of {size!r}")
-    return inputs if size == -1 else size
+    return inputs if size == -1 else min(size, inputs)
 
 
 def _unpack_gemv(parts: Tensors, *, size: int) -> Tensor:
