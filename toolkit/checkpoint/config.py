@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import on_meta
-from toolkit.checkpoint.files import gguf_at
+from toolkit.checkpoint.files import GGUF, declared_format, gguf_at
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["read_config", "read_generation_config", "skeleton"]
+__all__ = ["quantised_as", "read_config", "read_generation_config", "skeleton"]
 
 
 def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
@@ -48,3 +50,11 @@ def skeleton(name_or_path: str, *, revision: str = "main") -> PreTrainedModel:
         return on_meta(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+
+
+def quantised_as(folder: Path) -> str | None:
+    """What the weights of a checkpoint that is here are quantised as, `gguf` among them; None where they are floats."""
+    if gguf_at(folder):
+        return GGUF
+    declared = declared_format(str(folder), read_config(str(folder)))
+    return None if declared is None else str(declared["quant_method"])

@@ -29,6 +29,7 @@ __all__ = [
     "text_of",
     "thought_of",
     "trim",
+    "turns_in",
     "without_thought",
 ]
 
@@ -287,7 +288,7 @@ def as_turns(raw: Any, column: str) -> Any:
     Raises:
         InvalidRow: an unknown speaker, a call that is no call, or a mark of training that cannot be followed.
     """
-    turns = _turns_in(raw)
+    turns = turns_in(raw)
     if not isinstance(turns, list):
         return raw
     found: list[Any] = []
@@ -313,7 +314,8 @@ def _goes_on(before: Any, call: dict[str, Any]) -> bool:
     return alike and isinstance(before.get(CALLS) or [], list)
 
 
-def _turns_in(raw: Any) -> Any:
+def turns_in(raw: Any) -> Any:
+    """What JSON text of a list holds, as CSV has it; anything else as it is."""
     if not isinstance(raw, str) or not raw.lstrip().startswith("["):
         return raw
     try:

@@ -7,14 +7,13 @@ an example like any other, read and written by the same law, and the two must ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from toolkit.data.conversation import Message, as_turns, check_messages
+from toolkit.data.conversation import Message, as_turns, check_messages, turns_in
 from toolkit.data.encode import Encoded, EncodedRow, Encoder
 from toolkit.data.formats import CHAT, Example, Shape, carries, conversation, present, text_column
 from toolkit.data.problems import InvalidRow
@@ -141,10 +140,7 @@ def _is_text(value: Any) -> bool:
     """Whether a value is text that is no list of messages in JSON, as CSV holds one."""
     if not isinstance(value, str):
         return False
-    try:
-        found = json.loads(value) if value.lstrip().startswith("[") else None
-    except (ValueError, RecursionError):
-        return True
+    found = turns_in(value)
     return not (isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found))
 
 

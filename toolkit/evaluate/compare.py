@@ -20,8 +20,7 @@ from toolkit.errors import DataError
 from toolkit.evaluate.generate import answer
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
 from toolkit.evaluate.preferences import pair_figures, pair_logps
-from toolkit.labels import IGNORED
-from toolkit.ops.label_logits import label_logits, summed_loss
+from toolkit.ops.label_logits import label_logits, padded, summed_loss
 from toolkit.steps import advance, part
 
 __all__ = ["Comparison", "Measured", "compare", "held_out_loss", "measure", "read_windows", "score_now"]
@@ -193,13 +192,7 @@ def held_out_loss(model: PreTrainedModel, sequences: Dataset, batch_size: int) -
     order = sorted(sequences, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        width = max(len(row["input_ids"]) for row in batch)
-        ids = torch.zeros((len(batch), width), dtype=torch.long, device=model.device)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for index, row in enumerate(batch):
-            length = len(row["input_ids"])
-            ids[index, :length], labels[index, :length] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-            mask[index, :length] = 1
+        ids, mask, labels = padded(batch, device=model.device)
         given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         logits, targets, _ = label_logits(model, given, labels)
         total += float(summed_loss(logits, targets))

@@ -7,13 +7,11 @@ of every pair, of the base as well, so that what was learnt can be told from wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from toolkit.labels import IGNORED
+from toolkit.ops.label_logits import padded
 from toolkit.ops.token_scores import sequence_logps
 from toolkit.steps import advance
 
@@ -35,21 +33,12 @@ def pair_logps(model: PreTrainedModel, table: Dataset, batch_size: int) -> list[
     found = [0.0] * len(table)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        for row, logp in zip(rows, _logps(model, [table[row] for row in rows]).tolist(), strict=True):
+        ids, mask, labels = padded([table[row] for row in rows], device=model.device)
+        logps = sequence_logps(model, {"input_ids": ids, "attention_mask": mask}, labels)
+        for row, logp in zip(rows, logps.tolist(), strict=True):
             found[row] = logp
         advance(start + len(rows), len(order), "answers")
     return list(zip(found[::2], found[1::2], strict=True))
-
-
-def _logps(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
-    width = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros((len(rows), width), dtype=torch.long, device=model.device)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[index, :length], labels[index, :length] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-        mask[index, :length] = 1
-    return sequence_logps(model, {"input_ids": ids, "attention_mask": mask}, labels)
 
 
 def pair_figures(logps: Logps) -> dict[str, float]:

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.adapters.layouts import Factors, deltas
-from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.config import quantised_as, read_config
 from toolkit.checkpoint.conversion import targets
-from toolkit.checkpoint.files import GGUF, METHOD, Placed, declared_format, gguf_at, headers_in
+from toolkit.checkpoint.files import GGUF, METHOD, Placed, declared_format, headers_in
 from toolkit.checkpoint.formats.bits import as_bytes
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.checkpoint.weights import PackedSlice, StackSlice
@@ -50,8 +50,7 @@ class Homes:
 
     def __init__(self, base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel) -> None:
         self.base, self._skeleton = base, skeleton
-        declared = None if gguf_at(base) else declared_format(str(base), read_config(str(base)))
-        kind = GGUF if gguf_at(base) else "floats" if declared is None else str(declared["quant_method"])
+        kind = quantised_as(base) or "floats"
         if kind in (GGUF, "floats"):
             raise ModelError(f"{base}: its weights are {kind}, which merged-source does not write; {_INSTEAD[kind]}")
         self._weights: dict[str, Any]
@@ -60,6 +59,7 @@ class Homes:
             self._weights = dict(own_weights(base, skeleton))
             self._names = {key: key for key in self._weights}
         else:
+            declared = declared_format(str(base), read_config(str(base)))
             self._weights = plain_weights(str(base), base, declared, skeleton, keyed=True)
             self._names = targets(skeleton, get_model_conversion_mapping(skeleton), self._weights)
         for factors in adapter:
@@ -105,14 +105,9 @@ _INSTEAD = {
 }
 
 
-def merge_into_source(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
-    """Write the merged checkpoint, in its source's format, into an empty folder; returns how many weights changed.
-
-    Raises:
-        ModelError: as `Homes`.
-    """
-    homes = Homes(base, adapter, skeleton)
-    copied(base, folder)
+def merge_into_source(homes: Homes, adapter: Sequence[Factors], folder: Path) -> int:
+    """Write the merged checkpoint, in its source's format, into an empty folder; returns how many weights changed."""
+    copied(homes.base, folder)
     places, changed = headers_in(folder), 0
     for number, factors in enumerate(adapter, 1):
         for weight, delta in homes.of(factors):

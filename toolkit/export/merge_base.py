@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors
 from toolkit.architecture import strip_index
-from toolkit.checkpoint.config import read_config, skeleton
-from toolkit.checkpoint.files import declared_format, gguf_at
+from toolkit.checkpoint.config import quantised_as, skeleton
+from toolkit.checkpoint.files import GGUF
 from toolkit.errors import ModelError
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance, part
@@ -66,9 +66,8 @@ def require_merge_base(
 
 
 def _require_floats(merge_base: Path) -> None:
-    declared = None if gguf_at(merge_base) else declared_format(str(merge_base), read_config(str(merge_base)))
-    if gguf_at(merge_base) or declared:
-        kind = f"quantised as {declared['quant_method']}" if declared else "a GGUF file"
+    if kind := quantised_as(merge_base):
+        kind = "a GGUF file" if kind == GGUF else f"quantised as {kind}"
         raise ModelError(f"{merge_base}: {kind}, and a merge base is the original in floats; correct model.merge_base")
 
 

@@ -31,9 +31,9 @@ from toolkit.artifact.manifest import (
 )
 from toolkit.artifact.tokenizer import declare_stops, put_stops, put_tokenizer, read_stops, token_text
 from toolkit.artifact.verify import require_base, verify_artifact
-from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.config import quantised_as
 from toolkit.checkpoint.config import skeleton as skeleton_of
-from toolkit.checkpoint.files import GGUF, METHOD, declared_format, gguf_at, read_header
+from toolkit.checkpoint.files import METHOD, read_header
 from toolkit.checkpoint.identity import files_of, identify_base
 from toolkit.durable import staged_folder
 from toolkit.errors import DataError, ModelError, RecipeError, ResourceError, first_line
@@ -87,6 +87,7 @@ class _Job:
     skeleton: PreTrainedModel
     folder: Path
     texts: Sequence[Sequence[int]] = ()
+    homes: Homes | None = None
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,10 @@ def export_adapter(
     start, skeleton = _start(base, merge_base if format in _WHOLE else None, adapter, skeleton)
     if is_rounded_again(start, format) and not texts:
         raise DataError(_NO_TEXTS.format(format))
-    if format == "merged-source":
-        Homes(start, adapter, skeleton)
+    homes = Homes(start, adapter, skeleton) if format == "merged-source" else None
     try:
         with staged_folder(out) as folder:
-            job = _Job(artifact, base, start, adapter, skeleton, folder, texts)
+            job = _Job(artifact, base, start, adapter, skeleton, folder, texts, homes)
             made = _WRITERS[format](job)
             if not made.difference <= made.bound:
                 raise ModelError(
@@ -182,15 +182,7 @@ def is_rounded_again(base: Path, format: str) -> bool:
     """Whether this layout rounds weights that were rounded before, so that some of the adapter may be lost."""
     if format == "merged-source":
         return True
-    return format == "merged-int8" and _format_of(base) not in (None, METHOD)  # which nothing is merged into
-
-
-def _format_of(base: Path) -> str | None:
-    """What a checkpoint's weights are quantised as; None where they are floats."""
-    if gguf_at(base):
-        return GGUF
-    declared = declared_format(str(base), read_config(str(base)))
-    return None if declared is None else str(declared["quant_method"])
+    return format == "merged-int8" and quantised_as(base) not in (None, METHOD)  # which nothing is merged into
 
 
 def _require_survival(format: str, survival: Survival | None, force: bool) -> None:
@@ -211,7 +203,7 @@ def _told(job: _Job, format: str, out: str, made: _Made) -> Export:
 def _merged_into(job: _Job, format: str) -> dict[str, Any] | None:
     if format not in (*_WHOLE, "merged-source"):
         return None
-    stored = _format_of(job.base)
+    stored = quantised_as(job.base)
     if format == "merged-source":
         taken = f"itself, in {stored}"
     elif stored is not None:
@@ -273,7 +265,8 @@ def _merged(job: _Job) -> _Made:
 
 
 def _merged_source(job: _Job) -> _Made:
-    merge_into_source(job.base, job.adapter, job.skeleton, job.folder)
+    assert job.homes is not None
+    merge_into_source(job.homes, job.adapter, job.folder)
     put_tokenizer(job.artifact, job.folder)
     put_stops(job.artifact, job.folder)
     declare_stops(job.folder, read_stops(job.artifact), files_of(str(job.base)) or job.base)

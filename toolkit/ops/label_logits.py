@@ -9,6 +9,7 @@ leaves them out on cards only; transformers' own `logits_to_keep` does it anywhe
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "forward_inputs",
     "label_logits",
     "labels_ahead",
+    "padded",
     "pays_to_keep_logits",
     "summed_loss",
 ]
@@ -53,6 +55,20 @@ def forward_inputs(inputs: dict[str, Any], *, balanced: bool) -> dict[str, Any]:
 def labels_ahead(labels_BL: torch.Tensor) -> torch.Tensor:
     """The label that each position predicts [B, L]; the last one predicts none."""
     return pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
+
+
+def padded(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, attention mask and labels, [B, L] each, of rows of `input_ids` and `labels`, padded on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id, device=device)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[index, :length], labels[index, :length] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        mask[index, :length] = 1
+    return ids, mask, labels
 
 
 def label_logits(

@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from toolkit.data.storage import sequence_lengths
 from toolkit.labels import IGNORED
-from toolkit.ops.label_logits import pays_to_keep_logits
+from toolkit.ops.label_logits import padded, pays_to_keep_logits
 from toolkit.ops.token_scores import token_scores
 from toolkit.training.adapter_steps import AdapterSteps, RunContext
 
@@ -90,15 +90,8 @@ class _Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         found = [(self.held_out if row["held_out"] else self.train, row["pair"]) for row in rows]
         sequences = [pairs.table[2 * number + side] for side in (0, 1) for pairs, number in found if pairs is not None]
-        width = max(len(sequence["input_ids"]) for sequence in sequences)
-        ids = torch.full((len(sequences), width), self.pad_token_id)
-        mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
-        for index, sequence in enumerate(sequences):
-            length = len(sequence["input_ids"])
-            ids[index, :length] = torch.tensor(sequence["input_ids"])
-            mask[index, :length] = 1
-            counts[index, :length] = (torch.tensor(sequence["labels"]) != IGNORED).long()
-        batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": counts}
+        ids, mask, labels = padded(sequences, self.pad_token_id)
+        batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()}
         if all(pairs is not None and pairs.reference for pairs, _ in found):
             known = torch.tensor([pairs.reference[number] for pairs, number in found if pairs is not None])
             batch |= {"ref_chosen_logps": known[:, 0].clone(), "ref_rejected_logps": known[:, 1].clone()}
