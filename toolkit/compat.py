@@ -364,7 +364,9 @@ SEAMS = (
     ),
     # torch
     *_at("torch.UntypedStorage", "rehearsal", "to count a storage once in a rehearsal", "_cdata"),
+    *_at("torch.Tensor", "adapters", "to see that a frozen adapter was written to", "_version"),
     *_at("torch.nn.Module", "quant", "to empty a skeleton's buffers again", "_buffers"),
     *_at("torch", "ops", "to multiply int8 by int8", "_int_mm"),
+    *_at("torch", "ops", "to multiply a few bf16 rows by int8", "_weight_int8pack_mm"),
     *_at("torch.cpu", "ops", "to know whether a CPU multiplies int8 by int8", "_is_vnni_supported"),
 )

@@ -58,6 +58,7 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("no integer units here")
     monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: request.param)
     monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_FOR_FEW_ROWS", 1)
 
 
 def build(
@@ -139,6 +140,25 @@ def test_output_and_every_gradient_match_the_reference(
         scale = wanted.norm().clamp(min=1e-6)
         # Tolerance: what the reference itself loses in fp32, and 1e-5 of the tensor's size.
         assert (got - wanted).norm() <= (theirs - wanted).norm() + 1e-5 * scale
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("is_int8", [True, False], ids=["int8", "float"])
+@pytest.mark.parametrize("has_norm", [True, False], ids=["norm", ""])
+def test_without_gradients_the_output_is_the_same(case: Case, is_int8: bool, has_norm: bool) -> None:
+    """The way that decoding takes; rows with a number beyond the experts are computed elsewhere."""
+    weights, leaves, index = build(
+        case, is_int8=is_int8, is_transposed=False, has_bias=has_norm, is_gated=not has_norm, has_norm=has_norm
+    )
+    x, routing_weights, *factors = (leaf.detach() for leaf in leaves)
+    index[case.T // 2 :, 0] = case.E
+    pair = LoraFactors(*factors[:2]), LoraFactors(*factors[2:])
+    with torch.enable_grad():
+        wanted = per_expert.expert_layer(x, index, routing_weights, weights, *pair)
+    with torch.no_grad():
+        got = per_expert.expert_layer(x, index, routing_weights, weights, *pair)
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert wanted.norm() > 0 or case.T == case.K == 1
 
 
 @pytest.mark.parametrize("layer", BACKENDS.values(), ids=BACKENDS)

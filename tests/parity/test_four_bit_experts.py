@@ -133,6 +133,7 @@ def test_backends_agree_with_the_law(
         pytest.skip("no integer units here")
     monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: units)
     monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_FOR_FEW_ROWS", 1)
     monkeypatch.setattr("toolkit.ops.stack._FOUR_BIT_BUFFER", 64 * 40)  # several parts of a weight
     weights, leaves, index = build(
         case, is_int8=False, is_transposed=False, has_bias=True, is_gated=True, has_norm=False

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from toolkit.adapters.layer import register
+from toolkit.adapters.layer import ParamWrapper, register
 from toolkit.adapters.untrusted import check_adapter_files
 from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line, machine_failed
@@ -211,6 +211,9 @@ def _load_own_layout(model: PeftModel, folder: str | Path, name: str = "default"
 def _freeze(model: PeftModel, is_trainable: bool) -> PeftModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trainable and "lora_" in name)
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module.keeps_factors = not is_trainable
     return model
 
 

@@ -27,10 +27,17 @@ __all__ = ["Int8LoraLinear", "ParamWrapper", "factors_from_layout", "register"]
 class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
     """The update of one expert stack; wrappers nest, one a stack. PEFT looks for the class by this name."""
 
+    keeps_factors = False
+    """Whether nobody trains it: a token that is generated hits few experts, and putting the factors in order takes all
+    experts' in hand. What is kept takes the memory of B again."""
+    _made: tuple[tuple[Any, ...], LoraFactors] | None = None
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the experts with this stack's factors in place."""
         self._check_forward_args(x, *args, **kwargs)
         factors = None if self.disable_adapters else self._factors()
+        if factors is not None and self.keeps_factors and x.is_cpu and not torch.is_grad_enabled():
+            factors = self._ready(factors, x.dtype)
         if factors is None:
             output: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return output
@@ -63,6 +70,16 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
         if not self.get_param().is_floating_point():
             raise ModelError("an adapter cannot be merged into int8 experts: merge it into the original checkpoint")
         super().merge(safe_merge, adapter_names)
+
+    def _ready(self, factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
+        """In the order and dtype that they are computed in: made once, and again after any change."""
+        weights = [layers[name].weight for layers in (self.lora_A, self.lora_B) for name in layers]
+        written = ((weight.data_ptr(), weight._version) for weight in weights)
+        key = (dtype, *self.active_adapters, *self.scaling.items(), *written)
+        if self._made is None or self._made[0] != key:
+            made = LoraFactors(factors.A.to(dtype), factors.B.to(dtype).contiguous(), factors.scaling)
+            self._made = key, made
+        return self._made[1]
 
     def _factors(self) -> LoraFactors | None:
         pairs = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from toolkit.ops.few_rows import can_read_once, read_once
 from toolkit.ops.split_int8 import can_multiply, multiply
 
 __all__ = ["Int8Linear", "dequantize", "input_gradient", "product", "quantize", "scratch_for"]
@@ -95,6 +96,8 @@ def input_gradient(grad: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor
 def _times(x: torch.Tensor, stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     if can_multiply(x, stored):
         return multiply(x.reshape(-1, x.shape[-1]), stored, transposed=transposed).view(*x.shape[:-1], -1)
+    if transposed and can_read_once(x_NI := x.reshape(-1, x.shape[-1]), stored):
+        return read_once(x_NI, stored).view(*x.shape[:-1], -1)
     weight = stored.to(x.dtype)
     return x @ (weight.t() if transposed else weight)
 
@@ -134,7 +137,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x [..., in] to [..., out], in x's dtype."""
-        output: torch.Tensor = _Int8Matmul.apply(input, self.weight, self.weight_scale)
+        times = _Int8Matmul.apply if torch.is_grad_enabled() else product
+        output: torch.Tensor = times(input, self.weight, self.weight_scale)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def reset_parameters(self) -> None:

@@ -36,24 +36,40 @@ def adapted_linear(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    output: torch.Tensor = _AdaptedLinear.apply(x, A.to(x.dtype), B.to(x.dtype), stored, scale, bias, scaling)
+    given = (x, A.to(x.dtype), B.to(x.dtype), stored, scale, bias, scaling)
+    if not torch.is_grad_enabled():
+        return _forward(*given)[0]
+    output: torch.Tensor = _AdaptedLinear.apply(*given)
     return output
+
+
+def _forward(
+    x: torch.Tensor,
+    A_RI: torch.Tensor,
+    B_OR: torch.Tensor,
+    stored: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [..., O], and x Aᵀ [N, R]."""
+    with torch.autocast(x.device.type, enabled=False):
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = product(x_NI, stored, scale)
+        if bias is not None:
+            y_NO.add_(bias.to(x.dtype))
+        low_NR = x_NI @ A_RI.t()
+        y_NO.addmm_(low_NR, B_OR.t(), alpha=scaling)
+    return y_NO.view(*x.shape[:-1], -1), low_NR
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
-        x, A_RI, B_OR, stored, scale, bias, scaling = args
-        with torch.autocast(x.device.type, enabled=False):
-            x_NI = x.reshape(-1, x.shape[-1])
-            y_NO = product(x_NI, stored, scale)
-            if bias is not None:
-                y_NO.add_(bias.to(x.dtype))
-            low_NR = x_NI @ A_RI.t()
-            y_NO.addmm_(low_NR, B_OR.t(), alpha=scaling)
+        x, A_RI, B_OR, stored, scale, _, scaling = args
+        output, low_NR = _forward(*args)
         ctx.save_for_backward(x, low_NR, A_RI, B_OR, stored, scale)
         ctx.scaling = scaling
-        output: torch.Tensor = y_NO.view(*x.shape[:-1], -1)
         return output
 
     @staticmethod

@@ -21,7 +21,7 @@ import torch
 from toolkit.ops.experts import ExpertWeights
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.presence import present
-from toolkit.ops.rows import Routing, RowBlock
+from toolkit.ops.rows import Routing, RowBlock, is_fake
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
 
@@ -29,6 +29,8 @@ __all__ = ["expert_layer", "kept_rows"]
 
 _KEPT_OF_WEIGHTS = 0.3
 """Share of the weights' bytes: what is kept grows with the tokens, and is to stay small beside the layer."""
+_FEW_ROWS = 256
+"""Rows of all experts up to which nothing is shared among threads but each product."""
 _MOST_ROWS = 512
 """Rows computed at a time: enough for a full-speed product, and one hot expert is still shared among the cores."""
 
@@ -52,8 +54,51 @@ def expert_layer(
     pairs = [(None, None, 1.0) if lora is None else (lora.A, lora.B, lora.scaling) for lora in (up_lora, down_lora)]
     factors = [None if factor is None else factor.to(x_TH.dtype) for A, B, _ in pairs for factor in (A, B)]
     scalings = tuple(scaling for *_, scaling in pairs)
-    output: torch.Tensor = _ExpertLayer.apply(x_TH, weight_TK, *factors, index_TK, weights, scalings, keep_up)
+    given = (x_TH, weight_TK, *factors, index_TK, weights, scalings)
+    if not torch.is_grad_enabled():
+        with present(weights, index_TK, trains=False) as there:
+            return _without_gradients(there, *given)
+    output: torch.Tensor = _ExpertLayer.apply(*given, keep_up)
     return output
+
+
+def _without_gradients(there: ExpertWeights, *given: Any) -> torch.Tensor:
+    """Nothing is kept. Few rows are one block, whose products take all threads: handing them out would take longer."""
+    x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, scalings = given
+    up = Products.of(there.up, _factors(up_A, up_B, scalings[0]))
+    down = Products.of(there.down, _factors(down_A, down_B, scalings[1]))
+    is_small = index_TK.device.type == "cpu" and index_TK.numel() <= _FEW_ROWS and not is_fake(index_TK)
+    routing = Routing.in_one_block(index_TK, there.up.experts) if is_small else _routing(index_TK, weights)
+    return _forward(routing, x_TH, weight_TK, up, down, weights, parallel=not is_small)
+
+
+def _forward(
+    routing: Routing,
+    x_TH: torch.Tensor,
+    weight_TK: torch.Tensor,
+    up: Products,
+    down: Products,
+    weights: ExpertWeights,
+    kept_SO: torch.Tensor | None = None,
+    *,
+    parallel: bool = True,
+) -> torch.Tensor:
+    """The layer's output [T, H]; the first projection's goes to `kept_SO`, as far as that reaches."""
+    out_TH = torch.zeros_like(x_TH)
+    weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
+    split_rows = up.split_rows(x_TH)
+
+    def compute(block: RowBlock) -> torch.Tensor:
+        y_NO = up.forward(block.gather(x_TH), block, split_rows)
+        if kept_SO is not None and block.is_within(kept_SO):
+            kept_SO[block.rows] = block.strip(y_NO)
+        y_NH = down.forward(weights.gate(y_NO), block)
+        if weights.post_norm is not None:
+            y_NH = weights.post_norm(y_NH)
+        return y_NH.mul_(block.pad(weight_S1[block.rows]))
+
+    _run(routing, compute, lambda block, y_NH: block.scatter_add(out_TH, y_NH), x_TH.device, parallel=parallel)
+    return out_TH
 
 
 class _ExpertLayer(torch.autograd.Function):
@@ -76,21 +121,7 @@ class _ExpertLayer(torch.autograd.Function):
             up_B, down_B = up.B, down.B
         ctx.save_for_backward(x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, *lows, kept_SO)
         ctx.weights, ctx.scalings = weights, scalings
-        routing, out_TH = _routing(index_TK, weights), torch.zeros_like(x_TH)
-        weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
-        split_rows = up.split_rows(x_TH)
-
-        def compute(block: RowBlock) -> torch.Tensor:
-            y_NO = up.forward(block.gather(x_TH), block, split_rows)
-            if kept_SO is not None and block.is_within(kept_SO):
-                kept_SO[block.rows] = block.strip(y_NO)
-            y_NH = down.forward(weights.gate(y_NO), block)
-            if weights.post_norm is not None:
-                y_NH = weights.post_norm(y_NH)
-            return y_NH.mul_(block.pad(weight_S1[block.rows]))
-
-        _run(routing, compute, lambda block, y_NH: block.scatter_add(out_TH, y_NH), x_TH.device)
-        return out_TH
+        return _forward(_routing(index_TK, weights), x_TH, weight_TK, up, down, weights, kept_SO)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -149,9 +180,12 @@ def _run(
     compute: Callable[[RowBlock], Any],
     collect: Callable[[RowBlock, Any], None],
     device: torch.device,
+    *,
+    parallel: bool = True,
 ) -> None:
+    parallel = parallel and device.type == "cpu" and not routing.is_fake
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_fake)
+        run_in_order(routing.blocks, compute, collect, parallel=parallel)
 
 
 @dataclass(frozen=True)

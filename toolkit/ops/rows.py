@@ -8,6 +8,7 @@ all of a block at once. The rows are never sorted into a copy of all; a block ga
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -104,6 +105,23 @@ class Routing:
         self.idle = [expert for expert, count in enumerate(counts) if not count]
         """Experts that nobody chose."""
         self.blocks = list(_blocks(counts, token, most_rows))
+
+    @classmethod
+    def in_one_block(cls, index_TK: torch.Tensor, num_experts: int) -> Routing:
+        """Few rows, not padded: a block of all of them."""
+        self = cls.__new__(cls)
+        flat, slots = index_TK.flatten().tolist(), index_TK.shape[1]
+        order = sorted((row for row, expert in enumerate(flat) if expert < num_experts), key=flat.__getitem__)
+        starts = [at for at, row in enumerate(order) if at == 0 or flat[row] != flat[order[at - 1]]]
+        segments = tuple(
+            Segment(flat[order[start]], slice(start, stop), is_first=True, is_only=True)
+            for start, stop in itertools.pairwise([*starts, len(order)])
+        )
+        self.is_fake, self._order = False, torch.tensor(order, dtype=torch.long)
+        self.idle = sorted(set(range(num_experts)) - {segment.expert for segment in segments})
+        every = slice(0, len(order))
+        self.blocks = [RowBlock(every, self._order // slots, every, segments)] if order else []
+        return self
 
     def sort(self, values_TK: torch.Tensor) -> torch.Tensor:
         """A value a row, sorted by expert, [S]."""

@@ -10,6 +10,7 @@ scheme (Ootomo, Ozaki, Yokota: DGEMM on integer matrix multiplication unit, 2024
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,14 +25,17 @@ __all__ = ["SplitRows", "Stored", "can_multiply", "multiply", "multiply_each"]
 _DIGITS = 3
 _BITS = 8
 _BASE = 1 << _BITS
+_HALVES = sum(_BASE // 2 * _BASE**place for place in range(_DIGITS))
 _LARGEST = 127 * _BASE ** (_DIGITS - 1)
 """What a row's largest number becomes: 127 in the highest digit, so that rounding it up cannot be too much."""
 _SMALLEST = 1e-30
 """A row of nothing larger counts as if this were its largest number: the inverse of a smaller one is infinite."""
 _MOST_INPUTS = (2**31 - 1) // (128 * 128)
 """Beyond so many a sum of products might not fit into int32."""
-_FEWEST_WEIGHTS = 1 << 19
-"""With fewer, splitting the rows costs more than whole numbers save."""
+_FEWEST_WEIGHTS, _FEWEST_FOR_FEW_ROWS = 1 << 19, 1 << 17
+"""With fewer, splitting the rows costs more than whole numbers save. Few rows are split fast, and a weight is not worth
+converting for them."""
+_FEW_ROWS, _A_ROW_OR_TWO = 16, 2
 _ROWS = 256
 _COLUMNS, _SUMS = 512, 1 << 19
 """About so many rows are computed at a time, and columns: that many at least, and so many of both that a thread's sums,
@@ -53,7 +57,7 @@ def can_multiply(x: torch.Tensor, stored: torch.Tensor, sides: tuple[int, ...] |
         and stored.is_cpu
         and not isinstance(x, FakeTensor)
         and max(sides) <= _MOST_INPUTS
-        and prod(sides) >= _FEWEST_WEIGHTS
+        and prod(sides) >= (_FEWEST_FOR_FEW_ROWS if x.shape[:-1].numel() <= _FEW_ROWS else _FEWEST_WEIGHTS)
         and _has_integer_units()
     )
 
@@ -61,8 +65,25 @@ def can_multiply(x: torch.Tensor, stored: torch.Tensor, sides: tuple[int, ...] |
 def multiply(x_NI: torch.Tensor, stored_PQ: torch.Tensor, *, transposed: bool) -> torch.Tensor:
     """x times an int8 weight, or times its transpose: [N, O] in fp32. Of each row the error is at most 2⁻²³ of its
     largest number times the sum of the weights' magnitudes, and that of adding the digits' products in fp32."""
+    if 0 < x_NI.shape[0] <= _A_ROW_OR_TWO:
+        return _multiply_at_once(x_NI, stored_PQ.t() if transposed else stored_PQ)
     width = stored_PQ.shape[0 if transposed else 1]
     return multiply_each(x_NI, [(slice(0, x_NI.shape[0]), stored_PQ)], width, transposed=transposed)
+
+
+def _multiply_at_once(x_NI: torch.Tensor, stored_IO: torch.Tensor) -> torch.Tensor:
+    """In as few calls as it takes: of a row or two they are what costs."""
+    rows, inputs = x_NI.shape
+    largest_N1 = torch.linalg.vector_norm(x_NI, math.inf, 1, True).clamp_min_(_SMALLEST)
+    whole = torch.mul(x_NI, _LARGEST / largest_N1).round_().to(torch.int32)
+    # Each byte is a digit once half the base is added to all of them and their highest bits are turned round.
+    digits = whole.add_(_HALVES).bitwise_xor_(_HALVES).view(torch.int8).view(rows, inputs, 4).transpose(1, 2)
+    flat = digits[:, :_DIGITS].reshape(_DIGITS * rows, inputs)
+    sums = torch._int_mm(flat, stored_IO).view(rows, _DIGITS, -1).to(torch.float32)
+    out_NO, *others = reversed(sums.unbind(1))
+    for each in others:
+        out_NO = torch.add(each, out_NO, alpha=_BASE)
+    return out_NO.mul_(largest_N1 * (1.0 / _LARGEST))
 
 
 @dataclass(frozen=True)

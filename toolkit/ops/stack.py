@@ -19,6 +19,7 @@ import torch
 from toolkit.ops import four_bit
 from toolkit.ops.experts import ExpertStack
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.few_rows import can_read_once, read_once
 from toolkit.ops.four_bit import FourBits
 from toolkit.ops.rows import RowBlock, Segment, is_fake
 from toolkit.ops.split_int8 import SplitRows, Stored, can_multiply, multiply_each
@@ -150,6 +151,9 @@ class Products:
         result = x.new_empty(x.shape[0], width)
         for segment in block.segments:
             mine, out = segment.of(x), segment.of(result)
+            if transposed and not self.stack.four_bits and can_read_once(mine, self.stack.weight[segment.expert]):
+                out.copy_(read_once(mine, self.stack.weight[segment.expert]))
+                continue
             if self.stack.four_bits and not transposed:
                 for outputs, weight in self._by_outputs(segment.expert, x.dtype):
                     torch.mm(mine, weight, out=out[:, outputs])

@@ -1,0 +1,37 @@
+"""Products of a few bf16 rows with int8 weights on a CPU: what decoding is made of.
+
+torch's product for weights of a byte reads them once, where they lie, and adds in fp32. With more rows it is slower
+than to convert the weights and use BLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["can_read_once", "read_once"]
+
+_MOST_ROWS = 16
+_WHOLE = 32
+"""Inputs that torch's kernel takes at a time, and the reason for this guard: it does not look whether any are left."""
+
+
+def can_read_once(x_NI: torch.Tensor, stored_OI: torch.Tensor) -> bool:
+    """Whether `read_once` takes these, where that pays."""
+    return (
+        x_NI.dtype == torch.bfloat16
+        and 0 < x_NI.shape[0] <= _MOST_ROWS
+        and stored_OI.dtype == torch.int8
+        and stored_OI.is_cpu
+        and stored_OI.shape[1] % _WHOLE == 0
+        and stored_OI.is_contiguous()
+        and not isinstance(x_NI, FakeTensor)
+    )
+
+
+def read_once(x_NI: torch.Tensor, stored_OI: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ without the weights' scale: [N, O] in bf16.
+
+    torch would take scales in bf16, which puts each output off by up to 0.2%.
+    """
+    return torch._weight_int8pack_mm(x_NI.contiguous(), stored_OI, x_NI.new_ones(stored_OI.shape[0]))
