@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.conftest import MODEL, Run, onecard, recipe
 from toolkit import __version__
@@ -61,6 +62,18 @@ def test_train_then_every_verb_that_reads_a_run(
     answers = iter(["Which category is it: oak - a tree?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     assert onecard("chat", run, "--max-new-tokens", 4)[1] == out
+    seen: list[torch.dtype] = []
+
+    def answer_ids(model: torch.nn.Module, *_: object, **__: object) -> list[list[int]]:
+        seen.append(next(model.parameters()).dtype)
+        return [[]]
+
+    monkeypatch.setattr("toolkit.evaluate.answer_ids", answer_ids)
+    for asked in ((), ("--dtype", "bfloat16")):
+        assert onecard("generate", run, "--prompt", "x", *asked)[0] == 0
+    assert seen == [torch.float32, torch.bfloat16]
+    assert onecard("chat", run, "--dtype", "fp8")[0] == 2
+    monkeypatch.undo()
 
     status, _, err = onecard("generate", run / "adapter", "--prompt", "x")
     assert status == 4

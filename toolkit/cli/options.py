@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Base",
+    "Dtype",
     "Json",
     "Overrides",
     "RecipePath",
@@ -53,6 +54,9 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Base = Annotated[str | None, typer.Option(help="The base checkpoint, if the one the artifact names is not here.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Compute in float32, bfloat16 or float16; by default as the run was trained.")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or an artifact.")]
 
 

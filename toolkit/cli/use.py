@@ -11,6 +11,7 @@ import typer
 
 from toolkit.cli.options import (
     Base,
+    Dtype,
     Json,
     Overrides,
     RunPath,
@@ -137,6 +138,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     mtp: Mtp = False,
+    dtype: Dtype = None,
     json_: Json = False,
 ) -> None:
     """One answer of the adapted model, to stdout."""
@@ -148,7 +150,7 @@ def generate(
     if not text.strip():
         raise RecipeError("--prompt: is empty; give the question, or - to read it from stdin")
     console = quiet_console()
-    made, model, tokenizer = reopen(run, None, base, console)
+    made, model, tokenizer = reopen(run, _in(dtype), base, console)
     dialogue = job.dialogue(tokenizer, made, artifact_of(run))
     reply_to = _writer(run, made, model, tokenizer, max_new_tokens, temperature, mtp, console)
     ids = dialogue.prompt_ids([{"role": "user", "content": text}])
@@ -172,6 +174,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     mtp: Mtp = False,
+    dtype: Dtype = None,
 ) -> None:
     """Talk to the adapted model; /help lists what can be switched on the way, /quit or an empty line ends."""
     from rich.console import Console
@@ -180,7 +183,7 @@ def chat(
     from toolkit.serving import Conversation, Screen, talk
 
     console = quiet_console()
-    made, model, tokenizer = reopen(run, None, base, console)
+    made, model, tokenizer = reopen(run, _in(dtype), base, console)
     dialogue = job.dialogue(tokenizer, made, artifact_of(run))
     if dialogue.form.form == "text":
         console.print("trained on plain text: each line is sent without the earlier ones")
@@ -208,6 +211,7 @@ def serve(
     base: Base = None,
     host: Annotated[str, typer.Option(help="Address to listen on; only this machine reaches localhost.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    dtype: Dtype = None,
 ) -> None:
     """Serve the adapted model, OpenAI-compatible, by transformers' own server."""
     from toolkit import run as job
@@ -216,7 +220,7 @@ def serve(
 
     require_server()
     console = quiet_console()
-    made, model, tokenizer = reopen(run, None, base, console)
+    made, model, tokenizer = reopen(run, _in(dtype), base, console)
     name = run.resolve().parent.name if run.name == "adapter" else run.resolve().name
     url = f"http://{host}:{port}/v1"
     console.print(f"{url}  model {name}; Ctrl-C ends", markup=False)
@@ -224,6 +228,10 @@ def serve(
     console.print(f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'", markup=False)
     run_server(model, tokenizer, job.dialogue(tokenizer, made, artifact_of(run)), name, host=host, port=port)
     next_commands(console, f"export {run} --format per-expert", f"export {run} --format gguf")
+
+
+def _in(dtype: str | None) -> list[str] | None:
+    return [f"model.dtype={dtype}"] if dtype else None
 
 
 def _writer(

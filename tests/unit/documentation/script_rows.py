@@ -94,6 +94,19 @@ ROWS = (
         ("layers.json", "layers.svg"),
     ),
     Row(
+        "benchmarks/generate.py",
+        "--checkpoints {place}/tiny --batches 1 --new 4 --prompt 8 --prefill 16 --repeats 1 --threads 1 --within 1 "
+        '--only "ours, fp32" "ours, bf16" "stock merged, fp32" --peers {peers} --json {place}/writing.json',
+        (
+            r"/tiny: tokens a second, median",
+            r"^write, batch 1$",
+            r"^  ours, bf16 +[\d.]+ \(",
+            r"^  stock merged, fp32 +[\d.]+ \(",
+            r"against stock's best: [\d.]+×$",
+        ),
+        ("writing.json",),
+    ),
+    Row(
         "benchmarks/large_step.py",
         "{shape} --tokens 32 --out {place}/step.json",
         (r'"expert_stacks_adapted": \[\s+4,\s+4\s+\]', r'"streamed_layers": [1-9]', r'"anonymous_peak_gib": \d'),
