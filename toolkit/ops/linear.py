@@ -9,6 +9,7 @@ x Aᵀ only.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def _forward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [..., O], and x Aᵀ [N, R]."""
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO = product(x_NI, stored, scale)
         if bias is not None:
