@@ -6,6 +6,8 @@ than to convert the weights and use BLAS.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -26,7 +28,14 @@ def can_read_once(x_NI: torch.Tensor, stored_OI: torch.Tensor) -> bool:
         and stored_OI.shape[1] % _WHOLE == 0
         and stored_OI.is_contiguous()
         and not isinstance(x_NI, FakeTensor)
+        and _has_kernel()
     )
+
+
+@cache
+def _has_kernel() -> bool:
+    """Elsewhere torch goes number by number."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def read_once(x_NI: torch.Tensor, stored_OI: torch.Tensor) -> torch.Tensor:

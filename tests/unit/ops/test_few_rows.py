@@ -22,7 +22,7 @@ def weights(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_it_is_rounded_as_bf16_is(count: int, outputs: int, inputs: int) -> None:
     x, (stored, scale) = rows(count, inputs), weights(outputs, inputs)
-    assert can_read_once(x, stored)
+    assert can_read_once(x, stored) == (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
     wanted = x.float() @ stored.float().t()
     assert (read_once(x, stored).float() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
     whole, truth = product(x, stored, scale).float(), wanted * scale
