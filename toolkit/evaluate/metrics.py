@@ -5,15 +5,12 @@ The packages that have these (rouge-score, evaluate) bring stemmers and download
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 
 from toolkit.errors import RecipeError, did_you_mean, first_line
+from toolkit.rewards import exact_match, json_valid
+from toolkit.rewards.functions import function_of
 
 __all__ = ["BUILT_IN", "LOSS", "Metric", "find_metric", "metrics_for", "score"]
 
@@ -22,11 +19,6 @@ Metric = Callable[[str, str], float]
 
 LOSS = "loss"
 """The one figure that is not about answers, and better low."""
-
-
-def exact_match(answer: str, wanted: str) -> float:
-    """1 where they are the same but for case, outer spaces and a final full stop."""
-    return float(_normal(answer) == _normal(wanted))
 
 
 def token_f1(answer: str, wanted: str) -> float:
@@ -49,15 +41,6 @@ def rouge_l(answer: str, wanted: str) -> float:
     return _f1(lengths[-1], len(got), len(due))
 
 
-def json_valid(answer: str, wanted: str) -> float:
-    """1 where the answer parses as JSON, whatever is wanted."""
-    try:
-        json.loads(answer)
-    except ValueError:
-        return 0.0
-    return 1.0
-
-
 BUILT_IN: Mapping[str, Metric] = {metric.__name__: metric for metric in (exact_match, token_f1, rouge_l, json_valid)}
 
 
@@ -69,18 +52,10 @@ def find_metric(name: str) -> tuple[str, Metric]:
     """
     if name in BUILT_IN:
         return name, BUILT_IN[name]
-    where, sign, attribute = name.rpartition(":")
-    if not sign:
+    if ":" not in name:
         hint = did_you_mean(name, [LOSS, *BUILT_IN]) or f"; known: {', '.join([LOSS, *BUILT_IN])}"
         raise RecipeError(f"eval.metric: no metric {name}{hint}; one of yours is file.py:function or module:function")
-    try:
-        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # whatever the user's own file raises when it runs
-        raise RecipeError(f"eval.metric: {where} cannot be imported: {first_line(error)}") from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise RecipeError(f"eval.metric: {where} has no function {attribute}{did_you_mean(attribute, dir(module))}")
-    return attribute, function
+    return function_of(name, "eval.metric")
 
 
 def metrics_for(chosen: str, wanted: Sequence[str]) -> dict[str, Metric]:
@@ -106,22 +81,9 @@ def score(name: str, metric: Metric, answers: Sequence[str], wanted: Sequence[st
         ) from None
 
 
-def _from_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _f1(common: int, got: int, due: int) -> float:
     return 2 * common / (got + due) if got + due else 1.0
 
 
 def _words(text: str) -> list[str]:
     return "".join(c if c.isalnum() else " " for c in text.casefold()).split()
-
-
-def _normal(text: str) -> str:
-    return text.strip().casefold().rstrip(".")
