@@ -12,6 +12,7 @@ from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.encode import HeldOut
 from toolkit.data.preview import render_preview
 from toolkit.data.problems import InvalidRow
+from toolkit.data.questions import Question
 from toolkit.data.report import DataReport, SplitReport
 from toolkit.data.sources import read_chat_template, require_source
 
@@ -23,6 +24,7 @@ __all__ = [
     "Dialogue",
     "HeldOut",
     "InvalidRow",
+    "Question",
     "SplitReport",
     "build_batches",
     "check_messages",

@@ -11,7 +11,8 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder,
 from toolkit.data.formats import SHAPES, Example
 from toolkit.data.pairs import EQUAL_WHEN_CUT, PAIR_SHAPES, PAIRS, encode_examples
 from toolkit.data.problems import Problems
+from toolkit.data.questions import QUESTION_SHAPES, Question, QuestionEncoder, Questions
 from toolkit.data.reading import Reading, Split, counted, read_sources, require_removed, sources_of
 from toolkit.data.report import DataReport, SourceReport, SplitReport, source_reports, summarise
 from toolkit.data.selection import (
@@ -74,6 +76,9 @@ class Batches:
     """How inference asks for what was trained, and where it stops."""
     places: Sequence[str] = ()
     """Where each row of `train` came from, `file:line`."""
+    questions: Sequence[Question] = ()
+    """What each row of `train` asks, where the model writes answers to it; and of `validation`."""
+    held_out_questions: Sequence[Question] = ()
 
     @property
     def pairs(self) -> bool:
@@ -129,13 +134,16 @@ def build_batches(
     stop_token_ids: Sequence[int] = (),
     date: datetime.date | None = None,
     pairs: bool = False,
+    room: int | None = None,
+    kept: Sequence[str] = (),
 ) -> Batches:
     """Read, check and mask the data of a run; the same arguments and files always give the same batches.
 
     The arguments are the fields of the recipe's data section, but `chat_template` is Jinja text (see
     `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. `stop_token_ids` are
     those at which the checkpoint's own generation stops, and `date` is what the chat template prints as today's. With
-    `pairs`, rows are preference pairs. The tokenizer must be a fast one; it is not changed. Turns after a
+    `pairs`, rows are preference pairs. With `room`, tokens that the model writes to a prompt, rows are questions, which
+    carry the columns `kept` for rewards. The tokenizer must be a fast one; it is not changed. Turns after a
     conversation's last answer are left out and counted.
 
     Raises:
@@ -143,8 +151,8 @@ def build_batches(
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
-    shapes = PAIR_SHAPES if pairs else SHAPES
-    reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by, shapes)
+    shapes = PAIR_SHAPES if pairs else QUESTION_SHAPES if room else SHAPES
+    reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by, shapes, kept)
     sources = sources_of(train, name, train_split)
     training = read_sources(sources, reading, base_folder)
     require_removed(reading, training.where)
@@ -169,7 +177,7 @@ def build_batches(
         system_prompt=system_prompt,
     )
     dialogue = Dialogue(tokenizer, form, chat_template=chat_template, thoughts=thoughts)
-    encoder = Encoder(
+    encoder = (partial(QuestionEncoder, room=room) if room else Encoder)(
         tokenizer,
         dialogue,
         train_on=train_on,
@@ -193,7 +201,11 @@ def build_batches(
     reading.notices[COPIES] += 0 if dedupe else done.copies
     reading.notices[_REPEATED] += done.repeated
     told = source_reports(sources, training, done.examples, done.rows) if not isinstance(train, str) else ()
-    return _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
+    made = _batches(done, held_done, reading.found, reading.notices + encoder.notices, dialogue.form, told)
+    if room is None:
+        return made
+    held_out = Questions(held_done.examples, held_done.rows) if held_done else ()
+    return replace(made, questions=Questions(done.examples, done.rows), held_out_questions=held_out)
 
 
 def _order(count: int, *, drawn: bool, seed: int) -> NDArray[np.int64]:

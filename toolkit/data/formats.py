@@ -63,9 +63,13 @@ class Example:
     rejected: Example | None = None
     """The same prompt with the answer that is rejected, where the example is a pair."""
 
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the row that rewards see."""
+
     def memory(self) -> int:
         """About the bytes that it takes."""
         own = 500 + len(str(self.messages)) + len(str(self.tools or "")) + len(self.text)
+        own += len(str(self.columns)) if self.columns else 0
         return own + (self.rejected.memory() if self.rejected else 0)
 
     @property

@@ -80,6 +80,8 @@ class Reading:
     group_by: str | None = None
     shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
     """The formats that rows may have, by name."""
+    kept: Sequence[str] = ()
+    """Further columns that an example keeps, for rewards."""
     found: str = ""
     notices: Counter[str] = field(default_factory=Counter)
     seen: set[str] = field(default_factory=set)
@@ -136,13 +138,17 @@ class Reading:
         if self.group_by is not None and self.group_by not in columns:
             near = did_you_mean(self.group_by, sorted(columns)) or f"; it has {listed(sorted(columns))}"
             raise DataError(f"{where}: data.group_by: no column {self.group_by!r}{near}")
+        for column in self.kept:
+            if column not in columns:
+                near = did_you_mean(column, sorted(columns)) or f"; it has {listed(sorted(columns))}"
+                raise DataError(f"{where}: rewards.columns: no column {column!r}{near}")
         return shape
 
     def _read_columns(self, shape: str | None) -> Set[str]:
         """The file's columns that something here reads."""
         ours = {*self.shapes[shape].required, *self.shapes[shape].optional} if shape else set()
         theirs = {theirs for our, theirs in self.columns.items() if our in ours}
-        return (ours - self.columns.keys()) | theirs | ({self.group_by} if self.group_by else set())
+        return (ours - self.columns.keys()) | theirs | ({self.group_by} if self.group_by else set()) | {*self.kept}
 
     def _example(self, row: Row, shape: str | None, source: int) -> Example:
         if isinstance(row.values, InvalidRow):
@@ -159,7 +165,9 @@ class Reading:
                 self.notices[text] += 1
         for note in example.notes:
             self.notices[note] += 1
-        return replace(add_system(example, self.system_prompt), place=row.place, group=group, source=source)
+        kept = {name: row.values.get(name) for name in self.kept}
+        example = add_system(example, self.system_prompt)
+        return replace(example, place=row.place, group=group, source=source, columns=kept)
 
 
 def _group(value: Any) -> bytes | None:

@@ -1,11 +1,14 @@
 """The recipe: YAML in, a frozen and fully validated `Recipe` out. Imports no torch."""
 
+from toolkit.recipe.aliases import ALIASES
 from toolkit.recipe.binding import Change, Effect, changes, flat
 from toolkit.recipe.methods import PAIR_METRICS
+from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions
 from toolkit.recipe.schema import (
     DataSection,
     DpoSection,
     EvalSection,
+    GrpoSection,
     HubSection,
     LoraSection,
     ModelSection,
@@ -13,21 +16,26 @@ from toolkit.recipe.schema import (
     PlacementSection,
     QuantizationSection,
     Recipe,
+    RewardsSection,
+    RlooSection,
     TrackingSection,
     TrainingSection,
     TrainSource,
 )
-from toolkit.recipe.source import ALIASES, dump, field_named, field_words, load, parse
+from toolkit.recipe.source import dump, field_named, field_words, load, parse
 from toolkit.recipe.starter import starter
 
 __all__ = [
     "ALIASES",
     "PAIR_METRICS",
+    "REWARD",
+    "ROLLOUTS",
     "Change",
     "DataSection",
     "DpoSection",
     "Effect",
     "EvalSection",
+    "GrpoSection",
     "HubSection",
     "LoraSection",
     "ModelSection",
@@ -35,6 +43,10 @@ __all__ = [
     "PlacementSection",
     "QuantizationSection",
     "Recipe",
+    "RewardFunction",
+    "RewardsSection",
+    "RlooSection",
+    "RolloutOptions",
     "TrackingSection",
     "TrainSource",
     "TrainingSection",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from toolkit.recipe.bounds import Misfit, Section
+from toolkit.recipe.rollouts import ROLLOUTS, rollout_misfits, with_rollouts
 
 __all__ = ["PAIR_METRICS", "DpoSection", "misfits", "with_method"]
 
@@ -63,6 +64,7 @@ class DpoSection(Section):
 
 def with_method(values: Any) -> Any:
     """A recipe's values before they are checked: pairs are padded, so that packing is off where nobody asked for it."""
+    values = with_rollouts(values)
     training = values.get("training") if isinstance(values, Mapping) else None
     if isinstance(training, Mapping) and training.get("method") == "dpo" and "packing" not in training:
         return {**values, "training": {**training, "packing": False}}
@@ -72,12 +74,13 @@ def with_method(values: Any) -> Any:
 def misfits(recipe: Any) -> Iterator[Misfit]:
     """What the other sections say that the method cannot do."""
     data, training = recipe.data, recipe.training
-    if training.method == "sft":
+    yield from rollout_misfits(recipe)
+    if training.method in ("sft", *ROLLOUTS):
         if recipe.dpo != DpoSection():
             yield Misfit("dpo", "is for training.method: dpo; remove it, or set that")
-        if data.format == "preference":
+        if data.format == "preference" and training.method == "sft":
             yield Misfit("data.format", "preference is for training.method: dpo")
-        if recipe.eval.metric in PAIR_METRICS:
+        if recipe.eval.metric in PAIR_METRICS and training.method == "sft":
             yield Misfit("eval.metric", f"{recipe.eval.metric} is for training.method: dpo")
         return
     if training.packing:

@@ -6,6 +6,7 @@ own documentation says carries over. The docstrings become the JSON Schema that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,12 +14,14 @@ from pydantic import Field, model_validator
 from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
 from toolkit.recipe.elsewhere import HubSection, TrackingSection
 from toolkit.recipe.methods import DpoSection, misfits, with_method
-from toolkit.recipe.sizes import Size
+from toolkit.recipe.rollouts import GrpoSection, RewardsSection, RlooSection
+from toolkit.recipe.weights import PlacementSection, QuantizationSection
 
 __all__ = [
     "DataSection",
     "DpoSection",
     "EvalSection",
+    "GrpoSection",
     "HubSection",
     "LoraSection",
     "ModelSection",
@@ -26,6 +29,8 @@ __all__ = [
     "PlacementSection",
     "QuantizationSection",
     "Recipe",
+    "RewardsSection",
+    "RlooSection",
     "TrackingSection",
     "TrainSource",
     "TrainingSection",
@@ -47,55 +52,6 @@ class ModelSection(Section):
     """Compute dtype of what is not int8; `auto` is bfloat16 on a card and float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """transformers' attention backend; `auto` is its own choice for the family. Packing is exact on every one."""
-
-
-class QuantizationSection(Section):
-    """What is stored in 8 or 4 bit. Router, norms, embeddings and head always keep their own dtype."""
-
-    experts: Literal["int8", "int4", "mxfp4", "source", "none"] = "int8"
-    """Expert stacks: int8 with one scale per output row; int4 or mxfp4, about half of that and coarser; source, which
-    keeps the four bits of a checkpoint that has them; or none, the compute dtype. A stack whose inputs are no multiple
-    of 64 stays int8."""
-    budget: Size | None = None
-    """With int4: bytes of all stacks, as 16GiB; as many layers as it holds are int8, those whose loss gains most."""
-    linears: Literal["int8", "bnb", "none"] = "int8"
-    """Attention, shared-expert and dense linears: weight-only int8; bitsandbytes' `Linear8bitLt`, which rounds
-    activations too; or left alone."""
-    activations: Literal["none", "int8"] = "none"
-    """`int8` splits the rows that experts compute in forward into two int8 digits, for the int8 tensor cores of a card;
-    refused before step 1 where it raises the held-out loss by more than 0.5%."""
-    error_compensation: Literal["none", "gptq"] = "none"
-    """`gptq` rounds the int8 parts again, layer by layer, to keep their outputs on training examples as close as
-    possible: same storage and speed, some minutes more before step 1."""
-    calibration_samples: Positive = 512
-    """Training examples that `gptq` and `budget` look at, up to 262,144 tokens of them."""
-
-    @model_validator(mode="after")
-    def _something_to_compensate(self) -> QuantizationSection:
-        if self.activations == "int8" and self.experts not in ("int8", "int4"):
-            raise ValueError("activations: int8 needs experts: int8 or int4")
-        if self.budget is not None and self.experts != "int4":
-            raise ValueError("budget says how many layers of int4 are int8 instead: set experts: int4, or remove it")
-        if self.error_compensation != "none" and self.experts not in ("int8", "int4") and self.linears != "int8":
-            raise ValueError("error_compensation needs experts in int8 or int4, or linears in int8")
-        return self
-
-
-class PlacementSection(Section):
-    """Where the frozen expert stacks live while the rest of the model is on the device."""
-
-    experts: Literal["auto", "resident", "host", "disk"] = "auto"
-    """`auto` keeps every stack on the device if the plan says that it fits, and otherwise streams the fewest layers
-    whose copies computation hides well; `resident` never streams; `host` and `disk` stream from pinned memory or from
-    an int8 file."""
-    share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the MoE layers to stream; without it, as many as the plan needs."""
-
-    @model_validator(mode="after")
-    def _something_to_share(self) -> PlacementSection:
-        if self.experts == "resident" and self.share is not None:
-            raise ValueError("share says how much is streamed, and experts: resident streams nothing: keep one")
-        return self
 
 
 class LoraSection(Section):
@@ -187,6 +143,10 @@ class TrainSource(Section):
     columns: dict[NonEmpty, NonEmpty] | None = None
     """Our column name to this set's; without it, `data.columns`."""
 
+    def located(self, find: Callable[[str], str | None]) -> TrainSource:
+        """With its path as `find` finds it, where it does."""
+        return self.model_copy(update={"path": find(self.path) or self.path})
+
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
@@ -259,21 +219,24 @@ class TrainingSection(Section):
 
     output_dir: NonEmpty = "runs/run"
     """The run's folder: recipe, metrics, checkpoints, adapter."""
-    method: Literal["sft", "dpo"] = "sft"
-    """What is learnt from: single answers (supervised fine-tuning), or pairs of a better and a worse answer."""
+    method: Literal["sft", "dpo", "grpo", "rloo"] = "sft"
+    """What is learnt from: single answers (supervised fine-tuning), pairs of a better and a worse answer, or (`grpo`,
+    `rloo`) rewards of answers that the model writes."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training examples."""
     max_steps: Positive | None = None
     """Optimizer steps; overrides `num_train_epochs`."""
     per_device_train_batch_size: Positive = 1
-    """Sequences (packed ones, with packing) in one forward pass; with `dpo` pairs, of two sequences each."""
+    """Sequences (packed ones, with packing) in one forward pass; with `dpo` pairs, of two sequences each;
+    with `grpo` and `rloo` written answers."""
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
     max_length: Positive | Literal["auto"] = 1024
     """Tokens in a sequence; with packing, tokens in a packed sequence. `auto` is the longest that fits the device,
     up to what the data or the model can use."""
     packing: bool = True
-    """Pack several examples into one sequence with a block-diagonal mask; no example sees another. Off with `dpo`."""
+    """Pack several examples into one sequence with a block-diagonal mask; no example sees another. Off with
+    `dpo`, `grpo` and `rloo`."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -333,7 +296,8 @@ class EvalSection(Section):
     metric: NonEmpty = "loss"
     """What is best: `loss`, `exact_match`, `token_f1`, `rouge_l`, `json_valid`, or a function of yours, as
     `file.py:function` or `module:function`, from answer and wanted answer to a number; higher is better. With `dpo`
-    also `rewards/accuracies` or `rewards/margins` of the held-out pairs."""
+    also `rewards/accuracies` or `rewards/margins` of the held-out pairs; with `grpo` and `rloo` it is `reward` by
+    default, of the answers that the model writes to held-out prompts."""
     regression: NonEmpty | None = None
     """A UTF-8 file of general text; its perplexity before and after shows forgetting."""
     max_samples: Positive | None = 200
@@ -365,6 +329,12 @@ class Recipe(Section):
     """The training run."""
     dpo: DpoSection = DpoSection()
     """Learning from pairs."""
+    rewards: RewardsSection = RewardsSection()
+    """What written answers are worth."""
+    grpo: GrpoSection = GrpoSection()
+    """Learning from rewards, compared within a prompt's answers."""
+    rloo: RlooSection = RlooSection()
+    """The same, each answer against the mean of the others."""
     eval: EvalSection = EvalSection()
     """What is measured."""
     tracking: TrackingSection = TrackingSection()

@@ -23,57 +23,22 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent
 
 from toolkit.errors import RecipeError, did_you_mean
+from toolkit.recipe.aliases import ALIASES, NEGATED
+from toolkit.recipe.bounds import Section
+from toolkit.recipe.rollouts import RewardFunction
 from toolkit.recipe.schema import Recipe, TrainSource
 
-__all__ = ["ALIASES", "dump", "load", "parse"]
+__all__ = ["dump", "load", "parse"]
 
-ALIASES: Mapping[str, str] = {
-    "base_model": "model.model_name_or_path",
-    "model_name": "model.model_name_or_path",
-    "model_id": "model.model_name_or_path",
-    "model_revision": "model.revision",
-    "torch_dtype": "model.dtype",
-    "lora_r": "lora.r",
-    "rank": "lora.r",
-    "alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout",
-    "lora_target_modules": "lora.target_modules",
-    "dataset": "data.train",
-    "datasets": "data.train",
-    "dataset_path": "data.train",
-    "dataset_name": "data.train",
-    "train_file": "data.train",
-    "validation_file": "data.validation",
-    "val_set_size": "data.validation_size",
-    "test_size": "data.validation_size",
-    "chat_template": "data.chat_template_path",
-    "train_on_inputs": "data.assistant_only_loss",
-    "sequence_len": "training.max_length",
-    "max_seq_length": "training.max_length",
-    "max_seq_len": "training.max_length",
-    "cutoff_len": "training.max_length",
-    "micro_batch_size": "training.per_device_train_batch_size",
-    "batch_size": "training.per_device_train_batch_size",
-    "eval_batch_size": "training.per_device_eval_batch_size",
-    "num_epochs": "training.num_train_epochs",
-    "epochs": "training.num_train_epochs",
-    "lr": "training.learning_rate",
-    "lr_scheduler": "training.lr_scheduler_type",
-    "warmup_ratio": "training.warmup_steps",
-    "optimizer": "training.optim",
-    "sample_packing": "training.packing",
-    "aux_loss_coef": "training.router_aux_loss_coef",
-    "wandb_name": "tracking.run_name",
-    "push_dataset_to_hub": "hub.push_to_hub",
-    "hf_token": "hub.hub_token",
-}
-"""Names that other toolkits use, and ours."""
-
-_NEGATED = {"train_on_inputs"}
 _COMMAND_LINE = "command line"
 _MOST_BYTES = 1 << 20
 _DEEPEST = 32
 _DEPTH = 2  # a section and its key
+_ITEMS: Mapping[tuple[str, ...], type[Section]] = {
+    ("data", "train"): TrainSource,
+    ("rewards", "functions"): RewardFunction,
+}
+"""Fields that are lists, and what an item of each is."""
 _ENV = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -131,6 +96,7 @@ _PATHS = {
     "lora": ("adapter_name_or_path",),
     "data": ("train", "validation", "chat_template_path"),
     "eval": ("metric", "regression"),
+    "rewards": ("functions",),
 }
 """Fields that may name something on this disk. Its last name stays: files of the Hub's cache are links to hashes."""
 
@@ -145,9 +111,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _existing_of(value: str | list[TrainSource] | None, folder: Path) -> str | list[TrainSource] | None:
+def _existing_of(value: str | list[Any] | None, folder: Path) -> str | list[Any] | None:
     if isinstance(value, list):
-        return [each.model_copy(update={"path": _existing(each.path, folder) or each.path}) for each in value]
+        return [each.located(lambda name: _existing(name, folder)) for each in value]
     return _existing(value, folder)
 
 
@@ -293,7 +259,7 @@ def _move(
     overrides = place == _COMMAND_LINE != lines.get((section, field))
     if field in home and not overrides:
         raise RecipeError(f"{place}: {source[-1]}: means {target}, which is given too; keep one")
-    if source[-1] in _NEGATED and isinstance(value, bool):
+    if source[-1] in NEGATED and isinstance(value, bool):
         value = not value
     home[field] = value
     lines[(section, field)] = place
@@ -362,7 +328,7 @@ def _explain(error: ValidationError, lines: _Lines, where: str) -> str:
     name = ".".join(path[:_DEPTH]) + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[_DEPTH:])
     if problem["type"] == "extra_forbidden":
         known = _fields(path[0]) if len(path) > 1 else list(Recipe.model_fields)
-        known = list(TrainSource.model_fields) if len(path) > _DEPTH else known
+        known = list(_ITEMS[path[:_DEPTH]].model_fields) if len(path) > _DEPTH else known
         hint = did_you_mean(path[-1], known) or f"; known: {', '.join(known)}"
         if path[-1] == "trust_remote_code":
             hint = "; it is always off: no code from a checkpoint is run"
@@ -386,7 +352,7 @@ def _path(problem: Any) -> tuple[str, ...]:
     if len(location) > 1 and location[0] in Recipe.model_fields and location[1] not in ("",):
         depth = _DEPTH
     number = next((n for n, part in enumerate(problem["loc"]) if isinstance(part, int)), None)
-    item = location[number : number + 2] if number is not None and location[:depth] == ["data", "train"] else []
+    item = location[number : number + 2] if number is not None and tuple(location[:depth]) in _ITEMS else []
     return tuple(location[:depth] + item)
 
 
