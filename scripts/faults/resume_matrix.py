@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, set_seed
 
+from scripts.parity.grpo_families import rollouts
 from toolkit.adapters import attach_lora
 from toolkit.architecture import describe
 from toolkit.checkpoint.config import skeleton
@@ -37,11 +38,14 @@ from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import spread
 from toolkit.quant import load_int8
 from toolkit.recipe import DpoSection, TrainingSection
+from toolkit.rewards import Asked, Scores
 from toolkit.training import Preference, RunContext, TrainResult, train_adapter
 from toolkit.training.adapter_steps import AdapterSteps, layer_major_for
 from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
 from toolkit.training.preference import PreferenceTrainer
 from toolkit.training.reference import START
+from toolkit.training.rollout_steps import RolloutSteps
+from toolkit.training.rollouts import Rollouts
 from toolkit.training.trainer import AdapterTrainer
 
 __all__ = ["CASES", "Case", "Cut", "Outcome", "compare", "train"]
@@ -76,16 +80,21 @@ class Case:
     """A multi-token-prediction head's training, and its `stage`."""
     dpo: dict[str, Any] | None = None
     """Fields of the recipe's section, where the rows are read as preference pairs."""
+    rollouts: dict[str, Any] | None = None
+    """The same where answers are written to prompts, and the `method`, which is grpo without it."""
 
     @property
     def trainer(self) -> type[AdapterSteps]:
         """The class that trains."""
+        if self.rollouts is not None:
+            return RolloutSteps
         return AdapterTrainer if self.dpo is None else PreferenceTrainer
 
 
 BASE = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "max_length": 96, "warmup_steps": 2, "use_cpu": True}
 PLAIN = {"packing": False, "gradient_checkpointing": False}
 THREE = {"gradient_accumulation_steps": 3}
+ANSWERS = {"per_device_train_batch_size": 4}
 DROPOUT = {"experts": False, "router": False, "lora_dropout": 0.2}
 
 CASES = (
@@ -148,6 +157,24 @@ CASES = (
     Case("pairs, logged in threes, epochs", {**PLAIN, "logging_steps": 3, "max_steps": 9}, (7,), rows=8, dpo={}),
     Case("pairs, a step left out before the cut", {**PLAIN, "max_steps": 8}, (5,), poisoned=2, dpo={"ld_alpha": 0.5}),
     Case("pairs, streamed, layer by layer", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True, dpo={}),
+    Case("answers", {**PLAIN, **ANSWERS}, (3,), rollouts={}),
+    Case(
+        "answers, cut inside an accumulation and its window",
+        {**PLAIN, **ANSWERS, "gradient_accumulation_steps": 2, "save_steps": 1, "logging_steps": 3},
+        (5, 4),
+        rollouts={"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1},
+    ),
+    Case("answers, evaluated, epochs", {**PLAIN, **ANSWERS, "max_steps": 9, "eval_steps": 2}, (7,), rollouts={}),
+    Case("answers, a reward that fails before the cut", {**PLAIN, **ANSWERS}, (5,), poisoned=2, rollouts={}),
+    Case(
+        "answers, streamed, layer by layer",
+        {**PLAIN, **ANSWERS, **THREE},
+        (10,),
+        streamed=1.0,
+        by_layer=True,
+        rollouts={},
+    ),
+    Case("answers, leave one out", {**PLAIN, **ANSWERS}, (3,), rollouts={"method": "rloo", "num_iterations": 2}),
     Case("cut after the last step", {**PLAIN, "max_steps": 4}, cuts=(4,), rows=9),
 )
 
@@ -169,10 +196,11 @@ def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[],
     section = TrainingSection(**{**BASE, **case.training})
     arguments = {**section.model_dump(exclude={"output_dir"}), "report_to": []}
     assert (layer_major_for(adapted, arguments) is not None and head is None) == case.by_layer
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     with _interrupted(case, cut):
         result = train_adapter(
             adapted,
-            AutoTokenizer.from_pretrained(MODEL),
+            tokenizer,
             _rows(case.rows - case.rows % 2 if case.dpo is not None else case.rows),
             _rows(4),
             RunContext(
@@ -186,6 +214,7 @@ def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[],
                 head=head,
                 head_stage=case.head.get("stage", "with"),
                 preference=_preference(case, folder),
+                rollouts=_rollouts(case, adapted, tokenizer),
             ),
         )
     if head is not None:
@@ -213,6 +242,28 @@ def _preference(case: Case, folder: Path) -> Preference | None:
     if case.dpo is None:
         return None
     return Preference(DpoSection(**case.dpo).model_dump(), folder / "reference.safetensors", {START: ""})
+
+
+def _rollouts(case: Case, model: PeftModel, tokenizer: Any) -> Rollouts | None:
+    if case.rollouts is None:
+        return None
+    options = {key: value for key, value in case.rollouts.items() if key != "method"}
+    found = rollouts(model, tokenizer, case.rollouts.get("method", "grpo"), options)
+    if case.poisoned >= 0:
+        found.judge.score = _failing(found.judge.score, case.poisoned)  # type: ignore[method-assign]
+    return found
+
+
+def _failing(score: Callable[[Asked], Scores], step: int) -> Callable[[Asked], Scores]:
+    """As `score`, but at one step the first reward fails."""
+
+    def scored(asked: Asked) -> Scores:
+        found = score(asked)
+        return (
+            replace(found, failures=("reward even: failed",)) if asked.trainer_state["global_step"] == step else found
+        )
+
+    return scored
 
 
 def compare(case: Case, folder: Path) -> list[str]:

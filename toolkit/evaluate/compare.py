@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
 from toolkit.errors import DataError
-from toolkit.evaluate.generate import answer
+from toolkit.evaluate.generate import answer, answer_ids, read_answers, writing
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
 from toolkit.evaluate.preferences import pair_figures, pair_logps
 from toolkit.ops.label_logits import label_logits, padded, summed_loss
@@ -45,6 +45,8 @@ class Measured:
     scores: tuple[float, ...] = ()
     pairs: tuple[tuple[float, float], ...] = ()
     """Of held-out pairs the log-probabilities of the chosen and of the rejected answer."""
+    written: Sequence[Sequence[int]] = ()
+    """The answers' tokens."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able figures, answers left out."""
@@ -146,7 +148,8 @@ def measure(
     wanted = [question.answer for question in questions]
     metrics = metrics_for(metric, wanted)
     prompts = [question.prompt_ids for question in questions]
-    answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, read=read)
+    written = answer_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = read_answers(tokenizer, written, prompts, read)
     scores = {name: score(name, function, answers, wanted) for name, function in metrics.items()}
     figures = {name: sum(each) / len(each) for name, each in scores.items() if each}
     exact = figures.pop("exact_match", None)
@@ -156,7 +159,7 @@ def measure(
     figures |= pair_figures(preferred) if preferred else {}
     ranks = scores["exact_match" if metric == LOSS else find_metric(metric)[0]]
     loss = held_out_loss(model, sequences, batch_size)
-    return Measured(loss, exact, tuple(answers), figures, tuple(ranks), preferred)
+    return Measured(loss, exact, tuple(answers), figures, tuple(ranks), preferred, tuple(written))
 
 
 def score_now(
@@ -171,16 +174,9 @@ def score_now(
 ) -> dict[str, float]:
     """The mean of one metric by its short name, in the middle of training; settings come back as they were."""
     name, function = find_metric(metric)
-    config = model.config.get_text_config()
-    held = (model.config.use_cache, getattr(config, "output_router_logits", False))
-    # TRL switches router logits on for training, and generation then fails on its growing attention mask.
-    model.config.use_cache, config.output_router_logits = True, False
-    try:
-        prompts = [question.prompt_ids for question in questions]
-        with part("evaluate"):
-            answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, read=read)
-    finally:
-        model.config.use_cache, config.output_router_logits = held
+    prompts = [question.prompt_ids for question in questions]
+    with writing(model), part("evaluate"):
+        answers = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, read=read)
     scores = score(name, function, answers, [question.answer for question in questions])
     return {name: sum(scores) / len(scores)}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.steps import advance
 
-__all__ = ["answer", "answer_ids", "sampling"]
+__all__ = ["answer", "answer_ids", "read_answers", "sampling", "write_answers", "writing"]
+
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Options of sampling that TRL and transformers call the same."""
 
 
 def answer(
@@ -32,6 +36,16 @@ def answer(
     written = answer_ids(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature
     )
+    return read_answers(tokenizer, written, prompts, read)
+
+
+def read_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    written: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    read: Callable[[Sequence[int], Sequence[int]], str] | None = None,
+) -> list[str]:
+    """The text of answers' token ids, as `answer` gives it."""
     if read is not None:
         return [read(ids, prompt) for ids, prompt in zip(written, prompts, strict=True)]
     return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
@@ -46,11 +60,13 @@ def answer_ids(
     max_new_tokens: int,
     batch_size: int = 32,
     temperature: float = 0.0,
+    drawn: Mapping[str, Any] | None = None,
     written: Callable[[list[int], list[list[int]], int], None] | None = None,
 ) -> list[list[int]]:
     """Tokens that follow each prompt, up to and with the end token where one came.
 
     Args:
+        drawn: how `generate` samples, by its names, instead of `temperature`.
         written: told after each batch which prompts it held, their answers, and the width that prompts were padded to.
     """
     answers: list[list[int]] = [[] for _ in prompts]
@@ -67,7 +83,7 @@ def answer_ids(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad(tokenizer),
-            **sampling(temperature),
+            **(sampling(temperature) if drawn is None else {"do_sample": True, **drawn}),
         )
         for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
             stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
@@ -77,6 +93,45 @@ def answer_ids(
         done += len(batch)
         advance(done, len(prompts), "answers")
     return answers
+
+
+@contextmanager
+def writing(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a model in training can write; settings come back as they were.
+
+    TRL switches router logits on for training, and generation then fails on its growing attention mask.
+    """
+    config, was_training = model.config.get_text_config(), model.training
+    held = (model.config.use_cache, getattr(config, "output_router_logits", False))
+    model.config.use_cache, config.output_router_logits = True, False
+    model.eval()
+    try:
+        yield
+    finally:
+        model.config.use_cache, config.output_router_logits = held
+        model.train(was_training)
+
+
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Sampled answers to prompts, all at once, in the middle of training.
+
+    Args:
+        options: `max_completion_length` and how to sample, by TRL's names.
+    """
+    with writing(model):
+        return answer_ids(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=options["max_completion_length"],
+            batch_size=len(prompts),
+            drawn={name: options[name] for name in _DRAWN},
+        )
 
 
 def _ends(model: PreTrainedModel) -> set[int]:

@@ -38,15 +38,21 @@ class TokenScores:
 
 
 def token_scores(
-    model: nn.Module, inputs: dict[str, Any], labels_BL: torch.Tensor, *, balanced: bool = False
+    model: nn.Module,
+    inputs: dict[str, Any],
+    labels_BL: torch.Tensor,
+    *,
+    balanced: bool = False,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """Scores of every labelled token.
 
     Args:
         inputs: of the model's forward, labels left out. labels_BL: token ids, IGNORED where there is none.
-        balanced: whether the load-balancing loss is asked for.
+        balanced: whether the load-balancing loss is asked for. temperature: what logits are divided by.
     """
     logits_NV, labels_N, outputs = label_logits(model, forward_inputs(inputs, balanced=balanced), labels_BL)
+    logits_NV = logits_NV if temperature == 1.0 else logits_NV.float() / temperature
     labelled = labels_BL[:, 1:] != IGNORED
 
     def spread(values_N: torch.Tensor) -> torch.Tensor:

@@ -182,13 +182,19 @@ class RlooSection(RolloutOptions):
 
 
 def with_rollouts(values: Any) -> Any:
-    """A recipe's values before they are checked: written answers are not packed, and judged by their reward."""
+    """A recipe's values before they are checked: written answers are not packed, they are judged by their reward, and
+    held-out ones may be as long."""
     training = values.get("training") if isinstance(values, Mapping) else None
     if not isinstance(training, Mapping) or training.get("method") not in ROLLOUTS:
         return values
-    judged = values.get("eval") or {}
-    changed = {"training": {"packing": False, **training}}
-    return {**values, **changed, **({"eval": {"metric": REWARD, **judged}} if isinstance(judged, Mapping) else {})}
+    method, judged = training["method"], values.get("eval") or {}
+    changed: dict[str, Any] = {"training": {"packing": False, **training}}
+    if isinstance(judged, Mapping):
+        options = values.get(method)
+        room = options.get("max_completion_length") if isinstance(options, Mapping) else None
+        room = RolloutOptions.model_fields["max_completion_length"].default if room is None else room
+        changed["eval"] = {"metric": REWARD, "max_new_tokens": room, **judged}
+    return {**values, **changed}
 
 
 def rollout_misfits(recipe: Any) -> Iterator[Misfit]:
@@ -225,6 +231,8 @@ def _of_training(recipe: Any, method: str, options: RolloutOptions) -> Iterator[
     training = recipe.training
     if training.packing:
         yield Misfit("training.packing", "written answers are padded, never packed; remove the line")
+    if training.activation_offloading:
+        yield Misfit("training.activation_offloading", f"{method} has none; remove the line")
     if recipe.mtp.enabled:
         yield Misfit("mtp.enabled", "a head learns from given answers; set training.method: sft, or remove the line")
     if recipe.lora.lora_dropout:

@@ -47,7 +47,7 @@ class Asked:
     Args:
         prompts: lists of messages, or texts. completions: likewise. completion_ids: their tokens.
         texts: what is judged of a completion: without thought and special tokens. answer: what was wanted.
-        trainer_state: `global_step`, `max_steps` and `epoch`.
+        trainer_state: `global_step`, `max_steps` and `epoch`. columns: further columns of the rows, by name.
     """
 
     prompts: Sequence[Any]
@@ -55,7 +55,8 @@ class Asked:
     completion_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
     answer: Sequence[str]
-    trainer_state: Mapping[str, float]
+    trainer_state: Mapping[str, float | None]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from toolkit.rewards.measures import BUILT_IN, measured, prepare
 __all__ = ["main"]
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-_HIDDEN = ("texts",)
-"""What only built-in rewards are given."""
+_HIDDEN = ("texts", "columns")
+"""What functions of the user's are not given as it stands."""
 
 
 class _Unusable(Exception):
@@ -88,8 +88,8 @@ class _Loaded:
         if self.own is None:
             return {"values": measured(self.name, self.options, batch)}
         logged: dict[str, list[float]] = {}
-        given = {key: value for key, value in batch.items() if key not in _HIDDEN}
-        given["solution"] = batch["answer"]  # TRL's own rewards call it so
+        given = {**batch["columns"], **{key: value for key, value in batch.items() if key not in _HIDDEN}}
+        given.setdefault("solution", batch["answer"])  # TRL's own rewards call it so
         given["trainer_state"] = SimpleNamespace(**batch["trainer_state"])
         given["log_metric"] = lambda name, value: logged.setdefault(str(name), []).append(float(value))
         given["log_extra"] = lambda column, values: None

@@ -27,9 +27,10 @@ from toolkit.durable import write_text
 from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
-from toolkit.recipe import PAIR_METRICS, Recipe
+from toolkit.recipe import PAIR_METRICS, REWARD, Recipe
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
+from toolkit.run.rewards import options_of, require_rewards
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
@@ -86,8 +87,9 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
         DataError: the examples or the general text cannot be used. RecipeError: there is no such metric.
     """
     general_text(tokenizer, plan)
-    if plan.recipe.eval.metric not in (LOSS, *PAIR_METRICS):
+    if plan.recipe.eval.metric not in (LOSS, REWARD, *PAIR_METRICS):
         find_metric(plan.recipe.eval.metric)
+    require_rewards(plan.recipe)
     return _batches_of(plan.recipe, tokenizer, plan.max_length, _recorded_form(plan.folder))
 
 
@@ -99,6 +101,8 @@ def _batches_of(
         **recipe.data.model_dump(exclude={"chat_template_path"}),
         max_length=max_length,
         pairs=recipe.training.method == "dpo",
+        room=options.max_completion_length if (options := options_of(recipe)) else None,
+        kept=recipe.rewards.columns,
         seed=recipe.training.seed,
         stop_token_ids=_declared_stops(recipe),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,

@@ -14,8 +14,9 @@ from toolkit.data import Batches, Dialogue
 from toolkit.durable import write_text
 from toolkit.evaluate import LOSS, Comparison, compare, expert_statistics, held_out_loss, reward_figures
 from toolkit.plan import ROUNDED_ROWS, TRITON, Plan
-from toolkit.recipe import PAIR_METRICS
+from toolkit.recipe import PAIR_METRICS, REWARD
 from toolkit.run.data import general_text, held_out, stop_as_trained
+from toolkit.run.rewards import judged_answers
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 from toolkit.training.reference import kept_logps
@@ -39,14 +40,16 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
         tokenizer,
         sequences if pairs is None else sequences.select(range(0, len(sequences), 2)),
         batches.held_out[: wanted.max_samples],
-        metric=LOSS if metric in PAIR_METRICS else metric,
+        metric=LOSS if metric in (*PAIR_METRICS, REWARD) else metric,
         general=general_text(tokenizer, plan),
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
         read=Dialogue(tokenizer, batches.form).judged,
         pairs=pairs,
     )
-    return compared if pairs is None else _rewarded(compared, pairs, plan)
+    if pairs is None:
+        return judged_answers(compared, model, tokenizer, batches, plan)
+    return _rewarded(compared, pairs, plan)
 
 
 def _rewarded(compared: Comparison, pairs: Dataset, plan: Plan) -> Comparison:

@@ -66,6 +66,7 @@ _WHAT: Mapping[str, str] = {
     "config": "the base's config.json differs",
     "compensated": "the base's compensated integers differ",
     "stacks": "the layers in int8 differ",
+    "rewards": "the rewards' files or the columns that they see differ",
     "tokenizer": "the tokenizer or its chat template differs",
     "device": "the device differs",
     "dtype": "the dtype differs",

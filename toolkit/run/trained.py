@@ -27,12 +27,13 @@ from toolkit.mtp.head import MtpHead
 from toolkit.mtp.head_file import head_state
 from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.processes import StopRequest, is_first
-from toolkit.recipe import PAIR_METRICS, dump, flat
+from toolkit.recipe import PAIR_METRICS, REWARD, dump, flat
 from toolkit.run.data import held_out, stop_as_trained
 from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding
 from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tokenizer_sha256, versions
 from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
+from toolkit.run.rewards import rewards_sha256, rollouts_of
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 from toolkit.training import BestAdapter, Preference, RunContext, TrainResult, train_adapter
@@ -159,23 +160,25 @@ def train(
         require_packageable(tokenizer, plan)
         resumed = find_checkpoint(plan, tokenizer, batches, note)
     base = _base_facts(plan)
-    bind(resumed, note, **base)
+    bind(resumed, note, **base, rewards=rewards_sha256(plan.recipe, batches))
     if plan.backend == ROUNDED_ROWS:
         looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
     head = make_head(model, plan)
-    context = RunContext(
-        **_settings(plan),
-        console=console,
-        best=_wanted_best(model, tokenizer, batches, plan),
-        probes=_probes(plan, note),
-        resume=resumed,
-        stop=stop or StopRequest(),
-        places=batches.places,
-        head=head if plan.recipe.mtp.reads_data else None,
-        preference=_preference(plan, base) if batches.pairs else None,
-    )
-    training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
+    with rollouts_of(model, tokenizer, batches, plan) as rollouts:
+        context = RunContext(
+            **_settings(plan),
+            console=console,
+            best=_wanted_best(model, tokenizer, batches, plan),
+            probes=_probes(plan, note),
+            resume=resumed,
+            stop=stop or StopRequest(),
+            places=batches.places,
+            head=head if plan.recipe.mtp.reads_data else None,
+            preference=_preference(plan, base) if batches.pairs else None,
+            rollouts=rollouts,
+        )
+        training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
     counts = coverage(model, plan)
     _require_moved(model, counts, training)
     if head is not None and most_answers(plan.recipe):
@@ -294,7 +297,7 @@ def _wanted_best(
     questions = batches.held_out[: wanted.max_samples]
     if batches.validation is None or (wanted.metric != LOSS and not questions):
         raise RecipeError("training.load_best_model_at_end: needs held-out examples; add data.validation_size=0.1")
-    own = wanted.metric not in (LOSS, *PAIR_METRICS)
+    own = wanted.metric not in (LOSS, REWARD, *PAIR_METRICS)
     score = partial(
         score_now,
         model,

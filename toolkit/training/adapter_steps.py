@@ -29,6 +29,7 @@ from toolkit.training.checkpoint import Resume
 from toolkit.training.layer_major import LayerMajor
 from toolkit.training.memory import longest_rows, probe
 from toolkit.training.resumable import Resumable, SavedPart
+from toolkit.training.rollouts import Rollouts
 
 __all__ = ["AdapterSteps", "Preference", "RunContext", "layer_major_for", "moment_bytes"]
 
@@ -70,6 +71,7 @@ class RunContext:
         stop: told of signals. places: where each training row came from. parts: trained and saved beside the adapter.
         head: a multi-token-prediction head to train in the same steps, or `after` them in as many.
         preference: pairs are trained on, as it says; without it single answers.
+        rollouts: answers are written by the model and judged, as it says.
         telemetry: whether TRL may tell the Hub that a run began.
     """
 
@@ -91,6 +93,7 @@ class RunContext:
     head: HeadTraining | None = None
     head_stage: str = "with"
     preference: Preference | None = None
+    rollouts: Rollouts | None = None
     telemetry: bool = False
 
     @property
@@ -141,6 +144,7 @@ class AdapterSteps(Resumable):
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
         self.sends_telemetry = context.telemetry
+        self.say = partial(context.console.print, highlight=False, markup=False)
         super().__init__(**trl)
         self.data_collator = _Counting(self.data_collator)
         arguments, head = context.arguments, context.head

@@ -45,6 +45,10 @@ _NOT_SCORES = {
     "steps_per_second",
 }  # fmt: skip
 """What an evaluation logs of its own accord and nobody needs to be told; of pairs there are accuracy and margin too."""
+_NOT_SCORES_OF_ANSWERS = (
+    "clip_ratio/", "completions/max_", "completions/mean_terminated", "completions/min_", "frac_reward", "reward_std",
+)  # fmt: skip
+"""Beginnings of names that likewise need not be told of written answers; nor do deviations."""
 _RERUN = "checkpoints are intact: free space or fix the disk, then rerun the same command"
 
 
@@ -159,8 +163,11 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
                     f"step {state.global_step}/{state.max_steps}  {text}  {self._left(state)}", highlight=False
                 )
         elif "eval_loss" in entry:
-            others = "".join(f", {name} {value:.4f}" for name, value in held_out_scores(entry).items())
-            told = f"step {state.global_step}: held-out loss {entry['eval_loss']:.4f}{others}"
+            scores = held_out_scores(entry)
+            if "eval_reward" not in entry:  # the loss of rewards says nothing
+                scores = {"loss": entry["eval_loss"], **scores}
+            told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            told = f"step {state.global_step}: held-out {told}"
             self.console.print(told, highlight=False)
 
     def on_train_end(
@@ -179,7 +186,10 @@ class ProgressDisplay(TrainerCallback):  # type: ignore[misc]
 def held_out_scores(entry: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an evaluation's line that were asked for beside its loss, by their short names."""
     found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
-    return {name: value for name, value in found.items() if name not in _NOT_SCORES}
+    told = (name for name in found if name not in _NOT_SCORES and not name.endswith("/std"))
+    return {
+        name: found[name] for name in told if not name.startswith(_NOT_SCORES_OF_ANSWERS) and found[name] is not None
+    }
 
 
 def _describe(entry: dict[str, Any]) -> str:

@@ -18,6 +18,9 @@ from toolkit.errors import DivergedError
 __all__ = ["StepGuard", "name_examples"]
 
 _MOST_NAMED = 8
+_NAMING = ("input_ids", "position_ids", "attention_mask", "asked")
+"""What of a batch names its examples."""
+_REWARD = "reward "
 
 
 class StepGuard:
@@ -55,9 +58,13 @@ class StepGuard:
 
     def note(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
         """Note a batch and its loss, which is looked at when the step ends: nobody waits for a card before."""
-        batch = {key: inputs[key] for key in ("input_ids", "position_ids", "attention_mask") if key in inputs}
+        batch = {key: inputs[key] for key in _NAMING if key in inputs}
         self._seen.append(batch)
         self._unread.append((loss.float(), batch))
+
+    def refuse(self, inputs: Mapping[str, Any], why: str) -> None:
+        """Note a batch that has no loss, so that its step is left out."""
+        self._broken.append((why, {key: inputs[key] for key in _NAMING if key in inputs}))
 
     def _read(self, *more: torch.Tensor) -> list[float]:
         """Look at all losses noted, and at `more`, in one wait."""
@@ -92,9 +99,11 @@ class StepGuard:
         names = list(dict.fromkeys(name for _, batch in broken for name in self.name(batch)))
         what = f"step {step}: {broken[0][0]} on {_listed(names)}"
         if self.in_a_row >= self.most:
+            advice = "lower training.learning_rate or look at these examples"
+            advice = "mend the reward" if broken[0][0].startswith(_REWARD) else advice
             raise DivergedError(
-                f"{what}; {self.in_a_row} steps in a row gave no finite update: lower training.learning_rate or look "
-                "at these examples; the adapter and the last checkpoint are untouched"
+                f"{what}; {self.in_a_row} steps in a row gave no finite update: {advice}; the adapter and the last "
+                "checkpoint are untouched"
             )
         self.say(f"{what}; the step is skipped")
         return False

@@ -7,7 +7,7 @@ across. So two documents are run before training, and a leak is mended or refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.memory import peak_of
 from toolkit.training.preference import Pairs, PreferenceTrainer, dpo_config
 from toolkit.training.reference import take_reference
+from toolkit.training.rollout_steps import RolloutSteps, rollout_trainer
 from toolkit.training.trainer import AdapterTrainer
 
 __all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
@@ -97,7 +98,7 @@ def train_adapter(
     keeper = KeepBest(best, model) if best else None
     if keeper:
         trainer.add_callback(keeper)
-    places = partial(name_examples, train, context.places)
+    places = _namer(train, context)
     guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
     _take_reference(trainer, context, resume)
     saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
@@ -177,6 +178,9 @@ def _trainer(
         arguments = common_arguments(context, train_router=balanced, evaluates=evaluates)
         config, held_out = _one_card(dpo_config(context, arguments)), Pairs(validation) if validation else None
         trainer = PreferenceTrainer(context, train=Pairs(train), held_out=held_out, args=config, **given)
+    elif context.rollouts:
+        arguments = common_arguments(context, train_router=balanced, evaluates=bool(context.rollouts.held_out))
+        trainer = rollout_trainer(context, arguments, **given)
     else:
         config = sft_config(context, train_router=balanced, evaluates=evaluates)
         trainer = AdapterTrainer(context, args=config, train_dataset=train, eval_dataset=validation, **given)
@@ -186,6 +190,14 @@ def _trainer(
         console.print(f"processes: {processes()}, {sequences} {what} per step")
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _namer(train: Dataset, context: RunContext) -> Callable[[Mapping[str, Any]], list[str]]:
+    """What names the examples of a batch."""
+    asked = context.rollouts
+    if asked is None:
+        return partial(name_examples, train, context.places)
+    return lambda batch: list(dict.fromkeys(asked.question(number).place for number in batch["asked"].tolist()))
 
 
 def _newest(context: RunContext) -> Checkpoint | None:
@@ -200,7 +212,9 @@ def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:
 
 
 def _take_reference(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
-    """Of preference pairs: what the model gives them before the first step."""
+    """Of preference pairs: what the model gives them before the first step; where answers are written: TRL's head."""
+    if isinstance(trainer, RolloutSteps) and not trainer.check_head():
+        trainer.say("logits: TRL's fused head passes over what this family does to its own; the family's are computed")
     if isinstance(trainer, PreferenceTrainer) and context.preference:
         say = partial(context.console.print, highlight=False, markup=False)
         take_reference(trainer, context.preference, resume, say)

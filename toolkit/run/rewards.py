@@ -1,0 +1,138 @@
+"""Rewards in a run: loaded before the work, asked while it trains, and of both models' answers at its end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.data import Batches, Dialogue
+from toolkit.errors import RecipeError
+from toolkit.evaluate import Comparison, Measured
+from toolkit.evaluate.generate import write_answers
+from toolkit.plan import Plan
+from toolkit.recipe import ROLLOUTS, Recipe, RolloutOptions
+from toolkit.rewards import Judge, Reward
+from toolkit.run_folder import RunFolder
+from toolkit.training.rollouts import Rollouts
+
+__all__ = ["judged_answers", "options_of", "require_rewards", "rewards_sha256", "rollouts_of"]
+
+
+def options_of(recipe: Recipe) -> RolloutOptions | None:
+    """The options of the recipe's method, where its model writes answers."""
+    if recipe.training.method not in ROLLOUTS:
+        return None
+    found: RolloutOptions = getattr(recipe, recipe.training.method)
+    return found
+
+
+def _judge(recipe: Recipe) -> Judge:
+    section = recipe.rewards
+    rewards = [Reward(each.label, each.function, each.weight, each.options) for each in section.functions]
+    return Judge(rewards, seconds=section.time_limit, memory=section.memory)
+
+
+def require_rewards(recipe: Recipe) -> None:
+    """Load the rewards once, before the work.
+
+    Raises:
+        RecipeError: one cannot be loaded, or the reference is not the base.
+    """
+    options = options_of(recipe)
+    if options is None:
+        return
+    start = recipe.lora.adapter_name_or_path
+    forked = start is not None and Path(start) == RunFolder(Path(recipe.training.output_dir)).start.absolute()
+    if options.beta and start is not None and not forked:
+        raise RecipeError(
+            f"{recipe.training.method}.beta: the reference is the base, and this run starts from an adapter: it would "
+            "be drawn back to what the model was before that; set it to 0"
+        )
+    judge = _judge(recipe)
+    try:
+        judge.start()
+    finally:
+        judge.close()
+
+
+def rewards_sha256(recipe: Recipe, batches: Batches) -> str | None:
+    """A hash of the files that rewards are in and of the columns that they see; None where there are no rewards."""
+    if options_of(recipe) is None:
+        return None
+    digest = hashlib.sha256()
+    for reward in recipe.rewards.functions:
+        where = reward.function.rpartition(":")[0]
+        for file in (where if where.endswith(".py") else "", reward.json_schema or ""):
+            digest.update(Path(file).read_bytes() if file else b"-")
+    for question in batches.questions if recipe.rewards.columns else ():
+        digest.update(repr(sorted(question.columns.items())).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def rollouts_of(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> Iterator[Rollouts | None]:
+    """What the trainer is told, where the recipe's model writes answers; the rewards' process ends with the block."""
+    options = options_of(plan.recipe)
+    if options is None:
+        yield None
+        return
+    told, judge = options.model_dump(), _judge(plan.recipe)
+    try:
+        yield Rollouts(
+            plan.recipe.training.method,
+            told,
+            judge,
+            batches.questions,
+            batches.held_out_questions[: plan.recipe.eval.max_samples],
+            write=partial(write_answers, model, tokenizer, told),
+            read=Dialogue(tokenizer, batches.form).judged,
+            decode=partial(tokenizer.decode, skip_special_tokens=True),
+        )
+    finally:
+        judge.close()
+
+
+def judged_answers(
+    compared: Comparison, model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+) -> Comparison:
+    """The comparison with the rewards of both models' answers, and their tokens; as it is without rewards."""
+    with rollouts_of(model, tokenizer, batches, plan) as rollouts:
+        if rollouts is None:
+            return compared
+        base, adapted = (_judged(side, rollouts) for side in (compared.base, compared.adapted))
+        return replace(compared, base=base, adapted=adapted)
+
+
+def _judged(measured: Measured, rollouts: Rollouts) -> Measured:
+    numbers = [-1 - n for n in range(len(measured.written))]
+    judge, state = rollouts.judge, {"global_step": 0, "max_steps": 0, "epoch": 0.0}
+    scores = judge.score(rollouts.asked(numbers, measured.written, state))
+    if scores.failures:
+        return measured
+    totals = _known(judge.total(scores))
+    lengths = [len(ids) for ids in measured.written]
+    figures: dict[str, Any] = {"reward": _mean(totals)} if totals else {}
+    for reward, values in zip(judge.rewards, scores.values, strict=True):
+        if known := _known(values):
+            figures[f"reward {reward.name}"] = _mean(known)
+    figures["answer tokens"] = _mean(lengths)
+    ranks = [0.0 if total is None else total for total in judge.total(scores)]
+    return replace(measured, figures={**measured.figures, **figures}, scores=tuple(ranks))
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
