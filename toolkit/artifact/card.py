@@ -161,13 +161,25 @@ def _training_section(
     return "\n".join(["## What was trained, on what", "", "| | |", "|---|---|", *rows])
 
 
+_OF_REWARDS = {"grpo": "group relative policy optimisation", "rloo": "REINFORCE leave-one-out"}
+
+
 def _method(recipe: Mapping[str, Any]) -> str:
-    """How pairs were learnt from; nothing where single answers were."""
-    if _mapping(recipe, "training").get("method", "sft") != "dpo":
+    """How pairs or rewards were learnt from; nothing where single answers were."""
+    method = _mapping(recipe, "training").get("method", "sft")
+    if method in _OF_REWARDS:
+        return f"{_OF_REWARDS[method]}, rewards {' + '.join(map(_reward, _mapping(recipe, 'rewards')['functions']))}"
+    if method != "dpo":
         return ""
     dpo = _mapping(recipe, "dpo")
     losses = dpo["loss_type"] if isinstance(dpo["loss_type"], list) else [dpo["loss_type"]]
     return f"direct preference optimisation on pairs of answers, loss {' + '.join(losses)}, beta {dpo['beta']:g}"
+
+
+def _reward(function: Mapping[str, Any]) -> str:
+    """A reward with its weight, by its short name: where its file lies is nobody else's business."""
+    name = function.get("name") or str(function["function"]).rpartition(":")[2]
+    return name if function["weight"] == 1.0 else f"{function['weight']:g} {name}"
 
 
 def _data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from toolkit.plan.memory import Bytes, count_bytes
 from toolkit.plan.shapes import Shapes, is_published, published_config, read_record, recorded_shapes
 from toolkit.plan.stacks import room_for_stacks, stack_bytes
 from toolkit.plan.steps import StepBytes, StepShape, StepSpec, cache_bytes, cached_bytes, rehearsed, step_spec
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, rollout_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,10 +214,15 @@ class Budget:
         return self._answer(recipe, "train")
 
     def evaluating(self, recipe: Recipe) -> int:
-        """Most bytes of a pass over held-out examples and of answers, 0 where there are none or nobody has looked."""
-        if not self.counts_steps or self.shape is None:
+        """Most bytes of a pass over held-out examples and of answers, 0 where there are none or nobody has looked.
+
+        Where the model writes what it learns from, of those answers too.
+        """
+        if not self.counts_steps or (self.shape is None and rollout_options(recipe) is None):
             return 0
-        kinds = {"loss": self.shape.held_out, "generate": self.shape.prompt}
+        shape = self.shape_for(recipe)
+        kinds = {"rollouts": shape.length} if rollout_options(recipe) else {}
+        kinds |= {"loss": shape.held_out, "generate": shape.prompt}
         return max((self._answer(recipe, kind).peak for kind, longest in kinds.items() if longest), default=0)
 
     def shape_for(self, recipe: Recipe) -> StepShape:

@@ -16,7 +16,7 @@ from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.cards import Card
 from toolkit.plan.memory import Bytes
 from toolkit.plan.shapes import Shapes
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, rollout_options
 from toolkit.recipe.sizes import BATCHES_PER_PASS, CALIBRATION_BATCH, MOST_CALIBRATION_TOKENS
 
 __all__ = ["Duration", "measured_passes", "step_duration"]
@@ -97,6 +97,11 @@ def step_duration(
         "memory": moved / (card.memory_rate * 1e9),
         "bus": 2 * math.ceil(micro / micro_batches_per_pass) * away / (card.pcie_rate * 1e9),
     }
+    if options := rollout_options(recipe):
+        often = micro * batch / options.at_once(training) / options.num_iterations
+        written = often * options.at_once(training) * length, often * options.max_completion_length
+        more = _writing(shapes, card, weights, away, *written)
+        limits = {name: limit + more[name] for name, limit in limits.items()}
     afterwards = _own_answers(shapes, recipe, card, weights, away, length)
     beforehand = _measuring(shapes, recipe, card, weights, away, length) if shapes.budget is not None else 0.0
     return Duration(**limits, estimate=_likely(limits), afterwards=afterwards, beforehand=beforehand)
@@ -116,12 +121,16 @@ def _own_answers(shapes: Shapes, recipe: Recipe, card: Card, weights: int, away:
     answers = most_answers(recipe)
     tokens = answers * (length + recipe.eval.max_new_tokens)
     passes = math.ceil(answers / recipe.eval.batch_size) * recipe.eval.max_new_tokens
-    limits = {
+    return _likely(_writing(shapes, card, weights, away, tokens, passes))
+
+
+def _writing(shapes: Shapes, card: Card, weights: int, away: int, tokens: float, passes: float) -> dict[str, float]:
+    """Limits of reading and writing so many tokens, in so many passes of one token for each answer."""
+    return {
         "arithmetic": 2 * _active(shapes) * tokens / (card.bf16_tflops * 1e12),
         "memory": passes * weights / (card.memory_rate * 1e9),
         "bus": passes * away / (card.pcie_rate * 1e9),
     }
-    return _likely(limits)
 
 
 def measured_passes(layers: int) -> float:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.checkpoint.files import cache_root
 from toolkit.durable import write_text
 from toolkit.plan.shapes import rehearsal_versions
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, rollout_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,8 @@ class StepSpec:
 def step_spec(
     recipe: Recipe, shape: StepShape, *, device: str, dtype: str, backend: str, kind: str = "train"
 ) -> StepSpec:
-    """What a recipe with rank and length decided asks. `device` is cuda or cpu."""
+    """What a recipe with rank and length decided asks. `device` is cuda or cpu; `kind` as in a spec, or rollouts, which
+    is to generate in training."""
     training, lora = recipe.training, recipe.lora
     batch, length, labelled = training.per_device_train_batch_size * training.sides, shape.length, shape.labelled
     if kind == "loss":
@@ -95,9 +96,13 @@ def step_spec(
         length, labelled = shape.held_out, max(1, shape.held_out_labelled)
     if kind == "generate":
         batch, length, labelled = recipe.eval.batch_size, shape.prompt + recipe.eval.max_new_tokens, 1
+    if kind == "rollouts":
+        options = rollout_options(recipe)
+        assert options is not None
+        batch, length, labelled = options.at_once(training), shape.length, 1
     trains = kind == "train"
     return StepSpec(
-        kind=kind,
+        kind="generate" if kind == "rollouts" else kind,
         batch=batch,
         length=length,
         labelled=labelled,

@@ -3,7 +3,7 @@
 from toolkit.recipe.aliases import ALIASES
 from toolkit.recipe.binding import Change, Effect, changes, flat
 from toolkit.recipe.methods import PAIR_METRICS
-from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions
+from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions, rollout_options
 from toolkit.recipe.schema import (
     DataSection,
     DpoSection,
@@ -57,5 +57,6 @@ __all__ = [
     "flat",
     "load",
     "parse",
+    "rollout_options",
     "starter",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "RlooSection",
     "RolloutOptions",
     "rollout_misfits",
+    "rollout_options",
     "with_rollouts",
 ]
 
@@ -179,6 +180,14 @@ class RlooSection(RolloutOptions):
     """Scale differences of rewards by their deviation in the batch."""
     reward_clip_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """Bounds that a reward is cut to."""
+
+
+def rollout_options(recipe: Any) -> RolloutOptions | None:
+    """The options of a recipe's method, where its model writes the answers that it learns from."""
+    if recipe.training.method not in ROLLOUTS:
+        return None
+    found: RolloutOptions = getattr(recipe, recipe.training.method)
+    return found
 
 
 def with_rollouts(values: Any) -> Any:

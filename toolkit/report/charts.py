@@ -164,8 +164,9 @@ def _loss_picture(metrics: Sequence[Mapping[str, Any]]) -> bytes | None:
             axes.plot(steps, values, color=_PNG_COLOURS[label], label=label, marker=marker, markersize=3)
     if not axes.lines:
         return None
-    of_pairs = any("rewards/margins" in entry for entry in metrics)
-    axes.set(xlabel="step", ylabel="preference loss" if of_pairs else "loss, nats per token")
+    learnt_from = {"rewards/margins": "preference loss", "reward": "loss of rewards"}
+    of = next((words for name, words in learnt_from.items() if any(name in entry for entry in metrics)), None)
+    axes.set(xlabel="step", ylabel=of or "loss, nats per token")
     axes.legend(fontsize=8)
     return _png(figure)
 

@@ -145,6 +145,15 @@ _OF_PAIRS = {
     "logps/rejected": ("Log-probability of rejected answers", "nats"),
 }
 """Figures that TRL logs of preference pairs: their titles and units."""
+_OF_ANSWERS = {
+    "reward": ("Reward of written answers", "weighted sum"),
+    "completions/mean_length": ("Length of written answers", "tokens"),
+    "kl": ("Distance from the base", "nats per token"),
+    "entropy": ("Entropy of what is written", "nats per token"),
+}
+"""Figures of answers that the model writes in training, likewise."""
+_NEITHER = ("answer tokens",)
+"""Figures of which neither way is better."""
 _CHANGED = {"better": "Answers that became better", "worse": "Answers that became worse"}
 
 
@@ -157,6 +166,7 @@ def _outcome(finished: Mapping[str, Any]) -> list[dict[str, str]]:
         shown = [f"{100 * value:.1f}%" if name in _SHARES else _figure(value) for value in (base[name], adapted[name])]
         gain = (base[name] - adapted[name]) * (1 if name in _BETTER_LOW else -1)
         went = "better" if gain > 0 else "worse" if gain < 0 else "the same"
+        went = "" if name in _NEITHER else went
         words = _NAMES.get(name, name.replace("_", " "))
         found.append({"name": words, "base": shown[0], "adapted": shown[1], "went": went})
     return found
@@ -194,16 +204,18 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     lines = {"training": _points(metrics, "loss"), "held-out": _points(metrics, "eval_loss")}
     given = {label: points for label, points in lines.items() if points}
     of_pairs = any("rewards/margins" in entry for entry in metrics)
+    told = _OF_PAIRS if of_pairs else _of_answers(metrics)
     if lines["training"]:
-        results = {} if of_pairs else finished.get("results", {})
+        results = {} if told else finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
-        yield _curve_chart("Loss", "of preference" if of_pairs else "nats per token", given, "loss", levels)
-    for name, (title, unit) in _OF_PAIRS.items() if of_pairs else ():
+        unit = "of preference" if of_pairs else "of rewards" if told else "nats per token"
+        yield _curve_chart("Loss", unit, given, "loss", levels)
+    for name, (title, unit) in told.items():
         lines = {"training": _points(metrics, name), "held-out": _points(metrics, f"eval_{name}")}
         given = {label: points for label, points in lines.items() if points}
         if given:
             yield _curve_chart(title, unit, given, name.replace("/", "-"), from_zero=False)
-    for name in sorted({name for entry in metrics for name in held_out_scores(entry)} - _OF_PAIRS.keys()):
+    for name in sorted({name for entry in metrics for name in held_out_scores(entry)} - told.keys()):
         if points := _points(metrics, f"eval_{name}"):
             words = name.replace("_", " ")
             yield _curve_chart(f"Held-out {words}, while training", "", {words: points}, f"eval-{name}")
@@ -215,6 +227,18 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     ):
         if points := _points([entry for entry in metrics if "loss" in entry], key, scale):
             yield _curve_chart(title, unit, {title.lower(): points}, key)
+
+
+def _of_answers(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Titles and units of figures of written answers, each reward's own among them; none where nothing was rewarded."""
+    if not any("reward" in entry for entry in metrics):
+        return {}
+    names = dict.fromkeys(name for entry in metrics for name in entry if _is_of_a_reward(name))
+    return {**_OF_ANSWERS, **{name: (f"Reward {name.split('/')[1]}", "mean") for name in names}}
+
+
+def _is_of_a_reward(name: str) -> bool:
+    return name.startswith("rewards/") and name.endswith("/mean")
 
 
 def _curve_chart(

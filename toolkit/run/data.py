@@ -27,10 +27,10 @@ from toolkit.durable import write_text
 from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
-from toolkit.recipe import PAIR_METRICS, REWARD, Recipe
+from toolkit.recipe import PAIR_METRICS, REWARD, Recipe, rollout_options
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
-from toolkit.run.rewards import options_of, require_rewards
+from toolkit.run.rewards import require_rewards
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
@@ -101,7 +101,7 @@ def _batches_of(
         **recipe.data.model_dump(exclude={"chat_template_path"}),
         max_length=max_length,
         pairs=recipe.training.method == "dpo",
-        room=options.max_completion_length if (options := options_of(recipe)) else None,
+        room=options.max_completion_length if (options := rollout_options(recipe)) else None,
         kept=recipe.rewards.columns,
         seed=recipe.training.seed,
         stop_token_ids=_declared_stops(recipe),
@@ -144,6 +144,8 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     prompts = [len(question.prompt_ids) for question in questions] + list(map(len, own_prompts(batches, plan)))
     beside = (*(others or (0, 0)), max(prompts, default=0))
     longest = int(lengths.max())
+    if options := rollout_options(plan.recipe):
+        return _written(batches, plan, options.max_completion_length, beside)
     if batches.pairs:  # both answers begin where the prompt ends; positions between their turns are in the union, too
         labels = lengths - first_trained(batches.train)
     if not training.packing:
@@ -151,6 +153,14 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
         return StepShape(longest, int(labels.max()) if one else longest, *beside)
     length = min(plan.max_length, int(lengths.sum()))
     return StepShape(length, _most_labels(lengths, labels, length), *beside)
+
+
+def _written(batches: Batches, plan: Plan, room: int, beside: tuple[int, ...]) -> StepShape:
+    """The longest prompts with answers of full length; of held-out ones too, or the given answer where it is longer."""
+    asked = [batches.questions, batches.held_out_questions[: plan.recipe.eval.max_samples]]
+    prompts = [max((len(question.prompt_ids) for question in each), default=0) for each in asked]
+    held_out = (max(beside[0], prompts[1] + room), max(beside[1], room)) if prompts[1] else (0, 0)
+    return StepShape(prompts[0] + room, room, *held_out, max(beside[2], prompts[1]))
 
 
 def _most_labels(lengths: NDArray[np.int64], labels: NDArray[np.int64], room: int) -> int:

@@ -18,20 +18,12 @@ from toolkit.errors import RecipeError
 from toolkit.evaluate import Comparison, Measured
 from toolkit.evaluate.generate import write_answers
 from toolkit.plan import Plan
-from toolkit.recipe import ROLLOUTS, Recipe, RolloutOptions
+from toolkit.recipe import Recipe, rollout_options
 from toolkit.rewards import Judge, Reward
 from toolkit.run_folder import RunFolder
 from toolkit.training.rollouts import Rollouts
 
-__all__ = ["judged_answers", "options_of", "require_rewards", "rewards_sha256", "rollouts_of"]
-
-
-def options_of(recipe: Recipe) -> RolloutOptions | None:
-    """The options of the recipe's method, where its model writes answers."""
-    if recipe.training.method not in ROLLOUTS:
-        return None
-    found: RolloutOptions = getattr(recipe, recipe.training.method)
-    return found
+__all__ = ["judged_answers", "require_rewards", "rewards_sha256", "rollouts_of"]
 
 
 def _judge(recipe: Recipe) -> Judge:
@@ -46,7 +38,7 @@ def require_rewards(recipe: Recipe) -> None:
     Raises:
         RecipeError: one cannot be loaded, or the reference is not the base.
     """
-    options = options_of(recipe)
+    options = rollout_options(recipe)
     if options is None:
         return
     start = recipe.lora.adapter_name_or_path
@@ -65,7 +57,7 @@ def require_rewards(recipe: Recipe) -> None:
 
 def rewards_sha256(recipe: Recipe, batches: Batches) -> str | None:
     """A hash of the files that rewards are in and of the columns that they see; None where there are no rewards."""
-    if options_of(recipe) is None:
+    if rollout_options(recipe) is None:
         return None
     digest = hashlib.sha256()
     for reward in recipe.rewards.functions:
@@ -82,7 +74,7 @@ def rollouts_of(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
 ) -> Iterator[Rollouts | None]:
     """What the trainer is told, where the recipe's model writes answers; the rewards' process ends with the block."""
-    options = options_of(plan.recipe)
+    options = rollout_options(plan.recipe)
     if options is None:
         yield None
         return

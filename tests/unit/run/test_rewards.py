@@ -1,0 +1,82 @@
+"""A run that learns from rewards, by the command: its figures, its page, its artifact, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard
+
+__all__ = ["onecard"]
+
+RECIPE = """\
+model: {{model_name_or_path: {model}}}
+lora: {{r: 2}}
+data: {{train: {data}/category.train.jsonl, validation: {data}/category.validation.jsonl, max_samples: 12}}
+training:
+  {{method: grpo, output_dir: {place}/run, max_steps: 2, save_steps: 2, eval_steps: 1, learning_rate: 3e-3,
+   max_length: 128, use_cpu: true, gradient_checkpointing: false, per_device_train_batch_size: 4, warmup_steps: 0,
+   load_best_model_at_end: true}}
+rewards:
+  functions: [exact_match, {{function: own.py:vowels, weight: 0.5}}]
+  columns: [task]
+grpo: {{num_generations: 2, max_completion_length: 4}}
+eval: {{max_samples: 6}}
+"""
+OWN = """\
+def vowels(completions, answer, task, **columns):
+    assert task == ["category"] * len(answer)
+    return [sum(turns[0]["content"].count(letter) for letter in "aeiou") for turns in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=MODEL, data=QUICKSTART / "data", place=folder))
+    (folder / "own.py").write_text(OWN)
+    return folder
+
+
+def test_a_run_has_its_figures_page_and_artifact(onecard: Run, place: Path) -> None:
+    status, _, err = onecard("train", place / "recipe.yaml")
+    assert status == 0, err
+    assert "best: step" in err
+    run = place / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    results = summary["results"]
+    assert {"reward", "reward exact_match", "reward vowels", "answer tokens"} <= results["adapted"].keys()
+    assert results["base"]["reward vowels"] * 0.5 == pytest.approx(results["base"]["reward"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all("eval_kl" in line for line in lines if "eval_reward" in line)
+    page = (run / "report.html").read_text()
+    assert "Reward of written answers" in page
+    assert summary["memory"]["training"] <= summary["memory"]["planned"] + summary["memory"]["slack"]
+    card = (run / "adapter" / "README.md").read_text()
+    assert "| method | group relative policy optimisation, rewards exact_match + 0.5 vowels |" in card
+    assert f"{place}" not in card
+    (place / "own.py").write_text(OWN.replace("aeiou", "aeiouy"))
+    (run / "summary.json").unlink()
+    status, _, err = onecard("train", place / "recipe.yaml")
+    (place / "own.py").write_text(OWN)
+    assert status == 4
+    assert "the rewards' files or the columns that they see differ" in err.splitlines()[-1]
+
+
+def test_what_cannot_be_rewarded_is_one_line_before_any_work(onecard: Run, place: Path) -> None:
+    elsewhere = f"training.output_dir={place}/other"
+    for status, override, words in (
+        (2, "rewards.functions=[own.py:vowel]", "own.py has no function vowel; did you mean vowels?"),
+        (3, "rewards.columns=[tsk]", "rewards.columns: no column 'tsk'; did you mean task?"),
+        (2, "grpo.num_generations=3", "grpo.num_generations: 4 answers are written at once"),
+    ):
+        found, out, err = onecard("train", place / "recipe.yaml", elsewhere, override)
+        assert (found, out) == (status, ""), err
+        assert words in err.splitlines()[-1]
+    start = ["grpo.beta=0.1", f"lora.adapter_name_or_path={place}/run/adapter"]
+    found, _, err = onecard("train", place / "recipe.yaml", elsewhere, *start)
+    assert found == 2
+    assert "grpo.beta: the reference is the base, and this run starts from an adapter" in err.splitlines()[-1]
+    assert not (place / "other").exists()
