@@ -96,7 +96,7 @@ TASK_RECIPES = {
     "chat": "olmoe-1b-7b", "classification": "classification", "extraction to JSON": "extraction",
     "tool calls": "tool-calls", "text-to-SQL": "text-to-sql", "style": "style", "translation": "translation",
     "code": "code", "continued pre-training": "continued-pretraining", "multi-token prediction": "olmoe-mtp",
-    "preferences": "dpo",
+    "preferences": "dpo", "rewards": "grpo-math",
 }  # fmt: skip
 FOR_A_CARD = [name for name in NAMES if "Fits a " in head(name)]
 

@@ -23,6 +23,7 @@ from toolkit.durable import write_text
 from toolkit.errors import ModelError
 from toolkit.report import charts
 from toolkit.report.terminal import draft_table
+from toolkit.report.titles import titles_of_answers
 from toolkit.run_folder import RunFolder
 from toolkit.training.callbacks import held_out_scores
 
@@ -145,13 +146,6 @@ _OF_PAIRS = {
     "logps/rejected": ("Log-probability of rejected answers", "nats"),
 }
 """Figures that TRL logs of preference pairs: their titles and units."""
-_OF_ANSWERS = {
-    "reward": ("Reward of written answers", "weighted sum"),
-    "completions/mean_length": ("Length of written answers", "tokens"),
-    "kl": ("Distance from the base", "nats per token"),
-    "entropy": ("Entropy of what is written", "nats per token"),
-}
-"""Figures of answers that the model writes in training, likewise."""
 _NEITHER = ("answer tokens",)
 """Figures of which neither way is better."""
 _CHANGED = {"better": "Answers that became better", "worse": "Answers that became worse"}
@@ -204,7 +198,7 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     lines = {"training": _points(metrics, "loss"), "held-out": _points(metrics, "eval_loss")}
     given = {label: points for label, points in lines.items() if points}
     of_pairs = any("rewards/margins" in entry for entry in metrics)
-    told = _OF_PAIRS if of_pairs else _of_answers(metrics)
+    told = _OF_PAIRS if of_pairs else titles_of_answers(metrics)
     if lines["training"]:
         results = {} if told else finished.get("results", {})
         levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
@@ -227,18 +221,6 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     ):
         if points := _points([entry for entry in metrics if "loss" in entry], key, scale):
             yield _curve_chart(title, unit, {title.lower(): points}, key)
-
-
-def _of_answers(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Titles and units of figures of written answers, each reward's own among them; none where nothing was rewarded."""
-    if not any("reward" in entry for entry in metrics):
-        return {}
-    names = dict.fromkeys(name for entry in metrics for name in entry if _is_of_a_reward(name))
-    return {**_OF_ANSWERS, **{name: (f"Reward {name.split('/')[1]}", "mean") for name in names}}
-
-
-def _is_of_a_reward(name: str) -> bool:
-    return name.startswith("rewards/") and name.endswith("/mean")
 
 
 def _curve_chart(

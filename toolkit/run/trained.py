@@ -180,7 +180,7 @@ def train(
         )
         training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
     counts = coverage(model, plan)
-    _require_moved(model, counts, training)
+    _require_moved(model, counts, training, written=bool(batches.questions))
     if head is not None and most_answers(plan.recipe):
         teach_own_answers(head, tokenizer, batches, plan, console)
     return Trained(
@@ -243,7 +243,7 @@ def judge(trained: Trained, batches: Batches, plan: Plan, console: Console | Non
     return replace(trained, comparison=compared, drafting=drafting, evaluation_peak=peak.bytes)
 
 
-def _require_moved(model: PeftModel, counts: Mapping[str, Any], training: TrainResult) -> None:
+def _require_moved(model: PeftModel, counts: Mapping[str, Any], training: TrainResult, *, written: bool) -> None:
     moved, adapters = counts["adapters moved"]
     if moved == adapters:
         return
@@ -253,9 +253,12 @@ def _require_moved(model: PeftModel, counts: Mapping[str, Any], training: TrainR
             "moved: training made it worse; lower training.learning_rate or look at eval.metric"
         )
     still = unmoved_adapters(model)
+    advice = "; raise training.learning_rate, or train longer"
+    if written:
+        advice += "; where all answers to a prompt have one reward (frac_reward_zero_std), nothing is learnt from them"
     raise ModelError(
         f"only {moved} of {adapters} adapters moved in {training.steps} steps, not {', '.join(still[:3])}"
-        f"{', …' if len(still) > 3 else ''}; raise training.learning_rate, or train longer"
+        f"{', …' if len(still) > 3 else ''}{advice}"
     )
 
 

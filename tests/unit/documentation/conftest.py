@@ -36,7 +36,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (ROOT / "recipes" / "quickstart" / "data").iterdir():
         rows = path.read_text(encoding="utf-8").splitlines()[: 40 if "validation" in path.name else 200]
         (data / path.name).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    for name, more in (("quickstart", []), ("quickstart-mtp", ["mtp.own_answers=4"]), ("quickstart-dpo", [])):
+    for name in ("quickstart", "quickstart-mtp", "quickstart-dpo", "quickstart-grpo"):
+        more = ["mtp.own_answers=4"] if name == "quickstart-mtp" else []
         path = tmp_path / "recipes" / f"{name}.yaml"
         path.unlink()
         text = (ROOT / "recipes" / path.name).read_text(encoding="utf-8")

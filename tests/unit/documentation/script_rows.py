@@ -256,6 +256,14 @@ ROWS = (
         ),
     ),
     Row(
+        "parity/grpo_families.py",
+        "qwen3_moe --steps 1 --method rloo",
+        (
+            r"^ok +qwen3_moe +21/21 moved, first distance \S+, first reward \d",
+            r"^1 of 1 families: every default adapter moved",
+        ),
+    ),
+    Row(
         "parity/mtp_families.py",
         "exaone_moe",
         (r"trained, same names; stock drafts the same$", r"^1 families come back"),
