@@ -27,6 +27,7 @@ __all__ = ["render_preview"]
 
 _MOST_TOKENS = 400
 _BAR = 40
+_TRAINED = "trained"
 _PARTS = {
     "thought": ("yellow", "‹{}›"),
     "answer": ("green", "{}"),
@@ -55,10 +56,14 @@ def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedToke
             continue
         row = batches.train[index]
         title = f"example {index + 1}{place}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
+        if batches.questions:
+            prompt = len(batches.questions[index].prompt_ids)
+            title = f"question {index + 1}{place}: prompt {prompt} tokens; the answer in «…» is what rewards see"
         console.print(Text(_visible(title), style="bold"))
         console.print(_tokens(row["input_ids"], row["labels"], dialogue, marked))
         console.print()
-    _print_report(console, batches.report, _legend(marked))
+    does = "count" if batches.pairs else "are wanted" if batches.questions else _TRAINED
+    _print_report(console, batches.report, _legend(marked), does)
 
 
 def _print_pair(console: Console, batches: Batches, index: int, place: str, dialogue: Dialogue, marked: bool) -> None:
@@ -135,7 +140,7 @@ def _visible(text: str) -> str:
     )
 
 
-def _print_report(console: Console, report: DataReport, legend: Text) -> None:
+def _print_report(console: Console, report: DataReport, legend: Text, does: str) -> None:
     console.print(Text(f"format: {report.format}; ").append(legend))
     table = Table("split", "rows", "kept", "tokens", "trained", "dropped")
     for name, split in report.splits.items():
@@ -148,7 +153,7 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         for line in _histogram(split):
             console.print(Text(line))
     for name, split in report.splits.items():
-        console.print(Text(f"{name}: {_turns(split, pairs=report.pairs)}"))
+        console.print(Text(f"{name}: {_turns(split, does)}"))
     for source in report.sources:
         console.print(Text(str(source)))
     for notice, examples in report.notices.items():
@@ -157,11 +162,11 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         console.print(Text(f"notice: {report.overlap} validation prompts are training prompts too", style="yellow"))
 
 
-def _turns(split: SplitReport, *, pairs: bool) -> str:
+def _turns(split: SplitReport, does: str) -> str:
     """What was trained of a split, and what became of rows that could not stay one example."""
     more = split.examples - split.kept
-    parts = [f"{split.turns} answers {'count' if pairs else 'trained'} in {split.examples} examples"]
-    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split and not pairs else []
+    parts = [f"{split.turns} answers {does} in {split.examples} examples"]
+    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split and does == _TRAINED else []
     parts += [f"thoughts: {split.thoughts} trained, {split.dropped_thoughts} left out"]
     parts += ["ends: " + (", ".join(f"{_visible(end)} {count}" for end, count in split.enders.items()) or "none")]
     return "; ".join(parts)
