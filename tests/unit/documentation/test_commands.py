@@ -216,7 +216,8 @@ def test_the_quickstart_runs(walk: Walk, folder: Path) -> None:
 def test_the_python_of_the_pages_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order that makes a run first: the page of the Python interface, then those that open its adapter."""
     blocks = 0
-    for page in (ROOT / "docs" / "python.md", ROOT / "docs" / "evaluation.md", ROOT / "docs" / "export.md", README):
+    names = ("python", "evaluation", "export", "rewards")
+    for page in (*(ROOT / "docs" / f"{name}.md" for name in names), README):
         for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             (folder / "block.py").write_text(code, encoding="utf-8")
             runpy.run_path(str(folder / "block.py"))
