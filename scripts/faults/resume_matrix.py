@@ -157,24 +157,28 @@ CASES = (
     Case("pairs, logged in threes, epochs", {**PLAIN, "logging_steps": 3, "max_steps": 9}, (7,), rows=8, dpo={}),
     Case("pairs, a step left out before the cut", {**PLAIN, "max_steps": 8}, (5,), poisoned=2, dpo={"ld_alpha": 0.5}),
     Case("pairs, streamed, layer by layer", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True, dpo={}),
-    Case("answers", {**PLAIN, **ANSWERS}, (3,), rollouts={}),
+    Case("written answers", {**PLAIN, **ANSWERS}, (3,), rollouts={}),
     Case(
-        "answers, cut inside an accumulation and its window",
+        "written answers, cut inside an accumulation and its window",
         {**PLAIN, **ANSWERS, "gradient_accumulation_steps": 2, "save_steps": 1, "logging_steps": 3},
         (5, 4),
         rollouts={"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1},
     ),
-    Case("answers, evaluated, epochs", {**PLAIN, **ANSWERS, "max_steps": 9, "eval_steps": 2}, (7,), rollouts={}),
-    Case("answers, a reward that fails before the cut", {**PLAIN, **ANSWERS}, (5,), poisoned=2, rollouts={}),
     Case(
-        "answers, streamed, layer by layer",
+        "written answers, evaluated, epochs", {**PLAIN, **ANSWERS, "max_steps": 9, "eval_steps": 2}, (7,), rollouts={}
+    ),
+    Case("written answers, a reward that fails before the cut", {**PLAIN, **ANSWERS}, (5,), poisoned=2, rollouts={}),
+    Case(
+        "written answers, streamed, layer by layer",
         {**PLAIN, **ANSWERS, **THREE},
         (10,),
         streamed=1.0,
         by_layer=True,
         rollouts={},
     ),
-    Case("answers, leave one out", {**PLAIN, **ANSWERS}, (3,), rollouts={"method": "rloo", "num_iterations": 2}),
+    Case(
+        "written answers, leave one out", {**PLAIN, **ANSWERS}, (3,), rollouts={"method": "rloo", "num_iterations": 2}
+    ),
     Case("cut after the last step", {**PLAIN, "max_steps": 4}, cuts=(4,), rows=9),
 )
 

@@ -28,7 +28,7 @@ SOME = (
     "streamed, layer by layer, cut inside a step",
     "a head over streamed experts",
     "pairs, streamed, layer by layer",
-    "answers, cut inside an accumulation and its window",
+    "written answers, cut inside an accumulation and its window",
 )
 
 
