@@ -263,9 +263,8 @@ def _failing(score: Callable[[Asked], Scores], step: int) -> Callable[[Asked], S
 
     def scored(asked: Asked) -> Scores:
         found = score(asked)
-        return (
-            replace(found, failures=("reward even: failed",)) if asked.trainer_state["global_step"] == step else found
-        )
+        fails = asked.trainer_state["global_step"] == step
+        return replace(found, failures=("reward even: failed",)) if fails else found
 
     return scored
 
