@@ -161,13 +161,23 @@ def _training_section(
     return "\n".join(["## What was trained, on what", "", "| | |", "|---|---|", *rows])
 
 
+_METHODS = {
+    "dpo": "direct preference optimisation on pairs of answers",
+    "kto": "Kahneman-Tversky optimisation on good and bad answers",
+    "orpo": "odds-ratio preference optimisation on pairs of answers",
+    "simpo": "simple preference optimisation on pairs of answers",
+}
+
+
 def _method(recipe: Mapping[str, Any]) -> str:
-    """How pairs were learnt from; nothing where single answers were."""
-    if _mapping(recipe, "training").get("method", "sft") != "dpo":
+    """How preferences were learnt from; nothing where single answers were."""
+    method = _mapping(recipe, "training").get("method", "sft")
+    if method not in _METHODS:
         return ""
-    dpo = _mapping(recipe, "dpo")
-    losses = dpo["loss_type"] if isinstance(dpo["loss_type"], list) else [dpo["loss_type"]]
-    return f"direct preference optimisation on pairs of answers, loss {' + '.join(losses)}, beta {dpo['beta']:g}"
+    options = _mapping(recipe, method)
+    loss = options.get("loss_type", [])
+    losses = " + ".join([loss] if isinstance(loss, str) else loss)
+    return f"{_METHODS[method]}, {f'loss {losses}, ' if losses else ''}beta {options['beta']:g}"
 
 
 def _data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -54,7 +54,8 @@ def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedToke
             _print_pair(console, batches, index, place, dialogue, marked)
             continue
         row = batches.train[index]
-        title = f"example {index + 1}{place}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
+        called = {True: ", good", False: ", bad"}.get(row.get("desirable"), "")
+        title = f"example {index + 1}{place}{called}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
         console.print(Text(_visible(title), style="bold"))
         console.print(_tokens(row["input_ids"], row["labels"], dialogue, marked))
         console.print()
@@ -148,7 +149,7 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         for line in _histogram(split):
             console.print(Text(line))
     for name, split in report.splits.items():
-        console.print(Text(f"{name}: {_turns(split, pairs=report.pairs)}"))
+        console.print(Text(f"{name}: {_turns(split, judged=report.judged)}"))
     for source in report.sources:
         console.print(Text(str(source)))
     for notice, examples in report.notices.items():
@@ -157,11 +158,11 @@ def _print_report(console: Console, report: DataReport, legend: Text) -> None:
         console.print(Text(f"notice: {report.overlap} validation prompts are training prompts too", style="yellow"))
 
 
-def _turns(split: SplitReport, *, pairs: bool) -> str:
+def _turns(split: SplitReport, *, judged: bool) -> str:
     """What was trained of a split, and what became of rows that could not stay one example."""
     more = split.examples - split.kept
-    parts = [f"{split.turns} answers {'count' if pairs else 'trained'} in {split.examples} examples"]
-    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split and not pairs else []
+    parts = [f"{split.turns} answers {'count' if judged else 'trained'} in {split.examples} examples"]
+    parts += [f"{split.split} rows split by turn ({more} examples more)"] if split.split and not judged else []
     parts += [f"thoughts: {split.thoughts} trained, {split.dropped_thoughts} left out"]
     parts += ["ends: " + (", ".join(f"{_visible(end)} {count}" for end, count in split.enders.items()) or "none")]
     return "; ".join(parts)

@@ -1,7 +1,8 @@
 """The recipe: YAML in, a frozen and fully validated `Recipe` out. Imports no torch."""
 
 from toolkit.recipe.binding import Change, Effect, changes, flat
-from toolkit.recipe.methods import PAIR_METRICS
+from toolkit.recipe.methods import PAIR_METRICS, PREFERENCE_METHODS, REFERENCE_FREE
+from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.schema import (
     DataSection,
     DpoSection,
@@ -23,18 +24,23 @@ from toolkit.recipe.starter import starter
 __all__ = [
     "ALIASES",
     "PAIR_METRICS",
+    "PREFERENCE_METHODS",
+    "REFERENCE_FREE",
     "Change",
     "DataSection",
     "DpoSection",
     "Effect",
     "EvalSection",
     "HubSection",
+    "KtoSection",
     "LoraSection",
     "ModelSection",
     "MtpSection",
+    "OrpoSection",
     "PlacementSection",
     "QuantizationSection",
     "Recipe",
+    "SimpoSection",
     "TrackingSection",
     "TrainSource",
     "TrainingSection",

@@ -27,7 +27,7 @@ from toolkit.durable import write_text
 from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
-from toolkit.recipe import PAIR_METRICS, Recipe
+from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, Recipe
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run_folder import RunFolder
@@ -98,7 +98,8 @@ def _batches_of(
         tokenizer,
         **recipe.data.model_dump(exclude={"chat_template_path"}),
         max_length=max_length,
-        pairs=recipe.training.method == "dpo",
+        pairs=recipe.training.method in PREFERENCE_METHODS,
+        unpaired=recipe.training.method == "kto",
         seed=recipe.training.seed,
         stop_token_ids=_declared_stops(recipe),
         date=datetime.date.fromisoformat(recorded.date) if recorded and recorded.date else None,
@@ -140,7 +141,7 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     prompts = [len(question.prompt_ids) for question in questions] + list(map(len, own_prompts(batches, plan)))
     beside = (*(others or (0, 0)), max(prompts, default=0))
     longest = int(lengths.max())
-    if batches.pairs:  # both answers begin where the prompt ends; positions between their turns are in the union, too
+    if batches.judged:  # answers begin where the prompt ends; positions between their turns are in the union, too
         labels = lengths - first_trained(batches.train)
     if not training.packing:
         one = training.per_device_train_batch_size == 1

@@ -39,7 +39,7 @@ _LENGTHS, _TOKENS = "document_lengths", "real_tokens"
 
 @dataclass(frozen=True)
 class Preference:
-    """Direct preference optimisation.
+    """Learning from better and worse answers.
 
     Args:
         options: the fields of the recipe's section, by TRL's names.
@@ -51,6 +51,8 @@ class Preference:
     kept: Path
     facts: Mapping[str, str]
     forked: Path | None = None
+    method: str = "dpo"
+    """Or kto, orpo, simpo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +219,14 @@ class AdapterSteps(Resumable):
             return loss
         number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
         if number == 0:
+            self._before_layer_major(model, self._samples)
             self._losses = self.layer_major.run(
                 [partial(step, model, sample, *args, **kwargs) for sample in self._samples]
             )
         return self._losses[number]
+
+    def _before_layer_major(self, model: nn.Module, samples: Sequence[dict[str, Any]]) -> None:
+        """What the micro-batches of a step need that takes a pass of its own."""
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As there; the numbers that came with the batch stay on the host."""
