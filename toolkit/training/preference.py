@@ -27,11 +27,6 @@ from toolkit.training.adapter_steps import AdapterSteps, RunContext
 
 __all__ = ["Pairs", "PreferenceSteps", "PreferenceTrainer", "Scored", "Unasked", "dpo_config", "without_noise"]
 
-_PROBED = 8
-"""Answer tokens on which TRL's head is compared with the model's own logits."""
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
-to some thousand numbers. A head that leaves out a factor is off by that factor."""
 _PAIRWISE = ("rewards/", "logps/")
 """Beginnings of the figures that TRL has as means over a batch's pairs."""
 _NOISE = ("dropout", "_drop", "jitter", "noise")
@@ -127,8 +122,6 @@ class PreferenceSteps(AdapterSteps):
     Scores come from the model's own logits on a CPU, and from TRL's fused head on a card where it computes the same.
     """
 
-    trusts_fused_head = True
-    """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
     needs_reference = True
     """Whether the reference must be set in the pairs before a step is taken or an evaluation made."""
     pairs: Pairs
@@ -158,24 +151,9 @@ class PreferenceSteps(AdapterSteps):
         router = {"output_router_logits": True} if balanced else {}
         return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
 
-    @torch.no_grad()
-    def check_fused_head(self) -> bool:
-        """Whether TRL's head gives some answer tokens the log-probabilities of the model's own logits.
-
-        Where not, it is not used from now on, and without it there may be no load-balancing loss.
-        """
-        batch = self._prepare_inputs(self.data_collator([{"pair": 0, "held_out": False}]))
-        inputs = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
-        counted = (batch["completion_mask"][:1] != 0) & (batch["completion_mask"][:1].cumsum(1) <= _PROBED)
-        labels = inputs["input_ids"].masked_fill(~counted, IGNORED)
-        self.model.eval()
-        with self.accelerator.autocast():
-            own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled)
-            fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
-        off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
-        self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
-        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
-        return self.trusts_fused_head
+    def _head_probe(self) -> tuple[torch.Tensor, torch.Tensor]:
+        row = self.pairs.sequence(0, 0)
+        return torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
 
     @torch.no_grad()
     def reference_of(self, pairs: Pairs, numbers: Sequence[int]) -> torch.Tensor:

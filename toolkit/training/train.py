@@ -102,7 +102,7 @@ def train_adapter(
         trainer.add_callback(keeper)
     places = partial(name_examples, train, context.places)
     guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
-    _take_reference(trainer, context, resume)
+    _look_first(trainer, context, resume)
     saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
     trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
     trainer.add_callback(UnmovedAdapters(console))
@@ -221,14 +221,12 @@ def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:
         )
 
 
-def _take_reference(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
-    """Of preferences: whose logits are computed, and what the model gives the answers before the first step."""
-    if not isinstance(trainer, PreferenceSteps) or context.preference is None:
-        return
+def _look_first(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
+    """See whose logits TRL's head computes; and, of preferences, what the model gives the answers."""
     say = partial(context.console.print, highlight=False, markup=False)
     if not trainer.check_fused_head():
         say("logits: TRL's fused head passes over what this family does to its own; the family's are computed instead")
-    if trainer.needs_reference:
+    if isinstance(trainer, PreferenceSteps) and trainer.needs_reference and context.preference:
         take_reference(trainer, context.preference, resume, say)
 
 

@@ -248,10 +248,10 @@ ROWS = (
     ),
     Row("parity/format_table.py", test="tests/parity/test_format_table.py::test_a_checkpoint_is_right_or_named"),
     Row(
-        "parity/preference_families.py",
+        "parity/method_families.py",
         "qwen3_moe --steps 2 --method orpo",
         (
-            r"^ok +qwen3_moe +21/21 moved, first margin off by \S+, balance \d",
+            r"^ok +qwen3_moe +21/21 moved, first step off by \S+, balance \d",
             r"^1 of 1 families: every default adapter moved",
         ),
     ),
