@@ -3,8 +3,8 @@
 
     .venv/bin/python scripts/benchmarks/preferences.py FOLDER [--methods dpo] [--seeds 1 2 3] [section.key=value ...]
 
-For each seed the quickstart is trained as its recipe says. That adapter answers training and held-out prompts by beam
-search; its most probable wrong category is the rejected answer. Each method then starts from that adapter. All are
+For each seed the quickstart is trained as its recipe says. That adapter answers training and held-out prompts, sampled
+at temperature 1; the first wrong category is the rejected answer. Each method then starts from that adapter. All are
 judged on the same held-out rows: the share of pairs whose right answer is the more probable one, the share whose right
 answer gained more than the wrong one, and exact match over all prompts. Runs that are there are not repeated.
 """
@@ -23,8 +23,8 @@ RECIPES = ROOT / "recipes"
 
 __all__ = ["main"]
 
-_BEAMS, _TOGETHER = 6, 32
-"""Answers of each prompt that are looked at, and prompts that are answered together."""
+_TRIES = 8
+"""Answers that are sampled to find a wrong one; a prompt without one has no pair."""
 
 
 def finished(recipe: str, folder: Path, overrides: Sequence[str]) -> Any:
@@ -61,27 +61,21 @@ def write_pairs(run: Any, folder: Path, rows: int) -> None:
 
 
 def wrong_answers(model: Any, tokenizer: Any, prompts: Sequence[Any], right: Sequence[str]) -> list[str | None]:
-    """Of each prompt the most probable wrong category among the model's best answers, by beam search."""
-    import torch
+    """Of each prompt the first wrong category among a few answers that the model samples at temperature 1."""
+    from transformers import set_seed
 
+    from toolkit.evaluate.generate import answer
+
+    set_seed(0)
     known = set(right)
     ids = [list(tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"]) for each in prompts]
-    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     found: list[str | None] = [None] * len(ids)
-    for start in range(0, len(order), _TOGETHER):
-        batch = order[start : start + _TOGETHER]
-        padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, padding_side="left", return_tensors="pt")
-        with torch.no_grad():
-            beams = model.generate(
-                **padded, max_new_tokens=6, num_beams=_BEAMS, num_return_sequences=_BEAMS, do_sample=False
-            )
-        texts = [
-            tokenizer.decode(beam, skip_special_tokens=True).strip()
-            for beam in beams[:, padded["input_ids"].shape[1] :]
-        ]
-        for place, number in enumerate(batch):
-            best = texts[place * _BEAMS : (place + 1) * _BEAMS]
-            found[number] = next((text for text in best if text in known and text != right[number]), None)
+    for _ in range(_TRIES):
+        left = [number for number, each in enumerate(found) if each is None]
+        asked = [ids[number] for number in left]
+        given = answer(model, tokenizer, asked, max_new_tokens=6, batch_size=100, temperature=1.0)
+        for number, text in zip(left, given, strict=True):
+            found[number] = text if text in known and text != right[number] else None
     return found
 
 
