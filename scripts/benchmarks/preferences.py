@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What preferences teach beyond imitation: the quickstart, then right categories against the model's own wrong ones.
 
-    .venv/bin/python scripts/benchmarks/preferences.py FOLDER [--methods dpo] [--seeds 1 2 3] [section.key=value ...]
+    .venv/bin/python scripts/benchmarks/preferences.py FOLDER [--methods dpo kto] [--seeds 1 2 3] [section.key=value …]
 
-For each seed the quickstart is trained as its recipe says. That adapter answers training and held-out prompts, sampled
-at temperature 1; the first wrong category is the rejected answer. Each method then starts from that adapter. All are
+For each seed the quickstart is trained as its recipe says. That adapter answers training and held-out prompts by beam
+search; its most probable wrong category is the rejected answer. Each method then starts from that adapter. All are
 judged on the same held-out rows: the share of pairs whose right answer is the more probable one, the share whose right
 answer gained more than the wrong one, and exact match over all prompts. Runs that are there are not repeated.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ RECIPES = ROOT / "recipes"
 
 __all__ = ["main"]
 
-_TRIES = 8
-"""Answers that are sampled to find a wrong one; a prompt without one has no pair."""
+_LEARNS: Mapping[str, Sequence[str]] = {
+    "dpo": ["training.learning_rate=1e-3"],
+    "kto": ["training.learning_rate=1e-3"],
+    "orpo": ["training.method=orpo", "dpo.loss_type=sigmoid", "training.learning_rate=1e-3"],
+    "simpo": ["training.method=simpo", "dpo.loss_type=sigmoid", "training.learning_rate=1e-3"],
+}
+"""What differs from the recipe: an adapter that knows the task takes smaller steps than one that begins."""
+_RECIPES = {"kto": "quickstart-kto.yaml"}
+_BEAMS, _TOGETHER = 6, 32
+"""Answers of each prompt that are looked at, and prompts that are answered together."""
 
 
 def finished(recipe: str, folder: Path, overrides: Sequence[str]) -> Any:
@@ -37,15 +46,15 @@ def finished(recipe: str, folder: Path, overrides: Sequence[str]) -> Any:
     return run_recipe(recipe_of, console=Console(stderr=True, quiet=False))
 
 
-def write_pairs(run: Any, folder: Path, rows: int) -> None:
-    """Pairs of the run's own answers to the first `rows` training prompts and to all held-out ones."""
+def write_pairs(run: Any, folder: Path, rows: int, held_out: int) -> None:
+    """Pairs of the run's own answers to the first `rows` training prompts and to the first held-out ones."""
     from toolkit import load_recipe, make_plan
     from toolkit.run.model import reopen
 
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = reopen(make_plan(load_recipe(run.folder / "recipe.yaml"), for_training=False), run.adapter)
     model.eval()
-    for split, most in (("train", rows), ("validation", None)):
+    for split, most in (("train", rows), ("validation", held_out)):
         path = folder / f"pairs.{split}.jsonl"
         if path.is_file():
             continue
@@ -61,53 +70,68 @@ def write_pairs(run: Any, folder: Path, rows: int) -> None:
 
 
 def wrong_answers(model: Any, tokenizer: Any, prompts: Sequence[Any], right: Sequence[str]) -> list[str | None]:
-    """Of each prompt the first wrong category among a few answers that the model samples at temperature 1."""
-    from transformers import set_seed
+    """Of each prompt the most probable wrong category among the model's best answers, by beam search."""
+    import torch
 
-    from toolkit.evaluate.generate import answer
-
-    set_seed(0)
     known = set(right)
     ids = [list(tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"]) for each in prompts]
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     found: list[str | None] = [None] * len(ids)
-    for _ in range(_TRIES):
-        left = [number for number, each in enumerate(found) if each is None]
-        asked = [ids[number] for number in left]
-        given = answer(model, tokenizer, asked, max_new_tokens=6, batch_size=100, temperature=1.0)
-        for number, text in zip(left, given, strict=True):
-            found[number] = text if text in known and text != right[number] else None
+    for start in range(0, len(order), _TOGETHER):
+        batch = order[start : start + _TOGETHER]
+        padded = tokenizer.pad({"input_ids": [ids[n] for n in batch]}, padding_side="left", return_tensors="pt")
+        with torch.no_grad():
+            beams = model.generate(
+                **padded, max_new_tokens=6, num_beams=_BEAMS, num_return_sequences=_BEAMS, do_sample=False
+            )
+        texts = [
+            tokenizer.decode(beam, skip_special_tokens=True).strip()
+            for beam in beams[:, padded["input_ids"].shape[1] :]
+        ]
+        for place, number in enumerate(batch):
+            best = texts[place * _BEAMS : (place + 1) * _BEAMS]
+            found[number] = next((text for text in best if text in known and text != right[number]), None)
     return found
 
 
-def judged(run: Any, pairs: Path) -> dict[str, float]:
-    """The run's adapter on the held-out pairs, and its exact match on all held-out prompts of the quickstart."""
+@dataclass(frozen=True)
+class Judged:
+    """An adapter on the held-out pairs (`table`), nats of each answer; and its exact match on held-out prompts."""
+
+    table: Any
+    logps: Sequence[float]
+    exact_match: float
+
+    def told(self, start: Judged) -> str:
+        """Its figures, against the adapter that it started from."""
+        from toolkit.evaluate.preferences import answer_figures, reward_figures
+
+        gains = [now - before for now, before in zip(self.logps, start.logps, strict=True)]
+        right = answer_figures(self.logps, self.table)["preference_accuracy"]
+        gained = "-" if start is self else f"{reward_figures(gains, self.table)['rewards/accuracies']:.1%}"
+        return (
+            f"right answer more probable {right:.1%}, gained more {gained}, exact match {self.exact_match:.1%}"
+            f" ({len(self.logps) // 2} pairs)"
+        )
+
+
+def judged(run: Any, pairs: Path, held_out: int) -> Judged:
+    """The run's adapter on the held-out pairs, and on the first held-out prompts of the quickstart."""
     from toolkit import load_recipe, make_plan
     from toolkit.evaluate import score_now
-    from toolkit.evaluate.preferences import answer_figures, answer_logps
+    from toolkit.evaluate.preferences import answer_logps
     from toolkit.run.data import build_batches
     from toolkit.run.model import reopen
 
-    pairs_recipe = load_recipe(RECIPES / "quickstart-dpo.yaml", [f"data.train={pairs}", f"data.validation={pairs}"])
-    plan, whole = (
-        make_plan(each, for_training=False) for each in (pairs_recipe, load_recipe(RECIPES / "quickstart.yaml"))
-    )
+    data = [f"data.train={pairs}", f"data.validation={pairs}"]
+    plan = make_plan(load_recipe(RECIPES / "quickstart-dpo.yaml", data), for_training=False)
+    whole = make_plan(load_recipe(RECIPES / "quickstart.yaml"), for_training=False)
     model, tokenizer = reopen(plan, run.adapter)
     model.eval()
     table, asked = (build_batches(tokenizer, each) for each in (plan, whole))
-    assert table.validation is not None
-    figures = answer_figures(answer_logps(model, table.validation, 100), table.validation)
-    exact = score_now(model, tokenizer, asked.held_out, metric="exact_match", max_new_tokens=8, batch_size=100)
-    return {"preference_accuracy": figures["preference_accuracy"], **exact}
-
-
-def tell(seed: int, method: str, figures: Mapping[str, float], rewards: Mapping[str, float]) -> None:
-    """One line of the table."""
-    right = f"{rewards['rewards/accuracies']:.1%}" if rewards else "-"
-    print(
-        f"seed {seed}  {method:8} right answer more probable {figures['preference_accuracy']:.1%}, rewarded the right "
-        f"way round {right}, exact match {figures['exact_match']:.1%}",
-        flush=True,
-    )
+    questions = asked.held_out[:held_out]
+    exact = score_now(model, tokenizer, questions, metric="exact_match", max_new_tokens=8, batch_size=100)
+    return Judged(table.validation, answer_logps(model, table.validation, 100), exact["exact_match"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,25 +139,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the runs that start from it")
-    parser.add_argument("--methods", nargs="+", default=["dpo"])
+    parser.add_argument("--methods", nargs="+", choices=list(_LEARNS), default=["dpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--rows", type=int, default=6000, help="training prompts that the model answers")
-    parser.add_argument("--name", default="")
+    parser.add_argument("--rows", type=int, default=3000, help="training prompts that the model answers")
+    parser.add_argument("--held-out", type=int, default=500, help="prompts that it is judged by")
     options = parser.parse_intermixed_args(arguments)
+    cut = ["eval.max_samples=100"]
     for seed in options.seeds:
         place = options.folder / f"seed-{seed}"
-        start = finished("quickstart.yaml", place / "sft", [f"training.seed={seed}"])
-        write_pairs(start, place, options.rows)
         held = place / "pairs.validation.jsonl"
-        tell(seed, "sft", judged(start, held), {})
+        start = finished("quickstart.yaml", place / "sft", [f"training.seed={seed}", *cut])
+        write_pairs(start, place, options.rows, options.held_out)
+        first = judged(start, held, options.held_out)
+        print(f"seed {seed}  sft    {first.told(first)}", flush=True)
         for method in options.methods:
-            data = [f"data.train={place / 'pairs.train.jsonl'}", f"data.validation={held}"]
-            run = finished(
-                f"quickstart-{method}.yaml",
-                place / f"{method}{options.name}",
-                [*data, f"lora.adapter_name_or_path={start.adapter}", f"training.seed={seed}", *options.overrides],
-            )
-            tell(seed, method + options.name, judged(run, held), run.summary["results"].get("preference", {}))
+            given = [f"data.train={place / 'pairs.train.jsonl'}", f"data.validation={held}", f"training.seed={seed}"]
+            given += [f"lora.adapter_name_or_path={start.adapter}", *cut, *_LEARNS[method], *options.overrides]
+            run = finished(_RECIPES.get(method, "quickstart-dpo.yaml"), place / method, given)
+            print(f"seed {seed}  {method:5}  {judged(run, held, options.held_out).told(first)}", flush=True)
     return 0
 
 

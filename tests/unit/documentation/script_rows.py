@@ -172,6 +172,10 @@ ROWS = (
         ("memory.md",),
     ),
     Row(
+        "benchmarks/preferences.py",
+        test="tests/unit/test_benchmarks.py::test_preferences_are_judged_beside_the_adapter_that_they_start_from",
+    ),
+    Row(
         "benchmarks/quantization_error.py",
         f"{{place}}/tiny {TRAIN} {HELD_OUT} --calibration 4 --held-out 4 --four-bit --bits 6",
         (
