@@ -26,7 +26,7 @@ __all__ = ["main"]
 
 _LEARNS: Mapping[str, Sequence[str]] = {
     "dpo": ["training.learning_rate=1e-3"],
-    "kto": ["training.learning_rate=1e-3"],
+    "kto": ["training.learning_rate=1e-3", "kto.beta=0.3", "data.max_samples=1300"],
     "orpo": ["training.method=orpo", "dpo.loss_type=sigmoid", "training.learning_rate=1e-3"],
     "simpo": ["training.method=simpo", "dpo.loss_type=sigmoid", "training.learning_rate=1e-3"],
 }

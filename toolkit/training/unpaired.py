@@ -29,8 +29,6 @@ __all__ = ["Answers", "KtoSteps", "answers_of", "kto_config", "weight_advice"]
 
 _OF_EACH = ("rewards/", "logps/")
 """Beginnings of the figures that TRL has as means over a batch's good or bad answers."""
-
-
 _MOST_WEIGHT = 4 / 3
 """Of good answers over bad ones."""
 
@@ -203,9 +201,9 @@ class KtoSteps(PreferenceSteps, KTOTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL; the margin of an evaluation is that of all its answers, not of the batches that have both kinds."""
         held = self._metrics["eval"]
-        if not self.model.training and "rewards/margins" in held:
-            means = [sum(held[name]) / len(held[name]) for name in ("rewards/chosen", "rewards/rejected")]
-            held["rewards/margins"] = [means[0] - means[1]]
+        both = [held[name] for name in ("rewards/chosen", "rewards/rejected") if held.get(name)]
+        if not self.model.training and len(both) == 2:
+            held["rewards/margins"] = [sum(both[0]) / len(both[0]) - sum(both[1]) / len(both[1])]
         super().log(logs, start_time)
 
 
