@@ -325,6 +325,10 @@ SEAMS = (
         "_total_train_tokens",
     ),
     *_at("trl.DPOTrainer", "training", "to give it pairs that are tokenised", "_prepare_dataset"),
+    *_at("trl.KTOTrainer", "training", "to give it answers that are tokenised", "_prepare_dataset"),
+    *_at("trl.KTOTrainer", "training", "to compute mismatched answers once", "_compute_kl_logps"),
+    *_at("trl.experimental.cpo", "training", "to have TRL's loss of SimPO", "CPOTrainer"),
+    *_at("trl.experimental.orpo", "training", "to have TRL's loss of ORPO", "ORPOTrainer"),
     *_at(
         "trl.trainer.grpo_trainer.GRPOTrainer",
         "training",

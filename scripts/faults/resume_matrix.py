@@ -37,16 +37,18 @@ from toolkit.mtp.training import HeadTraining
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import spread
 from toolkit.quant import load_int8
-from toolkit.recipe import DpoSection, TrainingSection
+from toolkit.recipe import PREFERENCE_METHODS, TrainingSection
 from toolkit.rewards import Asked, Scores
 from toolkit.training import Preference, RunContext, TrainResult, train_adapter
 from toolkit.training.adapter_steps import AdapterSteps, layer_major_for
 from toolkit.training.checkpoint import newest_checkpoint, read_json, read_tensors
 from toolkit.training.preference import PreferenceTrainer
 from toolkit.training.reference import START
+from toolkit.training.reference_free import ReferenceFreeTrainer
 from toolkit.training.rollout_steps import RolloutSteps
 from toolkit.training.rollouts import Rollouts
 from toolkit.training.trainer import AdapterTrainer
+from toolkit.training.unpaired import KtoSteps
 
 __all__ = ["CASES", "Case", "Cut", "Outcome", "compare", "train"]
 
@@ -54,6 +56,16 @@ MODEL = Path(__file__).parents[2] / "recipes" / "quickstart" / "nano-qwen3moe-2m
 HEAD = "head.safetensors"
 _TIMING = {"memory_bytes", "tokens_per_second", "train_runtime", "eval_runtime"}
 _SPEEDS = ("_per_second",)
+
+
+TRAINERS: dict[str, type[AdapterSteps]] = {
+    "sft": AdapterTrainer,
+    "dpo": PreferenceTrainer,
+    "kto": KtoSteps,
+    "orpo": ReferenceFreeTrainer,
+    "simpo": ReferenceFreeTrainer,
+}
+"""The class that trains, by method."""
 
 
 class Cut(BaseException):
@@ -78,23 +90,27 @@ class Case:
     """Whether a step's micro-batches must go through streamed layers together."""
     head: dict[str, Any] = field(default_factory=dict)
     """A multi-token-prediction head's training, and its `stage`."""
-    dpo: dict[str, Any] | None = None
-    """Fields of the recipe's section, where the rows are read as preference pairs."""
+    method: str = "sft"
+    """As `training.method`; the rows are read as pairs where it takes them."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method's own section."""
     rollouts: dict[str, Any] | None = None
     """The same where answers are written to prompts, and the `method`, which is grpo without it."""
 
     @property
     def trainer(self) -> type[AdapterSteps]:
         """The class that trains."""
-        if self.rollouts is not None:
-            return RolloutSteps
-        return AdapterTrainer if self.dpo is None else PreferenceTrainer
+        return RolloutSteps if self.rollouts is not None else TRAINERS[self.method]
 
 
 BASE = {"max_steps": 6, "save_steps": 2, "learning_rate": 1e-2, "max_length": 96, "warmup_steps": 2, "use_cpu": True}
 PLAIN = {"packing": False, "gradient_checkpointing": False}
 THREE = {"gradient_accumulation_steps": 3}
 ANSWERS = {"per_device_train_batch_size": 4}
+TWO = {"per_device_train_batch_size": 2}
+MIXED: dict[str, Any] = {"method": "dpo", "options": {"loss_type": ["sigmoid", "sft"]}}
+SHORTER: dict[str, Any] = {"method": "dpo", "options": {"ld_alpha": 0.5}}
+ALONE: dict[str, Any] = {"method": "kto", "options": {"loss_type": "apo_zero_unpaired"}}
 DROPOUT = {"experts": False, "router": False, "lora_dropout": 0.2}
 
 CASES = (
@@ -152,11 +168,17 @@ CASES = (
     Case("a head after the adapter", {**PLAIN, "max_steps": 4}, (3,), head={"stage": "after"}),
     Case("a head after the adapter, cut before it", {**PLAIN, "max_steps": 4}, (4,), head={"stage": "after"}, rows=9),
     Case("a head over streamed experts", {**PLAIN, **THREE}, (10,), head={"depth": 2}, streamed=1.0),
-    Case("pairs", {**PLAIN, "per_device_train_batch_size": 2}, (3,), dpo={}),
-    Case("pairs, accumulated, cut inside a step", {**PLAIN, **THREE}, (10,), dpo={"loss_type": ["sigmoid", "sft"]}),
-    Case("pairs, logged in threes, epochs", {**PLAIN, "logging_steps": 3, "max_steps": 9}, (7,), rows=8, dpo={}),
-    Case("pairs, a step left out before the cut", {**PLAIN, "max_steps": 8}, (5,), poisoned=2, dpo={"ld_alpha": 0.5}),
-    Case("pairs, streamed, layer by layer", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True, dpo={}),
+    Case("pairs", {**PLAIN, "per_device_train_batch_size": 2}, (3,), method="dpo"),
+    Case("pairs, accumulated, cut inside a step", {**PLAIN, **THREE}, (10,), **MIXED),
+    Case("pairs, logged in threes, epochs", {**PLAIN, "logging_steps": 3, "max_steps": 9}, (7,), rows=8, method="dpo"),
+    Case("pairs, a step left out before the cut", {**PLAIN, "max_steps": 8}, (5,), poisoned=2, **SHORTER),
+    Case("pairs, streamed, layer by layer", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True, method="dpo"),
+    Case("answers", {**PLAIN, "per_device_train_batch_size": 3, "max_steps": 8}, (3, 3), method="kto"),
+    Case("answers, left out before the cut, accumulated", {**PLAIN, **THREE, **TWO}, (10,), poisoned=1, method="kto"),
+    Case("answers, layer by layer", {**PLAIN, **THREE, **TWO}, (10,), streamed=1.0, by_layer=True, method="kto"),
+    Case("answers, reference alone, epochs", {**PLAIN, "max_steps": 9}, (7,), rows=8, **ALONE),
+    Case("pairs by odds", {**PLAIN, **THREE}, (10,), method="orpo"),
+    Case("pairs by means, streamed", {**PLAIN, **THREE}, (10,), streamed=1.0, by_layer=True, method="simpo"),
     Case("written answers", {**PLAIN, **ANSWERS}, (3,), rollouts={}),
     Case(
         "written answers, cut inside an accumulation and its window",
@@ -205,7 +227,7 @@ def train(case: Case, folder: Path, cut: int | None = None, passes: Callable[[],
         result = train_adapter(
             adapted,
             tokenizer,
-            _rows(case.rows - case.rows % 2 if case.dpo is not None else case.rows),
+            _rows(case.rows - case.rows % 2 if case.method in PREFERENCE_METHODS else case.rows),
             _rows(4),
             RunContext(
                 folder=folder / "checkpoints",
@@ -243,9 +265,10 @@ def _model(case: Case, folder: Path) -> tuple[PeftModel, HeadTraining | None]:
 
 
 def _preference(case: Case, folder: Path) -> Preference | None:
-    if case.dpo is None:
+    if case.method not in PREFERENCE_METHODS:
         return None
-    return Preference(DpoSection(**case.dpo).model_dump(), folder / "reference.safetensors", {START: ""})
+    options = PREFERENCE_METHODS[case.method](**case.options).model_dump()
+    return Preference(options, folder / "reference.safetensors", {START: ""}, method=case.method)
 
 
 def _rollouts(case: Case, model: PeftModel, tokenizer: Any) -> Rollouts | None:
@@ -305,8 +328,8 @@ def _interrupted(case: Case, cut: int | None) -> Iterator[None]:
 
     def own_loss(self: AdapterSteps, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         found = loss(self, *args, **kwargs)
-        poisoned = found is not None and self.model.training and self.state.global_step == case.poisoned
-        return found * float("nan") if poisoned else found
+        poisoned = self.model.training and self.state.global_step == case.poisoned
+        return found * float("nan") if poisoned and found is not None else found
 
     def finalize_training(self: AdapterSteps, *args: Any, **kwargs: Any) -> Any:
         if passes == cut:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the families are built by the tests' own module
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from scripts.parity.dpo_families import REFUSED  # noqa: E402
+from scripts.parity.method_families import REFUSED  # noqa: E402
 
 if TYPE_CHECKING:
     from toolkit.training.rollouts import Rollouts

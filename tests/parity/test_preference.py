@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, set_seed
 
-from scripts.parity import dpo_families
+from scripts.parity import method_families
 from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.architecture import describe
 from toolkit.checkpoint.config import skeleton
 from toolkit.errors import ModelError, RecipeError
-from toolkit.evaluate.preferences import pair_figures, pair_logps, reward_figures
+from toolkit.evaluate.preferences import answer_figures, answer_logps, reward_figures
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import spread
 from toolkit.ops.token_scores import sequence_logps, token_scores
 from toolkit.quant import load_int8
-from toolkit.recipe import DpoSection, TrainingSection
+from toolkit.recipe import PREFERENCE_METHODS, DpoSection, TrainingSection
 from toolkit.training import Preference, RunContext, train_adapter
 from toolkit.training.callbacks import MetricsLog
 from toolkit.training.preference import Pairs, PreferenceTrainer, without_noise
@@ -58,21 +58,29 @@ def fresh(cache: Path | None = None) -> PeftModel:
     return attach_lora(model, r=2)
 
 
-def context(folder: Path, *, dpo: dict[str, Any] = {}, start: str = "", **changes: Any) -> RunContext:  # noqa: B006
+def context(
+    folder: Path,
+    *,
+    dpo: dict[str, Any] = {},  # noqa: B006
+    start: str = "",
+    method: str = "dpo",
+    **changes: Any,
+) -> RunContext:
+    """A run of the method; `dpo` are the options of its section."""
     own = {name: changes.pop(name) for name in ("resume", "telemetry", "console") if name in changes}
     forked = changes.pop("forked", None)
-    given = {"max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "use_cpu": True, "method": "dpo"}
+    given = {"max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "use_cpu": True, "method": method}
     section = TrainingSection(**{**given, "packing": False, "gradient_checkpointing": False, **changes})
     folder.mkdir(exist_ok=True)
-    options = DpoSection(**dpo).model_dump()
-    facts = {START: start, "ld_alpha": str(options["ld_alpha"])}
+    options = PREFERENCE_METHODS[method](**dpo).model_dump()
+    facts = {START: start, "ld_alpha": str(options.get("ld_alpha"))}
     return RunContext(
         folder=folder / "checkpoints",
         metrics=folder / "metrics.jsonl",
         arguments={**section.model_dump(exclude={"output_dir"}), "report_to": []},
         device="cpu",
         dtype="float32",
-        preference=Preference(options, folder / "reference.safetensors", facts, forked),
+        preference=Preference(options, folder / "reference.safetensors", facts, forked, method),
         **{"console": Console(file=io.StringIO()), **own},
     )
 
@@ -120,10 +128,10 @@ def test_what_is_kept_is_what_the_base_gives_each_answer(run: tuple[Path, PeftMo
     folder, model = run
     with model.disable_adapter():
         base = by_hand(model.eval(), rows())
-    kept = kept_logps(folder / "reference.safetensors", rows())
+    kept = kept_logps(folder / "reference.safetensors", Pairs(rows()))
     assert kept is not None
     assert torch.tensor(kept).allclose(base, atol=ROUNDING)
-    assert kept_logps(folder / "reference.safetensors", rows(start=50)) is None
+    assert kept_logps(folder / "reference.safetensors", Pairs(rows(start=50))) is None
 
 
 def test_the_figures_of_an_evaluation_are_of_every_pair(run: tuple[Path, PeftModel]) -> None:
@@ -131,18 +139,19 @@ def test_the_figures_of_an_evaluation_are_of_every_pair(run: tuple[Path, PeftMod
     folder, model = run
     table = rows(3, start=20)
     (held,) = [line for line in logged(folder) if "eval_loss" in line]
-    now, before = by_hand(model.eval(), table), torch.tensor(kept_logps(folder / "reference.safetensors", table))
+    now, before = by_hand(model.eval(), table), torch.tensor(kept_logps(folder / "reference.safetensors", Pairs(table)))
     rewards = 0.1 * (now - before)
     margins = rewards[:, 0] - rewards[:, 1]
     assert held["eval_loss"] == pytest.approx(float(-logsigmoid(margins).mean()), abs=ROUNDING)
     assert held["eval_rewards/margins"] == pytest.approx(float(margins.mean()), abs=ROUNDING)
     assert held["eval_rewards/accuracies"] == pytest.approx(float((margins > 0).float().mean()))
-    ours = pair_logps(model, table, 2)
-    assert torch.tensor(ours).allclose(now, atol=ROUNDING)
-    assert reward_figures(ours, before.tolist(), 0.1)["rewards/margins"] == pytest.approx(
-        float(margins.mean()), abs=1e-4
-    )
-    assert pair_figures(ours)["preference_accuracy"] == pytest.approx(float((now[:, 0] > now[:, 1]).float().mean()))
+    ours = torch.tensor(answer_logps(model, table, 2))
+    assert ours.allclose(now.reshape(-1), atol=ROUNDING)
+    figures = reward_figures((0.1 * (ours - before.reshape(-1))).tolist(), table)
+    assert figures["rewards/margins"] == pytest.approx(float(margins.mean()), abs=1e-4)
+    assert figures["rewards/accuracies"] == held["eval_rewards/accuracies"]
+    share = float((now[:, 0] > now[:, 1]).float().mean())
+    assert answer_figures(ours.tolist(), table)["preference_accuracy"] == pytest.approx(share)
 
 
 def trainer_of(folder: Path, **changes: Any) -> PreferenceTrainer:
@@ -171,10 +180,14 @@ def test_scores_of_labelled_tokens_are_those_of_trls_fused_head(tmp_path: Path) 
     assert not ours.entropy.requires_grad
 
 
-def test_a_head_that_passes_over_what_a_family_does_to_its_logits_is_not_used(tmp_path: Path) -> None:
-    """Its width multiplier is no attribute that TRL's fused head knows; the embedded model has nothing of the kind."""
-    row = dpo_families.train("inkling_text", tmp_path, steps=1)
-    assert (row.head, row.moved == row.adapters, row.failed) == ("another", True, "")
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_head_that_passes_over_what_a_family_does_to_its_logits_is_not_used(method: str, tmp_path: Path) -> None:
+    """TRL's fused head knows no width multiplier; the first step is then right by the family's own logits."""
+    row = method_families.train("inkling_text", tmp_path, steps=1, method=method)
+    assert (row.head, row.passes, row.failed) == ("another", True, "")
+
+
+def test_a_head_that_computes_the_familys_own_logits_is_used(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path / "run")
     assert trainer.check_fused_head()
     assert trainer.aux_loss_enabled
@@ -213,7 +226,7 @@ def fork_of(run: tuple[Path, PeftModel], folder: Path, table: Dataset, **changes
         console=Console(file=said, width=200), **changes,
     )  # fmt: skip
     train_adapter(model, AutoTokenizer.from_pretrained(EMBEDDED), table, None, given)
-    kept = kept_logps(folder / "reference.safetensors", table)
+    kept = kept_logps(folder / "reference.safetensors", Pairs(table))
     assert kept is not None
     return said.getvalue(), kept
 
@@ -221,7 +234,7 @@ def fork_of(run: tuple[Path, PeftModel], folder: Path, table: Dataset, **changes
 def test_a_fork_keeps_the_reference_of_its_run_and_says_so(run: tuple[Path, PeftModel], tmp_path: Path) -> None:
     said, kept = fork_of(run, tmp_path / "same", rows())
     assert "reference: the base of the run that this is a fork of, not the weights that the fork starts from" in said
-    assert kept == kept_logps(run[0] / "reference.safetensors", rows())
+    assert kept == kept_logps(run[0] / "reference.safetensors", Pairs(rows()))
     margin = logged(tmp_path / "same")[0]["rewards/margins"]
     assert abs(margin) > 10 * ROUNDING, "it begins where the run ended, at a distance from the reference"
     _, other = fork_of(run, tmp_path / "other", rows(2, start=40))

@@ -90,7 +90,7 @@ def test_scores_of_answers_are_those_of_trl_whatever_the_padding(tmp_path: Path)
         assert (own[~counted] == 0).all()
     alone = trainer._get_per_token_logps_and_entropies(trainer.model, ids[2:, 3:6], mask[2:, 3:6], 1)[0]
     assert torch.allclose(alone[0, 0], ours[0][2, 0], atol=ROUNDING)
-    assert trainer.check_head()
+    assert trainer.check_fused_head()
 
 
 def test_sequences_are_padded_on_the_right_alone() -> None:

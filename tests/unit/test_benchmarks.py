@@ -161,3 +161,41 @@ def test_held_out_loss_is_that_of_the_answers_tokens(script: Any) -> None:
 def test_loss_that_differs_is_complained_of(script: Any, ours: float, difference: float, count: int) -> None:
     figures = {"held_out_loss": {"ours": ours, "stock TRL + PEFT": 2.0}, "packing": {"difference": difference}}
     assert len(list(script("train").complaints("x", figures))) == count
+
+
+def test_preferences_wrong_answers_are_the_models_best_other_categories(script: Any) -> None:
+    """Beams of one prompt stand together, best first; prompts are answered by length and come back in order."""
+    module = script("preferences")
+    words = ["animal", "plant", "person", "none of them"]
+    best = {3: ["plant", "animal"], 4: ["none of them", "person"], 5: ["animal", "none of them"]}
+
+    class Tokenizer:
+        def apply_chat_template(self, turns: Any, add_generation_prompt: bool) -> dict[str, list[int]]:
+            return {"input_ids": [9] * turns}
+
+        def pad(self, given: dict[str, list[list[int]]], **how: Any) -> dict[str, torch.Tensor]:
+            assert how["padding_side"] == "left"
+            width = max(map(len, given["input_ids"]))
+            return {"input_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in given["input_ids"]])}
+
+        def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
+            return words[int(ids[0])]
+
+    class Model:
+        def generate(self, input_ids: torch.Tensor, num_return_sequences: int, **how: Any) -> torch.Tensor:
+            lengths = (input_ids == 9).sum(1).tolist()
+            beams = [best[n] + ["none of them"] * (num_return_sequences - 2) for n in lengths]
+            told = torch.tensor([[words.index(word)] for each in beams for word in each])
+            return torch.cat([input_ids.repeat_interleave(num_return_sequences, 0), told], 1)
+
+    right = ["animal", "plant", "person"]
+    assert module.wrong_answers(Model(), Tokenizer(), [5, 3, 4], right) == [None, "animal", None]
+
+
+def test_preferences_are_judged_beside_the_adapter_that_they_start_from(script: Any) -> None:
+    module = script("preferences")
+    table = type("Table", (), {"column_names": ["input_ids", "labels"], "__len__": lambda self: 4})()
+    first = module.Judged(table, [-1.0, -2.0, -3.0, -2.0], 0.25)
+    after = module.Judged(table, [-2.0, -4.0, -2.5, -2.0], 0.5)
+    assert after.told(first) == "right answer more probable 50.0%, gained more 100.0%, exact match 50.0% (2 pairs)"
+    assert "gained more -, exact match 25.0%" in first.told(first)

@@ -162,18 +162,25 @@ def _training_section(
 
 
 _OF_REWARDS = {"grpo": "group relative policy optimisation", "rloo": "REINFORCE leave-one-out"}
+_METHODS = {
+    "dpo": "direct preference optimisation on pairs of answers",
+    "kto": "Kahneman-Tversky optimisation on good and bad answers",
+    "orpo": "odds-ratio preference optimisation on pairs of answers",
+    "simpo": "simple preference optimisation on pairs of answers",
+}
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
-    """How pairs or rewards were learnt from; nothing where single answers were."""
+    """How preferences or rewards were learnt from; nothing where single answers were."""
     method = _mapping(recipe, "training").get("method", "sft")
     if method in _OF_REWARDS:
         return f"{_OF_REWARDS[method]}, rewards {' + '.join(map(_reward, _mapping(recipe, 'rewards')['functions']))}"
-    if method != "dpo":
+    if method not in _METHODS:
         return ""
-    dpo = _mapping(recipe, "dpo")
-    losses = dpo["loss_type"] if isinstance(dpo["loss_type"], list) else [dpo["loss_type"]]
-    return f"direct preference optimisation on pairs of answers, loss {' + '.join(losses)}, beta {dpo['beta']:g}"
+    options = _mapping(recipe, method)
+    loss = options.get("loss_type", [])
+    losses = " + ".join([loss] if isinstance(loss, str) else loss)
+    return f"{_METHODS[method]}, {f'loss {losses}, ' if losses else ''}beta {options['beta']:g}"
 
 
 def _reward(function: Mapping[str, Any]) -> str:

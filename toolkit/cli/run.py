@@ -139,12 +139,13 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Train a recipe with every combination of some values. Rerun the same command to finish the rest."""
-    from toolkit.recipe import PAIR_METRICS
+    from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS
     from toolkit.sweep.grid import expand
 
     trials = expand(overrides)
     parsed = load_recipe(recipe, list(trials[0].overrides), plain_console())
-    pairs = ["preference_accuracy", *PAIR_METRICS] if parsed.training.method == "dpo" else []
+    judges = parsed.training.method in PREFERENCE_METHODS
+    pairs = ["preference_accuracy", *PAIR_METRICS] if judges else []
     _check_metric(metric, parsed.eval.metric, parsed.eval.regression, pairs)
     import torch
 

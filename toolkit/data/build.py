@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from toolkit.data.dialogue import ChatForm, Dialogue
 from toolkit.data.encode import CUT_OFF, TOO_LONG, Encoded, EncodedRow, Encoder, HeldOut, pack_row, unpack_row
 from toolkit.data.formats import SHAPES, Example
-from toolkit.data.pairs import EQUAL_WHEN_CUT, PAIR_SHAPES, PAIRS, encode_examples
+from toolkit.data.pairs import EQUAL_WHEN_CUT, JUDGED_SHAPES, PAIR_SHAPES, PAIRS, encode_examples
 from toolkit.data.problems import Problems
 from toolkit.data.questions import QUESTION_SHAPES, Question, QuestionEncoder, Questions
 from toolkit.data.reading import Reading, Split, counted, read_sources, require_removed, sources_of
@@ -65,7 +65,8 @@ _REMEDIES = {
 class Batches:
     """Masked examples, not packed yet: columns `input_ids` and `labels`, both (T,), IGNORED where not trained.
 
-    Of pairs, rows 2n and 2n+1 are the chosen and the rejected answer of pair n, and a label is what counts.
+    Of pairs, rows 2n and 2n+1 are the chosen and the rejected answer of pair n, and a label is what counts. Of answers
+    that are called good or bad one by one, a column `desirable` says it.
     """
 
     train: datasets.Dataset
@@ -84,6 +85,11 @@ class Batches:
     def pairs(self) -> bool:
         """Whether the rows are pairs."""
         return self.report.pairs
+
+    @property
+    def judged(self) -> bool:
+        """Whether answers are called good or bad, in pairs or one by one."""
+        return self.report.judged
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,9 @@ def build_batches(
     name: str | None = None,
     train_split: str = "train",
     validation_split: str | None = None,
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"] = "auto",
+    format: Literal[
+        "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired"
+    ] = "auto",
     columns: Mapping[str, str] = {},
     system_prompt: str | None = None,
     chat_template: str | None = None,
@@ -134,6 +142,7 @@ def build_batches(
     stop_token_ids: Sequence[int] = (),
     date: datetime.date | None = None,
     pairs: bool = False,
+    unpaired: bool = False,
     room: int | None = None,
     kept: Sequence[str] = (),
 ) -> Batches:
@@ -142,16 +151,17 @@ def build_batches(
     The arguments are the fields of the recipe's data section, but `chat_template` is Jinja text (see
     `read_chat_template`), `max_length` is in tokens, and relative paths start at `base_folder`. `stop_token_ids` are
     those at which the checkpoint's own generation stops, and `date` is what the chat template prints as today's. With
-    `pairs`, rows are preference pairs. With `room`, tokens that the model writes to a prompt, rows are questions, which
-    carry the columns `kept` for rewards. The tokenizer must be a fast one; it is not changed. Turns after a
-    conversation's last answer are left out and counted.
+    `pairs`, rows are preference pairs; with `unpaired` they may be single answers that are called good or bad. With
+    `room`, tokens that the model writes to a prompt, rows are questions, which carry the columns `kept` for rewards.
+    The tokenizer must be a fast one; it is not changed. Turns after a conversation's last answer are left out and
+    counted.
 
     Raises:
         DataError: the data cannot be read, an example is invalid (and `on_invalid` is "error"), or nothing is left.
     """
     if sum(given is not None for given in (validation, validation_size, validation_split)) > 1:
         raise DataError("data: validation, validation_size and validation_split exclude each other; keep one")
-    shapes = PAIR_SHAPES if pairs else QUESTION_SHAPES if room else SHAPES
+    shapes = JUDGED_SHAPES if unpaired else PAIR_SHAPES if pairs else QUESTION_SHAPES if room else SHAPES
     reading = Reading(format, columns, system_prompt, on_invalid, remove_columns, group_by, shapes, kept)
     sources = sources_of(train, name, train_split)
     training = read_sources(sources, reading, base_folder)
@@ -166,6 +176,8 @@ def build_batches(
         held = read_sources(sources, reading, base_folder, name="validation", split=validation_split)
     elif validation_size is not None:
         held = set_apart(training, validation_size, seed)
+    if unpaired:
+        _refuse_mixture(training, held, reading.found)
     if dedupe and held is not None:
         drop_held_out(training, held)
     chat = any(example.messages for example in training.examples)
@@ -206,6 +218,13 @@ def build_batches(
         return made
     held_out = Questions(held_done.examples, held_done.rows) if held_done else ()
     return replace(made, questions=Questions(done.examples, done.rows), held_out_questions=held_out)
+
+
+def _refuse_mixture(training: Split, held: Split | None, found: str) -> None:
+    """Refuse pairs beside answers that are judged one by one: a batch is of one kind."""
+    kinds = {split.examples[0].rejected is None for split in (training, held) if split is not None}
+    if len(kinds) > 1 or ", " in found:
+        raise DataError(f"{training.where}: pairs and answers that are judged one by one; give rows of one format")
 
 
 def _order(count: int, *, drawn: bool, seed: int) -> NDArray[np.int64]:

@@ -54,6 +54,8 @@ class Encoded:
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     held_out: HeldOut | None = None
+    desirable: bool | None = None
+    """Whether its answer is called good or bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +250,9 @@ def _joined(turns: Sequence[_Ids], everything: bool) -> Iterator[_Group]:
 
 def pack_row(row: EncodedRow) -> tuple[Any, ...]:
     """The row as tuples, text and bytes."""
-    examples = [(each.place, each.ids.tobytes(), each.trained.tobytes(), each.held_out) for each in row.examples]
+    examples = [
+        (each.place, each.ids.tobytes(), each.trained.tobytes(), each.held_out, each.desirable) for each in row.examples
+    ]
     return (examples, row.turns, row.thoughts, row.dropped_thoughts, row.enders)
 
 
@@ -257,8 +261,8 @@ def unpack_row(stored: tuple[Any, ...]) -> EncodedRow:
     examples, *counts = stored
     return EncodedRow(
         tuple(
-            Encoded(place, np.frombuffer(ids, dtype=np.int32), np.frombuffer(trained, dtype=np.bool_), held_out)
-            for place, ids, trained, held_out in examples
+            Encoded(place, np.frombuffer(ids, dtype=np.int32), np.frombuffer(trained, dtype=np.bool_), *rest)
+            for place, ids, trained, *rest in examples
         ),
         *counts,
     )

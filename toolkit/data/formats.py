@@ -62,6 +62,8 @@ class Example:
     """Which of several data sets it is from."""
     rejected: Example | None = None
     """The same prompt with the answer that is rejected, where the example is a pair."""
+    desirable: bool | None = None
+    """Whether the answer is called good or bad, where rows are of single answers that are."""
 
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the row that rewards see."""
@@ -84,6 +86,8 @@ class Example:
         """A hash of the whole example, 16 bytes: those that share it teach the same."""
         if self.rejected:
             return _hash((replace(self, rejected=None).identity + self.rejected.identity).hex())
+        if self.desirable is not None:
+            return _hash(f"{self.desirable} {replace(self, desirable=None).identity.hex()}")
         if self.messages:
             return _hash(f"{self.given} {self._plain(self.messages)}")
         return _hash(f"{-1 if self.prompt is None else len(self.prompt)} {self.text}")

@@ -1,4 +1,5 @@
-"""Preference rows: one prompt with an answer that is chosen and one that is rejected.
+"""Preference rows: one prompt with an answer that is chosen and one that is rejected, or with one that is called good
+or bad.
 
 TRL finds an unwritten prompt of texts by their first characters that agree, in the middle of a word if need be, cuts
 long pairs until both sides may be equal, and trains what stands behind the token that ends an answer. Here each side is
@@ -15,13 +16,14 @@ import numpy as np
 
 from toolkit.data.conversation import Message, as_turns, check_messages, turns_in
 from toolkit.data.encode import Encoded, EncodedRow, Encoder
-from toolkit.data.formats import CHAT, Example, Shape, carries, conversation, present, text_column
+from toolkit.data.formats import CHAT, SHAPES, Example, Shape, carries, conversation, present, text_column
 from toolkit.data.problems import InvalidRow
 
-__all__ = ["EQUAL_WHEN_CUT", "PAIRS", "PAIR_SHAPES", "encode_examples"]
+__all__ = ["EQUAL_WHEN_CUT", "JUDGED_SHAPES", "PAIRS", "PAIR_SHAPES", "UNPAIRED", "encode_examples"]
 
-PAIRS = "preference"
-"""The format's name."""
+PAIRS, UNPAIRED = "preference", "unpaired"
+"""The formats' names."""
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
 EQUAL_WHEN_CUT = "chosen and rejected are the same up to max_length"
 _SIDES = ("chosen", "rejected")
 
@@ -29,12 +31,38 @@ _SIDES = ("chosen", "rejected")
 def encode_examples(
     encoder: Encoder, examples: Sequence[Example], *, hold_out: bool = False
 ) -> list[EncodedRow | InvalidRow]:
-    """As `Encoder.encode`; of a pair the row's two examples are the chosen and the rejected answer."""
+    """As `Encoder.encode`; of a pair the row's two examples are the chosen and the rejected answer, and nobody is asked
+    for an answer that is called bad."""
+    if any(example.desirable is not None for example in examples):
+        return _judged(encoder, examples, hold_out)
     if not any(example.rejected for example in examples):
         return encoder.encode(examples, hold_out=hold_out)
     chosen = encoder.encode([replace(example, rejected=None) for example in examples], hold_out=hold_out)
     rejected = encoder.encode([replace(e.rejected, place=e.place) for e in examples if e.rejected is not None])
     return [_joined(encoder, *each) for each in zip(examples, chosen, rejected, strict=True)]
+
+
+def _judged(encoder: Encoder, examples: Sequence[Example], hold_out: bool) -> list[EncodedRow | InvalidRow]:
+    good = iter(encoder.encode([example for example in examples if example.desirable], hold_out=hold_out))
+    bad = iter(encoder.encode([example for example in examples if not example.desirable]))
+    found: list[EncodedRow | InvalidRow] = []
+    for example in examples:
+        row = next(good if example.desirable else bad)
+        row = row if isinstance(row, InvalidRow) else _of_one_text(row, "")
+        if isinstance(row, EncodedRow):
+            row = replace(row, examples=(replace(row.examples[0], desirable=example.desirable),))
+        found.append(row)
+    return found
+
+
+def _of_one_text(row: EncodedRow, side: str) -> EncodedRow | InvalidRow:
+    """The row, or why not, where its answers do not stand in one text."""
+    if len(row.examples) == 1:
+        return row
+    return InvalidRow(
+        "answers that one text does not hold",
+        f"{side}the chat template writes its answers in {len(row.examples)} different texts; give one answer",
+    )
 
 
 def _joined(
@@ -43,11 +71,8 @@ def _joined(
     for side, row in zip(_SIDES, (chosen, rejected), strict=True):
         if isinstance(row, InvalidRow):
             return InvalidRow(row.reason, f"{side}: {row.detail}")
-        if len(row.examples) != 1:
-            return InvalidRow(
-                "answers that one text does not hold",
-                f"{side}: the chat template writes its answers in {len(row.examples)} different texts; give one answer",
-            )
+        if isinstance(problem := _of_one_text(row, f"{side}: "), InvalidRow):
+            return problem
     assert isinstance(chosen, EncodedRow)
     assert isinstance(rejected, EncodedRow)
     one, other = chosen.examples[0], rejected.examples[0]
@@ -144,5 +169,20 @@ def _is_text(value: Any) -> bool:
     return not (isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found))
 
 
+def _parse_unpaired(values: Mapping[str, Any]) -> Example:
+    label = present(values, "label")
+    word = _WORDS.get(str(label).strip().lower()) if isinstance(label, (str, bool, int)) else None
+    if word is None:
+        raise InvalidRow(
+            "bad label", f"label is {label!r}; true (a good answer) or false (a bad one) is expected"[:200]
+        )
+    return replace(SHAPES["prompt-completion"].parse(values), desirable=word)
+
+
 PAIR_SHAPES: Mapping[str, Shape] = {PAIRS: Shape(("chosen", "rejected"), ("prompt", *CHAT), _parse)}
 """The formats of preference rows by name."""
+JUDGED_SHAPES: Mapping[str, Shape] = {
+    **PAIR_SHAPES,
+    UNPAIRED: Shape(("prompt", "completion", "label"), CHAT, _parse_unpaired),
+}
+"""The same, and rows of single answers that are called good or bad."""

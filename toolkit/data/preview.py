@@ -55,7 +55,8 @@ def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedToke
             _print_pair(console, batches, index, place, dialogue, marked)
             continue
         row = batches.train[index]
-        title = f"example {index + 1}{place}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
+        called = {True: ", good", False: ", bad"}.get(row.get("desirable"), "")
+        title = f"example {index + 1}{place}{called}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
         if batches.questions:
             prompt = len(batches.questions[index].prompt_ids)
             title = f"question {index + 1}{place}: prompt {prompt} tokens; the answer in «…» is what rewards see"

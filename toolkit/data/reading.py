@@ -260,7 +260,8 @@ def _refuse(name: str, value: Any) -> None:
         learn = "learn from both with training.method: dpo, keep one answer"
         raise InvalidRow("a preference pair", f"{name}: the row has a better and a worse answer; {learn}, {aside}")
     if value is False and name in _VERDICTS:
-        raise InvalidRow("an answer marked as bad", f"{name} marks the answer as bad; remove the row, {aside}")
+        learn = "learn from it with training.method: kto, remove the row"
+        raise InvalidRow("an answer marked as bad", f"{name} marks the answer as bad; {learn}, {aside}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from toolkit.data.encode import EncodedRow
 from toolkit.data.formats import Example
-from toolkit.data.pairs import PAIRS
+from toolkit.data.pairs import PAIRS, UNPAIRED
 from toolkit.data.reading import DataSource, Split
 
 __all__ = ["DataReport", "LengthBin", "SourceReport", "SplitReport", "length_bins", "source_reports", "summarise"]
@@ -97,6 +97,11 @@ class DataReport:
     def pairs(self) -> bool:
         """Whether rows are preference pairs, of which the rejected answers are examples of their own."""
         return self.format == PAIRS
+
+    @property
+    def judged(self) -> bool:
+        """Whether answers are called good or bad, in pairs or one by one."""
+        return self.format in (PAIRS, UNPAIRED)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -36,8 +36,10 @@ from toolkit.labels import IGNORED
 __all__ = [
     "Spool",
     "View",
+    "are_pairs",
     "chosen",
     "count_trained",
+    "desirable",
     "first_trained",
     "scratch_folder",
     "scratch_parent",
@@ -59,7 +61,7 @@ _TABLE_IN_MEMORY = 64 << 20
 _TOKEN = 8
 """Bytes of a token and its label."""
 _LIST = pa.list_(pa.int32())
-_SCHEMA = pa.schema({"input_ids": _LIST, "labels": _LIST, "place": pa.string()})
+_SCHEMA = pa.schema({"input_ids": _LIST, "labels": _LIST, "place": pa.string(), "desirable": pa.bool_()})
 
 
 def scratch_parent() -> Path:
@@ -222,6 +224,8 @@ def chosen(items: Sequence[T], flags: Sequence[bool] | NDArray[np.bool_]) -> Seq
 def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Dataset, Sequence[str]]:
     """The columns `input_ids` and `labels`, both (T,), IGNORED where not trained; and where each example came from.
 
+    Of answers that are called good or bad there is a column `desirable`, too.
+
     Arrow lists made from arrays take a tenth of Python integers. In batches, since one list array holds at most 2³¹
     tokens. The fingerprint is a hash of the content: `Dataset` would pickle all of it to make one.
 
@@ -231,6 +235,8 @@ def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Datas
     Raises:
         ResourceError: there is no room for the file.
     """
+    first = next(encoded)
+    encoded, judged = itertools.chain([first], encoded), ["desirable"] if first.desirable is not None else []
     digest = hashlib.blake2b(digest_size=8)
     batches = (_batch(chunk, digest) for chunk in iter(lambda: list(itertools.islice(encoded, _CHUNK)), []))
     if tokens * _TOKEN <= _TABLE_IN_MEMORY:
@@ -239,7 +245,7 @@ def token_table(encoded: Iterator[Encoded], tokens: int) -> tuple[datasets.Datas
         table = _mapped(batches)
     rows, places = (
         datasets.Dataset(table.select(names), fingerprint=digest.hexdigest())
-        for names in (["input_ids", "labels"], ["place"])
+        for names in (["input_ids", "labels", *judged], ["place"])
     )
     return rows, places["place"]
 
@@ -251,7 +257,9 @@ def _batch(chunk: list[Encoded], digest: Any) -> pa.RecordBatch:
     for column in columns:
         digest.update(np.asarray([len(each) for each in ids]).tobytes())
         digest.update(column.flatten().to_numpy().tobytes())
-    return pa.record_batch([*columns, pa.array([each.place for each in chunk], pa.string())], schema=_SCHEMA)
+    beside = [pa.array([each.place for each in chunk], pa.string()), pa.array([e.desirable for e in chunk], pa.bool_())]
+    digest.update(str([each.desirable for each in chunk]).encode() if chunk[0].desirable is not None else b"")
+    return pa.record_batch([*columns, *beside], schema=_SCHEMA)
 
 
 def _lists(arrays: list[NDArray[np.int32]]) -> pa.Array:
@@ -270,6 +278,19 @@ def _mapped(batches: Iterator[pa.RecordBatch]) -> MemoryMappedTable:
     except OSError as error:
         raise _no_room(error) from None
     return MemoryMappedTable.from_file(path)
+
+
+def are_pairs(rows: datasets.Dataset) -> bool:
+    """Whether rows of preferences are chosen and rejected answers in turn."""
+    return "desirable" not in rows.column_names
+
+
+def desirable(rows: datasets.Dataset) -> NDArray[np.bool_]:
+    """Whether each row of preferences is a good answer, (rows,)."""
+    found: NDArray[np.bool_] = (
+        np.arange(len(rows)) % 2 == 0 if are_pairs(rows) else np.asarray(rows["desirable"], dtype=bool)
+    )
+    return found
 
 
 def sequence_lengths(rows: datasets.Dataset) -> NDArray[np.int64]:

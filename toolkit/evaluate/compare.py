@@ -19,7 +19,7 @@ from toolkit.data import HeldOut
 from toolkit.errors import DataError
 from toolkit.evaluate.generate import answer, answer_ids, read_answers, writing
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
-from toolkit.evaluate.preferences import pair_figures, pair_logps
+from toolkit.evaluate.preferences import answer_figures, answer_logps
 from toolkit.ops.label_logits import label_logits, padded, summed_loss
 from toolkit.steps import advance, part
 
@@ -43,8 +43,8 @@ class Measured:
     answers: tuple[str, ...]
     figures: dict[str, float] = field(default_factory=dict)
     scores: tuple[float, ...] = ()
-    pairs: tuple[tuple[float, float], ...] = ()
-    """Of held-out pairs the log-probabilities of the chosen and of the rejected answer."""
+    logps: tuple[float, ...] = ()
+    """Log-probabilities in nats of held-out good and bad answers."""
     written: Sequence[Sequence[int]] = ()
     """The answers' tokens."""
 
@@ -61,7 +61,7 @@ class Comparison:
     base: Measured
     adapted: Measured
     rewards: dict[str, float] = field(default_factory=dict)
-    """Of pairs, the adapted model against its reference (`toolkit.evaluate.preferences`)."""
+    """Of good and bad answers, the adapted model against its reference (`toolkit.evaluate.preferences`)."""
 
     @property
     def better(self) -> list[int]:
@@ -80,7 +80,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able figures, answers left out."""
         figures = {"examples": self.examples, "base": self.base.to_dict(), "adapted": self.adapted.to_dict()}
-        rewards = {"preference": {"pairs": len(self.adapted.pairs), **self.rewards}} if self.rewards else {}
+        rewards = {"preference": {"answers": len(self.adapted.logps), **self.rewards}} if self.rewards else {}
         return {**figures, **rewards, "answers": {"better": len(self.better), "worse": len(self.worse)}}
 
 
@@ -95,7 +95,7 @@ def compare(
     max_new_tokens: int = 32,
     batch_size: int = 32,
     read: Read | None = None,
-    pairs: Dataset | None = None,
+    judged: Dataset | None = None,
 ) -> Comparison:
     """Measure the base (adapter switched off) and the adapted model.
 
@@ -107,7 +107,7 @@ def compare(
         max_new_tokens: longest answer.
         batch_size: prompts, or sequences, at a time.
         read: what is judged of an answer's token ids, its prompt's given; without it their plain text.
-        pairs: rows like `sequences`, chosen and rejected answers in turn, to see which is preferred.
+        judged: rows like `sequences`, good and bad answers (`answer_figures`), to see which are preferred.
     """
     model.eval()
     model.config.use_cache = True
@@ -123,7 +123,7 @@ def compare(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             read=read,
-            pairs=pairs,
+            judged=judged,
         )
 
     with model.disable_adapter():
@@ -142,7 +142,7 @@ def measure(
     max_new_tokens: int,
     batch_size: int,
     read: Read | None = None,
-    pairs: Dataset | None = None,
+    judged: Dataset | None = None,
 ) -> Measured:
     """Loss, the answers' metrics and the perplexity of the model as it stands."""
     wanted = [question.answer for question in questions]
@@ -155,11 +155,11 @@ def measure(
     exact = figures.pop("exact_match", None)
     if general is not None:
         figures["perplexity"] = math.exp(held_out_loss(model, general, batch_size))
-    preferred = () if pairs is None else tuple(pair_logps(model, pairs, batch_size))
-    figures |= pair_figures(preferred) if preferred else {}
+    logps = () if judged is None else tuple(answer_logps(model, judged, batch_size))
+    figures |= {} if judged is None else answer_figures(logps, judged)
     ranks = scores["exact_match" if metric == LOSS else find_metric(metric)[0]]
     loss = held_out_loss(model, sequences, batch_size)
-    return Measured(loss, exact, tuple(answers), figures, tuple(ranks), preferred, tuple(written))
+    return Measured(loss, exact, tuple(answers), figures, tuple(ranks), logps, tuple(written))
 
 
 def score_now(

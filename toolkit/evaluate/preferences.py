@@ -1,32 +1,30 @@
-"""Which of two answers a model prefers: log-probabilities of held-out pairs, with the adapter on or off.
+"""Which answers a model prefers: log-probabilities of held-out good and bad answers, with the adapter on or off.
 
-TRL's trainer has these figures as means over batches, of the adapted model against its reference alone. Here they are
-of every pair, of the base as well, so that what was learnt can be told from what the base knew.
+TRL's trainers have these figures as means over batches, of the adapted model against its reference alone. Here they are
+of every answer, of the base as well, so that what was learnt can be told from what the base knew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from toolkit.data.storage import are_pairs, desirable
 from toolkit.ops.label_logits import padded
 from toolkit.ops.token_scores import sequence_logps
 from toolkit.steps import advance
 
-__all__ = ["pair_figures", "pair_logps", "reward_figures"]
-
-Logps = Sequence[tuple[float, float]]
-"""Of each pair: log-probabilities in nats of the chosen and of the rejected answer."""
+__all__ = ["answer_figures", "answer_logps", "reward_figures"]
 
 
-def pair_logps(model: PreTrainedModel, table: Dataset, batch_size: int) -> list[tuple[float, float]]:
-    """Of each pair what the model as it stands gives its two answers.
+def answer_logps(model: PreTrainedModel, table: Dataset, batch_size: int) -> list[float]:
+    """What the model as it stands gives each answer, in nats.
 
     Args:
-        table: rows of `input_ids` and `labels`; rows 2n and 2n+1 are the chosen and the rejected answer of pair n.
-        batch_size: sequences at a time.
+        table: rows of `input_ids` and `labels`. batch_size: sequences at a time.
     """
     lengths = [len(ids) for ids in table["input_ids"]]
     order = sorted(range(len(table)), key=lambda row: lengths[row])
@@ -38,23 +36,33 @@ def pair_logps(model: PreTrainedModel, table: Dataset, batch_size: int) -> list[
         for row, logp in zip(rows, logps.tolist(), strict=True):
             found[row] = logp
         advance(start + len(rows), len(order), "answers")
-    return list(zip(found[::2], found[1::2], strict=True))
+    return found
 
 
-def pair_figures(logps: Logps) -> dict[str, float]:
-    """Of one model: the share of pairs whose chosen answer is the more probable one, and means in nats."""
-    count = max(1, len(logps))
-    return {
-        "preference_accuracy": sum(chosen > rejected for chosen, rejected in logps) / count,
-        "logps_chosen": sum(chosen for chosen, _ in logps) / count,
-        "logps_rejected": sum(rejected for _, rejected in logps) / count,
-    }
+def answer_figures(logps: Sequence[float], table: Dataset) -> dict[str, float]:
+    """Of one model: means in nats of good and of bad answers; of pairs the share whose good one is the more probable.
+
+    Args:
+        logps: of each row. table: the rows, chosen and rejected answers in turn, or with a column `desirable`.
+    """
+    good, values = desirable(table), np.asarray(logps)
+    found = {"logps_chosen": values[good], "logps_rejected": values[~good]}
+    shares = {"preference_accuracy": float((values[::2] > values[1::2]).mean())} if are_pairs(table) else {}
+    return shares | {name: float(each.mean()) for name, each in found.items() if len(each)}
 
 
-def reward_figures(logps: Logps, reference: Logps, beta: float) -> dict[str, float]:
-    """Of the adapted model against its reference, by TRL's names: the reward of an answer is beta times what its
-    log-probability has gained; the share of pairs whose chosen answer has the higher one, and the mean difference."""
-    pairs = zip(logps, reference, strict=True)
-    margins = [beta * ((chosen - before[0]) - (rejected - before[1])) for (chosen, rejected), before in pairs]
-    count = max(1, len(margins))
-    return {"rewards/accuracies": sum(each > 0 for each in margins) / count, "rewards/margins": sum(margins) / count}
+def reward_figures(rewards: Sequence[float], table: Dataset) -> dict[str, float]:
+    """By TRL's names: the share of pairs whose chosen answer has the higher reward, and the mean difference.
+
+    Without pairs each good answer is compared with each bad one. Nothing where one kind is missing.
+
+    Args:
+        rewards: of each row; beta times what its log-probability has gained over the reference, or its own mean.
+        table: as for `answer_figures`.
+    """
+    good, values = desirable(table), np.asarray(rewards)
+    better, worse = values[good], values[~good]
+    if not len(better) or not len(worse):
+        return {}
+    right = better > worse if are_pairs(table) else better[:, None] > worse[None]
+    return {"rewards/accuracies": float(right.mean()), "rewards/margins": float(better.mean() - worse.mean())}

@@ -82,6 +82,8 @@ def step_duration(
     """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
+    mismatched = int(training.method == "kto" and recipe.kto.loss_type == "kto")  # forward alone
+    passes += mismatched
     micro, batch = training.gradient_accumulation_steps, training.per_device_train_batch_size * training.sides
     tokens = micro * batch * length
     frozen = _active(shapes) * tokens * 2 * (passes - 1)
@@ -95,7 +97,7 @@ def step_duration(
     limits = {
         "arithmetic": arithmetic,
         "memory": moved / (card.memory_rate * 1e9),
-        "bus": 2 * math.ceil(micro / micro_batches_per_pass) * away / (card.pcie_rate * 1e9),
+        "bus": (2 + mismatched) * math.ceil(micro / micro_batches_per_pass) * away / (card.pcie_rate * 1e9),
     }
     if options := rollout_options(recipe):
         often = micro * batch / options.at_once(training) / options.num_iterations

@@ -2,7 +2,8 @@
 
 from toolkit.recipe.aliases import ALIASES
 from toolkit.recipe.binding import Change, Effect, changes, flat
-from toolkit.recipe.methods import PAIR_METRICS
+from toolkit.recipe.methods import PAIR_METRICS, PREFERENCE_METHODS, REFERENCE_FREE
+from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions, rollout_options
 from toolkit.recipe.schema import (
     DataSection,
@@ -28,6 +29,8 @@ from toolkit.recipe.starter import starter
 __all__ = [
     "ALIASES",
     "PAIR_METRICS",
+    "PREFERENCE_METHODS",
+    "REFERENCE_FREE",
     "REWARD",
     "ROLLOUTS",
     "Change",
@@ -37,9 +40,11 @@ __all__ = [
     "EvalSection",
     "GrpoSection",
     "HubSection",
+    "KtoSection",
     "LoraSection",
     "ModelSection",
     "MtpSection",
+    "OrpoSection",
     "PlacementSection",
     "QuantizationSection",
     "Recipe",
@@ -47,6 +52,7 @@ __all__ = [
     "RewardsSection",
     "RlooSection",
     "RolloutOptions",
+    "SimpoSection",
     "TrackingSection",
     "TrainSource",
     "TrainingSection",

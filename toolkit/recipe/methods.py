@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from toolkit.recipe.bounds import Misfit, Section
+from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import ROLLOUTS, rollout_misfits, with_rollouts
 
-__all__ = ["PAIR_METRICS", "DpoSection", "misfits", "with_method"]
+__all__ = ["PAIR_METRICS", "PREFERENCE_METHODS", "REFERENCE_FREE", "DpoSection", "misfits", "with_method"]
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -62,35 +63,67 @@ class DpoSection(Section):
         return self
 
 
+PREFERENCE_METHODS: Mapping[str, type[Section]] = {
+    "dpo": DpoSection,
+    "kto": KtoSection,
+    "orpo": OrpoSection,
+    "simpo": SimpoSection,
+}
+"""Methods that learn from better and worse answers, and their sections, which have the method's name."""
+
+
+REFERENCE_FREE = ("orpo", "simpo")
+"""Those that compare with no reference."""
+
+
 def with_method(values: Any) -> Any:
-    """A recipe's values before they are checked: pairs are padded, so that packing is off where nobody asked for it."""
+    """A recipe's values before they are checked: preferences are padded, so packing is off unless it is asked for."""
     values = with_rollouts(values)
     training = values.get("training") if isinstance(values, Mapping) else None
-    if isinstance(training, Mapping) and training.get("method") == "dpo" and "packing" not in training:
+    if isinstance(training, Mapping) and training.get("method") in PREFERENCE_METHODS and "packing" not in training:
         return {**values, "training": {**training, "packing": False}}
     return values
 
 
 def misfits(recipe: Any) -> Iterator[Misfit]:
     """What the other sections say that the method cannot do."""
-    data, training = recipe.data, recipe.training
+    method, metric, read = recipe.training.method, recipe.eval.metric, recipe.data.format
     yield from rollout_misfits(recipe)
-    if training.method in ("sft", *ROLLOUTS):
-        if recipe.dpo != DpoSection():
-            yield Misfit("dpo", "is for training.method: dpo; remove it, or set that")
-        if data.format == "preference" and training.method == "sft":
-            yield Misfit("data.format", "preference is for training.method: dpo")
-        if recipe.eval.metric in PAIR_METRICS and training.method == "sft":
-            yield Misfit("eval.metric", f"{recipe.eval.metric} is for training.method: dpo")
+    for name, section in PREFERENCE_METHODS.items():
+        if name != method and getattr(recipe, name) != section():
+            yield Misfit(name, f"is for training.method: {name}; remove it, or set that")
+    if read == "unpaired" and method != "kto":
+        yield Misfit("data.format", "unpaired is for training.method: kto")
+    if method in PREFERENCE_METHODS:
+        yield from _of_preferences(recipe)
+    if method in (*PREFERENCE_METHODS, *ROLLOUTS):
         return
+    methods = ", ".join(PREFERENCE_METHODS)
+    if read == "preference":
+        yield Misfit("data.format", f"preference is for training.method: {methods}")
+    if metric in PAIR_METRICS:
+        yield Misfit("eval.metric", f"{metric} is for training.method: {methods}")
+
+
+def _of_preferences(recipe: Any) -> Iterator[Misfit]:
+    """Of a method that learns from better and worse answers."""
+    data, training, method = recipe.data, recipe.training, recipe.training.method
     if training.packing:
         yield Misfit("training.packing", "pairs are padded, never packed; remove the line")
     if recipe.mtp.enabled:
         yield Misfit("mtp.enabled", "a head learns from single answers; set training.method: sft, or remove the line")
     if recipe.lora.lora_dropout:
         yield Misfit("lora.lora_dropout", "model and reference are compared without dropout; remove the line")
-    if data.format not in ("auto", "preference"):
-        yield Misfit("data.format", f"{data.format} has no rejected answers; training.method: dpo reads preference")
+    if data.format not in ("auto", "preference", "unpaired"):
+        reads = "preference or unpaired" if method == "kto" else "preference"
+        yield Misfit("data.format", f"{data.format} has no rejected answers; training.method: {method} reads {reads}")
     for field, only in (("train_on", "all"), ("assistant_only_loss", True), ("completion_only_loss", True)):
         if getattr(data, field) != only:
             yield Misfit(f"data.{field}", "of a pair the answers count and nothing else; remove the line")
+    if method == "kto" and recipe.kto.loss_type == "kto" and training.per_device_train_batch_size == 1:
+        yield Misfit(
+            "training.per_device_train_batch_size",
+            "kto estimates its distance from the reference by the other answers of a batch; set 2 or more",
+        )
+    if method == "kto" and recipe.eval.metric == PAIR_METRICS[0]:
+        yield Misfit("eval.metric", f"{PAIR_METRICS[0]} needs pairs in every batch; kto has {PAIR_METRICS[1]}")

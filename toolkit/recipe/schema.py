@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
 from toolkit.recipe.elsewhere import HubSection, TrackingSection
 from toolkit.recipe.methods import DpoSection, misfits, with_method
+from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import GrpoSection, RewardsSection, RlooSection
 from toolkit.recipe.weights import PlacementSection, QuantizationSection
 
@@ -121,7 +122,9 @@ class MtpSection(Section):
         return self.enabled and (self.stage == "with" or self.own_answers == 0)
 
 
-_Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference"]
+_Format = Literal[
+    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired",
+]  # fmt: skip
 
 
 class TrainSource(Section):
@@ -219,16 +222,17 @@ class TrainingSection(Section):
 
     output_dir: NonEmpty = "runs/run"
     """The run's folder: recipe, metrics, checkpoints, adapter."""
-    method: Literal["sft", "dpo", "grpo", "rloo"] = "sft"
-    """What is learnt from: single answers (supervised fine-tuning), pairs of a better and a worse answer, or (`grpo`,
-    `rloo`) rewards of answers that the model writes."""
+    method: Literal["sft", "dpo", "kto", "orpo", "simpo", "grpo", "rloo"] = "sft"
+    """What is learnt from: single answers (supervised fine-tuning), preferences, or rewards. `dpo`, `orpo` and `simpo`
+    take pairs of a better and a worse answer, `kto` also answers that are called good or bad one by one; `grpo` and
+    `rloo` reward answers that the model writes."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training examples."""
     max_steps: Positive | None = None
     """Optimizer steps; overrides `num_train_epochs`."""
     per_device_train_batch_size: Positive = 1
-    """Sequences (packed ones, with packing) in one forward pass; with `dpo` pairs, of two sequences each;
-    with `grpo` and `rloo` written answers."""
+    """Sequences (packed ones, with packing) in one forward pass; with `dpo`, `orpo` and `simpo` pairs, of two
+    sequences each; with `grpo` and `rloo` written answers."""
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
     max_length: Positive | Literal["auto"] = 1024
@@ -236,7 +240,7 @@ class TrainingSection(Section):
     up to what the data or the model can use."""
     packing: bool = True
     """Pack several examples into one sequence with a block-diagonal mask; no example sees another. Off with
-    `dpo`, `grpo` and `rloo`."""
+    preferences and rewards."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -285,7 +289,7 @@ class TrainingSection(Section):
     @property
     def sides(self) -> int:
         """Sequences that one example of a batch becomes: a pair's two, else one."""
-        return 2 if self.method == "dpo" else 1
+        return 2 if self.method in ("dpo", "orpo", "simpo") else 1
 
 
 class EvalSection(Section):
@@ -295,9 +299,9 @@ class EvalSection(Section):
     """Compare base and adapted model after training, where there are held-out examples."""
     metric: NonEmpty = "loss"
     """What is best: `loss`, `exact_match`, `token_f1`, `rouge_l`, `json_valid`, or a function of yours, as
-    `file.py:function` or `module:function`, from answer and wanted answer to a number; higher is better. With `dpo`
-    also `rewards/accuracies` or `rewards/margins` of the held-out pairs; with `grpo` and `rloo` it is `reward` by
-    default, of the answers that the model writes to held-out prompts."""
+    `file.py:function` or `module:function`, from answer and wanted answer to a number; higher is better. With
+    preferences also `rewards/margins` of the held-out answers, and `rewards/accuracies` of pairs; with `grpo` and
+    `rloo` it is `reward` by default, of the answers that the model writes to held-out prompts."""
     regression: NonEmpty | None = None
     """A UTF-8 file of general text; its perplexity before and after shows forgetting."""
     max_samples: Positive | None = 200
@@ -328,7 +332,13 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     """The training run."""
     dpo: DpoSection = DpoSection()
-    """Learning from pairs."""
+    """Learning from pairs, against a reference."""
+    kto: KtoSection = KtoSection()
+    """Learning from good and bad answers, against a reference."""
+    orpo: OrpoSection = OrpoSection()
+    """Learning from pairs and from the better answers at once."""
+    simpo: SimpoSection = SimpoSection()
+    """Learning from pairs by mean log-probabilities, without a reference."""
     rewards: RewardsSection = RewardsSection()
     """What written answers are worth."""
     grpo: GrpoSection = GrpoSection()

@@ -163,10 +163,10 @@ def comparison(console: Console, results: Mapping[str, Any]) -> None:
             shares = name in _SHARES
             table.add_row(name.replace("_", " "), *(f"{each:.1%}" if shares else f"{each:.4f}" for each in both))
     console.print(table)
-    if pairs := results.get("preference"):
+    if judged := results.get("preference"):
         console.print(
-            f"{pairs['pairs']} held-out pairs: {pairs['rewards/accuracies']:.1%} rewarded the right way round, "
-            f"mean margin {pairs['rewards/margins']:.4f}"
+            f"{judged['answers']} held-out good and bad answers: {judged['rewards/accuracies']:.1%} rewarded the right "
+            f"way round, mean margin {judged['rewards/margins']:.4f}"
         )
     if changed := results.get("answers"):
         console.print(f"answers: {changed['better']} better than the base's, {changed['worse']} worse")

@@ -27,7 +27,7 @@ from toolkit.durable import write_text
 from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
 from toolkit.plan import Plan, StepShape
-from toolkit.recipe import PAIR_METRICS, REWARD, Recipe, rollout_options
+from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, REWARD, Recipe, rollout_options
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run.rewards import require_rewards
@@ -100,7 +100,8 @@ def _batches_of(
         tokenizer,
         **recipe.data.model_dump(exclude={"chat_template_path"}),
         max_length=max_length,
-        pairs=recipe.training.method == "dpo",
+        pairs=recipe.training.method in PREFERENCE_METHODS,
+        unpaired=recipe.training.method == "kto",
         room=options.max_completion_length if (options := rollout_options(recipe)) else None,
         kept=recipe.rewards.columns,
         seed=recipe.training.seed,
@@ -146,7 +147,7 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
     longest = int(lengths.max())
     if options := rollout_options(plan.recipe):
         return _written(batches, plan, options.max_completion_length, beside)
-    if batches.pairs:  # both answers begin where the prompt ends; positions between their turns are in the union, too
+    if batches.judged:  # answers begin where the prompt ends; positions between their turns are in the union, too
         labels = lengths - first_trained(batches.train)
     if not training.packing:
         one = training.per_device_train_batch_size == 1

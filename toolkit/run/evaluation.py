@@ -6,20 +6,25 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import Batches, Dialogue
+from toolkit.data.storage import count_trained, desirable
 from toolkit.durable import write_text
 from toolkit.evaluate import LOSS, Comparison, compare, expert_statistics, held_out_loss, reward_figures
 from toolkit.plan import ROUNDED_ROWS, TRITON, Plan
-from toolkit.recipe import PAIR_METRICS, REWARD
+from toolkit.recipe import PAIR_METRICS, REFERENCE_FREE, REWARD
 from toolkit.run.data import general_text, held_out, stop_as_trained
 from toolkit.run.rewards import judged_answers
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
+from toolkit.training.preference import Pairs
 from toolkit.training.reference import kept_logps
+from toolkit.training.unpaired import answers_of
 
 __all__ = ["LOOKED_AT", "evaluate", "look_at_experts", "require_harmless_rounding"]
 
@@ -34,30 +39,46 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
     if not wanted.enabled or sequences is None:
         return None
     stop_as_trained(model.get_base_model(), batches.form)
-    metric, pairs = wanted.metric, sequences if batches.pairs else None
+    metric, judged = wanted.metric, sequences if batches.judged else None
     compared = compare(
         model,
         tokenizer,
-        sequences if pairs is None else sequences.select(range(0, len(sequences), 2)),
+        sequences if judged is None else sequences.select(np.flatnonzero(desirable(sequences))),
         batches.held_out[: wanted.max_samples],
         metric=LOSS if metric in (*PAIR_METRICS, REWARD) else metric,
         general=general_text(tokenizer, plan),
         max_new_tokens=wanted.max_new_tokens,
         batch_size=wanted.batch_size,
         read=Dialogue(tokenizer, batches.form).judged,
-        pairs=pairs,
+        judged=judged,
     )
-    if pairs is None:
+    if judged is None:
         return judged_answers(compared, model, tokenizer, batches, plan)
-    return _rewarded(compared, pairs, plan)
+    return _rewarded(compared, judged, plan)
 
 
-def _rewarded(compared: Comparison, pairs: Dataset, plan: Plan) -> Comparison:
-    """The comparison with the rewards of the pairs, where the run folder has their reference."""
-    reference = kept_logps(RunFolder(plan.folder).reference, pairs)
+def _rewarded(compared: Comparison, table: Dataset, plan: Plan) -> Comparison:
+    """The comparison with the rewards of good and bad answers, where the run folder has their reference."""
+    method, logps = plan.recipe.training.method, np.asarray(compared.adapted.logps)
+    beta = getattr(plan.recipe, method).beta
+    if method in REFERENCE_FREE:
+        return replace(compared, rewards=reward_figures((beta * logps / count_trained(table)).tolist(), table))
+    reference = _reference(table, plan)
     if reference is None:
         return compared
-    return replace(compared, rewards=reward_figures(compared.adapted.pairs, reference, plan.recipe.dpo.beta))
+    return replace(compared, rewards=reward_figures((beta * (logps - reference)).tolist(), table))
+
+
+def _reference(table: Dataset, plan: Plan) -> NDArray[np.float64] | None:
+    """What the run's reference gave each row of the table, where the run folder has all of it."""
+    kept, recipe = RunFolder(plan.folder).reference, plan.recipe
+    if recipe.training.method == "dpo":
+        known = kept_logps(kept, Pairs(table))
+        return None if known is None else np.asarray(known).reshape(-1)
+    together = recipe.training.per_device_train_batch_size
+    answers = answers_of(table, together=together, loss_type=recipe.kto.loss_type)
+    known = kept_logps(kept, answers)
+    return None if known is None else np.asarray(known)[np.argsort(answers.order), 0]
 
 
 @part("look at experts")

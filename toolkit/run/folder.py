@@ -27,6 +27,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import __version__
+from toolkit.data.storage import are_pairs, desirable
 from toolkit.durable import staged_folder, write_text
 from toolkit.errors import ModelError, OnecardError, RecipeError, ResourceError
 from toolkit.recipe import Change, Effect, Recipe, changes, dump, flat, parse
@@ -310,6 +311,8 @@ def data_sha256(examples: Dataset) -> str:
             values.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32)).data)
             lengths.update(np.ascontiguousarray(chunk.value_lengths().to_numpy(zero_copy_only=False)).data)
         digest.update(values.digest() + lengths.digest())
+    if not are_pairs(examples):
+        digest.update(desirable(examples).tobytes())
     return digest.hexdigest()
 
 

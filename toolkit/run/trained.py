@@ -175,7 +175,7 @@ def train(
             stop=stop or StopRequest(),
             places=batches.places,
             head=head if plan.recipe.mtp.reads_data else None,
-            preference=_preference(plan, base) if batches.pairs else None,
+            preference=_preference(plan, base) if batches.judged else None,
             rollouts=rollouts,
         )
         training = train_adapter(model, tokenizer, batches.train, held_out(batches, plan), context)
@@ -217,16 +217,17 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _preference(plan: Plan, base: Mapping[str, Any]) -> Preference:
     """What a preference run is told beside its pairs."""
-    run, start, options = RunFolder(plan.folder), plan.recipe.lora.adapter_name_or_path, plan.recipe.dpo.model_dump()
+    run, start, method = RunFolder(plan.folder), plan.recipe.lora.adapter_name_or_path, plan.recipe.training.method
+    options = getattr(plan.recipe, method).model_dump()
     weights = fetch_adapter(start) / "adapter_model.safetensors" if start else None
     facts = {
         **{name: str(base[name]) for name in ("base", "config", "compensated")},
         "dtype": plan.dtype,
-        "ld_alpha": str(options["ld_alpha"]),
+        "ld_alpha": str(options.get("ld_alpha")),
         START: file_entry(weights)["sha256"] if weights else "",
     }
     forked = run.forked_reference if start and Path(start) == run.start.absolute() else None
-    return Preference(options, run.reference, facts, forked if forked and forked.is_file() else None)
+    return Preference(options, run.reference, facts, forked if forked and forked.is_file() else None, method)
 
 
 @part("compare", drawn=False)

@@ -23,6 +23,7 @@ from toolkit.labels import IGNORED
 from toolkit.mtp.training import HeadSteps, HeadTraining
 from toolkit.offload.attach import stream_of
 from toolkit.ops.document_attention import keep_lengths
+from toolkit.ops.token_scores import token_scores
 from toolkit.processes import StopRequest, broadcast, processes
 from toolkit.training.callbacks import BestAdapter
 from toolkit.training.checkpoint import Resume
@@ -34,13 +35,18 @@ from toolkit.training.rollouts import Rollouts
 __all__ = ["AdapterSteps", "Preference", "RunContext", "layer_major_for", "moment_bytes"]
 
 
+_PROBED = 8
+"""Labelled tokens on which TRL's head is compared with the model's own logits."""
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
+to some thousand numbers. A head that leaves out a factor is off by that factor."""
 _LENGTHS, _TOKENS = "document_lengths", "real_tokens"
 """Keys of a batch, between collator and trainer."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Direct preference optimisation.
+    """Learning from better and worse answers.
 
     Args:
         options: the fields of the recipe's section, by TRL's names.
@@ -52,6 +58,8 @@ class Preference:
     kept: Path
     facts: Mapping[str, str]
     forked: Path | None = None
+    method: str = "dpo"
+    """Or kto, orpo, simpo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +145,10 @@ class AdapterSteps(Resumable):
     data_collator: Callable[[list[Any]], dict[str, Any]]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
+    temperature = 1.0
+    """What logits are divided by."""
+    trusts_fused_head = True
+    """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
     _logits: torch.Tensor | None = None
     _samples: list[Any]
     _losses: Sequence[torch.Tensor] = ()
@@ -187,6 +199,31 @@ class AdapterSteps(Resumable):
         """The same number as TRL's, found otherwise; None where TRL shall find it."""
         return None
 
+    @torch.no_grad()
+    def check_fused_head(self) -> bool:
+        """Whether TRL's head gives some trained tokens the log-probabilities of the model's own logits.
+
+        Where not, it is not used from now on, and without it there may be no load-balancing loss.
+        """
+        ids, labels = self._head_probe()
+        told = (labels[1:] != IGNORED).nonzero().flatten()[:_PROBED]
+        end = int(told[-1]) + 2 if len(told) else 2
+        inputs = self._prepare_inputs({"input_ids": ids[None, :end], "attention_mask": torch.ones(1, end).long()})
+        labels = labels[None, :end].to(inputs["input_ids"].device)
+        self.model.eval()
+        with self.accelerator.autocast():
+            own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled, temperature=self.temperature)
+            fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
+        off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
+        self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
+        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
+        return self.trusts_fused_head
+
+    def _head_probe(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels of one training example, packed or not."""
+        row = self.train_dataset[0]
+        return torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
+
     def _guarded(self, result: Any, inputs: dict[str, Any], loss: torch.Tensor, count: Any) -> Any:
         """A training loss, with what a head learns beside it; one that is not finite goes no further.
 
@@ -221,10 +258,14 @@ class AdapterSteps(Resumable):
             return loss
         number = next(number for number, sample in enumerate(self._samples) if sample is inputs)
         if number == 0:
+            self._before_layer_major(model, self._samples)
             self._losses = self.layer_major.run(
                 [partial(step, model, sample, *args, **kwargs) for sample in self._samples]
             )
         return self._losses[number]
+
+    def _before_layer_major(self, model: nn.Module, samples: Sequence[dict[str, Any]]) -> None:
+        """What the micro-batches of a step need that takes a pass of its own."""
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As there; the numbers that came with the batch stay on the host."""

@@ -21,17 +21,13 @@ from trl import DPOConfig, DPOTrainer
 
 from toolkit.data.storage import sequence_lengths
 from toolkit.labels import IGNORED
-from toolkit.ops.label_logits import padded, pays_to_keep_logits
+from toolkit.ops.label_logits import padded
 from toolkit.ops.token_scores import token_scores
-from toolkit.training.adapter_steps import AdapterSteps, RunContext
+from toolkit.training.adapter_steps import RunContext
+from toolkit.training.scores import ScoredSteps
 
-__all__ = ["Pairs", "PreferenceTrainer", "dpo_config", "without_noise"]
+__all__ = ["Pairs", "PreferenceSteps", "PreferenceTrainer", "Scored", "Unasked", "dpo_config", "without_noise"]
 
-_PROBED = 8
-"""Answer tokens on which TRL's head is compared with the model's own logits."""
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
-to some thousand numbers. A head that leaves out a factor is off by that factor."""
 _PAIRWISE = ("rewards/", "logps/")
 """Beginnings of the figures that TRL has as means over a batch's pairs."""
 _NOISE = ("dropout", "_drop", "jitter", "noise")
@@ -44,13 +40,24 @@ class Pairs:
         table: rows of `input_ids` and `labels`; rows 2n and 2n+1 are the chosen and the rejected answer of pair n.
     """
 
+    what = "pairs"
+    """What messages call them."""
+
     def __init__(self, table: Dataset) -> None:
         self.table = table
+        self.rows = table.with_format("numpy")
+        self.sides: tuple[int, ...] = (0, 1)
+        """Which sequences of a pair there are."""
         self.reference: Sequence[tuple[float, float]] = ()
         """Of each pair: log-probabilities in nats of the chosen and of the rejected answer."""
 
     def __len__(self) -> int:
         return len(self.table) // 2
+
+    def sequence(self, number: int, side: int) -> Mapping[str, Any]:
+        """`input_ids` and `labels` of a pair's chosen (0) or rejected (1) answer."""
+        row: Mapping[str, Any] = self.rows[2 * number + side]
+        return row
 
     def numbers(self, *, held_out: bool) -> Dataset:
         """The rows that the trainer draws from: each is a pair's number, which the collator looks up."""
@@ -89,7 +96,7 @@ class _Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         found = [(self.held_out if row["held_out"] else self.train, row["pair"]) for row in rows]
-        sequences = [pairs.table[2 * number + side] for side in (0, 1) for pairs, number in found if pairs is not None]
+        sequences = [pairs.sequence(number, side) for side in (0, 1) for pairs, number in found if pairs is not None]
         ids, mask, labels = padded(sequences, self.pad_token_id)
         batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()}
         if all(pairs is not None and pairs.reference for pairs, _ in found):
@@ -98,7 +105,7 @@ class _Collator:
         return batch
 
 
-class _Unasked(nn.Module):
+class Unasked(nn.Module):
     """Stands where TRL wants a reference model, so that it copies no adapter. Every pair's reference is known."""
 
     def __init__(self, config: Any) -> None:
@@ -110,100 +117,84 @@ class _Unasked(nn.Module):
         raise AssertionError("the reference is known before the first step")
 
 
-class PreferenceTrainer(AdapterSteps, DPOTrainer):  # type: ignore[misc]
-    """TRL's preference losses; on a CPU by the model's own logits of the answers alone.
+class PreferenceSteps(ScoredSteps):
+    """What every method has that learns from preferences; put before a trainer of TRL's, whose loss it is.
 
-    The reference must be set in the pairs before a step is taken or an evaluation made.
+    Scores come from the model's own logits on a CPU, and from TRL's fused head on a card where it computes the same.
     """
 
-    trusts_fused_head = True
-    """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
-
-    def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
-        """`trl`: what TRL's trainer takes beside the data."""
-        model, tokenizer = trl["model"], trl["processing_class"]
-        self.pairs, self.held_out_pairs = train, held_out
-        without_noise(model)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        super().__init__(
-            context,
-            **trl,
-            ref_model=_Unasked(model.config),
-            data_collator=_Collator(train, held_out, pad),
-            train_dataset=train.numbers(held_out=False),
-            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
-        )
-        self.precompute_ref_logps = True
+    needs_reference = True
+    """Whether the reference must be set in the pairs before a step is taken or an evaluation made."""
+    pairs: Pairs
+    held_out_pairs: Pairs | None
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        """Pairs come tokenised."""
+        """Rows come tokenised."""
         return dataset
 
     def _longest_batch(self) -> dict[str, Any]:
         longest = self.pairs.longest(self.args.per_device_train_batch_size)
         return self.data_collator([{"pair": number, "held_out": False} for number in longest])
 
+    def _head_probe(self) -> tuple[torch.Tensor, torch.Tensor]:
+        row = self.pairs.sequence(0, 0)
+        return torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
+
+    @torch.no_grad()
+    def reference_of(self, pairs: Pairs, numbers: Sequence[int]) -> torch.Tensor:
+        """What the model as it stands gives both sequences of some pairs, in nats: chosen and rejected [pairs, 2]."""
+        held_out = pairs is not self.pairs
+        batch = self.data_collator([{"pair": number, "held_out": held_out} for number in numbers])
+        inputs = self._prepare_inputs(batch)
+        found = self.compute_ref_log_probs(Scored(self, self.model), inputs)
+        one, other = (torch.zeros(len(numbers)) if logps is None else logps.float().cpu() for logps in found)
+        return torch.stack([one, other], dim=1)
+
+    def pad_token_of(self, tokenizer: Any) -> int:
+        """What sequences are padded with; it is never read."""
+        pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return pad
+
+
+class PreferenceTrainer(PreferenceSteps, DPOTrainer):  # type: ignore[misc]
+    """TRL's preference losses of pairs."""
+
+    def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes beside the data."""
+        self.pairs, self.held_out_pairs = train, held_out
+        without_noise(trl["model"])
+        super().__init__(
+            context,
+            **trl,
+            ref_model=Unasked(trl["model"].config),
+            data_collator=_Collator(train, held_out, self.pad_token_of(trl["processing_class"])),
+            train_dataset=train.numbers(held_out=False),
+            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
+        )
+        self.precompute_ref_logps = True
+
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
         mode = "train" if self.model.training else "eval"
         before = {name: len(values) for name, values in self._metrics[mode].items()}
-        loss: torch.Tensor = DPOTrainer.compute_loss(self, _Scored(self, model), inputs)
+        loss = self._loss_of_pairs(model, inputs)
         for name, values in self._metrics[mode].items():
             if mode == "eval" and name.startswith(_PAIRWISE):  # a mean over pairs, however they fall into batches
                 values += values[before.get(name, 0) :] * (len(inputs["input_ids"]) // 2 - 1)
         return loss
 
-    def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
-        """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
-
-        It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss;
-        and nowhere if its logits are not the family's own.
-        """
-        positions = int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.device.type == "cpu" else 0
-        pays = positions and not self.wants_trls_balance and pays_to_keep_logits(self.model, len(labels), positions)
-        if pays or not self.trusts_fused_head:
-            found = token_scores(model, inputs, labels, balanced=balanced)
-            if not balanced or found.aux_loss is not None or not self.trusts_fused_head:
-                return found
-            self.wants_trls_balance = True
-        router = {"output_router_logits": True} if balanced else {}
-        return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
-
-    @torch.no_grad()
-    def check_fused_head(self) -> bool:
-        """Whether TRL's head gives some answer tokens the log-probabilities of the model's own logits.
-
-        Where not, it is not used from now on, and without it there may be no load-balancing loss.
-        """
-        batch = self._prepare_inputs(self.data_collator([{"pair": 0, "held_out": False}]))
-        inputs = {"input_ids": batch["input_ids"][:1], "attention_mask": batch["attention_mask"][:1]}
-        counted = (batch["completion_mask"][:1] != 0) & (batch["completion_mask"][:1].cumsum(1) <= _PROBED)
-        labels = inputs["input_ids"].masked_fill(~counted, IGNORED)
-        self.model.eval()
-        with self.accelerator.autocast():
-            own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled)
-            fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
-        off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
-        self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
-        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
-        return self.trusts_fused_head
-
-    @torch.no_grad()
-    def reference_of(self, pairs: Pairs, numbers: Sequence[int]) -> torch.Tensor:
-        """What the model as it stands gives the answers of some pairs, in nats: chosen and rejected [pairs, 2]."""
-        held_out = pairs is not self.pairs
-        batch = self.data_collator([{"pair": number, "held_out": held_out} for number in numbers])
-        inputs = self._prepare_inputs(batch)
-        found = self.compute_ref_log_probs(_Scored(self, self.model), inputs)
-        return torch.stack([logps.float() for logps in found], dim=1)
+    def _loss_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        loss: torch.Tensor = DPOTrainer.compute_loss(self, Scored(self, model), inputs)
+        return loss
 
 
-class _Scored:
+class Scored:
     """A model to TRL's loss: called like one with a fused head, it gives the trainer's own scores."""
 
-    def __init__(self, trainer: PreferenceTrainer, model: nn.Module) -> None:
+    def __init__(self, trainer: PreferenceSteps, model: nn.Module) -> None:
         self.trainer, self.model = trainer, model
 
     def __call__(self, **given: Any) -> Any:
+        """The scores of the labels given."""
         balanced = given.pop("output_router_logits", False)
         inputs = {key: given[key] for key in given.keys() - {"labels", "fused_lm_head", "use_cache"}}
         return self.trainer.scores(self.model, inputs, given["labels"], balanced=balanced)
@@ -221,11 +212,11 @@ def without_noise(model: nn.Module) -> None:
 
 
 def dpo_config(context: RunContext, common: Mapping[str, Any]) -> DPOConfig:
-    """TRL's configuration; `common` are the arguments that every method has."""
+    """TRL's configuration; `common` are the arguments that every method has. Another loss's options are not DPO's."""
     assert context.preference is not None
     return DPOConfig(
         **common,
-        **context.preference.options,
+        **(context.preference.options if context.preference.method == "dpo" else {}),
         max_length=None,
         remove_unused_columns=False,
         precompute_ref_log_probs=False,

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,7 +25,7 @@ from toolkit.processes import first_one_first
 from toolkit.steps import advance, part
 from toolkit.training.adapter_steps import Preference
 from toolkit.training.checkpoint import Resume
-from toolkit.training.preference import Pairs, PreferenceTrainer
+from toolkit.training.preference import Pairs, PreferenceSteps
 
 __all__ = ["START", "kept_logps", "take_reference"]
 
@@ -37,7 +36,7 @@ _KEYS, _LOGPS, _DIGEST = "pairs", "logps", 16
 Known = Mapping[bytes, tuple[float, float]]
 
 
-def take_reference(trainer: PreferenceTrainer, wanted: Preference, resume: Resume, say: Callable[[str], None]) -> None:
+def take_reference(trainer: PreferenceSteps, wanted: Preference, resume: Resume, say: Callable[[str], None]) -> None:
     """Give every pair of the trainer its reference: the kept one, or what is computed now; and bind the run to it.
 
     Args:
@@ -47,8 +46,6 @@ def take_reference(trainer: PreferenceTrainer, wanted: Preference, resume: Resum
     Raises:
         ModelError: the run was trained with another reference. RecipeError: a fork's reference is lost.
     """
-    if not trainer.check_fused_head():
-        say("logits: TRL's fused head passes over what this family does to its own; the family's are computed instead")
     with part("reference"), first_one_first():  # the others read what it has written
         parts = [pairs for pairs in (trainer.pairs, trainer.held_out_pairs) if pairs is not None]
         keys = [_keys(pairs) for pairs in parts]
@@ -61,7 +58,7 @@ def take_reference(trainer: PreferenceTrainer, wanted: Preference, resume: Resum
             _compute(trainer, parts, keys, lacking, known, wanted, start)
         if any(key not in own for each in keys for key in each):
             _write(wanted.kept, known, facts)
-        _tell(say, wanted, start, sum(map(len, keys)), sum(map(len, lacking)))
+        _tell(say, wanted, start, trainer.pairs.what, sum(map(len, keys)), sum(map(len, lacking)))
         for pairs, each in zip(parts, keys, strict=True):
             pairs.reference = [known[key] for key in each]
     _bind(resume, trainer.pairs)
@@ -78,7 +75,7 @@ def _origin(wanted: Preference) -> tuple[str, Known]:
 
 
 def _compute(
-    trainer: PreferenceTrainer,
+    trainer: PreferenceSteps,
     parts: Sequence[Pairs],
     keys: Sequence[Sequence[bytes]],
     lacking: Sequence[Sequence[int]],
@@ -92,8 +89,8 @@ def _compute(
     """
     if wanted.forked is not None and start:
         raise RecipeError(
-            f"data.train: {sum(map(len, lacking))} pairs are new to this fork, and the run's reference was another "
-            "adapter, which is not here; use the run's pairs and dpo.ld_alpha, or start a new run from its adapter"
+            f"data.train: {sum(map(len, lacking))} {trainer.pairs.what} are new to this fork, and the run's reference "
+            "was another adapter, which is not here; use the run's data, or start a new run from its adapter"
         )
     most = trainer.args.per_device_train_batch_size * int(trainer.pairs.lengths.max())
     done, total = 0, sum(map(len, lacking))
@@ -109,14 +106,14 @@ def _compute(
                 for group, values in zip(groups[at : at + together], found, strict=True):
                     known |= {names[n]: (one, other) for n, (one, other) in zip(group, values.tolist(), strict=True)}
                     done += len(group)
-                advance(done, total, "pairs")
+                advance(done, total, trainer.pairs.what)
 
 
-def _tell(say: Callable[[str], None], wanted: Preference, start: str, pairs: int, computed: int) -> None:
+def _tell(say: Callable[[str], None], wanted: Preference, start: str, what: str, count: int, computed: int) -> None:
     who = "the adapter that training started from" if start else "the base"
     if wanted.forked is not None:
         say(f"reference: {who} of the run that this is a fork of, not the weights that the fork starts from")
-    say(f"reference: {who}; {pairs} pairs, {computed} computed now, {pairs - computed} read from {wanted.kept.name}")
+    say(f"reference: {who}; {count} {what}, {computed} computed now, {count - computed} read from {wanted.kept.name}")
 
 
 def _bind(resume: Resume, pairs: Pairs) -> None:
@@ -132,23 +129,21 @@ def _bind(resume: Resume, pairs: Pairs) -> None:
 
 
 def _keys(pairs: Pairs) -> list[bytes]:
-    """A hash of each pair: tokens and labels of both answers."""
-    table = pairs.table.with_format("numpy")
+    """A hash of each pair: tokens and labels of both sequences."""
     found = []
     for number in range(len(pairs)):
         digest = hashlib.blake2b(digest_size=_DIGEST)
-        for side in (0, 1):
-            row = table[2 * number + side]
+        for side in pairs.sides:
+            row = pairs.sequence(number, side)
             for name in ("input_ids", "labels"):
                 digest.update(len(row[name]).to_bytes(8, "little") + np.asarray(row[name], dtype=np.int32).tobytes())
         found.append(digest.digest())
     return found
 
 
-def kept_logps(path: Path, table: Dataset) -> list[tuple[float, float]] | None:
-    """What the reference that a run keeps at `path` gave each pair of `table`, or None where it does not hold all."""
-    known = _read(path, _facts(path))
-    keys = _keys(Pairs(table))
+def kept_logps(path: Path, pairs: Pairs) -> list[tuple[float, float]] | None:
+    """What the reference that a run keeps at `path` gave each of these pairs, or None where it does not hold all."""
+    known, keys = _read(path, _facts(path)), _keys(pairs)
     return [known[key] for key in keys] if all(key in known for key in keys) else None
 
 

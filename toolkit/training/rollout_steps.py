@@ -19,6 +19,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from toolkit.errors import DataError, ModelError, RecipeError, first_line
+from toolkit.labels import IGNORED
 from toolkit.processes import processes
 from toolkit.training.adapter_steps import AdapterSteps, RunContext
 from toolkit.training.preference import without_noise
@@ -206,11 +207,10 @@ class RolloutSteps(ScoredSteps):
         self._metrics["train"].pop("step_time", None)
         super().log(logs, start_time)
 
-    def check_head(self) -> bool:
-        """As `check_fused_head`, on the tokens of a prompt."""
-        ids = torch.tensor([self.rollouts.train[0].prompt_ids], device=self.args.device)
-        labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - _PROBED, -100)
-        return self.check_fused_head({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
+    def _head_probe(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of a prompt, the last of which are labelled."""
+        ids = torch.tensor(self.rollouts.train[0].prompt_ids)
+        return ids, ids.masked_fill(torch.arange(len(ids)) < len(ids) - _PROBED, IGNORED)
 
     def _longest_batch(self) -> dict[str, Any]:
         """A batch of the longest prompts with answers of full length, as if they were written."""

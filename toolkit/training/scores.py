@@ -18,17 +18,9 @@ from toolkit.training.adapter_steps import AdapterSteps
 
 __all__ = ["ScoredSteps", "answers_first"]
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
-to some thousand numbers. A head that leaves out a factor is off by that factor."""
-
 
 class ScoredSteps(AdapterSteps):
     """Steps whose loss asks for scores; put before a trainer of TRL's that has its fused head."""
-
-    trusts_fused_head = True
-    """Whether that head computes the family's own logits (`check_fused_head`)."""
-    temperature = 1.0
 
     def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
         """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
@@ -45,21 +37,6 @@ class ScoredSteps(AdapterSteps):
             self.wants_trls_balance = True
         router = {"output_router_logits": True} if balanced else {}
         return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
-
-    @torch.no_grad()
-    def check_fused_head(self, inputs: dict[str, Any], labels: torch.Tensor) -> bool:
-        """Whether TRL's head gives some labelled tokens the log-probabilities of the model's own logits.
-
-        Where not, it is not used from now on, and without it there may be no load-balancing loss.
-        """
-        self.model.eval()
-        with self.accelerator.autocast():
-            own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled, temperature=self.temperature)
-            fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
-        off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
-        self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
-        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
-        return self.trusts_fused_head
 
 
 def answers_first(

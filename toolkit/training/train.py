@@ -35,10 +35,12 @@ from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, Un
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.memory import peak_of
-from toolkit.training.preference import Pairs, PreferenceTrainer, dpo_config
+from toolkit.training.preference import Pairs, PreferenceSteps, PreferenceTrainer, dpo_config
 from toolkit.training.reference import take_reference
-from toolkit.training.rollout_steps import RolloutSteps, rollout_trainer
+from toolkit.training.reference_free import ReferenceFreeTrainer
+from toolkit.training.rollout_steps import rollout_trainer
 from toolkit.training.trainer import AdapterTrainer
+from toolkit.training.unpaired import KtoSteps, answers_of, kto_config, weight_advice
 
 __all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
 
@@ -83,7 +85,8 @@ def train_adapter(
 
     Args:
         train: rows of `input_ids` and `labels`; packed here by TRL where `arguments["packing"]`. Where the context has
-            a preference, rows 2n and 2n+1 are the chosen and the rejected answer of a pair.
+            a preference, rows 2n and 2n+1 are the chosen and the rejected answer of a pair; or, for KTO, each row is an
+            answer and a column `desirable` says whether it is good.
         validation: rows to look at meanwhile.
 
     Raises:
@@ -100,7 +103,7 @@ def train_adapter(
         trainer.add_callback(keeper)
     places = _namer(train, context)
     guard = StepGuard(context.arguments["max_nonfinite_steps"], places, console.print)
-    _take_reference(trainer, context, resume)
+    _look_first(trainer, context, resume)
     saved = {**context.parts, **({"mtp": context.head_beside} if context.head_beside else {})}
     trainer.go_on_with(log, resume=resume, parts=saved, guard=guard, stop=context.stop)
     trainer.add_callback(UnmovedAdapters(console))
@@ -176,8 +179,7 @@ def _trainer(
     trainer: AdapterSteps
     if context.preference:
         arguments = common_arguments(context, train_router=balanced, evaluates=evaluates)
-        config, held_out = _one_card(dpo_config(context, arguments)), Pairs(validation) if validation else None
-        trainer = PreferenceTrainer(context, train=Pairs(train), held_out=held_out, args=config, **given)
+        trainer = _preference_trainer(context, context.preference.method, train, validation, arguments, given)
     elif context.rollouts:
         arguments = common_arguments(context, train_router=balanced, evaluates=bool(context.rollouts.held_out))
         trainer = rollout_trainer(context, arguments, **given)
@@ -186,7 +188,7 @@ def _trainer(
         trainer = AdapterTrainer(context, args=config, train_dataset=train, eval_dataset=validation, **given)
     if processes() > 1:
         sequences = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
-        what = "pairs" if context.preference else "sequences"
+        what = "pairs" if isinstance(trainer, PreferenceTrainer) else "sequences"
         console.print(f"processes: {processes()}, {sequences} {what} per step")
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -200,6 +202,26 @@ def _namer(train: Dataset, context: RunContext) -> Callable[[Mapping[str, Any]],
     return lambda batch: list(dict.fromkeys(asked.question(number).place for number in batch["asked"].tolist()))
 
 
+def _preference_trainer(
+    context: RunContext,
+    method: str,
+    train: Dataset,
+    validation: Dataset | None,
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> PreferenceSteps:
+    if method == "kto":
+        config = _one_card(kto_config(context, arguments))
+        answers = partial(answers_of, together=config.per_device_train_batch_size, loss_type=config.loss_type)
+        held_out, trained = answers(validation) if validation else None, answers(train)
+        if advice := weight_advice(trained, vars(config)):
+            context.console.print(advice, highlight=False, markup=False)
+        return KtoSteps(context, train=trained, held_out=held_out, args=config, **given)
+    kind = PreferenceTrainer if method == "dpo" else ReferenceFreeTrainer
+    pairs = Pairs(validation) if validation else None
+    return kind(context, train=Pairs(train), held_out=pairs, args=_one_card(dpo_config(context, arguments)), **given)
+
+
 def _newest(context: RunContext) -> Checkpoint | None:
     return newest_checkpoint(context.folder, lambda why: context.console.print(f"checkpoint skipped: {why}"))
 
@@ -211,12 +233,12 @@ def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:
         )
 
 
-def _take_reference(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
-    """Of preference pairs: what the model gives them before the first step; where answers are written: TRL's head."""
-    if isinstance(trainer, RolloutSteps) and not trainer.check_head():
-        trainer.say("logits: TRL's fused head passes over what this family does to its own; the family's are computed")
-    if isinstance(trainer, PreferenceTrainer) and context.preference:
-        say = partial(context.console.print, highlight=False, markup=False)
+def _look_first(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
+    """See whose logits TRL's head computes; and, of preferences, what the model gives the answers."""
+    say = partial(context.console.print, highlight=False, markup=False)
+    if not trainer.check_fused_head():
+        say("logits: TRL's fused head passes over what this family does to its own; the family's are computed instead")
+    if isinstance(trainer, PreferenceSteps) and trainer.needs_reference and context.preference:
         take_reference(trainer, context.preference, resume, say)
 
 

@@ -26,10 +26,13 @@ __all__ = ["AdapterTrainer"]
 
 
 class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
-    """TRL's loss; on a CPU, where TRL computes the logits of all tokens, that of the labelled ones."""
+    """TRL's loss; on a CPU, where TRL computes the logits of all tokens, that of the labelled ones.
+
+    That is so on a card, too, where TRL's fused head does not compute the family's own logits.
+    """
 
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
-        if self._pays_to_keep_logits(inputs["labels"]):
+        if not self.trusts_fused_head or self._pays_to_keep_logits(inputs["labels"]):
             return self._labelled_loss(model, inputs, **kwargs)
         if self.model.training and self._would_wait(inputs["labels"]):
             return self._fused_loss(model, inputs, **kwargs)

@@ -154,3 +154,38 @@ def test_the_preview_shows_the_prompt_once_and_what_counts(build: Any, tokenizer
     assert "rejected: «red<|im_end|>»" in text
     assert "data.jsonl:1): prompt " in text
     assert "2 answers count in 2 examples" in text
+
+
+JUDGED = [{"prompt": ASK, "completion": GOOD, "label": True}, {"prompt": ASK, "completion": BAD, "label": "false"}]
+
+
+def test_answers_are_judged_one_by_one(build: Any, write: Any, tokenizer: Any, trained: Any) -> None:
+    """Written as single answers are; nobody is asked for the bad one."""
+    both = build(JUDGED, pairs=True, unpaired=True)
+    assert (both.judged, both.pairs, both.report.format) == (True, False, "unpaired")
+    assert both.train["desirable"] == [True, False]
+    assert [trained(both, row) for row in (0, 1)] == [["green<|im_end|>"], ["red<|im_end|>"]]
+    alone = build([{"prompt": ASK, "completion": BAD}])
+    assert both.train[1]["input_ids"] == alone.train[0]["input_ids"]
+    held = build(JUDGED[:1], pairs=True, unpaired=True, validation=str(write(JUDGED, "held.jsonl")))
+    assert [question.answer for question in held.held_out] == ["green"]
+    shown = io.StringIO()
+    render_preview(Console(file=shown, width=120), both, tokenizer)
+    assert "example 1 (" in shown.getvalue()
+    assert "), bad: " in shown.getvalue()
+
+
+def test_what_is_no_judged_answer_is_refused_with_its_place(build: Any, write: Any) -> None:
+    for row, words in (
+        ({**JUDGED[0], "label": "maybe"}, "label is 'maybe'; true (a good answer) or false (a bad one) is expected"),
+        ({"prompt": ASK, "completion": GOOD, "label": None}, "no label"),
+        ({**JUDGED[0], "completion": ASK}, "no assistant turn"),
+    ):
+        with pytest.raises(DataError) as refused:
+            build([*JUDGED, row], pairs=True, unpaired=True)
+        assert words in str(refused.value)
+        assert "data.jsonl:3: " in str(refused.value)
+    with pytest.raises(DataError, match=r"pairs and answers that are judged one by one; give rows of one format"):
+        build([ROW], pairs=True, unpaired=True, validation=str(write(JUDGED, "held.jsonl")))
+    with pytest.raises(DataError, match=r"label marks the answer as bad; learn from it with training.method: kto"):
+        build([{"prompt": ASK, "completion": BAD, "label": False}])

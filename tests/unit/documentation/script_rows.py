@@ -172,6 +172,10 @@ ROWS = (
         ("memory.md",),
     ),
     Row(
+        "benchmarks/preferences.py",
+        test="tests/unit/test_benchmarks.py::test_preferences_are_judged_beside_the_adapter_that_they_start_from",
+    ),
+    Row(
         "benchmarks/quantization_error.py",
         f"{{place}}/tiny {TRAIN} {HELD_OUT} --calibration 4 --held-out 4 --four-bit --bits 6",
         (
@@ -248,10 +252,10 @@ ROWS = (
     ),
     Row("parity/format_table.py", test="tests/parity/test_format_table.py::test_a_checkpoint_is_right_or_named"),
     Row(
-        "parity/dpo_families.py",
-        "qwen3_moe",
+        "parity/method_families.py",
+        "qwen3_moe --steps 2 --method orpo",
         (
-            r"^ok +qwen3_moe +21/21 moved, first margin \S+, balance \d",
+            r"^ok +qwen3_moe +21/21 moved, first step off by \S+, balance \d",
             r"^1 of 1 families: every default adapter moved",
         ),
     ),

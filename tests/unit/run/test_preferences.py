@@ -37,11 +37,11 @@ def test_a_run_has_its_figures_page_and_artifact_and_a_fork_keeps_the_reference(
     assert status == 0, err
     assert "reference: the base; 18 pairs, 18 computed now, 0 read" in err
     assert "best: step" in err
-    assert "6 held-out pairs: " in err
+    assert "12 held-out good and bad answers: " in err
     run = place / "run"
     summary = json.loads((run / "summary.json").read_text())
     results = summary["results"]
-    assert results["preference"].keys() == {"pairs", "rewards/accuracies", "rewards/margins"}
+    assert results["preference"].keys() == {"answers", "rewards/accuracies", "rewards/margins"}
     assert {"preference_accuracy", "logps_chosen", "logps_rejected"} <= results["base"].keys() & results[
         "adapted"
     ].keys()
