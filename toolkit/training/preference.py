@@ -22,7 +22,6 @@ from trl import DPOConfig, DPOTrainer
 from toolkit.data.storage import sequence_lengths
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import padded
-from toolkit.ops.token_scores import token_scores
 from toolkit.training.adapter_steps import RunContext
 from toolkit.training.scores import ScoredSteps
 
