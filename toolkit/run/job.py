@@ -38,7 +38,7 @@ from toolkit.run.folder import (
     with_decided,
 )
 from toolkit.run.mixture import Chosen, choose_stacks, kept_mixture
-from toolkit.run.model import attach, compensate, coverage, load, requantised
+from toolkit.run.model import attach, check_adapter, compensate, coverage, load, requantised
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run_folder import RunFolder
 from toolkit.steps import listening, seconds_by_part
@@ -106,6 +106,7 @@ def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
         check_token(recipe.hub.hub_token)
     undecided = "auto" in (recipe.lora.r, recipe.training.max_length)
     first = make_plan(recipe, for_training=undecided)
+    check_adapter(first)
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)
