@@ -32,6 +32,7 @@ def quantize(
     With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none; the
     weights are then read twice, once to load and once to compensate, since each layer is calibrated behind the last.
     """
+    from toolkit.checkpoint.unused import unused_lines
     from toolkit.errors import RecipeError
     from toolkit.quant import quantize_checkpoint, refuse_existing
     from toolkit.quant.stored import EXPERT_KINDS
@@ -45,8 +46,8 @@ def quantize(
     compensated, stacks = _compensated(recipe, model, revision, console, experts, budget) if recipe else (None, None)
     done = quantize_checkpoint(model, out, revision=revision, compensated=compensated, experts=experts, stacks=stacks)
     console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
-    if done.left_out:
-        console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
+    for line in unused_lines(done.kept, done.left_out):
+        console.print(f"note: {line}", highlight=False, markup=False)
     next_commands(console, f"plan {out} --audit", f"train {recipe or 'RECIPE'} model.model_name_or_path={out}")
     emit(done.to_dict(), json_)
 

@@ -82,6 +82,7 @@ def export(
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
     from toolkit.artifact import base_folder, load_adapter_config, served_rank
+    from toolkit.checkpoint.unused import unused_lines
     from toolkit.errors import RecipeError
     from toolkit.export import export_adapter, is_rounded_again
     from toolkit.run.merging import merge_base_of, texts_for
@@ -101,6 +102,8 @@ def export(
     )
     if made.merged_into:
         console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}")
+    for line in unused_lines(made.kept, made.left_out):
+        console.print(line, highlight=False, markup=False)
     if made.survival:
         console.print(f"rounded again: {made.survival}")
     for server, problems in made.servers.items():
