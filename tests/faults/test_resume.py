@@ -181,6 +181,7 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off
     status, _, err = onecard("train", cut_off / "recipe.yaml", "training.max_steps=3")
     assert status == 4
     assert "has 4 steps already" in err
+    finished = (cut_off / "run/checkpoints/checkpoint-4/adapter_model.safetensors").read_bytes()
     more = ["training.max_steps=6", "training.logging_steps=2", "training.save_steps=1"]
     status, _, err = onecard("train", cut_off / "recipe.yaml", *more)
     assert status == 0, err
@@ -192,6 +193,8 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off
     lines = [json.loads(line) for line in (cut_off / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6]
     assert sorted(path.name for path in (cut_off / "run" / "checkpoints").iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    # The old schedule ended at a rate of 0; the first new step has that of the longer one.
+    assert (cut_off / "run/checkpoints/checkpoint-5/adapter_model.safetensors").read_bytes() != finished
 
 
 def test_a_clock_that_was_set_back_changes_nothing(

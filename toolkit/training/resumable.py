@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from toolkit.errors import DivergedError, ModelError
@@ -170,7 +171,7 @@ class Resumable(Trainer):  # type: ignore[misc]
                 self.optimizer.load_state_dict(state)
             except (ValueError, KeyError) as error:
                 raise ModelError(f"{checkpoint}: of another optimizer: {error}") from None
-            self.lr_scheduler.load_state_dict(self._of_checkpoint("schedule"))
+            _lay_anew(self.lr_scheduler, self._of_checkpoint("schedule"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None and self._of_checkpoint("scaler"):
@@ -273,6 +274,19 @@ class _Boundary(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave, saved."""
         self.trainer.stop.leave(f"saved at step {state.global_step}")
+
+
+def _lay_anew(schedule: LambdaLR, saved: Mapping[str, Any]) -> None:
+    """Go on with a schedule from where it was saved; the next step's rate is this run's own, whose end may have moved.
+
+    The rates in an optimizer's state are those of the schedule that was saved: 0 where that one had ended.
+    """
+    rates = [
+        peak * share(saved["last_epoch"]) for peak, share in zip(saved["base_lrs"], schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.load_state_dict({**saved, "_last_lr": rates})
 
 
 def _read_tree(folder: Path, name: str) -> Any:
