@@ -117,6 +117,11 @@ def other_rows(place: Path) -> None:
     (place / "rows.jsonl").write_text(text.replace("completion", "completion", 1).replace("animal", "mineral"))
 
 
+def more_rows(place: Path) -> None:
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(f"{text}\n{text.splitlines()[0].replace('animal', 'mineral')}")
+
+
 def other_template(place: Path) -> None:
     file = place / "model" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": "<|im_start|>"}))
@@ -137,7 +142,8 @@ def other_weights(place: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (other_rows, "the training examples differ"),
+        (other_rows, "examples: 24 -> 24, as many, but others"),
+        (more_rows, "examples: 24 -> 25, 1 more"),
         (other_template, "the tokenizer or its chat template differs"),
         (other_weights, "the base's weights differ"),
         (other_config, "the base's config.json differs"),

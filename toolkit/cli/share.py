@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ def verify(
     emit({**asdict(report), "ok": report.ok}, json_)
     if failed := [check for check in report.checks if not check.ok]:
         raise ModelError(f"{artifact}: {len(failed)} of {len(report.checks)} checks failed: {failed[0].detail}")
-    next_commands(console, f"chat {opened_as(artifact, base)}", f"push {artifact} OWNER/NAME")
+    next_commands(console, ["chat", *opened_as(artifact, base)], ["push", artifact, "OWNER/NAME"])
 
 
 def push(
@@ -63,7 +64,7 @@ def push(
     else:
         print(url)
     where = f"hf://{repo_id}{f'@{revision}' if revision else ''}"
-    next_commands(console, f"push {artifact} {repo_id}" if dry_run else f"verify {where}")
+    next_commands(console, ["push", artifact, repo_id] if dry_run else ["verify", where])
 
 
 def export(
@@ -111,21 +112,25 @@ def export(
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
     rank = served_rank(load_adapter_config(made.folder)) if format == "per-expert" else None
     for line in _USED_BY[format]:
-        console.print(line.format(made.folder, rank), markup=False)
-    next_commands(console, *(each.format(made.folder) for each in _AFTER.get(format, ())), f"push {run} OWNER/NAME")
+        console.print(line.format(made.folder, rank, shlex.quote(made.folder)), markup=False)
+    after = [made.folder if word == "{0}" else word for word in _AFTER.get(format, ())]
+    next_commands(console, *([after] if after else []), ["push", run, "OWNER/NAME"])
     emit(made.to_dict(), json_)
 
 
 _USED_BY = {
     "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
-    "per-expert": ("vllm serve BASE --enable-lora --max-lora-rank {1} --lora-modules mine={0}",),
-    "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
+    "per-expert": ("vllm serve BASE --enable-lora --max-lora-rank {1} --lora-modules mine={2}",),
+    "merged": ("vllm serve {2}, or AutoModelForCausalLM.from_pretrained({0!r})",),
     "merged-source": ("whatever loads the base loads {0} in its place",),
     "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `toolkit.register()`",),
-    "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
+    "gguf": ("llama-server -m BASE.gguf --lora {2}/adapter.gguf",),
 }
-"""Who opens a layout, with its folder and the rank to serve."""
-_AFTER = {"peft": ("verify {0}",), **dict.fromkeys(("merged", "merged-source", "merged-int8"), ("plan {0} --audit",))}
+"""Who opens a layout, with its folder, the rank to serve, and the folder as a shell takes it."""
+_AFTER = {
+    "peft": ("verify", "{0}"),
+    **dict.fromkeys(("merged", "merged-source", "merged-int8"), ("plan", "{0}", "--audit")),
+}
 
 
 def combine(
@@ -148,5 +153,5 @@ def combine(
             raise RecipeError(f"{given}: not ADAPTER=WEIGHT, as in runs/a=0.7") from None
     made = combine_adapters(weights, out, rank=rank)
     console.print(f"{out}: rank {made.rank}, {made.adapters} pairs, off by {made.error:.3g} of the exact sum")
-    next_commands(console, f"verify {out}", f"chat {out} --base BASE", f"push {out} OWNER/NAME")
+    next_commands(console, ["verify", out], ["chat", out, "--base", "BASE"], ["push", out, "OWNER/NAME"])
     emit(made.to_dict(), json_)

@@ -313,7 +313,8 @@ class TrainingSection(Section):
     save_steps: Annotated[float, Field(gt=0)] = 500
     """Steps (below 1: share of all steps) between two checkpoints."""
     save_total_limit: Positive = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, two at least: a newer one that turns out damaged costs one, not the run. The one of the best
+    held-out loss stays beside them."""
     load_best_model_at_end: bool = False
     """End with the adapter of the best evaluation by `eval.metric` instead of the last one."""
     early_stopping_patience: Positive | None = None

@@ -20,7 +20,7 @@ from toolkit.artifact import check_token
 from toolkit.data import Batches
 from toolkit.durable import write_text
 from toolkit.plan import Plan, choose_device, make_plan
-from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join
+from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join, require_all_started
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
@@ -98,6 +98,7 @@ def run(
 
 def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
+    require_all_started()
     source = RunFolder(Path(recipe.training.output_dir))
     check_writable(source.path)
     recipe = with_decided(recipe)

@@ -119,6 +119,8 @@ def train_adapter(
             learn_after(head, trainer, trainer.state.global_step)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
+    if keeper and (why := keeper.why_stopped(trainer.state.max_steps)):
+        console.print(why, highlight=False)
     found = keeper.restore() if keeper else None
     if best and found:
         console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is kept")
