@@ -119,11 +119,7 @@ def train_adapter(
             learn_after(head, trainer, trainer.state.global_step)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
-    if keeper and (why := keeper.why_stopped(trainer.state.max_steps)):
-        console.print(why, highlight=False)
-    found = keeper.restore() if keeper else None
-    if best and found:
-        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is kept")
+    found = _best(keeper, console, trainer.state.max_steps) if keeper else None
     return TrainResult(
         steps=trainer.state.global_step,
         loss=guard.mean(output.training_loss, trainer.state.global_step),
@@ -210,6 +206,15 @@ def _preference_trainer(
     kind = PreferenceTrainer if method == "dpo" else ReferenceFreeTrainer
     pairs = Pairs(validation) if validation else None
     return kind(context, train=Pairs(train), held_out=pairs, args=_one_card(dpo_config(context, arguments)), **given)
+
+
+def _best(keeper: KeepBest, console: Console, planned: int) -> tuple[int, float] | None:
+    """Put the best adapter back where that is wanted; its step and figure. Tells of it, and of an early stop."""
+    if why := keeper.why_stopped(planned):
+        console.print(why, highlight=False)
+    if found := keeper.restore():
+        console.print(f"best: step {found[0]}, {keeper.wanted.metric} {found[1]:.4f}; its adapter is kept")
+    return found
 
 
 def _newest(context: RunContext) -> Checkpoint | None:
