@@ -23,10 +23,10 @@ from toolkit.adapters.untrusted import CONFIG, WEIGHTS, check_adapter_files, rea
 from toolkit.checkpoint.files import read_header
 from toolkit.errors import ModelError
 
-__all__ = ["check_start"]
+__all__ = ["BEYOND_PAIRS", "check_start"]
 
 _PAIR = re.compile(r".+\.lora_[AB]\.weight")
-_MORE = {
+BEYOND_PAIRS = {
     "modules_to_save": "modules saved whole",
     "trainable_token_indices": "rows of the embedding",
     "use_dora": "DoRA's magnitudes",
@@ -53,7 +53,7 @@ def check_start(folder: Path, model: PreTrainedModel) -> None:
     """
     check_adapter_files(folder)
     config = read_adapter_config(folder / CONFIG)
-    for field, what in _MORE.items():
+    for field, what in BEYOND_PAIRS.items():
         if config.get(field):
             raise ModelError(f"{folder / CONFIG}: {field}: {_refusal(what)}")
     start = config.get("init_lora_weights", True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, next_commands, opened_as, quiet_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["combine", "export", "push", "verify"]
 
@@ -19,20 +22,47 @@ def verify(
     base: Annotated[str | None, typer.Option(help="Also check that it fits this base.")] = None,
     json_: Json = False,
 ) -> None:
-    """Layout, hashes, finiteness, whether every adapter moved, and base match."""
+    """Layout, hashes, finiteness, whether every adapter moved, and base match.
+
+    Of an adapter that another toolkit wrote: which experts of which layers it moves, whether it is of the base, and
+    what servers would drop.
+    """
     from dataclasses import asdict
 
     from toolkit.artifact import verify_artifact
+    from toolkit.artifact.manifest import ADAPTER_CONFIG, MANIFEST
     from toolkit.errors import ModelError
     from toolkit.report import terminal as show
 
     console = quiet_console()
-    report = verify_artifact(artifact_of(artifact), base=base)
+    folder = artifact_of(artifact)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / MANIFEST).is_file():
+        _verify_foreign(console, folder, base, json_)
+        return
+    report = verify_artifact(folder, base=base)
     show.checks(console, report)
     emit({**asdict(report), "ok": report.ok}, json_)
     if failed := [check for check in report.checks if not check.ok]:
         raise ModelError(f"{artifact}: {len(failed)} of {len(report.checks)} checks failed: {failed[0].detail}")
     next_commands(console, ["chat", *opened_as(artifact, base)], ["push", artifact, "OWNER/NAME"])
+
+
+def _verify_foreign(console: Console, folder: Path, base: str | None, json_: bool) -> None:
+    """Of an adapter without our manifest."""
+    from toolkit.adapters.untrusted import read_adapter_config
+    from toolkit.artifact.manifest import ADAPTER_CONFIG
+    from toolkit.errors import ModelError, RecipeError
+    from toolkit.export import verify_foreign
+    from toolkit.report import terminal as show
+
+    named = base or read_adapter_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise RecipeError(f"{folder}: does not name its base; give it with --base FOLDER, whose config.json is enough")
+    report = verify_foreign(folder, named)
+    show.foreign(console, report)
+    emit(report.to_dict(), json_)
+    if report.problem:
+        raise ModelError(f"{folder}: {report.problem}")
 
 
 def push(

@@ -3,6 +3,7 @@
 A server that does not know a key drops it without a word or refuses the whole adapter, and no small program can ask it
 first: both want a GPU. The rules are those of vLLM 0.33.0 (`lora/lora_model.py`, `lora/lora_weights.py`,
 `lora/peft_helper.py`) and SGLang 0.5.23 (`srt/lora/lora.py`, `srt/lora/utils.py`, `srt/lora/lora_config.py`).
+llama.cpp's are those of its converter, `convert_lora_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["SERVERS", "server_problems"]
+__all__ = ["SERVERS", "llama_cpp_problems", "server_problems"]
 
 SERVERS = ("vLLM 0.33.0", "SGLang 0.5.23")
 
@@ -44,6 +45,20 @@ def server_problems(shapes: Shapes, config: Mapping[str, Any], num_experts: int)
         [*keys, *stacks, *_sglang_config(config), *_sglang_modules(modules)],
     )
     return dict(zip(SERVERS, found, strict=True))
+
+
+def llama_cpp_problems(shapes: Shapes, config: Mapping[str, Any], num_experts: int) -> list[str]:
+    """What llama.cpp's converter would stop at or leave out; arguments as of `server_problems`."""
+    found = []
+    for key in shapes:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            found.append(f"{key} is no A or B under base_model.model")
+        elif ".base_layer" in key or match["module"].endswith(".experts"):
+            found.append(f"{key} is PEFT's fused layout, which it has no name for")
+    modules = sorted({match["module"] for match in map(_KEY.fullmatch, shapes) if match})
+    patterns = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    return [*found, *_stacks(modules, num_experts), *(f"{name} is not read: alpha / r scales all" for name in patterns)]
 
 
 def _keys(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
