@@ -1,8 +1,8 @@
 """Adapters that other toolkits wrote: which experts of which layers they move, and whether they are of a base.
 
 Nothing is converted. Every key of the files is followed to the parameter of the base that it changes: linears, experts
-one by one, PEFT's fused stacks (a chain of `base_layer`), stacks as Unsloth splits them, KTransformers' fused file. Keys
-that lead nowhere are what a program would drop. Only the config of the base is needed, no weight of it.
+one by one, PEFT's fused stacks (a chain of `base_layer`), stacks as Unsloth splits them, KTransformers' fused file.
+Keys that lead nowhere are what a program would drop. Only the config of the base is needed, no weight of it.
 
     E experts, R rank, O outputs, I inputs
 """
@@ -35,18 +35,20 @@ __all__ = ["FUSED", "ForeignReport", "LayerMoved", "verify_foreign"]
 FUSED = "fused_expert_lora.safetensors"
 """KTransformers' file of expert adapters: `layers.N.experts.gate_lora_a` and so on, [E, R, I] and [E, O, R]."""
 
-_PREFIX = re.compile(r"^(?:(?:base_model\.model|base_model|_orig_mod|module)\.)+")
-_INSIDE = re.compile(r"\.(?:_orig_mod|orig_module|_checkpoint_wrapped_module)(?=\.)")
-_SIDE = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>\w+))?\.weight$")
-_FUSED_KEY = re.compile(r"^layers\.(?P<layer>\d+)\.experts\.(?P<part>gate|up|down)_lora_(?P<side>[ab])$")
-_SPLIT = re.compile(r"^(?P<stack>.+)\.(?P<part>gate_up|down)_projs\.(?P<expert>\d+)$")
-_EXPERT = re.compile(r"\.(?P<expert>\d+)\.(?P<part>\w+)$")
 _PARTS = {
     **dict.fromkeys(("gate_proj", "w1", "gate"), "gate"),
     **dict.fromkeys(("up_proj", "w3", "up"), "up"),
     **dict.fromkeys(("down_proj", "w2", "down"), "down"),
     "gate_up_proj": "gate_up",
 }
+"""Names of an expert's projections, to what they compute."""
+_PREFIX = re.compile(r"^(?:(?:base_model\.model|base_model|_orig_mod|module)\.)+")
+_INSIDE = re.compile(r"\.(?:_orig_mod|orig_module|_checkpoint_wrapped_module)(?=\.)")
+_SIDE = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>\w+))?\.weight$")
+_FUSED_KEY = re.compile(r"^layers\.(?P<layer>\d+)\.experts\.(?P<part>gate|up|down)_lora_(?P<side>[ab])$")
+_SPLIT = re.compile(r"^(?P<stack>.+)\.(?P<part>gate_up|down)_projs\.(?P<expert>\d+)$")
+_ONE = re.compile(rf"^(?P<stack>.+)\.(?P<expert>\d+)\.(?P<part>{'|'.join(_PARTS)})$")
+_EXPERT = re.compile(r"\.(?P<expert>\d+)\.(?P<part>\w+)$")
 _SPELLINGS = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model.language_model."),
@@ -328,16 +330,17 @@ def _names(
 
 
 def _special(module: str, layers: Mapping[str, ExpertLayer]) -> tuple[str, int | None, str] | None:
-    """Names that are no checkpoint's: wrappers around stacks, a file of KTransformers, experts that Unsloth splits."""
+    """Names that are no checkpoint's: wrappers around stacks, KTransformers' file, stacks taken apart into linears."""
     bare = module.replace(".base_layer", "")
     if bare in layers:
         return bare, None, ""
     if match := re.match(r"(?:model\.)?layers\.(\d+)\.experts\.(gate|up|down)_lora$", module):
         named = [name for name in layers if re.search(rf"\blayers\.{match[1]}\.", name)]
         return (named[0], None, match[2]) if named else None
-    if (match := _SPLIT.match(module)) and (layer := layers.get(match["stack"])):
-        expert = int(match["expert"])
-        return (layer.stacks[match["part"] == "down"], expert, match["part"]) if expert < layer.num_experts else None
+    split = _SPLIT.match(module) or _ONE.match(module)
+    if split and (layer := layers.get(split["stack"])) and int(split["expert"]) < layer.num_experts:
+        part = _PARTS.get(split["part"], split["part"])
+        return layer.stacks[part == "down"], int(split["expert"]), part
     return None
 
 

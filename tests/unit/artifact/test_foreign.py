@@ -109,6 +109,13 @@ def test_stock_peft_is_whole_and_ktransformers_file_is_read(
     assert report.servers["llama.cpp"] == [f"{FUSED} is not read"]
 
 
+def test_servers_find_keys_in_their_own_ways(one_by_one: Tensors, written: Callable[..., Path]) -> None:
+    bare = {key.removeprefix("base_model.model."): each for key, each in one_by_one.items()}
+    found = verify_foreign(written(bare), str(BASE)).servers
+    for server, keys in (("vLLM 0.33.0", len(bare)), ("SGLang 0.5.23", 0), ("llama.cpp", len(bare))):
+        assert sum("is no" in line for line in found[server]) == keys, server
+
+
 def test_what_was_not_trained_is_counted(stock: Path, one_by_one: Tensors, written: Callable[..., Path]) -> None:
     tensors = load_file(stock / WEIGHTS)
     B = tensors[f"{EXPERTS.format(2)}.lora_B.weight"]
