@@ -25,6 +25,7 @@ from toolkit.training.checkpoint import newest_checkpoint
 SOME = (
     "an epoch's end with dropout",
     "two resumes in a row",
+    "noise, LoRA+ and a stable schedule",
     "streamed, layer by layer, cut inside a step",
     "a head over streamed experts",
     "pairs, streamed, layer by layer",

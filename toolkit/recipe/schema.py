@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
 from toolkit.recipe.elsewhere import HubSection, TrackingSection
-from toolkit.recipe.methods import DpoSection, misfits, with_method
+from toolkit.recipe.methods import DpoSection, Schedule, misfits, with_method
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.sizes import Size
 
@@ -282,14 +282,20 @@ class TrainingSection(Section):
     preferences."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """Schedule after the warm-up."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: how many times the learning rate the Bs learn with, those of experts too; the same rate without it."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Schedule after the warm-up, by transformers' name."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Its options by transformers' names: `{min_lr_rate: 0.1}`; `warmup_stable_decay` needs `num_decay_steps`."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
     """Steps of warm-up; below 1 it is a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: how much noise is added to embeddings in training; its paper takes 5 to 15."""
     max_nonfinite_steps: Positive = 3
     """Non-finite steps (loss or gradient) in a row that end the run; fewer are skipped and reported."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"

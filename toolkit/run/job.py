@@ -43,6 +43,7 @@ from toolkit.run.trained import Trained, find_checkpoint, judge, package, requir
 from toolkit.run_folder import RunFolder
 from toolkit.steps import listening, seconds_by_part
 from toolkit.training.memory import anonymous_memory
+from toolkit.training.schedule import require_schedule
 
 __all__ = ["Finished", "run"]
 
@@ -99,6 +100,7 @@ def run(
 def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
     require_all_started()
+    require_schedule(recipe.training.lr_scheduler_type, recipe.training.lr_scheduler_kwargs)
     source = RunFolder(Path(recipe.training.output_dir))
     check_writable(source.path)
     recipe = with_decided(recipe)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -58,9 +59,12 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     _metrics: dict[str, dict[str, list[Any]]]
     _total_train_tokens: float
+    optimizer: Any
     evaluates_each_epoch = False
     tokens_trained = 0
     """Real tokens that went through training, padding not counted; over resumes too."""
+    loraplus_lr_ratio: float | None = None
+    """How many times the learning rate the Bs learn with."""
     sends_telemetry = False
     """Whether TRL may tell the Hub that a run began."""
 
@@ -105,6 +109,19 @@ class Resumable(Trainer):  # type: ignore[misc]
         """transformers' choice, without bitsandbytes' waits."""
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(*given, **named)
         return with_one_wait(optimizer), options
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers', or PEFT's LoRA+ over the same one."""
+        made: torch.optim.Optimizer
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            made = super().create_optimizer(model)
+            return made
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        given = {**options, "lr": self.args.learning_rate, "loraplus_weight_decay": self.args.weight_decay}
+        self.optimizer = made = create_loraplus_optimizer(
+            self.model, kind, loraplus_lr_ratio=self.loraplus_lr_ratio, **given
+        )
+        return made
 
     def _adapter(self) -> dict[str, torch.Tensor]:
         return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))

@@ -44,7 +44,7 @@ from toolkit.training.unpaired import KtoSteps, answers_of, kto_config, weight_a
 __all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
 
 _NOT_TRL = {
-    "method", "packing", "max_length", "use_cpu", "max_nonfinite_steps", "load_best_model_at_end",
+    "method", "loraplus_lr_ratio", "packing", "max_length", "use_cpu", "max_nonfinite_steps", "load_best_model_at_end",
     "early_stopping_patience",
 }  # fmt: skip
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
