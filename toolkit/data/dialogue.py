@@ -6,6 +6,7 @@ the run and its artifact, so that nothing has to be guessed again at inference.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 from collections.abc import Mapping, Sequence
@@ -156,7 +157,9 @@ class Dialogue:
     def _for_training(self) -> tuple[Path, TurnReader] | None:
         """TRL's template for training in this one's place, and what reads rows by it."""
         found = training_template(self._tokenizer, self._template)
-        return None if found is None else (found[0], self._reader(found[1]))
+        with contextlib.suppress(DataError):  # a template that needs what this tokenizer has not
+            return None if found is None else (found[0], self._reader(found[1]))
+        return None
 
     def turns(self, example: Example, wanted: Sequence[int]) -> list[Turn]:
         """As `TurnReader.read`; a refusal names TRL's template for training where the row can be read by that one."""

@@ -119,6 +119,7 @@ def verify_foreign(folder: Path, base: str) -> ForeignReport:
     """
     config = read_adapter_config(folder / CONFIG)
     check_patterns(config, folder / CONFIG)
+    _check_fields(config, folder / CONFIG)
     files = [folder / name for name in (WEIGHTS, FUSED) if (folder / name).is_file()]
     if not files:
         raise ModelError(f"{folder}: holds no {WEIGHTS}; pickles are not read")
@@ -203,6 +204,10 @@ class _Reading:
         if pair.keys.keys() != {"A", "B"}:
             return self._misfit(f"{pair.module} has only its {min(pair.keys)}")
         A, B = (opened[pair.keys[side][0]].get_tensor(pair.keys[side][1]) for side in "AB")
+        if A.dim() != B.dim() or A.dim() not in (2, 3):
+            return self._misfit(f"{pair.module}: {_pair_shape(A, B)} are no A and B")
+        if not all(side.is_floating_point() and bool(side.isfinite().all()) for side in (A, B)):
+            return self._misfit(f"{pair.module} is not finite")
         found = self.names.get(pair.module)
         if found is None:
             return self._misfit(f"nothing in this base is called {pair.module}")
@@ -295,6 +300,15 @@ class _Reading:
         if any(place.name == FUSED for place, _ in self.raw.values()):
             found = {name: [f"{FUSED} is not read", *problems] for name, problems in found.items()}
         return found
+
+
+def _check_fields(config: Mapping[str, Any], path: Path) -> None:
+    """Those that are read here; they may be a stranger's."""
+    rank, named = config.get("r", 0), config.get("target_parameters") or []
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ModelError(f"{path}: r: {str(rank)[:40]} is no rank")
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise ModelError(f"{path}: target_parameters: not a list of names")
 
 
 def _header(path: Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from tests.harness.families import tiny_config
 from tests.unit.artifact.conftest import BASE
 from toolkit.adapters.layouts import per_expert, read_factors
 from toolkit.checkpoint.config import skeleton
+from toolkit.errors import ModelError
 from toolkit.export.foreign import FUSED, ForeignReport, verify_foreign
 
 __all__ = ["onecard"]
@@ -156,6 +157,21 @@ def test_another_base_is_seen_by_names_and_shapes(
     report = verify_foreign(written(cut), str(BASE))
     assert report.fitting == (48, 56)
     assert "where this base has 8 of" in report.misfits[0]
+
+
+def test_numbers_and_fields_that_are_none_are_named(
+    stock: Path, one_by_one: Tensors, written: Callable[..., Path]
+) -> None:
+    place = f"{EXPERTS.format(0)}.0.up_proj.lora_"
+    for side, tensor, word in (("A", torch.ones(4, 128) * torch.nan, "not finite"), ("B", torch.ones(4), "no A and B")):
+        report = verify_foreign(written({**one_by_one, f"{place}{side}.weight": tensor}), str(BASE))
+        assert word in report.misfits[0]
+    folder = written(one_by_one)
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    for fields in ({"r": "many"}, {"target_parameters": [3]}):
+        (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+        with pytest.raises(ModelError, match=next(iter(fields))):
+            verify_foreign(folder, str(BASE))
 
 
 def test_experts_that_unsloth_splits_are_counted(written: Callable[..., Path], tmp_path: Path) -> None:
