@@ -275,11 +275,9 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
     max_length: Positive | Literal["auto"] = 1024
-    """Tokens in a sequence; with packing, tokens in a packed sequence. `auto` is the longest that fits the device,
-    up to what the data or the model can use."""
+    """Tokens in a sequence, packed or not. `auto` is the longest that fits the device and data or model can use."""
     packing: bool = True
-    """Pack several examples into one sequence with a block-diagonal mask; no example sees another. Off with
-    preferences."""
+    """Pack several examples into one sequence by a block-diagonal mask: none sees another. Off with preferences."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
@@ -319,8 +317,7 @@ class TrainingSection(Section):
     save_steps: Annotated[float, Field(gt=0)] = 500
     """Steps (below 1: share of all steps) between two checkpoints."""
     save_total_limit: Positive = 2
-    """Checkpoints kept, two at least: a newer one that turns out damaged costs one, not the run. The one of the best
-    held-out loss stays beside them."""
+    """Checkpoints kept, two at least; the one of the best held-out loss stays beside them."""
     load_best_model_at_end: bool = False
     """End with the adapter of the best evaluation by `eval.metric` instead of the last one."""
     early_stopping_patience: Positive | None = None
