@@ -18,7 +18,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
-from toolkit.errors import InterruptedRunError, OnecardError, PreemptedError, ResourceError
+from toolkit.errors import InterruptedRunError, OnecardError, PreemptedError, RecipeError, ResourceError
 
 __all__ = [
     "StopRequest",
@@ -27,6 +27,7 @@ __all__ = [
     "is_first",
     "join",
     "processes",
+    "require_all_started",
     "signals_heeded",
 ]
 
@@ -47,6 +48,21 @@ def processes() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes, prints and evaluates."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def require_all_started() -> None:
+    """Raise `RecipeError` where `accelerate launch --cpu` was asked for several processes: it starts one, and says so
+    to nobody. It leaves a meeting place in the environment, and no number of processes."""
+    alone = "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
+    if (
+        alone
+        and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
+        raise RecipeError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says: write --multi_gpu in its place "
+            "and add training.use_cpu=true; or unset MASTER_ADDR for one"
+        )
 
 
 def join(device: str) -> None:

@@ -137,6 +137,18 @@ CASES = (
     Case("cosine without warm-up", {"lr_scheduler_type": "cosine", "warmup_steps": 0, **PLAIN}, cuts=(3,)),
     Case("linear", {"lr_scheduler_type": "linear", **PLAIN}, cuts=(3,)),
     Case("constant after warm-up", {"lr_scheduler_type": "constant_with_warmup", **PLAIN}, cuts=(3,)),
+    Case(
+        "noise, LoRA+ and a stable schedule",
+        {
+            **PLAIN,
+            "neftune_noise_alpha": 5.0,
+            "loraplus_lr_ratio": 4.0,
+            "weight_decay": 0.1,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 2},
+        },
+        cuts=(3,),
+    ),
     Case("fused optimizer", {"optim": "adamw_torch_fused", **PLAIN}, cuts=(3,)),
     Case("weight decay and other betas", {"weight_decay": 0.1, "adam_beta1": 0.8, **PLAIN}, cuts=(5,)),
     Case("experts not int8", PLAIN, (3,), quant={"experts": "none", "linears": "none"}),

@@ -25,6 +25,7 @@ from toolkit.training.checkpoint import newest_checkpoint
 SOME = (
     "an epoch's end with dropout",
     "two resumes in a row",
+    "noise, LoRA+ and a stable schedule",
     "streamed, layer by layer, cut inside a step",
     "a head over streamed experts",
     "pairs, streamed, layer by layer",
@@ -118,6 +119,11 @@ def other_rows(place: Path) -> None:
     (place / "rows.jsonl").write_text(text.replace("completion", "completion", 1).replace("animal", "mineral"))
 
 
+def more_rows(place: Path) -> None:
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(f"{text}\n{text.splitlines()[0].replace('animal', 'mineral')}")
+
+
 def other_template(place: Path) -> None:
     file = place / "model" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": "<|im_start|>"}))
@@ -138,7 +144,8 @@ def other_weights(place: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (other_rows, "the training examples differ"),
+        (other_rows, "examples: 24 -> 24, as many, but others"),
+        (more_rows, "examples: 24 -> 25, 1 more"),
         (other_template, "the tokenizer or its chat template differs"),
         (other_weights, "the base's weights differ"),
         (other_config, "the base's config.json differs"),
@@ -182,6 +189,7 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off
     status, _, err = onecard("train", cut_off / "recipe.yaml", "training.max_steps=3")
     assert status == 4
     assert "has 4 steps already" in err
+    finished = (cut_off / "run/checkpoints/checkpoint-4/adapter_model.safetensors").read_bytes()
     more = ["training.max_steps=6", "training.logging_steps=2", "training.save_steps=1"]
     status, _, err = onecard("train", cut_off / "recipe.yaml", *more)
     assert status == 0, err
@@ -193,6 +201,8 @@ def test_a_longer_run_goes_on_and_a_shorter_one_is_refused(onecard: Run, cut_off
     lines = [json.loads(line) for line in (cut_off / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6]
     assert sorted(path.name for path in (cut_off / "run" / "checkpoints").iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    # The old schedule ended at a rate of 0; the first new step has that of the longer one.
+    assert (cut_off / "run/checkpoints/checkpoint-5/adapter_model.safetensors").read_bytes() != finished
 
 
 def test_a_clock_that_was_set_back_changes_nothing(

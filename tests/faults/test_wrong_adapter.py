@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 import zipfile
@@ -101,7 +102,12 @@ def misshapen(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(not_finite, "not finite"), (lacking, "lacks"), (left_over, "layers.9"), (misshapen, "does not fit")],
+    [
+        (not_finite, "not finite"),
+        (lacking, "lacks"),
+        (left_over, "layers.9"),
+        (misshapen, "does not fit this base model: size mismatch for base_model."),
+    ],
 )
 def test_tensors_that_cannot_be_used_are_no_start(
     onecard: Run, recipe: Path, copied: Path, spoil: Callable[[dict[str, torch.Tensor]], None], words: str
@@ -111,6 +117,37 @@ def test_tensors_that_cannot_be_used_are_no_start(
     save_file(tensors, copied / WEIGHTS, metadata={"format": "pt"})
     refused(onecard("train", recipe, f"lora.adapter_name_or_path={copied}"), words)
     refused(onecard("verify", copied), "checks failed")
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra", "words"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight", "modules_to_save: modules saved whole"),
+        ({"trainable_token_indices": [1]}, "model.embed_tokens.token_adapter.trainable_tokens_delta", "rows of the"),
+        ({"use_dora": True}, "model.layers.0.self_attn.q_proj.lora_magnitude_vector", "use_dora"),
+        ({"lora_bias": True}, "model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias"),
+        ({"bias": "all"}, "model.layers.0.self_attn.q_proj.bias", "q_proj.bias: a tensor that is no A or B"),
+        ({"init_lora_weights": "pissa_niter_4"}, "", "a base that pissa_niter_4 has changed"),
+        ({"layer_replication": [[0, 4], [2, 4]]}, "", "layers used twice"),
+        ({}, "model.embed_tokens.lora_embedding_A", "lora_embedding_A: a tensor that is no A or B"),
+        ({}, "lm_head.lora_A.weight", "an adapter on the output head"),
+    ],
+)
+def test_what_could_not_be_packaged_is_no_start(
+    onecard: Run,
+    recipe: Path,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    extra: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr("toolkit.run.job.load", lambda plan: pytest.fail("the base was loaded"))
+    config = json.loads((copied / "adapter_config.json").read_bytes())
+    (copied / "adapter_config.json").write_text(json.dumps(config | fields))
+    tensors = load_file(copied / WEIGHTS)
+    save_file({**tensors, **({f"base_model.model.{extra}": torch.ones(4, 4)} if extra else {})}, copied / WEIGHTS)
+    refused(onecard("train", recipe, f"lora.adapter_name_or_path={copied}"), words, "merge it into its base")
 
 
 def test_an_archive_is_not_opened(onecard: Run, recipe: Path, artifact: Path, tmp_path: Path) -> None:

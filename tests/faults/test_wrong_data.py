@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.faults.conftest import MODEL, QUICKSTART, Run
-from tests.faults.test_wrong_input import fails
+from tests.faults.test_wrong_input import fails, own_model
 
 GOOD = {"prompt": "say yes", "completion": "yes"}
 
@@ -131,3 +132,33 @@ def test_a_folder_that_may_not_be_written(
 def test_the_model_and_data_of_these_tests_are_there() -> None:
     assert (MODEL / "config.json").is_file()
     assert (QUICKSTART / "data").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("data.train", "in 1 of 12 training examples"),
+        ("data.validation", "in 1 of 12 held-out examples"),
+        ("eval.regression", "in 1 of "),
+        ("pad", "and it pads shorter examples"),
+    ],
+)
+def test_tokens_beyond_the_embedding_are_named_before_loading(
+    onecard: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, words: str
+) -> None:
+    monkeypatch.setattr("toolkit.run.job.load", lambda plan: pytest.fail("the base was loaded"))
+    model = own_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<new>"}) if field == "pad" else tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    rows = (QUICKSTART / "data" / "category.train.jsonl").read_text().splitlines()[:12]
+    text = (QUICKSTART.parent / "general" / "austen.txt").read_text().replace("the", "<new>", 1)
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:4], rows[4].replace("Which", "<new>"), *rows[5:]]))
+    (tmp_path / "general.txt").write_text(text)
+    given = {"eval.regression": [f"{field}={tmp_path}/general.txt"], "pad": []}.get(
+        field, [f"{field}={tmp_path}/rows.jsonl", *(["data.max_samples=12"] if field == "data.validation" else [])]
+    )
+    status, _, err = onecard("train", recipe, f"model.model_name_or_path={model}", *given)
+    assert status == 3, err
+    assert "token 2048 ('<new>') has no row in the model's embedding, which has 2,048" in err.splitlines()[-1]
+    assert words in err.splitlines()[-1]

@@ -16,6 +16,8 @@ from transformers.modeling_layers import MtpModel
 from tests.harness.families import build, tiny_config
 from tests.harness.native_heads import native_checkpoint, next_token, our_draft, stock, stock_draft
 from tests.parity.conftest import EMBEDDED
+from tests.unit.artifact.test_quantised_bases import tensors
+from tests.unit.quant.test_storage import BLOCK, fp8, rewrite
 from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
 from toolkit.checkpoint.identity import identify_base
@@ -127,3 +129,45 @@ def test_where_no_server_has_a_block_for_it_the_export_says_why(tmp_path: Path) 
 def test_without_a_head_the_config_says_so(tmp_path: Path) -> None:
     exported("qwen3_moe", tmp_path, headed=False)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def quantised_with_head(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of FP8 blocks whose head is in FP8, too, with a table, a number and a cache's scale that no model
+    has; and every weight's exact value, these left out."""
+    native_checkpoint("glm4_moe", folder / "float")
+    stored, exact = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, weight in load_file(folder / "float" / "model.safetensors").items():
+        if "proj" in name and weight.dim() == 2:
+            stored[name], stored[f"{name}_scale_inv"], exact[name] = fp8(weight, torch.float32)
+        else:
+            stored[name] = exact[name] = weight
+    stored |= {"visual.table": torch.arange(4.0).half(), "visual.number": torch.tensor(3.0)}
+    stored["model.layers.0.self_attn.k_scale"] = torch.ones(())
+    declared = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    return rewrite(folder / "float", folder / "fp8", stored, declared, shards=3), exact
+
+
+@pytest.mark.parametrize("format", ["merged", "merged-int8", "merged-source"])
+def test_what_no_model_uses_is_kept_from_a_quantised_base_or_named(format: str, tmp_path: Path) -> None:
+    source, exact = quantised_with_head(tmp_path)
+    adapter = artifact_of(source, tmp_path / "adapter", headed=format == "merged")
+    texts = torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(5)).tolist()
+    done = export_adapter(adapter, source, format, tmp_path / "out", texts=texts, force=True)
+    found = tensors(tmp_path / "out")
+    head = {key for key in exact if key.startswith("model.layers.3.")}
+    assert len(head) == 39
+    trained = load_file(adapter / "mtp_head.safetensors") if format == "merged" else {}
+    if format == "merged-source":
+        assert tensors(source).keys() == found.keys()
+    else:
+        assert set(done.kept) == {*head, "visual.table", "visual.number"}
+        assert done.left_out == ("model.layers.0.self_attn.k_scale",)
+        for key in head:
+            assert torch.equal(found[key], trained.get(key, exact[key]).to(found[key].dtype)), key
+    assert torch.equal(found["visual.table"], torch.arange(4.0).half())
+    assert found["visual.number"] == 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    model, _ = load_int8(str(tmp_path / "out"))
+    keys = native_keys(tmp_path / "out", model.config)
+    assert keys is not None
+    assert load_native(model, keys).native == keys

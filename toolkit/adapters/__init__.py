@@ -10,6 +10,7 @@ from toolkit.adapters.attach import (
     unmoved_adapters,
 )
 from toolkit.adapters.layer import ParamWrapper, factors_from_layout
+from toolkit.adapters.starting import check_start
 
 __all__ = [
     "AdapterCoverage",
@@ -17,6 +18,7 @@ __all__ = [
     "adapter_coverage",
     "add_adapter",
     "attach_lora",
+    "check_start",
     "factors_from_layout",
     "load_adapter",
     "targets",

@@ -19,7 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import ParamWrapper, register
@@ -33,6 +33,8 @@ __all__ = [
     "add_adapter",
     "attach_lora",
     "load_adapter",
+    "load_own_layout",
+    "misfit",
     "targets",
     "unmoved_adapters",
 ]
@@ -149,13 +151,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
         peft_model = get_peft_model(model, register(config))
-        if _load_own_layout(peft_model, folder):
+        file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+        if load_own_layout(peft_model, load_file(file)):
             return _freeze(_finite(peft_model, folder), is_trainable)
         result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if machine_failed(error):
             raise
-        raise ModelError(f"{folder}: does not fit this base model: {first_line(error)}") from None
+        raise ModelError(f"{folder}: does not fit this base model: {misfit(error)}") from None
     for what, keys in (("lacks", _own(result.missing_keys)), ("has a key the model has not:", result.unexpected_keys)):
         if keys:
             raise ModelError(f"{folder}: the adapter {what} {keys[0]} ({len(keys)} in all); it is for another model")
@@ -177,13 +180,14 @@ def add_adapter(model: PeftModel, folder: str | Path, name: str) -> None:
     """
     try:
         model.add_adapter(name, register(LoraConfig.from_pretrained(str(folder))))
-        if _load_own_layout(model, folder, name):
+        file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+        if file.is_file() and load_own_layout(model, load_file(file), name):
             model.requires_grad_(False)
             return
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         if machine_failed(error):
             raise
-        reason = first_line(error)
+        reason = misfit(error)
     else:
         reason = "its tensors have other names"
     if name in model.peft_config:
@@ -191,21 +195,23 @@ def add_adapter(model: PeftModel, folder: str | Path, name: str) -> None:
     raise ModelError(f"{folder}: not an adapter of this model: {reason}")
 
 
-def _load_own_layout(model: PeftModel, folder: str | Path, name: str = "default") -> bool:
-    """Load a file whose keys are exactly this model's; False, and nothing done, where they are not.
+def load_own_layout(model: PeftModel, tensors: Mapping[str, Tensor], name: str = "default") -> bool:
+    """Load tensors whose keys are exactly this model's adapter; False, and nothing done, where they are not.
 
     PEFT renames every key it loads as if it came from the family's original checkpoint, and some families' patterns
-    then match names that are right already, which would be lost.
+    then match names that are right already, which would be lost. Where a shape is another, torch raises `RuntimeError`.
     """
-    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
-        return False
     own = {key.replace(f".{name}.", "."): key for key in model.state_dict() if f".{name}." in key and ".lora_" in key}
-    tensors = load_file(file)
     if own.keys() != tensors.keys():
         return False
     model.load_state_dict({own[key]: tensor for key, tensor in tensors.items()}, strict=False)
     return True
+
+
+def misfit(error: BaseException) -> str:
+    """What a library says of tensors that do not fit: torch names the first of them in the second line."""
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
+    return lines[0].replace("copying a param with shape ", "").rstrip(".") if lines else first_line(error)
 
 
 def _freeze(model: PeftModel, is_trainable: bool) -> PeftModel:

@@ -16,7 +16,7 @@ from typing import Any
 from toolkit.checkpoint.files import read_header
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["check_adapter_files", "check_patterns"]
+__all__ = ["CONFIG", "WEIGHTS", "check_adapter_files", "check_patterns", "read_adapter_config"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MOST_JSON_BYTES = 8 << 20
@@ -29,7 +29,7 @@ _QUANTIFIER = re.compile(r"[*+{]")
 
 def check_adapter_files(folder: Path) -> None:
     """Raise `ModelError` unless the folder holds a LoRA adapter in safetensors that is safe to open."""
-    config = _read_config(folder / CONFIG)
+    config = read_adapter_config(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type is {str(config.get('peft_type'))[:40]!r}, not 'LORA'")
     check_patterns(config, folder / CONFIG)
@@ -54,7 +54,8 @@ def check_patterns(config: Mapping[str, Any], path: Path) -> None:
                 raise ModelError(f"{path}: {key}: {pattern[:60]!r} is no pattern for module names; list the names")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """The object in an `adapter_config.json`, of which nothing is checked; raises `ModelError` where it is none."""
     _require_plain(path, _MOST_JSON_BYTES)
     try:
         found = json.loads(path.read_bytes())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -92,9 +93,8 @@ def push_artifact(
         return f"{api.endpoint}/{repo_id}"
     options = [*([] if private else ["--public"]), *(["--revision", revision] if revision else [])]
     options += [*(["--create-pr"] if create_pr else []), *(["--tag", tag] if tag else [])]
-    again = (
-        f"the artifact in {folder} is whole; repeat with `{' '.join(['onecard push', str(folder), repo_id, *options])}`"
-    )
+    command = shlex.join(["onecard", "push", str(folder), repo_id, *options])
+    again = f"the artifact in {folder} is whole; repeat with `{command}`"
     with part("upload", drawn=False), _one_line(f"push to {repo_id} failed", again):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:

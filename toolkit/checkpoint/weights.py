@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -259,12 +259,13 @@ class StackSlice(Unread):
 
 
 def unread(plain: Any, key: str = "") -> Unread:
-    """A slice of safetensors whose rows can be taken without reading them; one that can already is as it is.
+    """A slice of safetensors whose rows can be taken without reading them; one that can already is as it is, and so is
+    a single number, which has none.
 
     Args:
         key: what its tensor is called in the files, for who asks later.
     """
-    if isinstance(plain, Unread):
-        return plain
+    if isinstance(plain, Unread) or not plain.get_shape():
+        return cast("Unread", plain)
     whole = Packed(key, tuple(plain.get_shape()), {"": Part(key)}, lambda parts: parts[""], plain.get_dtype(), 0)
     return PackedSlice(whole, {key: plain})

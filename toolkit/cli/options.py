@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,16 +115,16 @@ def run_of(path: Path) -> Path | None:
     return run if (run / "recipe.yaml").is_file() else None
 
 
-def opened_as(path: Path | str, base: str | None = None) -> str:
-    """What to type after a verb to open this run or artifact again, its base included where nothing else names it."""
+def opened_as(path: Path | str, base: str | None = None) -> list[str]:
+    """The words after a verb that open this run or artifact again, its base included where nothing else names it."""
     from toolkit.artifact import read_manifest
 
     if base:
-        return f"{path} --base {base}"
+        return [str(path), "--base", base]
     if run := run_of(Path(path)):
-        return str(run)
+        return [str(run)]
     is_local = read_manifest(artifact_of(path))["base"]["revision"] is None
-    return f"{path} --base BASE" if is_local else str(path)
+    return [str(path), *(["--base", "BASE"] if is_local else [])]
 
 
 def _fetched(path: Path | str) -> Path:
@@ -165,16 +167,19 @@ def reopen(
     return made, model, tokenizer
 
 
-def _program() -> str:
+def _program() -> list[str]:
     """How this process was started, to be typed again."""
     if Path(sys.argv[0]).name == "__main__.py":
-        return f"{os.path.relpath(sys.executable)} -m toolkit"
-    return os.path.relpath(sys.argv[0])
+        return [os.path.relpath(sys.executable), "-m", "toolkit"]
+    return [os.path.relpath(sys.argv[0])]
 
 
-def next_commands(console: Console, *commands: str) -> None:
-    """Show commands without their program's name, under a heading; whoever ran a path gets that path again."""
-    name = "onecard" if shutil.which("onecard") else _program()
+def next_commands(console: Console, *commands: Sequence[object]) -> None:
+    """Show commands by their words, without the program's name, under a heading, as a shell takes them.
+
+    Whoever ran a path gets that path again.
+    """
+    program = ["onecard"] if shutil.which("onecard") else _program()
     console.print("[bold]next[/bold]")
     for command in commands:
-        console.print(f"  {name} {command}", markup=False)
+        console.print(f"  {shlex.join([*program, *map(str, command)])}", markup=False)

@@ -32,6 +32,7 @@ def quantize(
     With a recipe, the int8 model is in memory too, and the checkpoint is used with error_compensation: none; the
     weights are then read twice, once to load and once to compensate, since each layer is calibrated behind the last.
     """
+    from toolkit.checkpoint.unused import unused_lines
     from toolkit.errors import RecipeError
     from toolkit.quant import quantize_checkpoint, refuse_existing
     from toolkit.quant.stored import EXPERT_KINDS
@@ -45,9 +46,9 @@ def quantize(
     compensated, stacks = _compensated(recipe, model, revision, console, experts, budget) if recipe else (None, None)
     done = quantize_checkpoint(model, out, revision=revision, compensated=compensated, experts=experts, stacks=stacks)
     console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
-    if done.left_out:
-        console.print(f"note: {len(done.left_out)} tensors that the model does not use left out: {done.left_out[0]}, …")
-    next_commands(console, f"plan {out} --audit", f"train {recipe or 'RECIPE'} model.model_name_or_path={out}")
+    for line in unused_lines(done.kept, done.left_out):
+        console.print(f"note: {line}", highlight=False, markup=False)
+    next_commands(console, ["plan", out, "--audit"], ["train", recipe or "RECIPE", f"model.model_name_or_path={out}"])
     emit(done.to_dict(), json_)
 
 
@@ -56,7 +57,7 @@ def schema() -> None:
     from toolkit.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(), indent=2))
-    next_commands(plain_console(), "init")
+    next_commands(plain_console(), ["init"])
 
 
 def init(
@@ -94,7 +95,7 @@ def init(
         emit({"recipe": str(path), "fields": {".".join(key): value for key, value in fields.items()}}, json_)
     else:
         print(path)
-    next_commands(console, *(f"{verb} {path}" for verb in ("preview", "plan", "train")))
+    next_commands(console, *([verb, path] for verb in ("preview", "plan", "train")))
 
 
 def _ask_for_recipe(card: str | None) -> tuple[str, str, str | None]:
@@ -112,7 +113,7 @@ def doctor(json_: Json = False) -> None:
     found = machine.machine()
     console = quiet_console()
     machine.facts(console, found)
-    next_commands(console, "init", "train recipes/quickstart.yaml")
+    next_commands(console, ["init"], ["train", "recipes/quickstart.yaml"])
     emit(found, json_)
 
 

@@ -50,7 +50,11 @@ def train(
         artifact = finished.summary["artifact"]
         folder = Path(artifact).parent
         next_commands(
-            console, f"chat {folder} --compare", f"verify {artifact}", f"report {folder}", f"push {artifact} OWNER/NAME"
+            console,
+            ["chat", folder, "--compare"],
+            ["verify", artifact],
+            ["report", folder],
+            ["push", artifact, "OWNER/NAME"],
         )
         emit(finished.summary, json_)
         if parsed.hub.push_to_hub:
@@ -88,18 +92,22 @@ def plan(
             show_plan(console, made)
             emit(made.to_dict(), json_)
             made.require_fit()
-            given = " ".join([recipe, *(overrides or [])])
-            next_commands(console, *((f"preview {given}", f"train {given}") if is_recipe else (_INIT.format(recipe),)))
+            given = [recipe, *(overrides or [])]
+            next_commands(console, *((["preview", *given], ["train", *given]) if is_recipe else (_init(recipe),)))
             return
         found = take_stock(parsed.model.model_name_or_path, revision=parsed.model.revision)
     show_audit(console, found)
-    next_commands(console, f"plan {recipe}", *([] if is_recipe else [_INIT.format(recipe)]))
+    next_commands(console, ["plan", recipe], *([] if is_recipe else [_init(recipe)]))
     emit(found.to_dict(), json_)
 
 
 _DEFAULTS = "model: {{model_name_or_path: {!r}}}\ndata: {{train: none}}\n"
 """A recipe of nothing but defaults."""
-_INIT = "init recipe.yaml --model {} --data EXAMPLES"
+
+
+def _init(model: str) -> list[str]:
+    """Words of the command that writes a recipe for a model."""
+    return ["init", "recipe.yaml", "--model", model, "--data", "EXAMPLES"]
 
 
 def preview(
@@ -119,8 +127,8 @@ def preview(
     tokenizer = job.load_tokenizer(made)
     batches = job.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)
-    given = " ".join([str(recipe), *(overrides or [])])
-    next_commands(console, f"plan {given}", f"train {given}")
+    given = [recipe, *(overrides or [])]
+    next_commands(console, ["plan", *given], ["train", *given])
     emit(batches.report.to_dict(), json_)
 
 
@@ -173,7 +181,7 @@ def sweep(
     table(console, ranked, metric)
     console.print(f"{folder / 'sweep.json'}, {folder / 'sweep.svg'}")
     if ranked[0].figures:
-        next_commands(console, f"report {ranked[0].run}", f"chat {ranked[0].run} --compare")
+        next_commands(console, ["report", ranked[0].run], ["chat", ranked[0].run, "--compare"])
     emit(found, json_)
     if failed := [outcome for outcome in outcomes if outcome.error]:
         raise ModelError(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, next_commands, opened_as, quiet_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["combine", "export", "push", "verify"]
 
@@ -18,20 +22,47 @@ def verify(
     base: Annotated[str | None, typer.Option(help="Also check that it fits this base.")] = None,
     json_: Json = False,
 ) -> None:
-    """Layout, hashes, finiteness, whether every adapter moved, and base match."""
+    """Layout, hashes, finiteness, whether every adapter moved, and base match.
+
+    Of an adapter that another toolkit wrote: which experts of which layers it moves, whether it is of the base, and
+    what servers would drop.
+    """
     from dataclasses import asdict
 
     from toolkit.artifact import verify_artifact
+    from toolkit.artifact.manifest import ADAPTER_CONFIG, MANIFEST
     from toolkit.errors import ModelError
     from toolkit.report import terminal as show
 
     console = quiet_console()
-    report = verify_artifact(artifact_of(artifact), base=base)
+    folder = artifact_of(artifact)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / MANIFEST).is_file():
+        _verify_foreign(console, folder, base, json_)
+        return
+    report = verify_artifact(folder, base=base)
     show.checks(console, report)
     emit({**asdict(report), "ok": report.ok}, json_)
     if failed := [check for check in report.checks if not check.ok]:
         raise ModelError(f"{artifact}: {len(failed)} of {len(report.checks)} checks failed: {failed[0].detail}")
-    next_commands(console, f"chat {opened_as(artifact, base)}", f"push {artifact} OWNER/NAME")
+    next_commands(console, ["chat", *opened_as(artifact, base)], ["push", artifact, "OWNER/NAME"])
+
+
+def _verify_foreign(console: Console, folder: Path, base: str | None, json_: bool) -> None:
+    """Of an adapter without our manifest."""
+    from toolkit.adapters.untrusted import read_adapter_config
+    from toolkit.artifact.manifest import ADAPTER_CONFIG
+    from toolkit.errors import ModelError, RecipeError
+    from toolkit.export import verify_foreign
+    from toolkit.report import terminal as show
+
+    named = base or read_adapter_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise RecipeError(f"{folder}: does not name its base; give it with --base FOLDER, whose config.json is enough")
+    report = verify_foreign(folder, named)
+    show.foreign(console, report)
+    emit(report.to_dict(), json_)
+    if report.problem:
+        raise ModelError(f"{folder}: {report.problem}")
 
 
 def push(
@@ -63,7 +94,7 @@ def push(
     else:
         print(url)
     where = f"hf://{repo_id}{f'@{revision}' if revision else ''}"
-    next_commands(console, f"push {artifact} {repo_id}" if dry_run else f"verify {where}")
+    next_commands(console, ["push", artifact, repo_id] if dry_run else ["verify", where])
 
 
 def export(
@@ -82,6 +113,7 @@ def export(
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
     from toolkit.artifact import base_folder, load_adapter_config, served_rank
+    from toolkit.checkpoint.unused import unused_lines
     from toolkit.errors import RecipeError
     from toolkit.export import export_adapter, is_rounded_again
     from toolkit.run.merging import merge_base_of, texts_for
@@ -101,6 +133,8 @@ def export(
     )
     if made.merged_into:
         console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}")
+    for line in unused_lines(made.kept, made.left_out):
+        console.print(line, highlight=False, markup=False)
     if made.survival:
         console.print(f"rounded again: {made.survival}")
     for server, problems in made.servers.items():
@@ -108,21 +142,25 @@ def export(
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
     rank = served_rank(load_adapter_config(made.folder)) if format == "per-expert" else None
     for line in _USED_BY[format]:
-        console.print(line.format(made.folder, rank), markup=False)
-    next_commands(console, *(each.format(made.folder) for each in _AFTER.get(format, ())), f"push {run} OWNER/NAME")
+        console.print(line.format(made.folder, rank, shlex.quote(made.folder)), markup=False)
+    after = [made.folder if word == "{0}" else word for word in _AFTER.get(format, ())]
+    next_commands(console, *([after] if after else []), ["push", run, "OWNER/NAME"])
     emit(made.to_dict(), json_)
 
 
 _USED_BY = {
     "peft": ("PeftModel.from_pretrained(base, {0!r}) opens it",),
-    "per-expert": ("vllm serve BASE --enable-lora --max-lora-rank {1} --lora-modules mine={0}",),
-    "merged": ("vllm serve {0}, or AutoModelForCausalLM.from_pretrained({0!r})",),
+    "per-expert": ("vllm serve BASE --enable-lora --max-lora-rank {1} --lora-modules mine={2}",),
+    "merged": ("vllm serve {2}, or AutoModelForCausalLM.from_pretrained({0!r})",),
     "merged-source": ("whatever loads the base loads {0} in its place",),
     "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `toolkit.register()`",),
-    "gguf": ("llama-server -m BASE.gguf --lora {0}/adapter.gguf",),
+    "gguf": ("llama-server -m BASE.gguf --lora {2}/adapter.gguf",),
 }
-"""Who opens a layout, with its folder and the rank to serve."""
-_AFTER = {"peft": ("verify {0}",), **dict.fromkeys(("merged", "merged-source", "merged-int8"), ("plan {0} --audit",))}
+"""Who opens a layout, with its folder, the rank to serve, and the folder as a shell takes it."""
+_AFTER = {
+    "peft": ("verify", "{0}"),
+    **dict.fromkeys(("merged", "merged-source", "merged-int8"), ("plan", "{0}", "--audit")),
+}
 
 
 def combine(
@@ -145,5 +183,5 @@ def combine(
             raise RecipeError(f"{given}: not ADAPTER=WEIGHT, as in runs/a=0.7") from None
     made = combine_adapters(weights, out, rank=rank)
     console.print(f"{out}: rank {made.rank}, {made.adapters} pairs, off by {made.error:.3g} of the exact sum")
-    next_commands(console, f"verify {out}", f"chat {out} --base BASE", f"push {out} OWNER/NAME")
+    next_commands(console, ["verify", out], ["chat", out, "--base", "BASE"], ["push", out, "OWNER/NAME"])
     emit(made.to_dict(), json_)

@@ -79,7 +79,7 @@ def evaluate(
     if drafting:
         show.drafting(console, drafting)
     again = opened_as(run, base)
-    next_commands(console, f"chat {again} --compare", f"push {run} OWNER/NAME")
+    next_commands(console, ["chat", *again, "--compare"], ["push", run, "OWNER/NAME"])
     emit({**comparison.to_dict(), **({"mtp": drafting} if drafting else {})}, json_)
 
 
@@ -100,7 +100,7 @@ def _benchmark(
     made, model, tokenizer = reopen(run, overrides, base, console, as_trained=True)
     found = run_harness(model, tokenizer, names, folder=folder, limit=limit, batch_size=made.recipe.eval.batch_size)
     show.benchmarks(console, found)
-    next_commands(console, f"chat {opened_as(run, base)} --compare", f"push {run} OWNER/NAME")
+    next_commands(console, ["chat", *opened_as(run, base), "--compare"], ["push", run, "OWNER/NAME"])
     emit({"lm_eval": found}, json_)
 
 
@@ -121,14 +121,14 @@ def report(
             emit({"page": str(page), "bytes": page.stat().st_size}, json_)
         else:
             print(page)
-        next_commands(plain_console(), f"report {run} --serve", f"chat {run} --compare")
+        next_commands(plain_console(), ["report", run, "--serve"], ["chat", run, "--compare"])
         return
     with page_server(run, port) as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            next_commands(plain_console(), f"report {run}")
+            next_commands(plain_console(), ["report", run])
 
 
 def generate(
@@ -164,7 +164,7 @@ def generate(
         if reply.thought:
             console.print(f"thought: {reply.thought}", style="dim", markup=False)
         print(reply.judged)
-    next_commands(console, f"chat {opened_as(run, base)} --compare")
+    next_commands(console, ["chat", *opened_as(run, base), "--compare"])
 
 
 def chat(
@@ -203,7 +203,7 @@ def chat(
     if sys.stdin.isatty():
         console.print("/help lists commands; an empty line ends", style="dim")
     talk(conversation, iter(_ask, ""), Screen(tell, lambda line: console.print(line, markup=False), Console()))
-    next_commands(console, f"eval {opened_as(run, base)}", f"push {run} OWNER/NAME")
+    next_commands(console, ["eval", *opened_as(run, base)], ["push", run, "OWNER/NAME"])
 
 
 def serve(
@@ -227,7 +227,7 @@ def serve(
     body = '{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 32}'
     console.print(f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{body}'", markup=False)
     run_server(model, tokenizer, job.dialogue(tokenizer, made, artifact_of(run)), name, host=host, port=port)
-    next_commands(console, f"export {run} --format per-expert", f"export {run} --format gguf")
+    next_commands(console, *(["export", run, "--format", each] for each in ("per-expert", "gguf")))
 
 
 def _in(dtype: str | None) -> list[str] | None:

@@ -6,11 +6,13 @@ the run and its artifact, so that nothing has to be guessed again at inference.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.data.answers import Answer, AnswerReader, AnswerStream
@@ -18,11 +20,14 @@ from toolkit.data.conversation import Message, text_of
 from toolkit.data.problems import InvalidRow
 from toolkit.data.stops import any_of
 from toolkit.data.template import ChatTemplate
-from toolkit.data.turns import TurnReader
+from toolkit.data.training_template import training_template
+from toolkit.data.turns import Turn, TurnReader
 from toolkit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from toolkit.data.formats import Example
 
 __all__ = ["ChatForm", "Dialogue", "Tokens"]
 
@@ -140,10 +145,31 @@ class Dialogue:
     @cached_property
     def reader(self) -> TurnReader:
         """Prompts and targets of conversations."""
+        return self._reader(self._template)
+
+    def _reader(self, chat_template: str | None) -> TurnReader:
         given = self._given
         date = datetime.date.fromisoformat(given.date) if given.date else None
-        template = ChatTemplate(self._tokenizer, self._template, options=given.chat_template_kwargs, date=date)
+        template = ChatTemplate(self._tokenizer, chat_template, options=given.chat_template_kwargs, date=date)
         return TurnReader(self._tokenizer, template, stop_token_ids=given.stop_token_ids, thoughts=self._thoughts)
+
+    @cached_property
+    def _for_training(self) -> tuple[Path, TurnReader] | None:
+        """TRL's template for training in this one's place, and what reads rows by it."""
+        found = training_template(self._tokenizer, self._template)
+        with contextlib.suppress(DataError):  # a template that needs what this tokenizer has not
+            return None if found is None else (found[0], self._reader(found[1]))
+        return None
+
+    def turns(self, example: Example, wanted: Sequence[int]) -> list[Turn]:
+        """As `TurnReader.read`; a refusal names TRL's template for training where the row can be read by that one."""
+        try:
+            return self.reader.read(example, wanted)
+        except InvalidRow as problem:
+            if self._for_training is None or not _reads(self._for_training[1], example, wanted):
+                raise
+            told = f"{problem.detail}; TRL's template for training takes it: data.chat_template_path: "
+            raise InvalidRow(problem.reason, f"{told}{self._for_training[0]}") from None
 
     @cached_property
     def _answers(self) -> AnswerReader:
@@ -214,6 +240,14 @@ class Dialogue:
         if not chat:
             return self.tokens.decode(ids, skip_special_tokens=True).strip()
         return self.read(ids, prompt_ids).judged
+
+
+def _reads(reader: TurnReader, example: Example, wanted: Sequence[int]) -> bool:
+    try:
+        reader.read(example, wanted)
+    except InvalidRow:
+        return False
+    return True
 
 
 def _bare(special: re.Pattern[str], text: str) -> Answer:

@@ -143,7 +143,7 @@ class Encoder:
         if not wanted:
             raise InvalidRow("nothing trained", "it has no assistant turn to train on; remove the row")
         reader = self._dialogue.reader
-        turns = reader.read(example, wanted[-1:] if everything or self._last_only else wanted)
+        turns = self._dialogue.turns(example, wanted[-1:] if everything or self._last_only else wanted)
         self.notices.update(dict.fromkeys(reader.take_notices(), 1))
         pieces = [_piece(group, everything) for group in groups(turns)]
         thoughts = sum(turn.has_thought for turn in turns)

@@ -59,7 +59,7 @@ class Problems:
         _, place, detail = self._first
         others = f"the first of {total} unusable rows" if total > 1 else "the only unusable row"
         raise DataError(
-            f"{place}: {printable(detail, most=400)} ({others} of {rows}; data.on_invalid: drop leaves such rows out)"
+            f"{place}: {printable(detail, most=600)} ({others} of {rows}; data.on_invalid: drop leaves such rows out)"
         )
 
 

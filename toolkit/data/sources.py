@@ -20,6 +20,7 @@ from typing import Any
 
 from toolkit.data.arrow import ArrowValues, find_padding
 from toolkit.data.problems import InvalidRow, listed
+from toolkit.data.saved import describes_data, is_saved, saved_around, saved_rows
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["Row", "open_source", "read_chat_template", "read_rows"]
@@ -54,14 +55,14 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file, read as they are asked for.
+    """The rows of one file, or of a folder that `save_to_disk` wrote, read as they are asked for.
 
     Raises:
         DataError: the file cannot be opened, is not in the format of its suffix, or is empty.
     """
     empty = True
     try:
-        for row in _READERS[path.suffix.lower()](path):
+        for row in _read_saved(path) if path.is_dir() else _READERS[path.suffix.lower()](path):
             empty = False
             yield row
     except OSError as error:
@@ -213,6 +214,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not readable as Parquet after row {number} ({detail}); write it again") from None
 
 
+def _read_saved(folder: Path) -> Iterator[Row]:
+    schema, rows = saved_rows(folder)
+    read = ArrowValues(schema, decoded=True)
+    for index, values in enumerate(rows):
+        yield _arrow_row(f"{folder}:row {index + 1}", values, read)
+
+
 _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".json": _unpadded(_read_json),
@@ -228,7 +236,7 @@ def open_source(
     """The rows of one split of `source`.
 
     Args:
-        source: a file, a folder, or a Hub dataset `owner/name`.
+        source: a file, a folder of files or of `save_to_disk`, or a Hub dataset `owner/name`.
         split: the split to read. A single file has none, and refuses one that is asked for.
         default: the split when none is asked for: of a Hub dataset, and of a folder whose file names carry splits.
         name: configuration of a Hub dataset.
@@ -238,12 +246,14 @@ def open_source(
         DataError: nothing is there, it has no such split, or it cannot be read.
     """
     path = base_folder / Path(source).expanduser()
+    is_one = path.is_file() or is_saved(path)
+    if is_one and split is not None and split != default:
+        kind = "file" if path.is_file() else "saved data set"
+        raise DataError(f"{path}: one {kind} has no split {split!r}; give data.validation or data.validation_size")
+    if is_one:
+        return _chain([_known(path)])
     if path.is_dir():
         return _chain(_files_of(path, split or default, asked=split is not None))
-    if path.is_file():
-        if split is not None and split != default:
-            raise DataError(f"{path}: one file has no split {split!r}; give data.validation or data.validation_size")
-        return _chain([_known(path)])
     if _looks_local(source):
         raise DataError(f"{path}: no such file or folder{_neighbours(path)}")
     return _read_hub(source, split or default, name, path)
@@ -281,6 +291,10 @@ def _chain(files: list[Path]) -> Iterator[Row]:
 
 
 def _known(path: Path) -> Path:
+    if is_saved(path):
+        return path
+    if whole := saved_around(path):
+        raise DataError(f"{path}: a part of a data set that save_to_disk wrote; give its folder, {whole}")
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{path}: {path.suffix or 'no suffix'}: not a format read here; use {', '.join(_READERS)}")
     return path
@@ -288,10 +302,11 @@ def _known(path: Path) -> Path:
 
 def _files_of(folder: Path, split: str, *, asked: bool) -> list[Path]:
     try:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
+        names = (p for p in folder.rglob("*") if p.suffix.lower() in _READERS and p.is_file())
+        found = sorted({saved_around(p) or p for p in names})
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from None
-    files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    files = [p for p in found if not _is_aside(p.relative_to(folder))]
     if not files:
         raise DataError(f"{folder}: no data file in it; use {', '.join(_READERS)}")
     wanted = _SPLITS.get(split.lower(), split.lower())
@@ -305,6 +320,11 @@ def _files_of(folder: Path, split: str, *, asked: bool) -> list[Path]:
     if wanted != "train" and asked:
         raise DataError(f"{folder}: no file of the split {split!r}; its file names carry no split names")
     return files
+
+
+def _is_aside(path: Path) -> bool:
+    """Hidden, or one of the files that say what lies beside them."""
+    return describes_data(path) or any(part.startswith(".") for part in path.parts)
 
 
 def _tokens(path: Path) -> list[str]:

@@ -41,6 +41,7 @@ __all__ = [
     "count_trained",
     "desirable",
     "first_trained",
+    "largest_ids",
     "scratch_folder",
     "scratch_parent",
     "sequence_lengths",
@@ -296,6 +297,20 @@ def desirable(rows: datasets.Dataset) -> NDArray[np.bool_]:
 def sequence_lengths(rows: datasets.Dataset) -> NDArray[np.int64]:
     """The tokens of each row, (rows,)."""
     return _of_each(rows, "input_ids", lambda column: column.value_lengths().to_numpy(zero_copy_only=False))
+
+
+def largest_ids(rows: datasets.Dataset) -> NDArray[np.int64]:
+    """The largest token id of each row, (rows,); each row has a token."""
+    return _of_each(rows, "input_ids", lambda column: np.maximum.reduceat(_values(column), _starts(column)))
+
+
+def _values(column: pa.ListArray) -> NDArray[np.int64]:
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+
+
+def _starts(column: pa.ListArray) -> NDArray[np.int64]:
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
 
 
 def count_trained(rows: datasets.Dataset) -> NDArray[np.int64]:

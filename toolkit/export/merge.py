@@ -18,6 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,8 @@ from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import Shards, targets
 from toolkit.checkpoint.files import beside, gguf_at, headers_in, shards_of, write_index
+from toolkit.checkpoint.gguf_source import opened
+from toolkit.checkpoint.unused import unused
 from toolkit.errors import ModelError
 from toolkit.mtp.draft_folder import draft_config, draft_tensors
 from toolkit.mtp.head_file import config_with_head, merged_head_state, native_keys
@@ -41,7 +44,7 @@ from toolkit.quant.load import storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
-__all__ = ["DRAFT_FOLDER", "copied", "key_in_files", "merge_checkpoint", "merged_difference", "stitch_head"]
+__all__ = ["DRAFT_FOLDER", "Merged", "copied", "key_in_files", "merge_checkpoint", "merged_difference", "stitch_head"]
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _QUANTIZED = "quantization_config"
@@ -49,8 +52,17 @@ _QUANTIZED = "quantization_config"
 DRAFT_FOLDER = "draft"
 
 
-def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
-    """Write the merged checkpoint into an empty folder; returns how many tensors changed.
+@dataclass(frozen=True)
+class Merged:
+    """How many tensors or parameters changed, and by name what the model does not use: kept beside it, or left out."""
+
+    changed: int
+    kept: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> Merged:
+    """Write the merged checkpoint into an empty folder.
 
     Raises:
         ModelError: the base holds onecard's int8 weights, or no tensor for a part that the adapter changes.
@@ -79,7 +91,7 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
                 _add(files[place.path], place.offset, originals[place.path].get_tensor(stored), delta, stored)
                 changed += 1
             advance(number, 2 * len(adapter), "tensors")
-    return changed
+    return Merged(changed, tuple(key for keys in unused(names, skeleton.state_dict())[0].values() for key in keys))
 
 
 def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> tuple[float, float]:
@@ -135,40 +147,52 @@ def _add(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str)
     _overwrite(file, offset, (original.float() + delta).to(original.dtype))
 
 
-def _merge_dequantised(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> int:
-    """Write the merged checkpoint in bf16 into an empty folder, a shard a layer; returns how many parameters changed.
+def _merge_dequantised(base: Path, adapter: Sequence[Factors], skeleton: PreTrainedModel, folder: Path) -> Merged:
+    """Write the merged checkpoint in bf16 into an empty folder, a shard a layer.
 
-    The files beside its weights come along; what says in config.json that it is quantised is left out.
-    Tensors that were plain floats keep their dtype.
+    The files beside its weights come along; what says in config.json that it is quantised is left out. Tensors that
+    were plain floats keep their dtype. What is no parameter of the model is kept too, under the names that it has.
 
     Raises:
         ModelError: the adapter changes a parameter that the checkpoint does not hold.
     """
     source = SourceWeights(str(base))
     by_parameter = {factors.parameter: factors for factors in adapter}
-    parts, weight_map, sizes, changed = source.parts(), dict[str, str](), Counter[torch.dtype](), 0
-    for number, (name, stored) in enumerate(parts.items(), 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        with source.layer(name) as layer:
-            changed += len(by_parameter.keys() & set(stored))
-            merged = {key: _merged(layer[key], by_parameter.pop(key, None), source.stored_as(key)) for key in stored}
-            tensors = {key: part.contiguous() for key, part in revert_weight_conversion(skeleton, merged).items()}
-            save_file({key: tensors[key] for key in sorted(tensors)}, folder / file, {"format": "pt"})
+    parts, (beside_model, left_out) = source.parts(), source.unused()
+    weight_map, sizes, changed, count = dict[str, str](), Counter[torch.dtype](), 0, len(parts) + len(beside_model)
+    for number, (name, stored) in enumerate([*parts.items(), *beside_model.items()], 1):
+        if number <= len(parts):
+            with source.layer(name) as layer:
+                changed += len(by_parameter.keys() & set(stored))
+                merged = {
+                    key: _merged(layer[key], by_parameter.pop(key, None), source.stored_as(key)) for key in stored
+                }
+                tensors = {key: part.contiguous() for key, part in revert_weight_conversion(skeleton, merged).items()}
+        else:
+            tensors = source.plain(key for key in stored if key not in weight_map)
+        file = f"model-{number:05}-of-{count:05}.safetensors"
+        save_file({key: tensors[key] for key in sorted(tensors)}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         for part in tensors.values():
             sizes[part.dtype] += part.nbytes
     if by_parameter:
         raise ModelError(f"{base}: holds no {min(by_parameter)} that the adapter could be merged into")
+    _put_beside(base, skeleton, folder, sizes.most_common(1)[0][0])
+    write_index(folder, weight_map, sizes.total())
+    drafts = opened(base).left_out if gguf_at(base) else ()
+    return Merged(changed, tuple(key for keys in beside_model.values() for key in keys), (*left_out, *drafts))
+
+
+def _put_beside(base: Path, skeleton: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """What belongs to a plain checkpoint beside its weights, most of which are of `dtype`."""
     if gguf_at(base):
         config = copy.deepcopy(skeleton.config)
-        config.dtype = sizes.most_common(1)[0][0]  # the file does not say it
+        config.dtype = dtype  # the file does not say it
         config.save_pretrained(folder)
     else:
         for path in beside(base):
             shutil.copyfile(path, folder / path.name)
     _plain_config(folder / "config.json")
-    write_index(folder, weight_map, sizes.total())
-    return changed
 
 
 def _merged(original: Tensor, factors: Factors | None, stored: set[str]) -> Tensor:
@@ -200,7 +224,7 @@ def stitch_head(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> str:
         ModelError: the head is not of this base.
     """
     state = merged_head_state(artifact)
-    native = native_keys(folder, skeleton.config)
+    native = native_keys(folder, read_config(str(folder)))
     layers = native.layers if native else 0
     if not state:
         _declare(folder, layers)

@@ -3,6 +3,7 @@
 A server that does not know a key drops it without a word or refuses the whole adapter, and no small program can ask it
 first: both want a GPU. The rules are those of vLLM 0.33.0 (`lora/lora_model.py`, `lora/lora_weights.py`,
 `lora/peft_helper.py`) and SGLang 0.5.23 (`srt/lora/lora.py`, `srt/lora/utils.py`, `srt/lora/lora_config.py`).
+llama.cpp's are those of its converter, `convert_lora_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["SERVERS", "server_problems"]
+__all__ = ["SERVERS", "llama_cpp_problems", "server_problems"]
 
 SERVERS = ("vLLM 0.33.0", "SGLang 0.5.23")
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_SGLANG_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+"""SGLang finds a layer by its number, whatever stands before it."""
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
 _PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"up_proj", "down_proj"})
 """Of an expert, with a gate by its two usual sets of names, or without."""
@@ -36,21 +39,42 @@ def server_problems(shapes: Shapes, config: Mapping[str, Any], num_experts: int)
         shapes: of every tensor of `adapter_model.safetensors`, by key. config: `adapter_config.json`.
         num_experts: of each stack.
     """
-    keys = list(_keys(shapes, config))
-    modules = sorted({match["module"] for match in map(_KEY.fullmatch, shapes) if match})
-    stacks = list(_stacks(modules, num_experts))
+    vllm, sglang = (_modules(shapes, pattern) for pattern in (_KEY, _SGLANG_KEY))
     found = (
-        [*keys, *stacks, *_vllm_config(config)],
-        [*keys, *stacks, *_sglang_config(config), *_sglang_modules(modules)],
+        [*_keys(shapes, config, _KEY), *_stacks(vllm, num_experts), *_vllm_config(config)],
+        [
+            *_keys(shapes, config, _SGLANG_KEY),
+            *_stacks(sglang, num_experts),
+            *_sglang_config(config),
+            *_sglang_modules(sglang),
+        ],
     )
     return dict(zip(SERVERS, found, strict=True))
 
 
-def _keys(shapes: Shapes, config: Mapping[str, Any]) -> Iterator[str]:
+def llama_cpp_problems(shapes: Shapes, config: Mapping[str, Any], num_experts: int) -> list[str]:
+    """What llama.cpp's converter would stop at or leave out; arguments as of `server_problems`."""
+    found = []
+    for key in shapes:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            found.append(f"{key} is no A or B under base_model.model")
+        elif ".base_layer" in key or match["module"].endswith(".experts"):
+            found.append(f"{key} is PEFT's fused layout, which it has no name for")
+    modules = _modules(shapes, _KEY)
+    patterns = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    return [*found, *_stacks(modules, num_experts), *(f"{name} is not read: alpha / r scales all" for name in patterns)]
+
+
+def _modules(shapes: Shapes, pattern: re.Pattern[str]) -> list[str]:
+    return sorted({match["module"] for match in map(pattern.fullmatch, shapes) if match})
+
+
+def _keys(shapes: Shapes, config: Mapping[str, Any], pattern: re.Pattern[str]) -> Iterator[str]:
     """Both loaders: pairs of 2-D tensors of the one rank that the configuration names."""
     sides: dict[str, set[str]] = defaultdict(set)
     for key, shape in shapes.items():
-        match = _KEY.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match is None:
             yield f"{key} is no LoRA key"
             continue

@@ -70,6 +70,9 @@ class Export:
     """The checkpoint that the adapter was added to, `BaseIdentity` by field, and `as`, what it was taken as."""
     survival: Survival | None = None
     """Where weights were rounded again: how much of the adapter's effect is left."""
+    kept: Sequence[str] = ()
+    """Tensors of the checkpoint that the model does not use and the merge has; `left_out`, those that it has not."""
+    left_out: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -98,6 +101,8 @@ class _Made:
     difference: float
     bound: float
     survival: Survival | None = None
+    kept: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 @part("export")
@@ -197,7 +202,7 @@ def _require_survival(format: str, survival: Survival | None, force: bool) -> No
 def _told(job: _Job, format: str, out: str, made: _Made) -> Export:
     servers = _servers(job.folder, job.skeleton) if format == "per-expert" else {}
     merged_into = _merged_into(job, format)
-    return Export(out, format, made.compared, made.difference, made.bound, servers, merged_into, made.survival)
+    return Export(out, format, servers=servers, merged_into=merged_into, **vars(made))
 
 
 def _merged_into(job: _Job, format: str) -> dict[str, Any] | None:
@@ -253,7 +258,7 @@ def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[
 
 
 def _merged(job: _Job) -> _Made:
-    merge_checkpoint(job.base, job.adapter, job.skeleton, job.folder)
+    merged = merge_checkpoint(job.base, job.adapter, job.skeleton, job.folder)
     put_tokenizer(job.artifact, job.folder)
     put_stops(job.artifact, job.folder)
     head = stitch_head(job.artifact, job.skeleton, job.folder)
@@ -261,7 +266,7 @@ def _merged(job: _Job) -> _Made:
         declare_stops(checkpoint, read_stops(job.artifact), files_of(str(job.base)) or job.base)
     _, steps = merged_difference(job.base, job.folder, job.adapter)
     told = f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
-    return _Made(told, steps, 1.01)
+    return _Made(told, steps, 1.01, kept=merged.kept, left_out=merged.left_out)
 
 
 def _merged_source(job: _Job) -> _Made:
@@ -294,7 +299,7 @@ def _merged_int8(job: _Job) -> _Made:
         path.rename(job.folder / path.name)
     result.rmdir()
     shutil.rmtree(merged)
-    return _Made("merged weights, in int8 steps", off, 0.51, found)
+    return _Made("merged weights, in int8 steps", off, 0.51, found, made.kept, made.left_out)
 
 
 def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:

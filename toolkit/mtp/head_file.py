@@ -35,6 +35,7 @@ from transformers.modeling_layers import MtpModel
 from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
+from toolkit.checkpoint.config import quantised_as
 from toolkit.checkpoint.conversion import Shards
 from toolkit.checkpoint.files import METHOD, headers_in
 from toolkit.checkpoint.remote import fetch
@@ -89,7 +90,8 @@ def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str =
     """
     text = config.get_text_config()
     pattern = re.compile(_pattern(text.num_hidden_layers))
-    where, source = fetch(str(folder), revision), _source(config)
+    where = fetch(str(folder), revision)
+    source = None if quantised_as(where) == METHOD else _source(config)
     files = {key: tensor.path for key, tensor in headers_in(where).items() if pattern.search(key)}
     if files and source is not None:
         with Shards(str(folder), where, source) as shards:

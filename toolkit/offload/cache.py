@@ -55,7 +55,7 @@ def int8_folder(
     folder = (root or cache_root()) / "int8" / f"{Path(name_or_path).name}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        quantize_checkpoint(str(source), folder, dtype=dtype, experts=experts, stacks=stacks)
+        quantize_checkpoint(str(source), folder, dtype=dtype, experts=experts, stacks=stacks, keep_unused=False)
     return folder
 
 

@@ -28,9 +28,11 @@ from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.conversion import refuse_wrong_shapes, targets
 from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, gguf_at, write_index
+from toolkit.checkpoint.gguf_source import opened
 from toolkit.checkpoint.identity import license_of, weight_files
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights, shapes_in
+from toolkit.checkpoint.unused import plain_tensor, unused
 from toolkit.durable import staged_folder
 from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
 from toolkit.quant.gptq.keep import int8_state
@@ -63,12 +65,14 @@ Expert stacks and linears are int8 with one fp32 scale for each output row; ever
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """What was written: shards and bytes, bytes of the weights read, and their tensors that the model does not use."""
+    """What was written: shards and bytes, bytes of the weights read, and tensors that the model does not use: `kept`
+    as they were or multiplied out, and `left_out`."""
 
     folder: str
     shards: int
     bytes: int
     source_bytes: int
+    kept: tuple[str, ...]
     left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +90,7 @@ def quantize_checkpoint(
     dtype: torch.dtype | None = None,
     experts: str = "int8",
     stacks: Mapping[str, str] | None = None,
+    keep_unused: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenCheckpoint:
     """Write the int8 form of an MoE checkpoint to a new folder; the same checkpoint gives the same bytes again.
@@ -100,6 +105,7 @@ def quantize_checkpoint(
         dtype: of the weights that are not int8; as in the source by default.
         experts: what stacks are rounded to: int8, int4 or mxfp4.
         stacks: full names of expert stacks to int8 or int4, where they are not all what `experts` says.
+        keep_unused: what is no parameter of the model, such as layers for drafts, goes along in floats.
         progress: called with shards written and shards in all.
 
     Raises:
@@ -122,7 +128,10 @@ def quantize_checkpoint(
             refuse_wrong_shapes(name_or_path, skeleton, shapes)
             if experts == "source":
                 wanted.stacks = kept_stacks(name_or_path, skeleton, slices)
-            written = _write_weights(name_or_path, slices, skeleton, wanted, workplace, rounded, progress, dtype)
+            weights = _Weights(name_or_path, slices, skeleton, dtype, keep_unused)
+            shards, size, kept, left_out = _write_weights(weights, wanted, workplace, rounded, progress)
+            if gguf_at(source):
+                left_out = (*left_out, *opened(source).left_out)
             config.quantization_config = wanted
             config.save_pretrained(workplace)
             _copy_rest(source, workplace)
@@ -130,8 +139,7 @@ def quantize_checkpoint(
             read = sum(file.stat().st_size for file in weight_files(source))
     except OSError as error:
         raise ResourceError(f"{target}: cannot be written ({first_line(error)}); free space on the disk") from None
-    shards, size, left_out = written
-    return WrittenCheckpoint(str(target), shards, size, read, left_out)
+    return WrittenCheckpoint(str(target), shards, size, read, kept, left_out)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -158,46 +166,61 @@ def _skeleton(name: str, config: PretrainedConfig) -> PreTrainedModel:
         raise ModelError(f"{name}: {first_line(error)}") from None
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """A checkpoint's weights by key, unread, its model on meta, and how they are written."""
+
+    name: str
+    slices: Mapping[str, Any]
+    model: PreTrainedModel
+    dtype: torch.dtype | None
+    keep_unused: bool
+
+
 def _write_weights(
-    name: str,
-    slices: Mapping[str, Any],
-    model: PreTrainedModel,
+    weights: _Weights,
     wanted: Int8Config,
     workplace: Path,
     rounded: Mapping[str, torch.Tensor],
     progress: Callable[[int, int], None],
-    dtype: torch.dtype | None,
-) -> tuple[int, int, tuple[str, ...]]:
-    """Shards, bytes, keys left out."""
+) -> tuple[int, int, tuple[str, ...], tuple[str, ...]]:
+    """Shards, bytes, and of what the model does not use the keys that were kept and left out."""
+    name, slices, model = weights.name, weights.slices, weights.model
     quantizer = _WriterQuantizer(wanted, pre_quantized=False)
-    quantizer.dtype = dtype
+    quantizer.dtype = weights.dtype
     quantizer.preprocess_model(model)
     mapping = get_model_conversion_mapping(model, None, quantizer)
     parameters = targets(model, mapping, slices)
     sizes = {key: value.numel() * value.element_size() for key, value in model.state_dict().items()}
     bins = list(_bins({key: target for key, target in parameters.items() if target in sizes}, sizes))
+    beside_model, left_out = unused(parameters, sizes)
+    if not weights.keep_unused:
+        beside_model, left_out = {}, tuple(key for key, target in parameters.items() if target not in sizes)
+    shards = len(bins) + len(beside_model)
     _refuse_full_disk(workplace, sum(sizes.values()))
     loading = LoadStateDictConfig(weight_mapping=mapping, hf_quantizer=quantizer, device_map={"": "cpu"})
     weight_map: dict[str, str] = {}
     total = 0
-    for number, keys in enumerate(bins, 1):
-        done = {parameters[key] for key in keys} & rounded.keys()
-        unread = {key: slices[key] for key in keys if parameters[key] not in done}
-        tensors = (_convert(name, model, unread, loading) if unread else {}) | _with_scales(done, rounded)
-        file = f"model-{number:05}-of-{len(bins):05}.safetensors" if len(bins) > 1 else SINGLE
+    for number, keys in enumerate([*bins, *beside_model.values()], 1):
+        if number <= len(bins):
+            done = {parameters[key] for key in keys} & rounded.keys()
+            unread = {key: slices[key] for key in keys if parameters[key] not in done}
+            tensors = (_convert(name, model, unread, loading) if unread else {}) | _with_scales(done, rounded)
+        else:
+            tensors = {key: plain_tensor(slices[key]) for key in keys}
+        file = f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else SINGLE
         if number == len(bins):  # the other parameters that one tensor of the checkpoint becomes
             tensors |= _with_scales(rounded.keys() - weight_map.keys() - tensors.keys(), rounded)
         _save(tensors, workplace / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         advance(total, sum(sizes.values()), "bytes")
-        progress(number, len(bins))
+        progress(number, shards)
     _refuse_missing(name, model, weight_map)
     wanted.requantised = quantizer.workspace.requantised.to_dict()
-    if len(bins) > 1:
+    if shards > 1:
         write_index(workplace, weight_map, total)
-    left_out = tuple(sorted(key for key, target in parameters.items() if target not in sizes))
-    return len(bins), total, left_out
+    return shards, total, tuple(key for keys in beside_model.values() for key in keys), left_out
 
 
 def _with_scales(names: Iterable[str], rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ skeleton that is otherwise on meta.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
+from toolkit.checkpoint.unused import plain_tensor, unused
 from toolkit.checkpoint.weights import unread
 from toolkit.errors import ModelError, first_line
 from toolkit.quant.load import storage
@@ -102,6 +103,14 @@ class SourceWeights:
                 layer = re.match(r".+?\.\d+(?=\.)", target)
                 found.setdefault(layer[0] if layer else target.rpartition(".")[0], []).append(target)
         return {name: tuple(targets) for name, targets in found.items()}
+
+    def unused(self) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+        """What is no parameter of the model, by layer, and what else is left out: names in the files, as `unused`."""
+        return unused(self._targets, self.model.state_dict().keys())
+
+    def plain(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors by their names in the files, as `plain_tensor`."""
+        return {key: plain_tensor(self._slices[key]) for key in keys}
 
     def stored_as(self, parameter: str) -> set[str]:
         """The dtypes, as safetensors calls them, of the tensors that a parameter is made of, in the files."""

@@ -11,7 +11,13 @@ from toolkit.recipe.bounds import Misfit, Section
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import ROLLOUTS, rollout_misfits, with_rollouts
 
-__all__ = ["PAIR_METRICS", "PREFERENCE_METHODS", "REFERENCE_FREE", "DpoSection", "misfits", "with_method"]
+__all__ = ["PAIR_METRICS", "PREFERENCE_METHODS", "REFERENCE_FREE", "DpoSection", "Schedule", "misfits", "with_method"]
+
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+"""transformers' schedules that are a function of the step."""
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -87,6 +93,11 @@ def with_method(values: Any) -> Any:
 
 def misfits(recipe: Any) -> Iterator[Misfit]:
     """What the other sections say that the method cannot do."""
+    training = recipe.training
+    if training.lr_scheduler_kwargs and training.lr_scheduler_type.startswith("constant"):
+        yield Misfit("training.lr_scheduler_kwargs", f"{training.lr_scheduler_type} has no options; remove the line")
+    if training.neftune_noise_alpha and recipe.mtp.enabled:
+        yield Misfit("training.neftune_noise_alpha", "a head would learn from the noise; set mtp.enabled: false")
     method, metric, read = recipe.training.method, recipe.eval.metric, recipe.data.format
     yield from rollout_misfits(recipe)
     for name, section in PREFERENCE_METHODS.items():

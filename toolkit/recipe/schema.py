@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
 from toolkit.recipe.elsewhere import HubSection, TrackingSection
-from toolkit.recipe.methods import DpoSection, misfits, with_method
+from toolkit.recipe.methods import DpoSection, Schedule, misfits, with_method
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import GrpoSection, RewardsSection, RlooSection
 from toolkit.recipe.weights import PlacementSection, QuantizationSection
@@ -236,21 +236,26 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step; the loss is normalised over all their trained tokens."""
     max_length: Positive | Literal["auto"] = 1024
-    """Tokens in a sequence; with packing, tokens in a packed sequence. `auto` is the longest that fits the device,
-    up to what the data or the model can use."""
+    """Tokens in a sequence, packed or not. `auto` is the longest that fits the device and data or model can use."""
     packing: bool = True
-    """Pack several examples into one sequence with a block-diagonal mask; no example sees another. Off with
-    preferences and rewards."""
+    """Pack several examples into one sequence by a block-diagonal mask: none sees another. Off with preferences and
+    rewards."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """Schedule after the warm-up."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: how many times the learning rate the Bs learn with, those of experts too; the same rate without it."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Schedule after the warm-up, by transformers' name."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Its options by transformers' names: `{min_lr_rate: 0.1}`; `warmup_stable_decay` needs `num_decay_steps`."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
     """Steps of warm-up; below 1 it is a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: how much noise is added to embeddings in training; its paper takes 5 to 15."""
     max_nonfinite_steps: Positive = 3
     """Non-finite steps (loss or gradient) in a row that end the run; fewer are skipped and reported."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"
@@ -274,7 +279,7 @@ class TrainingSection(Section):
     save_steps: Annotated[float, Field(gt=0)] = 500
     """Steps (below 1: share of all steps) between two checkpoints."""
     save_total_limit: Positive = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, two at least; the one of the best held-out loss stays beside them."""
     load_best_model_at_end: bool = False
     """End with the adapter of the best evaluation by `eval.metric` instead of the last one."""
     early_stopping_patience: Positive | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,7 @@ def starter(path: str, given: Mapping[tuple[str, str], Any] = _EXAMPLES) -> str:
         given: values by (section, key); without any, examples of what must be given.
     """
     given = given or _EXAMPLES
-    lines = [f"# onecard train {path}", "# What is commented out shows its default."]
+    lines = [f"# onecard train {shlex.quote(path)}", "# What is commented out shows its default."]
     for section, field in Recipe.model_fields.items():
         annotation: Any = field.annotation
         fields = [_field(given.get((section, key)), key, info) for key, info in annotation.model_fields.items()]

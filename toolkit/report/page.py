@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
     environment.filters |= {"of": _of, "figure": _figure, "number": lambda value: f"{value:,}"}
     return environment.get_template("page.html.jinja").render(
         name=run.resolve().name,
-        run=str(run),
+        run=shlex.quote(str(run)),
         recipe=folder.recipe.read_text(encoding="utf-8"),
         plan=plan,
         finished=finished,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from rich.markup import escape
 
 from toolkit.artifact import VerifyReport
 from toolkit.data import DataReport
+from toolkit.export import ForeignReport
+from toolkit.export.foreign import LayerMoved
 from toolkit.plan.stacks import Mixture
 from toolkit.quant.gains import Gains
 from toolkit.quant.gptq.calibrate import Compensation
@@ -23,6 +27,7 @@ __all__ = [
     "compensation",
     "data",
     "draft_table",
+    "foreign",
     "mixture",
     "reached",
     "requantised",
@@ -198,6 +203,37 @@ def checks(console: Console, report: VerifyReport) -> None:
         console.print(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}", markup=False)
     if report.tensors:
         console.print(f"{report.tensors} tensors, {report.moved} of {report.adapters} adapters moved")
+
+
+def foreign(console: Console, report: ForeignReport) -> None:
+    """What `verify` found in an adapter without a manifest: one page, layers that are alike in one line."""
+    say = partial(console.print, markup=False, highlight=False)
+    fitting, tensors = report.fitting
+    say(f"{report.folder}, on {report.base}")
+    say(f"of this base: {fitting:,} of {tensors:,} tensors have their place and shape there")
+    for line in report.misfits[:5]:
+        say(f"  {line}")
+    moved, every = report.slots
+    how = f", as {' and '.join(report.layouts)}" if report.layouts else ""
+    say(f"experts: {moved:,} of {every:,} projections moved{how}")
+    for names, layer in _alike(report.layers):
+        partly = f", {layer.partly} more on some projections only" if layer.partly else ""
+        say(f"  {names}: {layer.moved} of {layer.experts} experts moved{partly}")
+    say(f"routers: {report.routers[0]} of {report.routers[1]} moved")
+    say(f"other linears: {report.linears[0]} of the {report.linears[1]} in the adapter moved")
+    for line in report.beside:
+        say(f"beside A and B: {line}")
+    for server, problems in report.servers.items():
+        say(f"{server}, by the rules in its sources: {f'{len(problems):,} problems' if problems else 'accepted'}")
+        for line in problems[:3]:
+            say(f"  {line}")
+
+
+def _alike(layers: Sequence[LayerMoved]) -> Iterator[tuple[str, LayerMoved]]:
+    """Layers in a row with the same figures, as first and last."""
+    for _, group in itertools.groupby(layers, lambda layer: (layer.experts, layer.moved, layer.partly)):
+        found = list(group)
+        yield found[0].name + (f" to {found[-1].name}" if len(found) > 1 else ""), found[0]
 
 
 def _mean(parts: list[Any], what: str) -> str:

@@ -31,6 +31,7 @@ from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, REWARD, Recipe, rol
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run.rewards import require_rewards
+from toolkit.run.vocabulary import require_known_tokens
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
@@ -84,13 +85,16 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
     """The recipe's examples, validated and masked; TRL packs them. What evaluation needs is tried, too.
 
     Raises:
-        DataError: the examples or the general text cannot be used. RecipeError: there is no such metric.
+        DataError: the examples or the general text cannot be used, or the model has no row for a token.
+        RecipeError: there is no such metric.
     """
-    general_text(tokenizer, plan)
+    general = general_text(tokenizer, plan)
     if plan.recipe.eval.metric not in (LOSS, REWARD, *PAIR_METRICS):
         find_metric(plan.recipe.eval.metric)
     require_rewards(plan.recipe)
-    return _batches_of(plan.recipe, tokenizer, plan.max_length, _recorded_form(plan.folder))
+    batches = _batches_of(plan.recipe, tokenizer, plan.max_length, _recorded_form(plan.folder))
+    require_known_tokens(tokenizer, batches, general, plan)
+    return batches
 
 
 def _batches_of(

@@ -271,10 +271,20 @@ def _refuse_other_facts(found: Checkpoint, facts: Mapping[str, Any]) -> None:
     for key, sentence in _WHAT.items():
         if key in facts and found.facts.get(key) != facts[key]:
             shown = f"{key}: {str(found.facts.get(key))[:24]} -> {str(facts[key])[:24]}"
+            shown += _rows_told(found.facts, facts) if key == "data" else ""
             before = found.facts.get("commit")
             now = facts.get("commit", before)
             moved = f"; the Hub's commit moved: {before} -> {now}" if before != now else ""
             raise ModelError(f"{found.path}: {sentence} ({shown}{moved}); {_FORK}")
+
+
+def _rows_told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How many examples there were and are; checkpoints of older versions do not say."""
+    old, new = before.get("examples"), now.get("examples")
+    if not isinstance(old, int) or not isinstance(new, int):
+        return ""
+    change = f"{new - old} more" if new > old else f"{old - new} fewer" if new < old else "as many, but others"
+    return f"; examples: {old} -> {new}, {change}"
 
 
 def _refuse_other_versions(

@@ -20,7 +20,7 @@ from toolkit.artifact import check_token
 from toolkit.data import Batches
 from toolkit.durable import write_text
 from toolkit.plan import Plan, choose_device, make_plan
-from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join
+from toolkit.processes import StopRequest, broadcast, first_one_first, is_first, join, require_all_started
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
@@ -38,11 +38,12 @@ from toolkit.run.folder import (
     with_decided,
 )
 from toolkit.run.mixture import Chosen, choose_stacks, kept_mixture
-from toolkit.run.model import attach, compensate, coverage, load, requantised
+from toolkit.run.model import attach, check_adapter, compensate, coverage, load, requantised
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run_folder import RunFolder
 from toolkit.steps import listening, seconds_by_part
 from toolkit.training.memory import anonymous_memory
+from toolkit.training.schedule import require_schedule
 
 __all__ = ["Finished", "run"]
 
@@ -98,6 +99,8 @@ def run(
 
 def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
+    require_all_started()
+    require_schedule(recipe.training.lr_scheduler_type, recipe.training.lr_scheduler_kwargs)
     source = RunFolder(Path(recipe.training.output_dir))
     check_writable(source.path)
     recipe = with_decided(recipe)
@@ -106,6 +109,7 @@ def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
         check_token(recipe.hub.hub_token)
     undecided = "auto" in (recipe.lora.r, recipe.training.max_length)
     first = make_plan(recipe, for_training=undecided)
+    check_adapter(first)
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from toolkit.adapters import adapter_coverage, attach_lora, load_adapter
+from toolkit.adapters import adapter_coverage, attach_lora, check_start, load_adapter
 from toolkit.artifact import fetch_adapter, read_manifest, require_base
 from toolkit.checkpoint.identity import identify_base
 from toolkit.checkpoint.remote import fetch
@@ -21,6 +21,7 @@ from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.plan import Plan, device_memory, make_plan
+from toolkit.plan.skeletons import shape_of
 from toolkit.processes import first_one_first, join
 from toolkit.quant import load_int8, measure
 from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
@@ -32,6 +33,7 @@ from toolkit.steps import part
 __all__ = [
     "attach",
     "base_hash",
+    "check_adapter",
     "compensate",
     "coverage",
     "get_ready",
@@ -134,6 +136,12 @@ def base_hash(plan: Plan) -> str:
     return identify_base(plan.model, plan.recipe.model.revision).weights_sha256
 
 
+def check_adapter(plan: Plan) -> None:
+    """Raise `ModelError` unless the adapter that a run starts from, if it does, can be trained on; needs no weights."""
+    if start := plan.recipe.lora.adapter_name_or_path:
+        check_start(fetch_adapter(start), shape_of(plan.model, plan.recipe.model.revision))
+
+
 @part("attach")
 def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """LoRA on experts, router and linears, as the recipe says; fresh, or from an adapter on disk.
@@ -148,6 +156,7 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
         )
     set_seed(plan.recipe.training.seed)
     if lora.adapter_name_or_path:
+        check_adapter(plan)
         start = fetch_adapter(lora.adapter_name_or_path)
         require_base(start, plan.model, plan.recipe.model.revision)
         return load_adapter(model, start, is_trainable=True)

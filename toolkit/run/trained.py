@@ -124,6 +124,7 @@ def find_checkpoint(
         note,
         recipe=flat(plan.recipe),
         data=data_sha256(batches.train),
+        examples=len(batches.train),
         tokenizer=tokenizer_sha256(tokenizer),
         versions=versions(),
         device=plan.device,

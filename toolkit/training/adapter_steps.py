@@ -155,7 +155,7 @@ class AdapterSteps(Resumable):
 
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
-        self.sends_telemetry = context.telemetry
+        self.sends_telemetry, self.loraplus_lr_ratio = context.telemetry, context.arguments["loraplus_lr_ratio"]
         self.say = partial(context.console.print, highlight=False, markup=False)
         super().__init__(**trl)
         self.data_collator = _Counting(self.data_collator)
@@ -347,7 +347,8 @@ def layer_major_for(
     stream = stream_of(model)
     is_alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
     pays = stream is not None and arguments["gradient_accumulation_steps"] > 1 and is_alone
-    if stream is None or not pays or arguments["activation_offloading"] or _draws_random_numbers(model):
+    in_order = arguments["activation_offloading"] or arguments["neftune_noise_alpha"] or _draws_random_numbers(model)
+    if stream is None or not pays or in_order:
         return None
     return None if micro_batches_per_pass == 1 else LayerMajor(stream, micro_batches_per_pass)
 

@@ -224,6 +224,8 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
     wanted: BestAdapter
     model: PeftModel
     seen: list[tuple[int, float]] = field(default_factory=list)
+    stopped_at: int | None = None
+    """The step at which patience ended, where it did."""
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -251,6 +253,17 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
             write_text(self.wanted.folder / "best.json", json.dumps(self.seen))
         if self.wanted.patience and self._waited() >= self.wanted.patience:
             control.should_training_stop = True
+            self.stopped_at = state.global_step
+
+    def why_stopped(self, planned: int) -> str | None:
+        """One line where patience ended before the `planned` steps were done."""
+        if self.stopped_at is None or self.best is None or self.stopped_at >= planned:
+            return None
+        step, value = self.best
+        return (
+            f"stopped early at step {self.stopped_at} of {planned}: {self._waited()} evaluations in a row were no "
+            f"better than {self.wanted.metric} {value:.4f} at step {step} (training.early_stopping_patience)"
+        )
 
     def restore(self) -> tuple[int, float] | None:
         """Give the model its best adapter back; its step and figure, or None where nothing was evaluated."""

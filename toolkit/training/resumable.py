@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from toolkit.errors import DivergedError, ModelError
@@ -57,9 +59,12 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     _metrics: dict[str, dict[str, list[Any]]]
     _total_train_tokens: float
+    optimizer: Any
     evaluates_each_epoch = False
     tokens_trained = 0
     """Real tokens that went through training, padding not counted; over resumes too."""
+    loraplus_lr_ratio: float | None = None
+    """How many times the learning rate the Bs learn with."""
     sends_telemetry = False
     """Whether TRL may tell the Hub that a run began."""
 
@@ -104,6 +109,19 @@ class Resumable(Trainer):  # type: ignore[misc]
         """transformers' choice, without bitsandbytes' waits."""
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(*given, **named)
         return with_one_wait(optimizer), options
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers', or PEFT's LoRA+ over the same one."""
+        made: torch.optim.Optimizer
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            made = super().create_optimizer(model)
+            return made
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        given = {**options, "lr": self.args.learning_rate, "loraplus_weight_decay": self.args.weight_decay}
+        self.optimizer = made = create_loraplus_optimizer(
+            self.model, kind, loraplus_lr_ratio=self.loraplus_lr_ratio, **given
+        )
+        return made
 
     def _adapter(self) -> dict[str, torch.Tensor]:
         return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))
@@ -170,7 +188,7 @@ class Resumable(Trainer):  # type: ignore[misc]
                 self.optimizer.load_state_dict(state)
             except (ValueError, KeyError) as error:
                 raise ModelError(f"{checkpoint}: of another optimizer: {error}") from None
-            self.lr_scheduler.load_state_dict(self._of_checkpoint("schedule"))
+            _lay_anew(self.lr_scheduler, self._of_checkpoint("schedule"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None and self._of_checkpoint("scaler"):
@@ -273,6 +291,19 @@ class _Boundary(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave, saved."""
         self.trainer.stop.leave(f"saved at step {state.global_step}")
+
+
+def _lay_anew(schedule: LambdaLR, saved: Mapping[str, Any]) -> None:
+    """Go on with a schedule from where it was saved; the next step's rate is this run's own, whose end may have moved.
+
+    The rates in an optimizer's state are those of the schedule that was saved: 0 where that one had ended.
+    """
+    rates = [
+        peak * share(saved["last_epoch"]) for peak, share in zip(saved["base_lrs"], schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.load_state_dict({**saved, "_last_lr": rates})
 
 
 def _read_tree(folder: Path, name: str) -> Any:

@@ -45,7 +45,7 @@ from toolkit.training.unpaired import KtoSteps, answers_of, kto_config, weight_a
 __all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
 
 _NOT_TRL = {
-    "method", "packing", "max_length", "use_cpu", "max_nonfinite_steps", "load_best_model_at_end",
+    "method", "loraplus_lr_ratio", "packing", "max_length", "use_cpu", "max_nonfinite_steps", "load_best_model_at_end",
     "early_stopping_patience",
 }  # fmt: skip
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
@@ -55,8 +55,7 @@ Config = TypeVar("Config", bound=TrainingArguments)
 _PROBED = 12
 """Tokens of each of the two documents that are run."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest change, as a share of the logits' spread, that rounding may make. A row may be rounded otherwise among other
-rows: in fp32 that was 5e-6 at most, with kernels of three kinds. A leak is about 1."""
+"""Largest share of the logits' spread that rounding may change: 5e-6 in fp32 with kernels of three kinds. A leak: 1."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,7 @@ def train_adapter(
             learn_after(head, trainer, trainer.state.global_step)
     # TRL leaves router logits switched on, and generation then fails on its growing attention mask.
     model.config.get_text_config().output_router_logits = False
-    found = keeper.restore() if keeper else None
-    if best and found:
-        console.print(f"best: step {found[0]}, {best.metric} {found[1]:.4f}; its adapter is kept")
+    found = _best(keeper, console, trainer.state.max_steps) if keeper else None
     return TrainResult(
         steps=trainer.state.global_step,
         loss=guard.mean(output.training_loss, trainer.state.global_step),
@@ -220,6 +217,15 @@ def _preference_trainer(
     kind = PreferenceTrainer if method == "dpo" else ReferenceFreeTrainer
     pairs = Pairs(validation) if validation else None
     return kind(context, train=Pairs(train), held_out=pairs, args=_one_card(dpo_config(context, arguments)), **given)
+
+
+def _best(keeper: KeepBest, console: Console, planned: int) -> tuple[int, float] | None:
+    """Put the best adapter back where that is wanted; its step and figure. Tells of it, and of an early stop."""
+    if why := keeper.why_stopped(planned):
+        console.print(why, highlight=False)
+    if found := keeper.restore():
+        console.print(f"best: step {found[0]}, {keeper.wanted.metric} {found[1]:.4f}; its adapter is kept")
+    return found
 
 
 def _newest(context: RunContext) -> Checkpoint | None:

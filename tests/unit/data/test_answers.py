@@ -241,3 +241,18 @@ def test_only_the_end_of_a_text_is_held() -> None:
     held = {"x <a": 2, "x <a><b": 5, "<a>\n <b": 7, "<b": 2, "<": 1, "end of": 6}
     assert {text: marks.held(text) for text in held} == held
     assert not any(map(marks.held, ("x <a>y", "end off", "x", "")))
+
+
+def test_a_refusal_names_trls_template_for_training_where_that_takes_the_row(tokenizer_with: Any) -> None:
+    def refusal(name: str) -> str:
+        dialogue = dialogue_under(PUBLISHED / f"{name}.jinja", tokenizer_with, known=True)
+        said = [USER, {"role": "assistant", "content": "it writes </think> after a thought"}]
+        with pytest.raises(InvalidRow) as caught:
+            dialogue.turns(SHAPES["messages"].parse({"messages": said}), [1])
+        return str(caught.value)
+
+    told = refusal("deepseek_r1_distill")
+    assert told.startswith("turn 2 (assistant) says </think> among its words")
+    path = PUBLISHED / "deepseek_r1_distill_training.jinja"
+    assert told.endswith(f"TRL's template for training takes it: data.chat_template_path: {path}")
+    assert "TRL" not in refusal("glm4moe")

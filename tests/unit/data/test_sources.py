@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -267,3 +268,35 @@ def test_chat_templates_are_read_or_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as error:
             read_chat_template(tmp_path / name)
         one_line(error)
+
+
+def test_a_folder_of_save_to_disk_is_read_by_its_rows(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([PAIR, {**PAIR, "completion": "c"}, {**PAIR, "completion": "d"}])
+    rows.with_format("torch").save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train_sft=rows, test=rows.select([0])).save_to_disk(tmp_path / "dict")
+    (tmp_path / "dict" / "more.test.jsonl").write_text(json.dumps(PAIR))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "dataset_infos.json").write_text("{}")
+    (tmp_path / "plain" / "state.json").write_text(json.dumps([PAIR]))
+
+    def read(name: str, split: str | None = None) -> list[Any]:
+        return [(row.place, row.values) for row in open_source(name, split=split, base_folder=tmp_path)]
+
+    one = read("one")
+    assert [values for _, values in one] == list(rows)
+    assert one[2][0] == f"{tmp_path}/one:row 3"
+    assert [values for _, values in read("dict")] == list(rows)
+    assert [values for _, values in read("dict", "test")] == [PAIR, PAIR]
+    assert [values for _, values in read("plain")] == [PAIR]
+    for wrong, message in (
+        (("one", "test"), "one saved data set has no split 'test'"),
+        (("dict", "dev"), "no file of the split 'dev'; its file names carry test, train"),
+        (("one/state.json",), f"save_to_disk wrote; give its folder, {tmp_path}/one"),
+        (("one/data-00000-of-00002.arrow",), f"save_to_disk wrote; give its folder, {tmp_path}/one"),
+    ):
+        with pytest.raises(DataError, match=message) as error:
+            read(*wrong)
+        one_line(error)
+    (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"one: not readable as a data set of save_to_disk \(.*; save it again"):
+        read("one")

@@ -268,6 +268,11 @@ ROWS = (
         ),
     ),
     Row(
+        "parity/foreign_adapters.py",
+        "qwen3_moe",
+        (r"^qwen3_moe: fused 72 of 72, linears 72 of 72, with a hole 71 of 72$", r"^1 of 1 families, 0 refused$"),
+    ),
+    Row(
         "parity/mtp_families.py",
         "exaone_moe",
         (r"trained, same names; stock drafts the same$", r"^1 families come back"),

@@ -29,6 +29,7 @@ def test_a_run_ends_with_its_best_adapter(onecard: Run, recipe: Path, tmp_path: 
     best = min(losses, key=losses.__getitem__)
     assert summary["training"]["best_step"] == best
     assert summary["training"]["steps"] == best + 2 == max(losses) < 30
+    assert f"stopped early at step {best + 2} of 30: 2 evaluations in a row were no better than loss" in err
     # Eight examples are one batch, so both are the mean over all tokens.
     assert summary["results"]["adapted"]["loss"] == pytest.approx(losses[best], rel=1e-5)
     base, adapted = (summary["results"][who]["perplexity"] for who in ("base", "adapted"))

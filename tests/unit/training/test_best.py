@@ -51,6 +51,8 @@ def test_patience_counts_evaluations_since_the_best(tmp_path: Path) -> None:
     kept = keeper(tmp_path, OneParameter(), patience=2, restore=False)
     stops = [evaluate(kept, step, value) for step, value in enumerate((0.1, 0.0, 0.2, 0.2, 0.1), start=1)]
     assert stops == [False, False, False, False, True]
+    assert (kept.why_stopped(9) or "").startswith("stopped early at step 5 of 9: 2 evaluations in a row were no better")
+    assert kept.why_stopped(5) is None
     assert kept.restore() is None
 
 
