@@ -109,7 +109,8 @@ def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
         check_token(recipe.hub.hub_token)
     undecided = "auto" in (recipe.lora.r, recipe.training.max_length)
     first = make_plan(recipe, for_training=undecided)
-    check_adapter(first)
+    if not fork:  # whose start is the run's own adapter, copied later
+        check_adapter(first)
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)
