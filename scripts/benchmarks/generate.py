@@ -75,7 +75,8 @@ def with_experts(model: Any, name: str) -> Any:
 @torch.no_grad()
 def once(model: Any, do: str, batch: int, prompt: int, new: int) -> tuple[float, torch.Tensor]:
     """Seconds to write so many tokens after each prompt, or to read the prompts, and the last logits read."""
-    ids = torch.randint(5, 4000, (batch, prompt), generator=torch.Generator().manual_seed(1))
+    words = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(5, words, (batch, prompt), generator=torch.Generator().manual_seed(1))
     started = time.perf_counter()
     if do == "write":
         answer = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": new, "min_new_tokens": new}

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the runs that start from it")
-    parser.add_argument("--methods", nargs="+", choices=list(_LEARNS), default=["dpo"])
+    parser.add_argument("--methods", nargs="+", choices=list(_LEARNS), default=["dpo", "kto"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rows", type=int, default=3000, help="training prompts that the model answers")
     parser.add_argument("--held-out", type=int, default=500, help="prompts that it is judged by")
