@@ -229,12 +229,7 @@ SEAMS = (
     *_at("transformers.integrations.moe", "ops", "to register the expert backends", "ALL_EXPERTS_FUNCTIONS"),
     *_at("transformers.integrations.moe", "architecture", "to know an experts module", "_is_expert_parallel"),
     *_at("transformers.integrations.moe", "architecture ops", "to know an experts module, and to gate", "_apply_gate"),
-    *_at(
-        "transformers.integrations.sdpa_attention",
-        "ops rehearsal",
-        "to attend to documents apart",
-        "sdpa_attention_forward",
-    ),
+    *_at("transformers.integrations.sdpa_attention", "ops rehearsal", "to attend apart", "sdpa_attention_forward"),
     *_at(
         "transformers.masking_utils",
         "training",
@@ -324,6 +319,7 @@ SEAMS = (
         "_metrics",
         "_total_train_tokens",
     ),
+    *_at("trl.chat_template_utils", "data", "to name TRL's template for training", "get_training_chat_template"),
     *_at("trl.DPOTrainer", "training", "to give it pairs that are tokenised", "_prepare_dataset"),
     *_at("trl.KTOTrainer", "training", "to give it answers that are tokenised", "_prepare_dataset"),
     *_at("trl.KTOTrainer", "training", "to compute mismatched answers once", "_compute_kl_logps"),
@@ -380,6 +376,7 @@ SEAMS = (
         "to say the sizes of a stack whose bytes hold two numbers",
         "_get_in_out_features",
     ),
+    *_at("peft.optimizers", "training", "to give the Bs a rate of their own", "create_loraplus_optimizer"),
     *_at("peft.tuners.tuners_utils", "adapters", "to hand PEFT a layer of ours", "BaseTunerLayer"),
     *_at(
         "peft.utils.other", "artifact", "to read patterns as PEFT does", "get_pattern_key", "match_target_against_key"

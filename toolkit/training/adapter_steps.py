@@ -28,7 +28,7 @@ from toolkit.processes import StopRequest, broadcast, processes
 from toolkit.training.callbacks import BestAdapter
 from toolkit.training.checkpoint import Resume
 from toolkit.training.layer_major import LayerMajor
-from toolkit.training.memory import longest_rows, probe
+from toolkit.training.memory import longest_rows, probe, within_memory
 from toolkit.training.resumable import Resumable, SavedPart
 from toolkit.training.rollouts import Rollouts
 
@@ -162,6 +162,7 @@ class AdapterSteps(Resumable):
         arguments, head = context.arguments, context.head
         self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
         """Figures of the model as it stands that an evaluation has beside the loss."""
+        self.advice = context.advice
         self.probe_advice = context.advice if context.probes else None
         """What to change where the longest batch does not fit; None runs no probe."""
         self.layer_major = None if head else layer_major_for(trl["model"], arguments, context.micro_batches_per_pass)
@@ -211,7 +212,7 @@ class AdapterSteps(Resumable):
         inputs = self._prepare_inputs({"input_ids": ids[None, :end], "attention_mask": torch.ones(1, end).long()})
         labels = labels[None, :end].to(inputs["input_ids"].device)
         self.model.eval()
-        with self.accelerator.autocast():
+        with within_memory("a look at one example", self.advice), self.accelerator.autocast():
             own = token_scores(self.model, inputs, labels, balanced=self.aux_loss_enabled, temperature=self.temperature)
             fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
         off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)

@@ -22,7 +22,7 @@ from toolkit.data.storage import sequence_lengths
 from toolkit.errors import ResourceError, out_of_memory
 from toolkit.training.checkpoint import random_state, restore_random_state
 
-__all__ = ["Peak", "anonymous_memory", "longest_rows", "peak_of", "probe"]
+__all__ = ["Peak", "anonymous_memory", "longest_rows", "peak_of", "probe", "within_memory"]
 
 _SECONDS = 0.005
 """Between two looks: a layer of any size that matters takes longer."""
@@ -92,17 +92,23 @@ def probe(
     """
     with _same_random_numbers():
         try:
-            room = torch.empty(held, dtype=torch.uint8, device=device)
-            step()
-            del room
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise ResourceError(
-                f"out of memory before step 1, longest batch ({tokens} tokens); cheapest fix: {advice}"
-            ) from error
+            with within_memory(f"longest batch ({tokens} tokens)", advice):
+                room = torch.empty(held, dtype=torch.uint8, device=device)
+                step()
+                del room
         finally:
             forget()
+
+
+@contextmanager
+def within_memory(what: str, advice: str) -> Iterator[None]:
+    """Raise `ResourceError`, which says both, where memory runs out in the block, before the first step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(f"out of memory before step 1, {what}; cheapest fix: {advice}") from error
 
 
 @contextmanager
