@@ -19,17 +19,17 @@ _WHOLE = 32
 left over nor where numbers lie, and those of a mapped checkpoint lie anywhere."""
 
 
-def can_read_once(x_NI: torch.Tensor, stored_OI: torch.Tensor) -> bool:
-    """Whether `read_once` takes these, where that pays."""
+def can_read_once(x_NI: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether `read_once` takes these, where that pays: with this weight [O, I], or with each of a stack of such."""
     return (
         x_NI.dtype == torch.bfloat16
         and 0 < x_NI.shape[0] <= _MOST_ROWS
-        and stored_OI.dtype == torch.int8
-        and stored_OI.is_cpu
-        and stored_OI.shape[1] % _WHOLE == 0
-        and stored_OI.is_contiguous()
+        and stored.dtype == torch.int8
+        and stored.is_cpu
+        and stored.shape[-1] % _WHOLE == 0
+        and stored.is_contiguous()
         and not isinstance(x_NI, FakeTensor)
-        and stored_OI.data_ptr() % _WHOLE == x_NI.data_ptr() % _WHOLE == 0
+        and stored.data_ptr() % _WHOLE == x_NI.data_ptr() % _WHOLE == 0
         and _has_kernel()
     )
 

@@ -63,13 +63,13 @@ def expert_layer(
 
 
 def _without_gradients(there: ExpertWeights, *given: Any) -> torch.Tensor:
-    """Nothing is kept. Few rows are one block, whose products take all threads: handing them out would take longer."""
+    """Nothing is kept. Few rows are one block, whose products take all threads: sharing them out takes longer."""
     x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, scalings = given
     up = Products.of(there.up, _factors(up_A, up_B, scalings[0]))
     down = Products.of(there.down, _factors(down_A, down_B, scalings[1]))
     is_small = index_TK.device.type == "cpu" and index_TK.numel() <= _FEW_ROWS and not is_fake(index_TK)
     routing = Routing.in_one_block(index_TK, there.up.experts) if is_small else _routing(index_TK, weights)
-    return _forward(routing, x_TH, weight_TK, up, down, weights, parallel=not is_small)
+    return _forward(routing, x_TH, weight_TK, up, down, weights)
 
 
 def _forward(
@@ -80,8 +80,6 @@ def _forward(
     down: Products,
     weights: ExpertWeights,
     kept_SO: torch.Tensor | None = None,
-    *,
-    parallel: bool = True,
 ) -> torch.Tensor:
     """The layer's output [T, H]; the first projection's goes to `kept_SO`, as far as that reaches."""
     out_TH = torch.zeros_like(x_TH)
@@ -97,7 +95,7 @@ def _forward(
             y_NH = weights.post_norm(y_NH)
         return y_NH.mul_(block.pad(weight_S1[block.rows]))
 
-    _run(routing, compute, lambda block, y_NH: block.scatter_add(out_TH, y_NH), x_TH.device, parallel=parallel)
+    _run(routing, compute, lambda block, y_NH: block.scatter_add(out_TH, y_NH), x_TH.device)
     return out_TH
 
 
@@ -180,12 +178,9 @@ def _run(
     compute: Callable[[RowBlock], Any],
     collect: Callable[[RowBlock, Any], None],
     device: torch.device,
-    *,
-    parallel: bool = True,
 ) -> None:
-    parallel = parallel and device.type == "cpu" and not routing.is_fake
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=parallel)
+        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_fake)
 
 
 @dataclass(frozen=True)

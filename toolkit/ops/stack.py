@@ -151,7 +151,7 @@ class Products:
         result = x.new_empty(x.shape[0], width)
         for segment in block.segments:
             mine, out = segment.of(x), segment.of(result)
-            if transposed and not self.stack.four_bits and can_read_once(mine, self.stack.weight[segment.expert]):
+            if transposed and can_read_once(mine, self.stack.weight):
                 out.copy_(read_once(mine, self.stack.weight[segment.expert]))
                 continue
             if self.stack.four_bits and not transposed:
