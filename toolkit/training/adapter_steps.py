@@ -157,14 +157,15 @@ class AdapterSteps(Resumable):
         """`trl`: what TRL's trainer takes."""
         self.sends_telemetry, self.loraplus_lr_ratio = context.telemetry, context.arguments["loraplus_lr_ratio"]
         self.say = partial(context.console.print, highlight=False, markup=False)
+        # Else a Trainer that sees two cards copies the model to both by itself.
+        trl["args"]._n_gpu = min(trl["args"].n_gpu, 1)
         super().__init__(**trl)
         self.data_collator = _Counting(self.data_collator)
         arguments, head = context.arguments, context.head
         self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
         """Figures of the model as it stands that an evaluation has beside the loss."""
-        self.advice = context.advice
-        self.probe_advice = context.advice if context.probes else None
-        """What to change where the longest batch does not fit; None runs no probe."""
+        self.advice, self.probes = context.advice, context.probes
+        """What to change where memory does not suffice, and whether the longest batch is still to be tried."""
         self.layer_major = None if head else layer_major_for(trl["model"], arguments, context.micro_batches_per_pass)
         self.evaluates_each_epoch = trl["eval_dataset"] is not None and not arguments["eval_steps"]
         beside = context.head_beside
@@ -250,9 +251,9 @@ class AdapterSteps(Resumable):
 
         Before the first step, those of the longest batch.
         """
-        if self.probe_advice is not None:
-            advice, self.probe_advice = self.probe_advice, None
-            self._probe(model, advice)
+        if self.probes:
+            self.probes = False
+            self._probe(model)
         step = super().training_step
         if self.layer_major is None or len(self._samples) < 2:  # set by `get_batch_samples`
             loss: torch.Tensor = step(model, inputs, *args, **kwargs)
@@ -278,7 +279,7 @@ class AdapterSteps(Resumable):
             setattr(prepared["input_ids"], _TOKENS, tokens)
         return prepared
 
-    def _probe(self, model: nn.Module, advice: str) -> None:
+    def _probe(self, model: nn.Module) -> None:
         batch = self._prepare_inputs(self._longest_batch())
         metrics, guarded = copy.deepcopy(self._metrics), self.guard.state()
         tokens = self.tokens_trained, self._total_train_tokens
@@ -301,7 +302,7 @@ class AdapterSteps(Resumable):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         held = 0 if self.state.global_step else trained * moment_bytes(self.args.optim)
         size = batch["input_ids"].numel()
-        probe(step, forget, tokens=size, held=held, device=self.args.device, advice=advice)
+        probe(step, forget, tokens=size, held=held, device=self.args.device, advice=self.advice)
 
     def _longest_batch(self) -> dict[str, Any]:
         """The batch that takes the most memory."""

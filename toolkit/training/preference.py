@@ -25,10 +25,10 @@ from toolkit.ops.label_logits import padded
 from toolkit.training.adapter_steps import RunContext
 from toolkit.training.scores import ScoredSteps
 
-__all__ = ["Pairs", "PreferenceSteps", "PreferenceTrainer", "Scored", "Unasked", "dpo_config", "without_noise"]
+__all__ = ["Pairs", "PreferenceSteps", "PreferenceTrainer", "Scored", "dpo_config", "without_noise"]
 
-_PAIRWISE = ("rewards/", "logps/")
-"""Beginnings of the figures that TRL has as means over a batch's pairs."""
+_OF_EACH = ("rewards/", "logps/")
+"""Beginnings of the figures that TRL has as means over a batch's pairs, or its good or bad answers."""
 _NOISE = ("dropout", "_drop", "jitter", "noise")
 
 
@@ -104,7 +104,7 @@ class _Collator:
         return batch
 
 
-class Unasked(nn.Module):
+class _Unasked(nn.Module):
     """Stands where TRL wants a reference model, so that it copies no adapter. Every pair's reference is known."""
 
     def __init__(self, config: Any) -> None:
@@ -124,8 +124,24 @@ class PreferenceSteps(ScoredSteps):
 
     needs_reference = True
     """Whether the reference must be set in the pairs before a step is taken or an evaluation made."""
+    collator: type = _Collator
+    """Made of the training pairs, the held-out ones and the padding token."""
     pairs: Pairs
     held_out_pairs: Pairs | None
+
+    def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes beside the data."""
+        self.pairs, self.held_out_pairs = train, held_out
+        without_noise(trl["model"])
+        super().__init__(
+            context,
+            **trl,
+            ref_model=_Unasked(trl["model"].config),
+            data_collator=self.collator(train, held_out, _pad_token_of(trl["processing_class"])),
+            train_dataset=train.numbers(held_out=False),
+            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
+        )
+        self.precompute_ref_logps = True
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         """Rows come tokenised."""
@@ -149,39 +165,37 @@ class PreferenceSteps(ScoredSteps):
         one, other = (torch.zeros(len(numbers)) if logps is None else logps.float().cpu() for logps in found)
         return torch.stack([one, other], dim=1)
 
-    def pad_token_of(self, tokenizer: Any) -> int:
-        """What sequences are padded with; it is never read."""
-        pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return pad
+    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        before = {name: len(values) for name, values in metrics.items()}
+        loss = self._loss_of_answers(model, inputs)
+        for name, values in metrics.items():
+            if not self.model.training and name.startswith(_OF_EACH):  # a mean of all, however they fall into batches
+                values += values[before.get(name, 0) :] * (self._count(inputs, name) - 1)
+        return loss
+
+    def _count(self, inputs: Mapping[str, Any], figure: str) -> int:
+        """Of how many pairs or answers of a batch TRL's figure is the mean."""
+        raise NotImplementedError
+
+    def _loss_of_answers(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss, which logs its figures."""
+        raise NotImplementedError
+
+
+def _pad_token_of(tokenizer: Any) -> int:
+    """What sequences are padded with; it is never read."""
+    pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return pad
 
 
 class PreferenceTrainer(PreferenceSteps, DPOTrainer):  # type: ignore[misc]
     """TRL's preference losses of pairs."""
 
-    def __init__(self, context: RunContext, *, train: Pairs, held_out: Pairs | None, **trl: Any) -> None:
-        """`trl`: what TRL's trainer takes beside the data."""
-        self.pairs, self.held_out_pairs = train, held_out
-        without_noise(trl["model"])
-        super().__init__(
-            context,
-            **trl,
-            ref_model=Unasked(trl["model"].config),
-            data_collator=_Collator(train, held_out, self.pad_token_of(trl["processing_class"])),
-            train_dataset=train.numbers(held_out=False),
-            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
-        )
-        self.precompute_ref_logps = True
+    def _count(self, inputs: Mapping[str, Any], figure: str) -> int:
+        return len(inputs["input_ids"]) // 2
 
-    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
-        mode = "train" if self.model.training else "eval"
-        before = {name: len(values) for name, values in self._metrics[mode].items()}
-        loss = self._loss_of_pairs(model, inputs)
-        for name, values in self._metrics[mode].items():
-            if mode == "eval" and name.startswith(_PAIRWISE):  # a mean over pairs, however they fall into batches
-                values += values[before.get(name, 0) :] * (len(inputs["input_ids"]) // 2 - 1)
-        return loss
-
-    def _loss_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _loss_of_answers(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         loss: torch.Tensor = DPOTrainer.compute_loss(self, Scored(self, model), inputs)
         return loss
 

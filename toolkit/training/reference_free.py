@@ -42,7 +42,7 @@ class ReferenceFreeTrainer(PreferenceTrainer):
         self.of_trl = SimpleNamespace(**options, loss_type=self.method, accelerator=self.accelerator)
         """What TRL's functions read of their trainer."""
 
-    def _loss_of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _loss_of_answers(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         scores = self.scores(model, read, labels, balanced=self.aux_loss_enabled)

@@ -282,7 +282,6 @@ def rollout_trainer(context: RunContext, common: Mapping[str, Any], **trl: Any) 
         remove_unused_columns=False,
         shuffle_dataset=False,
     )
-    config._n_gpu = min(config.n_gpu, 1)
     together = config.generation_batch_size // config.num_generations
     if len(rollouts.train) < together:
         raise DataError(

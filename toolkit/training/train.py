@@ -12,14 +12,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -49,8 +49,6 @@ _NOT_TRL = {
     "early_stopping_patience",
 }  # fmt: skip
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
-
-Config = TypeVar("Config", bound=TrainingArguments)
 
 _PROBED = 12
 """Tokens of each of the two documents that are run."""
@@ -208,7 +206,7 @@ def _preference_trainer(
     given: Mapping[str, Any],
 ) -> PreferenceSteps:
     if method == "kto":
-        config = _one_card(kto_config(context, arguments))
+        config = kto_config(context, arguments)
         answers = partial(answers_of, together=config.per_device_train_batch_size, loss_type=config.loss_type)
         held_out, trained = answers(validation) if validation else None, answers(train)
         if advice := weight_advice(trained, vars(config)):
@@ -216,7 +214,7 @@ def _preference_trainer(
         return KtoSteps(context, train=trained, held_out=held_out, args=config, **given)
     kind = PreferenceTrainer if method == "dpo" else ReferenceFreeTrainer
     pairs = Pairs(validation) if validation else None
-    return kind(context, train=Pairs(train), held_out=pairs, args=_one_card(dpo_config(context, arguments)), **given)
+    return kind(context, train=Pairs(train), held_out=pairs, args=dpo_config(context, arguments), **given)
 
 
 def _best(keeper: KeepBest, console: Console, planned: int) -> tuple[int, float] | None:
@@ -241,11 +239,12 @@ def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:
 
 def _look_first(trainer: AdapterSteps, context: RunContext, resume: Resume) -> None:
     """See whose logits TRL's head computes; and, of preferences, what the model gives the answers."""
-    say = partial(context.console.print, highlight=False, markup=False)
     if not trainer.check_fused_head():
-        say("logits: TRL's fused head passes over what this family does to its own; the family's are computed instead")
+        trainer.say(
+            "logits: TRL's fused head passes over what this family does to its own; the family's are computed instead"
+        )
     if isinstance(trainer, PreferenceSteps) and trainer.needs_reference and context.preference:
-        take_reference(trainer, context.preference, resume, say)
+        take_reference(trainer, context.preference, resume, trainer.say)
 
 
 def _run(trainer: AdapterSteps, checkpoint: Checkpoint | None) -> Any:
@@ -289,7 +288,7 @@ def _name_experts_for_trl(model: PeftModel) -> bool:
 def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> SFTConfig:
     """TRL's configuration from the recipe's training fields; `train_router` switches the load-balancing loss on."""
     arguments = context.arguments
-    config = SFTConfig(
+    return SFTConfig(
         **common_arguments(context, train_router=train_router, evaluates=evaluates),
         packing=arguments["packing"],
         max_length=arguments["max_length"],
@@ -299,7 +298,6 @@ def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> S
         dataset_kwargs={"skip_prepare_dataset": not arguments["packing"]},
         shuffle_dataset=False,
     )
-    return _one_card(config)
 
 
 def common_arguments(context: RunContext, *, train_router: bool, evaluates: bool) -> dict[str, Any]:
@@ -330,12 +328,6 @@ def common_arguments(context: RunContext, *, train_router: bool, evaluates: bool
         # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
         "ddp_find_unused_parameters": False,
     }
-
-
-def _one_card(config: Config) -> Config:
-    """Else a Trainer that sees two cards copies the model to both by itself."""
-    config._n_gpu = min(config.n_gpu, 1)
-    return config
 
 
 def isolate_documents(model: PeftModel) -> bool:

@@ -23,12 +23,10 @@ from toolkit.data.storage import are_pairs, desirable, first_trained, sequence_l
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import padded
 from toolkit.training.adapter_steps import RunContext
-from toolkit.training.preference import Pairs, PreferenceSteps, Scored, Unasked, without_noise
+from toolkit.training.preference import Pairs, PreferenceSteps, Scored
 
 __all__ = ["Answers", "KtoSteps", "answers_of", "kto_config", "weight_advice"]
 
-_OF_EACH = ("rewards/", "logps/")
-"""Beginnings of the figures that TRL has as means over a batch's good or bad answers."""
 _MOST_WEIGHT = 4 / 3
 """Of good answers over bad ones."""
 
@@ -152,19 +150,7 @@ class _ScoredOnce(Scored):
 class KtoSteps(PreferenceSteps, KTOTrainer):  # type: ignore[misc]
     """TRL's losses of good and bad answers."""
 
-    def __init__(self, context: RunContext, *, train: Answers, held_out: Answers | None, **trl: Any) -> None:
-        """`trl`: what TRL's trainer takes beside the data."""
-        self.pairs, self.held_out_pairs = train, held_out
-        without_noise(trl["model"])
-        super().__init__(
-            context,
-            **trl,
-            ref_model=Unasked(trl["model"].config),
-            data_collator=_Collator(train, held_out, self.pad_token_of(trl["processing_class"])),
-            train_dataset=train.numbers(held_out=False),
-            eval_dataset=held_out.numbers(held_out=True) if held_out else None,
-        )
-        self.precompute_ref_logps = True
+    collator = _Collator
 
     def _before_layer_major(self, model: nn.Module, samples: Sequence[dict[str, Any]]) -> None:
         """The mismatched sequences of all micro-batches first: a streamed layer knows one pass of each."""
@@ -186,16 +172,14 @@ class KtoSteps(PreferenceSteps, KTOTrainer):  # type: ignore[misc]
         known: torch.Tensor | None = model.known
         return KTOTrainer._compute_kl_logps(self, model, batch) if known is None else known
 
-    def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
-        mode = "train" if self.model.training else "eval"
-        before = {name: len(values) for name, values in self._metrics[mode].items()}
+    def _count(self, inputs: Mapping[str, Any], figure: str) -> int:
+        good = int(inputs["label"].sum())
+        return good if figure.endswith("chosen") else len(inputs["label"]) - good
+
+    def _loss_of_answers(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         given = dict(inputs)
         scored = _ScoredOnce(self, model, given.pop("KL_logps", None))
         loss: torch.Tensor = KTOTrainer.compute_loss(self, scored, given)
-        good = int(inputs["label"].sum()) if mode == "eval" else 0
-        for name, values in self._metrics[mode].items():
-            if mode == "eval" and name.startswith(_OF_EACH) and values[before.get(name, 0) :]:  # as often as answers
-                values += values[-1:] * ((good if name.endswith("chosen") else len(inputs["label"]) - good) - 1)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
