@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, set_seed
 
 from scripts.parity import method_families
+from tests.harness.training import run_context
 from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import adapter_coverage, attach_lora
 from toolkit.architecture import describe
@@ -71,18 +72,10 @@ def context(
     forked = changes.pop("forked", None)
     given = {"max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "use_cpu": True, "method": method}
     section = TrainingSection(**{**given, "packing": False, "gradient_checkpointing": False, **changes})
-    folder.mkdir(exist_ok=True)
     options = PREFERENCE_METHODS[method](**dpo).model_dump()
     facts = {START: start, "ld_alpha": str(options.get("ld_alpha"))}
-    return RunContext(
-        folder=folder / "checkpoints",
-        metrics=folder / "metrics.jsonl",
-        arguments={**section.model_dump(exclude={"output_dir"}), "report_to": []},
-        device="cpu",
-        dtype="float32",
-        preference=Preference(options, folder / "reference.safetensors", facts, forked, method),
-        **{"console": Console(file=io.StringIO()), **own},
-    )
+    preference = Preference(options, folder / "reference.safetensors", facts, forked, method)
+    return run_context(folder, section, preference=preference, **own)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
 from scripts.parity import grpo_families
+from tests.harness.training import run_context
 from tests.parity.conftest import EMBEDDED
 from tests.parity.test_preference import adapter_of, fresh, logged
 from toolkit.adapters import adapter_coverage
@@ -36,16 +36,8 @@ def context(folder: Path, model: PeftModel, options: dict[str, Any] = {}, **chan
     section = TrainingSection(
         **{"method": "grpo", "packing": False, "gradient_checkpointing": False, "use_cpu": True, **given, **changes}
     )
-    folder.mkdir(exist_ok=True)
-    return RunContext(
-        folder=folder / "checkpoints",
-        metrics=folder / "metrics.jsonl",
-        arguments={**section.model_dump(exclude={"output_dir"}), "report_to": []},
-        device="cpu",
-        dtype="float32",
-        console=Console(file=io.StringIO(), width=300),
-        rollouts=grpo_families.rollouts(model, AutoTokenizer.from_pretrained(EMBEDDED), section.method, options),
-    )
+    told = grpo_families.rollouts(model, AutoTokenizer.from_pretrained(EMBEDDED), section.method, options)
+    return run_context(folder, section, rollouts=told)
 
 
 def learn(given: RunContext, model: PeftModel) -> str:
