@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import functional
 
 from toolkit.ops import LoraFactors, per_expert, reference
+from toolkit.ops.equal_rows import EqualBlock, EqualRouting
 from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.int8 import quantize
 from toolkit.ops.per_expert import kept_rows
 from toolkit.ops.rows import Routing
+from toolkit.ops.small_experts import experts_at_a_time
 from toolkit.ops.split_int8 import _has_integer_units
 
 Layer = Callable[..., torch.Tensor]
@@ -51,12 +54,19 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["integer units", "none"])
+WAYS = ["integer units", "none", "together"]
+
+
+@pytest.fixture(params=WAYS)
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in digits, and through a buffer as on machines that have no units for whole numbers."""
-    if request.param and not _has_integer_units():
+    """Products in digits, through a buffer as on machines that have no units for whole numbers, and in batches."""
+    if request.param == "together":
+        return
+    has_units = request.param == "integer units"
+    if has_units and not _has_integer_units():
         pytest.skip("no integer units here")
-    monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: request.param)
+    monkeypatch.setattr("toolkit.ops.small_experts._MOST_WEIGHTS", 0)
+    monkeypatch.setattr("toolkit.ops.split_int8._has_integer_units", lambda: has_units)
     monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_WEIGHTS", 1)
     monkeypatch.setattr("toolkit.ops.split_int8._FEWEST_FOR_FEW_ROWS", 1)
 
@@ -255,6 +265,7 @@ def test_a_layer_whose_tokens_share_a_scale_is_found_out() -> None:
 
 
 @pytest.mark.usefixtures("units")
+@pytest.mark.parametrize("units", WAYS[:2], indirect=True)
 @pytest.mark.parametrize("keep_up", [False, True])
 @pytest.mark.parametrize("case", [Case(T=1300, K=2, E=3, H=20, I=12, R=4), CASES[-1]], ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(keep_up: bool, case: Case) -> None:
@@ -284,6 +295,63 @@ def test_experts_with_few_rows_are_put_together_and_busy_ones_cut() -> None:
         rows = torch.arange(block.rows.start, block.rows.stop)
         assert torch.equal(block.strip(block.pad(rows)), rows)
         assert len(block.token) == block.segments[-1].rows.stop
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, Case(T=3000, K=2, E=8, H=6, I=4, R=2), Case(T=5000, K=1, E=3, H=6, I=4, R=2)], ids=str
+)
+@pytest.mark.parametrize("most_experts", [3, 100])
+def test_blocks_of_equal_rows_have_each_row_once_and_hardly_any_padding(case: Case, most_experts: int) -> None:
+    index = routing(case, torch.Generator().manual_seed(0))
+    rows = EqualRouting(index, case.E, most_experts)
+    chosen, tokens = index.flatten(), torch.arange(case.T).repeat_interleave(case.K)
+    expert_S, token_S, done = rows.sort(index), rows.sort(tokens.view(case.T, case.K)), 0
+    assert torch.equal(expert_S.bincount(minlength=case.E), chosen.bincount(minlength=case.E))
+    assert sorted(zip(expert_S.tolist(), token_S.tolist(), strict=True)) == sorted(
+        zip(chosen.tolist(), tokens.tolist(), strict=True)
+    )
+    for block in rows.blocks:
+        assert isinstance(block, EqualBlock)
+        assert block.rows.start == done
+        done = block.rows.stop
+        experts = rows.experts[block.group][: block.experts]
+        assert torch.equal(block.strip(block.token), token_S[block.rows])
+        assert torch.equal(
+            block.strip(
+                block.batch(experts.repeat_interleave(len(block.token) // len(experts)).unsqueeze(1)).flatten()
+            ),
+            expert_S[block.rows],
+        )
+        assert len(block.token) <= 4096 + 4 * case.E
+    assert done == index.numel()
+    assert sum(len(block.token) for block in rows.blocks) <= 1.35 * done + 4 * case.E
+    assert torch.equal(rows.unsort(token_S, index), tokens.view(case.T, case.K))
+
+
+def test_small_experts_are_multiplied_together_and_large_ones_one_by_one() -> None:
+    def stack(experts: int, outputs: int, inputs: int) -> ExpertStack:
+        return ExpertStack(torch.empty(experts, outputs, inputs, device="meta"), None, None, False)
+
+    small, large = stack(8, 256, 128), stack(8, 1024, 512)
+    with patch.object(torch.Tensor, "device", torch.device("cpu")):
+        assert experts_at_a_time((small, small), 2048, torch.float32) == 64
+        assert experts_at_a_time((small, small), 8, torch.float32) == 0, "so few rows are not worth all experts"
+        assert experts_at_a_time((small, large), 2048, torch.float32) == 0
+        assert experts_at_a_time((large, large), 2048, torch.bfloat16) == 4
+    assert experts_at_a_time((small, small), 2048, torch.float32) == 0, "a device that is no CPU"
+
+
+def test_the_same_bits_come_from_small_experts_every_time() -> None:
+    built = build(
+        Case(T=700, K=2, E=6, H=40, I=24, R=4),
+        is_int8=True,
+        is_transposed=False,
+        has_bias=True,
+        is_gated=True,
+        has_norm=False,
+    )
+    first, *others = (run(per_expert.expert_layer, *built) for _ in range(4))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_a_few_rows_are_computed_as_they_are_and_more_in_fours() -> None:

@@ -28,6 +28,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small stacks are multiplied out whole, others expert by expert."""
     if request.param == "in parts":
         monkeypatch.setattr(stacks, "_SMALL", 0)
+        monkeypatch.setattr("toolkit.ops.small_experts._MOST_WEIGHTS", 0)
     return str(request.param)
 
 

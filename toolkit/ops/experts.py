@@ -78,6 +78,14 @@ class ExpertStack:
         }
         return replace(self, **mine)
 
+    def chosen(self, index: torch.Tensor) -> ExpertStack:
+        """The stack of these experts, copied."""
+        theirs: dict[str, Any] = {
+            name: tensor if tensor is None else tensor.index_select(0, index)
+            for name, tensor in self._tensors().items()
+        }
+        return replace(self, **theirs)
+
     def dequantized(self) -> torch.Tensor:
         """The whole stack as [E, O, I] in fp32 or wider."""
         if self.four_bits and self.scale is not None:

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
-from toolkit.ops.experts import ExpertWeights
+from toolkit.ops.equal_rows import EqualRouting
+from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.factors import LoraFactors
 from toolkit.ops.presence import present
 from toolkit.ops.rows import Routing, RowBlock, is_fake
+from toolkit.ops.small_experts import SmallGradients, SmallProducts, experts_at_a_time
 from toolkit.ops.stack import FactorGradients, Products, StackGradients
 from toolkit.ops.workers import run_in_order
 
@@ -65,10 +67,10 @@ def expert_layer(
 def _without_gradients(there: ExpertWeights, *given: Any) -> torch.Tensor:
     """Nothing is kept. Few rows are one block, whose products take all threads: sharing them out takes longer."""
     x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, scalings = given
-    up = Products.of(there.up, _factors(up_A, up_B, scalings[0]))
-    down = Products.of(there.down, _factors(down_A, down_B, scalings[1]))
-    is_small = index_TK.device.type == "cpu" and index_TK.numel() <= _FEW_ROWS and not is_fake(index_TK)
-    routing = Routing.in_one_block(index_TK, there.up.experts) if is_small else _routing(index_TK, weights)
+    are_few = index_TK.device.type == "cpu" and index_TK.numel() <= _FEW_ROWS and not is_fake(index_TK)
+    routing = _routing(index_TK, x_TH.dtype, there, are_few=are_few)
+    up = _products(there.up, _factors(up_A, up_B, scalings[0]), routing)
+    down = _products(there.down, _factors(down_A, down_B, scalings[1]), routing)
     return _forward(routing, x_TH, weight_TK, up, down, weights)
 
 
@@ -76,8 +78,8 @@ def _forward(
     routing: Routing,
     x_TH: torch.Tensor,
     weight_TK: torch.Tensor,
-    up: Products,
-    down: Products,
+    up: Products | SmallProducts,
+    down: Products | SmallProducts,
     weights: ExpertWeights,
     kept_SO: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -109,17 +111,18 @@ class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     def _compute(ctx: Any, there: ExpertWeights, *args: Any) -> torch.Tensor:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, scalings, keep_up = args
-        rows, trains = index_TK.numel(), any(ctx.needs_input_grad)
-        lows = [x_TH.new_empty(rows, A.shape[1]) if trains and A is not None else None for A in (up_A, down_A)]
-        up = Products.of(there.up, _factors(up_A, up_B, scalings[0]), lows[0])
-        down = Products.of(there.down, _factors(down_A, down_B, scalings[1]), lows[1])
+        rows, trains, routing = index_TK.numel(), any(ctx.needs_input_grad), _routing(index_TK, x_TH.dtype, there)
+        keeps = trains and not isinstance(routing, EqualRouting)
+        lows = [x_TH.new_empty(rows, A.shape[1]) if keeps and A is not None else None for A in (up_A, down_A)]
+        up = _products(there.up, _factors(up_A, up_B, scalings[0]), routing, lows[0])
+        down = _products(there.down, _factors(down_A, down_B, scalings[1]), routing, lows[1])
         kept = kept_rows(rows, up.outputs, weights, x_TH.dtype)
         kept_SO = x_TH.new_empty(kept, up.outputs) if trains and keep_up else None
-        if keep_up:  # then the factors in the order they are computed with, too
-            up_B, down_B = up.B, down.B
+        if keep_up and isinstance(up, Products) and isinstance(down, Products):
+            up_B, down_B = up.B, down.B  # then the factors in the order they are computed with, too
         ctx.save_for_backward(x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, *lows, kept_SO)
         ctx.weights, ctx.scalings = weights, scalings
-        return _forward(_routing(index_TK, weights), x_TH, weight_TK, up, down, weights, kept_SO)
+        return _forward(routing, x_TH, weight_TK, up, down, weights, kept_SO)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -132,11 +135,11 @@ class _ExpertLayer(torch.autograd.Function):
         ctx: Any, there: ExpertWeights, grad_TH: torch.Tensor, *saved: Any
     ) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, up_low, down_low, kept_SO = saved
-        routing, needs_x = _routing(index_TK, ctx.weights), ctx.needs_input_grad[0]
-        up = Products.of(there.up, _factors(up_A, up_B, ctx.scalings[0]), up_low, is_known=True)
-        down = Products.of(there.down, _factors(down_A, down_B, ctx.scalings[1]), down_low, is_known=True)
+        routing, needs_x = _routing(index_TK, x_TH.dtype, there), ctx.needs_input_grad[0]
+        up = _products(there.up, _factors(up_A, up_B, ctx.scalings[0]), routing, up_low, is_known=True)
+        down = _products(there.down, _factors(down_A, down_B, ctx.scalings[1]), routing, down_low, is_known=True)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
-        up_grads, down_grads = (StackGradients.of(products, routing.idle) for products in (up, down))
+        up_grads, down_grads = (products.gradients(routing.idle) for products in (up, down))
         layer = _Backward(
             ctx.weights, up, down, up_grads, down_grads, x_TH, weight_S1, grad_TH.contiguous(), kept_SO, needs_x
         )
@@ -168,9 +171,27 @@ def _factors(A: torch.Tensor | None, B: torch.Tensor | None, scaling: float) -> 
     return None if A is None or B is None else LoraFactors(A, B, scaling)
 
 
-def _routing(index_TK: torch.Tensor, weights: ExpertWeights) -> Routing:
+def _routing(index_TK: torch.Tensor, dtype: torch.dtype, there: ExpertWeights, *, are_few: bool = False) -> Routing:
+    experts = there.up.experts
+    if at_a_time := experts_at_a_time((there.up, there.down), index_TK.numel(), dtype):
+        return EqualRouting(index_TK, experts, at_a_time)
+    if are_few:
+        return Routing.in_one_block(index_TK, experts)
     most_rows = _MOST_ROWS if index_TK.device.type == "cpu" else max(1, index_TK.shape[0])
-    return Routing(index_TK, weights.up.weight.shape[0], most_rows)
+    return Routing(index_TK, experts, most_rows)
+
+
+def _products(
+    stack: ExpertStack,
+    lora: LoraFactors | None,
+    routing: Routing,
+    low: torch.Tensor | None = None,
+    *,
+    is_known: bool = False,
+) -> Products | SmallProducts:
+    if isinstance(routing, EqualRouting):
+        return SmallProducts(stack, lora, routing)
+    return Products.of(stack, lora, low, is_known=is_known)
 
 
 def _run(
@@ -180,7 +201,12 @@ def _run(
     device: torch.device,
 ) -> None:
     with torch.autocast(device.type, enabled=False):
-        run_in_order(routing.blocks, compute, collect, parallel=device.type == "cpu" and not routing.is_fake)
+        run_in_order(
+            routing.blocks,
+            compute,
+            collect,
+            parallel=device.type == "cpu" and routing.is_shared_out and not routing.is_fake,
+        )
 
 
 @dataclass(frozen=True)
@@ -196,10 +222,10 @@ class _Gradients:
 @dataclass(frozen=True)
 class _Backward:
     weights: ExpertWeights
-    up: Products
-    down: Products
-    up_grads: StackGradients
-    down_grads: StackGradients
+    up: Products | SmallProducts
+    down: Products | SmallProducts
+    up_grads: StackGradients | SmallGradients
+    down_grads: StackGradients | SmallGradients
     x_TH: torch.Tensor
     weight_S1: torch.Tensor
     grad_TH: torch.Tensor
@@ -238,10 +264,8 @@ class _Backward:
         unweighted_NI, factors = self.down.backward(hidden_NI, grad_NH, block, weight_N1)
         assert unweighted_NI is not None
         grad_weight_N = (hidden_NI * unweighted_NI).sum(-1)
-        if (bias_EH := self.down.stack.bias) is not None:
-            for segment in block.segments:
-                rows = segment.rows
-                grad_weight_N[rows] += grad_NH[rows] @ bias_EH[segment.expert].to(grad_NH.dtype)
+        if (through_bias_N := self.down.bias_products(grad_NH, block)) is not None:
+            grad_weight_N += through_bias_N
         return unweighted_NI.mul_(weight_N1), grad_weight_N, factors
 
     def _through_norm(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Routing", "RowBlock", "Segment", "is_fake"]
+__all__ = ["Routing", "RowBlock", "Segment", "is_fake", "rows_of_each"]
 
 _BUSY = 2
 """How many times its even share a busy expert is taken to have, where there are no numbers to route by."""
@@ -96,12 +96,13 @@ class Routing:
     """
 
     def __init__(self, index_TK: torch.Tensor, num_experts: int, most_rows: int) -> None:
-        flat = index_TK.flatten()
         self.is_fake = is_fake(index_TK)
         """No numbers: blocks stand for any routing, and threads must not leave the fake mode."""
-        self._order = flat.argsort(stable=True)
+        self.is_shared_out = True
+        """Whether threads take a block each; else all take each product."""
+        self._order = index_TK.flatten().argsort(stable=True)
         token = self._order // index_TK.shape[1]
-        counts = _fake_counts(index_TK, num_experts) if self.is_fake else _counts(flat, num_experts)
+        counts = _fake_counts(index_TK, num_experts) if self.is_fake else rows_of_each(index_TK, num_experts)
         self.idle = [expert for expert, count in enumerate(counts) if not count]
         """Experts that nobody chose."""
         self.blocks = list(_blocks(counts, token, most_rows))
@@ -117,7 +118,7 @@ class Routing:
             Segment(flat[order[start]], slice(start, stop), is_first=True, is_only=True)
             for start, stop in itertools.pairwise([*starts, len(order)])
         )
-        self.is_fake, self._order = False, torch.tensor(order, dtype=torch.long)
+        self.is_fake, self.is_shared_out, self._order = False, False, torch.tensor(order, dtype=torch.long)
         self.idle = sorted(set(range(num_experts)) - {segment.expert for segment in segments})
         every = slice(0, len(order))
         self.blocks = [RowBlock(every, self._order // slots, every, segments)] if order else []
@@ -137,8 +138,12 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def _counts(flat_S: torch.Tensor, num_experts: int) -> list[int]:
-    counts: list[int] = torch.bincount(flat_S, minlength=num_experts)[:num_experts].tolist()
+def rows_of_each(index_TK: torch.Tensor, num_experts: int) -> list[int]:
+    """How many rows each expert has; as many as any other where there are no numbers."""
+    if is_fake(index_TK):
+        rows = index_TK.numel()
+        return [rows * (expert + 1) // num_experts - rows * expert // num_experts for expert in range(num_experts)]
+    counts: list[int] = torch.bincount(index_TK.flatten(), minlength=num_experts)[:num_experts].tolist()
     return counts
 
 

@@ -24,7 +24,7 @@ from toolkit.ops.four_bit import FourBits
 from toolkit.ops.rows import RowBlock, Segment, is_fake
 from toolkit.ops.split_int8 import SplitRows, Stored, can_multiply, multiply_each
 
-__all__ = ["FactorGradients", "Products", "StackGradients"]
+__all__ = ["FactorGradients", "Products", "StackGradients", "spread_out"]
 
 FactorGradients = tuple[torch.Tensor, torch.Tensor]
 """Of one expert's A [R, I] and of its B, transposed: [R, O]."""
@@ -57,7 +57,7 @@ class Products:
         cls, stack: ExpertStack, lora: LoraFactors | None, low: torch.Tensor | None = None, *, is_known: bool = False
     ) -> Products:
         """With each expert's B in one piece: PEFT's layout has a cache line between any two of its numbers."""
-        stack = _spread_out(stack)
+        stack = spread_out(stack)
         if lora is None:
             return cls(stack, None, None, 1.0, None, is_known)
         return cls(stack, lora.A, lora.B.contiguous(), lora.scaling, low, is_known)
@@ -124,6 +124,23 @@ class Products:
         # B's as [R, O]: BLAS is twice as fast at few rows as at few columns.
         parts = [[segment.of(each) for each in (grad_NR, x_NI, low_NR, grad_NO)] for segment in block.segments]
         return grad_NI, [(grad.t() @ x, low.t() @ grads) for grad, x, low, grads in parts]
+
+    def bias_products(self, grad_NH: torch.Tensor, block: RowBlock) -> torch.Tensor | None:
+        """⟨b, g⟩ of every row [N]; None where there is no bias."""
+        if self.stack.bias is None:
+            return None
+        found = grad_NH.new_empty(grad_NH.shape[0])
+        for segment in block.segments:
+            found[segment.rows] = grad_NH[segment.rows] @ self.stack.bias[segment.expert].to(grad_NH.dtype)
+        return found
+
+    def gradients(self, idle: list[int]) -> StackGradients:
+        """Of all experts' factors, to be filled for every expert but those in `idle`."""
+        if self.A is None or self.B is None:
+            return StackGradients(None, None)
+        A, B = self.A.new_empty(self.A.shape), self.B.new_empty(self.B.shape)
+        A[idle], B[idle] = 0, 0
+        return StackGradients(A, B)
 
     def _low(self, x_NI: torch.Tensor, A_ERI: torch.Tensor, block: RowBlock) -> torch.Tensor:
         if self.low is not None and self.is_known:
@@ -227,7 +244,7 @@ class Products:
         return _buffer(elements, dtype, like.device)
 
 
-def _spread_out(stack: ExpertStack) -> ExpertStack:
+def spread_out(stack: ExpertStack) -> ExpertStack:
     """A small stack of four bits as one of int8 or fp32: expert by expert, unpacking would be calls and no work."""
     if not stack.four_bits or stack.scale is None or 2 * stack.weight.numel() > _SMALL or is_fake(stack.weight):
         return stack
@@ -254,19 +271,10 @@ def _buffer(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Te
 
 @dataclass(frozen=True)
 class StackGradients:
-    """Gradients of all experts' factors, A [E, R, I] and B [E, O, R]; zero where an expert was not hit."""
+    """Gradients of all experts' factors, A [E, R, I] and B [E, O, R]; none where the projection is not adapted."""
 
     A: torch.Tensor | None
     B: torch.Tensor | None
-
-    @classmethod
-    def of(cls, products: Products, idle: list[int]) -> StackGradients:
-        """To be filled for every expert but those in `idle`; nothing where the projection is not adapted."""
-        if products.A is None or products.B is None:
-            return cls(None, None)
-        A, B = products.A.new_empty(products.A.shape), products.B.new_empty(products.B.shape)
-        A[idle], B[idle] = 0, 0
-        return cls(A, B)
 
     def take(self, block: RowBlock, found: list[FactorGradients]) -> list[FactorGradients | None]:
         """Write at once what nothing else is added to; what has to wait for its turn is given back."""
