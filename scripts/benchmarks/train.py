@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""The whole fine-tuning job on this CPU, in fp32 with real chat data: onecard against what else there is.
+"""The whole fine-tuning job on this CPU, with real chat data: onecard against what else there is.
 
-    .venv/bin/python scripts/benchmarks/train.py [--checkpoints random smollm2] [--train FILE.jsonl …]
+    .venv/bin/python scripts/benchmarks/train.py [--checkpoints embedded random smollm2] [--train FILE.jsonl …]
         [--validation FILE.jsonl …] [--examples 64] [--repeats 3] [--only ARM …] [--profile]
         [--json FILE] [--plot FILE.svg]
 
 Arms: onecard packed with activations recomputed (a recipe's defaults), with activations kept, and on padded batches of
-eight; stock TRL + PEFT `target_parameters` at its defaults and with activations kept; experts4bit-qlora in int8. All
-train the same examples at about the same number a step; stock starts from our fresh adapter. Peers run in a second
-environment, made once. Arms take turns; peak memory is the anonymous memory of a fresh process with glibc's defaults,
-training and loading apart. `random` is a checkpoint of 128 experts a layer that is made at the first call; smollm2 is
-made by scripts/make_smollm2_moe.py. Exit status 1 where held-out loss is over 1% from stock's, or packing changes the
-loss.
+eight; stock TRL + PEFT `target_parameters` at its defaults and with activations kept; experts4bit-qlora in int8. Ours
+and stock in bf16, too. All train the same examples at about the same number a step; stock starts from our fresh
+adapter. Peers run in a second environment, made once. Arms take turns; peak memory is the anonymous memory of a fresh
+process with glibc's defaults, training and loading apart. `embedded` is the quickstart's job; `random` a checkpoint of
+128 experts a layer that is made at the first call; smollm2 is made by scripts/make_smollm2_moe.py. Exit status 1 where
+held-out loss is over 1% from stock's, or packing changes the loss.
 """
 
 from __future__ import annotations
@@ -35,13 +35,26 @@ from turns import Worker, alternate, summary
 DATA = ROOT / "recipes" / "quickstart" / "data"
 TOKENIZER = ROOT / "recipes" / "quickstart" / "nano-qwen3moe-2m"
 PROGRAM = Path(__file__).with_name("train_arms.py")
-CHECKPOINTS = {"random": ROOT / "models" / "random-128-experts", "smollm2": ROOT / "models" / "smollm2-moe"}
+CHECKPOINTS = {
+    "embedded": TOKENIZER,
+    "random": ROOT / "models" / "random-128-experts",
+    "smollm2": ROOT / "models" / "smollm2-moe",
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "embedded": {"data": "category", "examples": 500, "batch": 20, "length": 1024, "learning_rate": 3e-3},
+    "": {"data": "dialog", "examples": 64, "batch": 8, "length": 512, "learning_rate": 2e-4},
+}
+"""What is trained, where options do not say it; without a name of all other checkpoints."""
 ARMS = {
     "ours": Arm("ours", "packed"),
     "ours, activations kept": Arm("ours", "packed, kept"),
     "ours, padded": Arm("ours", "padded"),
+    "ours, bf16": Arm("ours bf16", "packed"),
+    "ours, bf16, activations kept": Arm("ours bf16", "packed, kept"),
     "stock TRL + PEFT": Arm("stock", "default"),
     "stock, activations kept": Arm("stock", "kept"),
+    "stock, bf16": Arm("stock bf16", "default"),
+    "stock, bf16, activations kept": Arm("stock bf16", "kept"),
     "experts4bit-qlora int8": Arm("experts4bit", ""),
 }
 LOSS_WITHIN, PACKED_WITHIN = 0.01, 1e-5
@@ -80,14 +93,19 @@ def draw(files: Sequence[Path], count: int, seed: int, target: Path) -> str:
     return str(target)
 
 
+def is_ours(worker: str) -> bool:
+    """Whether it runs in this environment."""
+    return worker.startswith("ours")
+
+
 @contextmanager
 def workers(names: Sequence[str], job: Job, options: argparse.Namespace) -> Iterator[dict[str, Worker]]:
     """One process for each name, its model loaded; ours first, which prepares the job."""
     with ExitStack() as stack:
         running = {}
         for name in sorted(names, key=lambda name: name != "ours"):
-            python = sys.executable if name == "ours" else options.python
-            worker = Worker(python, PROGRAM, threads=options.threads, tuned=True, arguments=[name], own=name == "ours")
+            python = sys.executable if is_ours(name) else options.python
+            worker = Worker(python, PROGRAM, threads=options.threads, tuned=True, arguments=[name], own=is_ours(name))
             running[name] = stack.enter_context(worker)
             running[name].ask(do="build", job=asdict(job))
             print(f"{name}: loaded", file=sys.stderr, flush=True)
@@ -98,7 +116,8 @@ def peak_memory(arms: Mapping[str, Arm], job: Job, options: argparse.Namespace) 
     """The most anonymous bytes of a fresh process while it loads, and while it trains for the first time."""
     found = {}
     for name, arm in arms.items():
-        own, python = arm.worker == "ours", sys.executable if arm.worker == "ours" else options.python
+        own = is_ours(arm.worker)
+        python = sys.executable if own else options.python
         with Worker(python, PROGRAM, threads=options.threads, tuned=False, arguments=[arm.worker], own=own) as worker:
             found[name] = {
                 "loading": worker.most_anonymous(do="build", job=asdict(replace(job, runs=1))),
@@ -108,17 +127,25 @@ def peak_memory(arms: Mapping[str, Arm], job: Job, options: argparse.Namespace) 
     return found
 
 
-def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figures:
+def measure(name: str, checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figures:
     """All figures of one checkpoint."""
+    asked = {key: value for key, value in vars(options).items() if value is not None}
+    usual = JOBS.get(name, JOBS[""])
+    given = {
+        "train": [DATA / f"{usual['data']}.train.jsonl"],
+        "validation": [DATA / f"{usual['data']}.validation.jsonl"],
+        **usual,
+        **asked,
+    }
     job = Job(
         model=str(checkpoint),
-        train=draw(options.train, options.examples, options.seed, folder / "train.jsonl"),
-        validation=draw(options.validation, options.examples, options.seed, folder / "validation.jsonl"),
+        train=draw(given["train"], given["examples"], options.seed, folder / "train.jsonl"),
+        validation=draw(given["validation"], given["examples"], options.seed, folder / "validation.jsonl"),
         folder=str(folder),
-        batch=options.batch,
-        length=options.length,
+        batch=given["batch"],
+        length=given["length"],
         rank=options.rank,
-        learning_rate=options.learning_rate,
+        learning_rate=given["learning_rate"],
         seed=options.seed,
         backend=options.backend,
         runs=options.repeats + 1,
@@ -161,7 +188,7 @@ def measure(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Figu
 def show(name: str, figures: Figures) -> None:
     """One checkpoint's table."""
     speeds, packing = figures["tokens_per_second"], figures["packing"]
-    print(f"\n{name}: {figures['examples']} examples, {figures['tokens']} tokens without padding, fp32")
+    print(f"\n{name}: {figures['examples']} examples, {figures['tokens']} tokens without padding")
     columns = ("ours is", 8), ("steps", 6), ("held-out loss", 14), ("peak MB", 8), ("loading", 8)
     print(f"{'':26} {'tokens/s (least–most)':>24}", *(f"{what:>{width}}" for what, width in columns))
     for arm, speed in speeds.items():
@@ -199,7 +226,7 @@ def complaints(name: str, figures: Figures) -> Iterator[str]:
 def main() -> int:
     """See the module's docstring."""
     options = _options()
-    if any(ARMS[name].worker != "ours" for name in options.only or ARMS):
+    if any(not is_ours(ARMS[name].worker) for name in options.only or ARMS):
         options.python = python_with(options.peers, PEERS)
     result: Figures = {"threads": options.threads, "backend": options.backend, "checkpoints": {}}
     for name in options.checkpoints:
@@ -208,7 +235,7 @@ def main() -> int:
             shutil.rmtree(checkpoint.with_name(f"{checkpoint.name}.partial"), ignore_errors=True)
             make_random(checkpoint, options.layers)
         with tempfile.TemporaryDirectory() as folder:
-            result["checkpoints"][name] = measure(checkpoint.resolve(), Path(folder), options)
+            result["checkpoints"][name] = measure(name, checkpoint.resolve(), Path(folder), options)
         show(name, result["checkpoints"][name])
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
@@ -224,15 +251,15 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", nargs="+", default=list(CHECKPOINTS), help="random, smollm2 or a folder")
-    parser.add_argument("--train", nargs="+", type=Path, default=[DATA / "dialog.train.jsonl"], metavar="FILE")
     parser.add_argument(
-        "--validation", nargs="+", type=Path, default=[DATA / "dialog.validation.jsonl"], metavar="FILE"
+        "--checkpoints", nargs="+", default=list(CHECKPOINTS), help="embedded, random, smollm2 or a folder"
     )
-    parser.add_argument("--examples", type=int, default=64, help="drawn from the training files, and held out")
-    parser.add_argument("--batch", type=int, default=8, help="examples in a padded batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens in a packed one; longer examples are dropped")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--train", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--validation", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--examples", type=int, help="drawn from the training files, and held out")
+    parser.add_argument("--batch", type=int, help="examples in a padded batch")
+    parser.add_argument("--length", type=int, help="tokens in a packed one; longer examples are dropped")
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--layers", type=int, default=4, help="of the random checkpoint, where it is made")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each arm")

@@ -1,6 +1,6 @@
 """The rivals of `train.py`: the same fine-tuning job with onecard, stock TRL + PEFT, and experts4bit-qlora.
 
-    python train_arms.py ours|stock|experts4bit
+    python train_arms.py ours|"ours bf16"|stock|"stock bf16"|experts4bit
 
 A worker of `turns.py`. `ours` goes first: it tokenises the examples and makes the fresh adapter, and writes both to the
 job's folder, from which stock TRL trains the very same examples from the very same start. A run is one whole training
@@ -103,6 +103,8 @@ class Arm:
 class Ours(Arm):
     """onecard's verbs. Variants: `packed` (a recipe's defaults), `packed, kept` (activations kept), `padded`."""
 
+    dtype = "float32"
+
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         from toolkit.plan import make_plan
@@ -113,6 +115,11 @@ class Ours(Arm):
         self.batches = build_batches(self.tokenizer, self.plan)
         self.model = attach(base, self.plan)
         self.keep_start()
+        if self.dtype == Ours.dtype:
+            self._prepare_for_others()
+
+    def _prepare_for_others(self) -> None:
+        job = self.job
         assert self.batches.validation is not None
         for split, rows in (("train", self.batches.train), ("validation", self.batches.validation)):
             (Path(job.folder) / f"{split}.json").write_text(json.dumps(list(rows)))
@@ -128,7 +135,7 @@ class Ours(Arm):
         }  # fmt: skip
         return Recipe.model_validate(
             {
-                "model": {"model_name_or_path": job.model},
+                "model": {"model_name_or_path": job.model, "dtype": self.dtype},
                 "lora": {"r": job.rank, "lora_alpha": 2.0 * job.rank},
                 "data": {"train": job.train, "validation": job.validation},
                 "training": {**fixed, **training},
@@ -201,15 +208,23 @@ class Ours(Arm):
         return found
 
 
+class OursBf16(Ours):
+    """The same with weights that are not int8, activations and products in bf16."""
+
+    dtype = "bfloat16"
+
+
 class Stock(Arm):
-    """TRL's SFTTrainer and PEFT's `target_parameters` at their defaults, in fp32. Variants: `default`, `kept`."""
+    """TRL's SFTTrainer and PEFT's `target_parameters` at their defaults. Variants: `default`, `kept`."""
+
+    dtype = torch.float32
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(job.model, dtype=self.dtype)
         self.model = PeftModel.from_pretrained(base, f"{job.folder}/start", is_trainable=True)
         self.tokenizer = AutoTokenizer.from_pretrained(job.model)
         self.keep_start()
@@ -225,8 +240,8 @@ class Stock(Arm):
             config = SFTConfig(
                 output_dir=folder, num_train_epochs=1, per_device_train_batch_size=job.batch, max_length=job.length,
                 learning_rate=job.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.03, seed=job.seed,
-                gradient_checkpointing=variant != "kept", use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-                logging_steps=10**6,
+                gradient_checkpointing=variant != "kept", use_cpu=True, bf16=self.dtype == torch.bfloat16,
+                report_to="none", disable_tqdm=True, logging_steps=10**6,
             )  # fmt: skip
             trainer = SFTTrainer(
                 model=self.model,
@@ -241,6 +256,12 @@ class Stock(Arm):
             "steps": trainer.state.global_step,
             "loss": done.training_loss,
         }
+
+
+class StockBf16(Stock):
+    """The same with the base in bf16 and products in bf16; PEFT keeps the adapter in fp32."""
+
+    dtype = torch.bfloat16
 
 
 class Experts4bit(Arm):
@@ -308,7 +329,13 @@ class Experts4bit(Arm):
         return _token_budget_batches(self.job.rows("train"), self.job.length, 0, "cpu")
 
 
-ARMS: dict[str, Callable[[Job], Arm]] = {"ours": Ours, "stock": Stock, "experts4bit": Experts4bit}
+ARMS: dict[str, Callable[[Job], Arm]] = {
+    "ours": Ours,
+    "ours bf16": OursBf16,
+    "stock": Stock,
+    "stock bf16": StockBf16,
+    "experts4bit": Experts4bit,
+}
 
 
 def answer(arm: str) -> Callable[..., dict[str, Any]]:

@@ -18,7 +18,7 @@ from toolkit.ops.rows import Routing, RowBlock, is_fake, rows_of_each
 
 __all__ = ["EqualBlock", "EqualRouting"]
 
-_WORTH_A_BLOCK = 1 / 16
+_WORTH_A_BLOCK = 1 / 10
 """Share of the rows that a further height has to save: a block takes about as long as so many rows."""
 _MULTIPLE = 4
 _MOST_ROWS = 4096

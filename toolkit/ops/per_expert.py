@@ -31,6 +31,8 @@ __all__ = ["expert_layer", "kept_rows"]
 
 _KEPT_OF_WEIGHTS = 0.3
 """Share of the weights' bytes: what is kept grows with the tokens, and is to stay small beside the layer."""
+_KEPT_OF_SMALL = 1 << 22
+"""Bytes of a layer of small experts, checkpointed or not: too little to count, and a sixth of the arithmetic."""
 _FEW_ROWS = 256
 """Rows of all experts up to which nothing is shared among threads but each product."""
 _MOST_ROWS = 512
@@ -112,16 +114,24 @@ class _ExpertLayer(torch.autograd.Function):
     def _compute(ctx: Any, there: ExpertWeights, *args: Any) -> torch.Tensor:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, weights, scalings, keep_up = args
         rows, trains, routing = index_TK.numel(), any(ctx.needs_input_grad), _routing(index_TK, x_TH.dtype, there)
-        keeps = trains and not isinstance(routing, EqualRouting)
-        lows = [x_TH.new_empty(rows, A.shape[1]) if keeps and A is not None else None for A in (up_A, down_A)]
+        are_small = isinstance(routing, EqualRouting)
+        lows = [
+            x_TH.new_empty(rows, A.shape[1]) if trains and not are_small and A is not None else None
+            for A in (up_A, down_A)
+        ]
         up = _products(there.up, _factors(up_A, up_B, scalings[0]), routing, lows[0])
         down = _products(there.down, _factors(down_A, down_B, scalings[1]), routing, lows[1])
-        kept = kept_rows(rows, up.outputs, weights, x_TH.dtype)
-        kept_SO = x_TH.new_empty(kept, up.outputs) if trains and keep_up else None
+        kept = kept_rows(rows, up.outputs, weights, x_TH.dtype) if keep_up else 0
+        if are_small:
+            kept = max(kept, min(rows, _KEPT_OF_SMALL // (up.outputs * x_TH.element_size())))
+        kept_SO = x_TH.new_empty(kept, up.outputs) if trains and kept else None
         if keep_up and isinstance(up, Products) and isinstance(down, Products):
             up_B, down_B = up.B, down.B  # then the factors in the order they are computed with, too
         ctx.save_for_backward(x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, *lows, kept_SO)
         ctx.weights, ctx.scalings = weights, scalings
+        ctx.routing = (
+            None if keep_up else routing
+        )  # all layers' would be there at a time, which checkpointing is to avoid
         return _forward(routing, x_TH, weight_TK, up, down, weights, kept_SO)
 
     @staticmethod
@@ -135,7 +145,7 @@ class _ExpertLayer(torch.autograd.Function):
         ctx: Any, there: ExpertWeights, grad_TH: torch.Tensor, *saved: Any
     ) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_TK, up_A, up_B, down_A, down_B, index_TK, up_low, down_low, kept_SO = saved
-        routing, needs_x = _routing(index_TK, x_TH.dtype, there), ctx.needs_input_grad[0]
+        routing, needs_x = ctx.routing or _routing(index_TK, x_TH.dtype, there), ctx.needs_input_grad[0]
         up = _products(there.up, _factors(up_A, up_B, ctx.scalings[0]), routing, up_low, is_known=True)
         down = _products(there.down, _factors(down_A, down_B, ctx.scalings[1]), routing, down_low, is_known=True)
         weight_S1 = routing.sort(weight_TK).to(x_TH.dtype).unsqueeze(1)
