@@ -24,8 +24,6 @@ from toolkit.processes import StopRequest, broadcast, first_one_first, is_first,
 from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
-from toolkit.report.charts import run_pictures
-from toolkit.report.page import write_page
 from toolkit.report.plans import show_plan
 from toolkit.run.data import build_batches, load_tokenizer, record_form, step_shape
 from toolkit.run.folder import (
@@ -160,6 +158,10 @@ def _finish(
     judged = judge(trained, batches, plan, console)
     if not is_first():
         return {}
+    # They import matplotlib: not before the first step.
+    from toolkit.report.charts import run_pictures
+    from toolkit.report.page import write_page
+
     artifact = package(judged, plan, run_pictures(folder.path))
     summary = _summarize(judged, plan, batches, artifact, compensated, before)
     summary["mixture"] = chosen.to_dict() if chosen else None
