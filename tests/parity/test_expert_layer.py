@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import functional
 
 from toolkit.ops import LoraFactors, per_expert, reference
-from toolkit.ops.equal_rows import EqualBlock, EqualRouting
 from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.int8 import quantize
 from toolkit.ops.per_expert import kept_rows
 from toolkit.ops.rows import Routing
-from toolkit.ops.small_experts import experts_at_a_time
 from toolkit.ops.split_int8 import _has_integer_units
 
 Layer = Callable[..., torch.Tensor]
@@ -295,50 +292,6 @@ def test_experts_with_few_rows_are_put_together_and_busy_ones_cut() -> None:
         rows = torch.arange(block.rows.start, block.rows.stop)
         assert torch.equal(block.strip(block.pad(rows)), rows)
         assert len(block.token) == block.segments[-1].rows.stop
-
-
-@pytest.mark.parametrize(
-    "case", [*CASES, Case(T=3000, K=2, E=8, H=6, I=4, R=2), Case(T=5000, K=1, E=3, H=6, I=4, R=2)], ids=str
-)
-@pytest.mark.parametrize("most_experts", [3, 100])
-def test_blocks_of_equal_rows_have_each_row_once_and_hardly_any_padding(case: Case, most_experts: int) -> None:
-    index = routing(case, torch.Generator().manual_seed(0))
-    rows = EqualRouting(index, case.E, most_experts)
-    chosen, tokens = index.flatten(), torch.arange(case.T).repeat_interleave(case.K)
-    expert_S, token_S, done = rows.sort(index), rows.sort(tokens.view(case.T, case.K)), 0
-    assert torch.equal(expert_S.bincount(minlength=case.E), chosen.bincount(minlength=case.E))
-    assert sorted(zip(expert_S.tolist(), token_S.tolist(), strict=True)) == sorted(
-        zip(chosen.tolist(), tokens.tolist(), strict=True)
-    )
-    for block in rows.blocks:
-        assert isinstance(block, EqualBlock)
-        assert block.rows.start == done
-        done = block.rows.stop
-        experts = rows.experts[block.group][: block.experts]
-        assert torch.equal(block.strip(block.token), token_S[block.rows])
-        assert torch.equal(
-            block.strip(
-                block.batch(experts.repeat_interleave(len(block.token) // len(experts)).unsqueeze(1)).flatten()
-            ),
-            expert_S[block.rows],
-        )
-        assert len(block.token) <= 4096 + 4 * case.E
-    assert done == index.numel()
-    assert sum(len(block.token) for block in rows.blocks) <= 1.35 * done + 4 * case.E
-    assert torch.equal(rows.unsort(token_S, index), tokens.view(case.T, case.K))
-
-
-def test_small_experts_are_multiplied_together_and_large_ones_one_by_one() -> None:
-    def stack(experts: int, outputs: int, inputs: int) -> ExpertStack:
-        return ExpertStack(torch.empty(experts, outputs, inputs, device="meta"), None, None, False)
-
-    small, large = stack(8, 256, 128), stack(8, 1024, 512)
-    with patch.object(torch.Tensor, "device", torch.device("cpu")):
-        assert experts_at_a_time((small, small), 2048, torch.float32) == 64
-        assert experts_at_a_time((small, small), 8, torch.float32) == 0, "so few rows are not worth all experts"
-        assert experts_at_a_time((small, large), 2048, torch.float32) == 0
-        assert experts_at_a_time((large, large), 2048, torch.bfloat16) == 4
-    assert experts_at_a_time((small, small), 2048, torch.float32) == 0, "a device that is no CPU"
 
 
 def test_the_same_bits_come_from_small_experts_every_time() -> None:

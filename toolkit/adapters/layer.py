@@ -1,4 +1,4 @@
-"""LoRA on expert stacks: PEFT's container and file layout, our computation.
+"""LoRA on expert stacks and routers: PEFT's container and file layout, our computation.
 
 PEFT's `ParamWrapper` rebuilds `W + BA` for every expert at every forward and cannot touch int8. This subclass keeps its
 parameters, names and nesting, so that state dicts are stock, and hands the factors to the expert backend instead. It is
@@ -7,6 +7,7 @@ registered through `LoraConfig`'s own seam for custom modules.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,25 +20,30 @@ from torch import nn
 from toolkit.architecture import is_experts, is_plain_linear
 from toolkit.errors import ModelError
 from toolkit.ops import BACKENDS, DEFAULT_BACKEND, FACTORS, LoraFactors, adapted_linear
+from toolkit.ops.few_rows import is_better_in_fp32
 from toolkit.ops.int8 import Int8Linear
+
+_ADDED_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["Int8LoraLinear", "ParamWrapper", "factors_from_layout", "register"]
 
 
 class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
-    """The update of one expert stack; wrappers nest, one a stack. PEFT looks for the class by this name."""
+    """The update of one expert stack, or of a router's weight; wrappers nest. PEFT looks for the class by this name."""
 
     keeps_factors = False
     """Whether nobody trains it: a token that is generated hits few experts, and putting the factors in order takes all
     experts' in hand. What is kept takes the memory of B again."""
-    _made: tuple[tuple[Any, ...], LoraFactors] | None = None
+    _made: tuple[tuple[Any, ...], Any] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the experts with this stack's factors in place."""
+        """Run the experts with this stack's factors in place, any other module with its weight and the update."""
+        if not is_experts(self.get_base_layer()):
+            return self._with_weight(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         factors = None if self.disable_adapters else self._factors()
         if factors is not None and self.keeps_factors and x.is_cpu and not torch.is_grad_enabled():
-            factors = self._ready(factors, x.dtype)
+            factors = self._ready(factors, torch.float32 if is_better_in_fp32(x, factors.A) else x.dtype)
         if factors is None:
             output: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return output
@@ -71,14 +77,44 @@ class ParamWrapper(StockParamWrapper):  # type: ignore[misc]
             raise ModelError("an adapter cannot be merged into int8 experts: merge it into the original checkpoint")
         super().merge(safe_merge, adapter_names)
 
+    def _with_weight(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """W + BA stands in for the weight. PEFT registers a parametrization each time, which takes 0.3 ms."""
+        base, names = self.get_base_layer(), [name for name in self.active_adapters if name in self.lora_A]
+        weight = self.get_param()
+        if self.disable_adapters or self.merged or not names or weight.dtype not in _ADDED_AS_THEY_ARE:
+            output: torch.Tensor = super().forward(x, *args, **kwargs)
+            return output
+        if self.keeps_factors and not torch.is_grad_enabled():
+            updated: torch.Tensor = self._kept(
+                (weight.data_ptr(), weight._version), lambda: self._updated(weight, names)
+            )
+        else:
+            updated = self._updated(weight, names)
+        base.__dict__[self.parameter_name] = updated  # is found before the parameter
+        try:
+            output = self.base_layer(x, *args, **kwargs)
+        finally:
+            base.__dict__.pop(self.parameter_name, None)
+        return output
+
+    def _updated(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for name in names:
+            weight = weight + self.get_delta_weight(name)
+        return weight
+
     def _ready(self, factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
-        """In the order and dtype that they are computed in: made once, and again after any change."""
+        """In the order and dtype that they are computed in."""
+        A, B, scaling = factors.A, factors.B, factors.scaling
+        made: LoraFactors = self._kept((dtype,), lambda: LoraFactors(A.to(dtype), B.to(dtype).contiguous(), scaling))
+        return made
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Made once, and again after any change of the factors or the key."""
         weights = [layers[name].weight for layers in (self.lora_A, self.lora_B) for name in layers]
         written = ((weight.data_ptr(), weight._version) for weight in weights)
-        key = (dtype, *self.active_adapters, *self.scaling.items(), *written)
-        if self._made is None or self._made[0] != key:
-            made = LoraFactors(factors.A.to(dtype), factors.B.to(dtype).contiguous(), factors.scaling)
-            self._made = key, made
+        whole = (*key, *self.active_adapters, *self.scaling.items(), *written)
+        if self._made is None or self._made[0] != whole:
+            self._made = whole, make()
         return self._made[1]
 
     def _factors(self) -> LoraFactors | None:
@@ -148,10 +184,10 @@ def _dispatch(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module 
     # `weight`, which would rebuild W + BA.
     as_module = {**kwargs, "parameter_name": None}
     layer: nn.Module | None = None
-    if by_parameter and is_experts(base):
-        layer = ParamWrapper(target, adapter_name, **kwargs)
-    elif type(base) is Int8Linear:
+    if type(base) is Int8Linear:
         layer = Int8LoraLinear(target, adapter_name, **as_module)
     elif by_parameter and is_plain_linear(base):
         layer = Linear(target, adapter_name, **as_module)
+    elif by_parameter:
+        layer = ParamWrapper(target, adapter_name, **kwargs)
     return layer

@@ -20,7 +20,8 @@ from toolkit.cli import prepare, run, share, use
 __all__ = ["app", "main"]
 
 _GARBAGE_AT = 10_000
-"""Objects more than before at which Python looks for garbage; its own 700 is meant for small programs."""
+"""Objects more than before at which Python looks for garbage. Libraries make millions that stay; with Python's own 700
+a sixth of a start is looking among them."""
 
 app = typer.Typer(
     name="onecard",
@@ -73,7 +74,6 @@ def _all_verbs(
 
 def main() -> None:
     """Run the command; errors become one line and an exit code."""
-    # Importing the libraries makes millions of objects that stay: looking for garbage among them takes a sixth of a start.
     gc.set_threshold(_GARBAGE_AT)
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]

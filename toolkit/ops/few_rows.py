@@ -1,7 +1,8 @@
-"""Products of a few bf16 rows with int8 weights on a CPU: what decoding is made of.
+"""Products of a few bf16 rows on a CPU: what decoding is made of.
 
-torch's product for weights of a byte reads them once, where they lie, and adds in fp32. With more rows it is slower
-than to convert the weights and use BLAS.
+With int8 weights torch has a product that reads them once, where they lie, and adds in fp32. With more rows it is
+slower than to convert the weights and use BLAS. An adapter's small factors are multiplied in fp32, which they are in:
+a product in bf16 takes 13 µs before it begins, one in fp32 takes 2 µs with all (AMD Zen 4, `x [1, 576]`, rank 16).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import cache
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["can_read_once", "read_once"]
+__all__ = ["add_update", "can_read_once", "is_better_in_fp32", "read_once"]
 
 _MOST_ROWS = 16
 _WHOLE = 32
@@ -46,3 +47,21 @@ def read_once(x_NI: torch.Tensor, stored_OI: torch.Tensor) -> torch.Tensor:
     torch would take scales in bf16, which puts each output off by up to 0.2%.
     """
     return torch._weight_int8pack_mm(x_NI.contiguous(), stored_OI, x_NI.new_ones(stored_OI.shape[0]))
+
+
+def is_better_in_fp32(x: torch.Tensor, factor: torch.Tensor) -> bool:
+    """Whether nothing but a few bf16 rows on a CPU is to be multiplied with a factor that is in fp32, for good."""
+    return (
+        x.dtype == torch.bfloat16
+        and factor.dtype == torch.float32
+        and x.is_cpu
+        and 0 < x.shape[:-1].numel() <= _MOST_ROWS
+        and not torch.is_grad_enabled()
+        and not isinstance(x, FakeTensor)
+    )
+
+
+def add_update(y_NO: torch.Tensor, x_NI: torch.Tensor, A_RI: torch.Tensor, B_OR: torch.Tensor, scaling: float) -> None:
+    """Add scaling (x Aᵀ) Bᵀ in place; computed in the factors' dtype."""
+    low_NR = torch.mm(x_NI.to(A_RI.dtype), A_RI.t())
+    y_NO.add_(torch.mm(low_NR, B_OR.t()), alpha=scaling)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from toolkit.ops.few_rows import add_update, is_better_in_fp32
 from toolkit.ops.int8 import input_gradient, product
 
 __all__ = ["adapted_linear"]
@@ -37,6 +38,12 @@ def adapted_linear(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+    if is_better_in_fp32(x, A):
+        y = product(x, stored, scale)
+        if bias is not None:
+            y.add_(bias)
+        add_update(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), A, B, scaling)
+        return y
     given = (x, A.to(x.dtype), B.to(x.dtype), stored, scale, bias, scaling)
     if not torch.is_grad_enabled():
         return _forward(*given)[0]

@@ -21,6 +21,7 @@ import torch
 from toolkit.ops.equal_rows import EqualRouting
 from toolkit.ops.experts import ExpertStack, ExpertWeights
 from toolkit.ops.factors import LoraFactors
+from toolkit.ops.few_rows import is_better_in_fp32
 from toolkit.ops.presence import present
 from toolkit.ops.rows import Routing, RowBlock, is_fake
 from toolkit.ops.small_experts import SmallGradients, SmallProducts, experts_at_a_time
@@ -56,7 +57,7 @@ def expert_layer(
     layer's is alive at a time, and computing it again would be the third time.
     """
     pairs = [(None, None, 1.0) if lora is None else (lora.A, lora.B, lora.scaling) for lora in (up_lora, down_lora)]
-    factors = [None if factor is None else factor.to(x_TH.dtype) for A, B, _ in pairs for factor in (A, B)]
+    factors = [None if each is None else _as(x_TH, each) for A, B, _ in pairs for each in (A, B)]
     scalings = tuple(scaling for *_, scaling in pairs)
     given = (x_TH, weight_TK, *factors, index_TK, weights, scalings)
     if not torch.is_grad_enabled():
@@ -64,6 +65,10 @@ def expert_layer(
             return _without_gradients(there, *given)
     output: torch.Tensor = _ExpertLayer.apply(*given, keep_up)
     return output
+
+
+def _as(x_TH: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return factor if is_better_in_fp32(x_TH, factor) else factor.to(x_TH.dtype)
 
 
 def _without_gradients(there: ExpertWeights, *given: Any) -> torch.Tensor:

@@ -80,15 +80,19 @@ class Products:
         """x Wᵀ + b and the update: [N, O]. `split_rows`: of all tokens, where they are known."""
         factor = x_NI if split_rows is None else split_rows.gather(block.token)
         y_NO = self._product(factor, block, self.outputs, transposed=not self.stack.is_transposed)
-        low_NR = None if self.A is None else self._low(x_NI, self.A, block)
+        low_NR = None if self.A is None else self._low(x_NI.to(self.A.dtype), self.A, block)
         for segment in block.segments:
             expert, mine_NO = segment.expert, segment.of(y_NO)
             if self.stack.row_scale is not None:
                 mine_NO.mul_(self.stack.row_scale[expert])
             if self.stack.bias is not None:
                 mine_NO.add_(self.stack.bias[expert].to(y_NO.dtype))
-            if low_NR is not None and self.B is not None:
+            if low_NR is None or self.B is None:
+                continue
+            if low_NR.dtype == y_NO.dtype:
                 mine_NO.addmm_(segment.of(low_NR), self.B[expert].t(), alpha=self.scaling)
+            else:
+                mine_NO.add_(torch.mm(segment.of(low_NR), self.B[expert].t()), alpha=self.scaling)
         return y_NO
 
     def backward(

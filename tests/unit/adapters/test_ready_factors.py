@@ -1,14 +1,17 @@
-"""What a frozen adapter's factors are made into once, and made anew after any change."""
+"""What an adapter's factors are made into: once where it is frozen, anew after any change, in fp32 for a few rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.adapters import ParamWrapper, attach_lora, load_adapter
+from toolkit.ops import adapted_linear
 
 
 def adapted() -> PeftModel:
@@ -42,14 +45,17 @@ def test_a_frozen_adapters_factors_are_made_once_and_anew_after_a_change() -> No
     trains = logits(model)
     assert kept(model) == 0
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    (router,) = (wrapper for wrapper in wrappers if wrapper.parameter_name == "weight")
     for wrapper in wrappers:
         wrapper.keeps_factors = True
     assert torch.equal(logits(model), trains)
-    assert kept(model) == len(wrappers) == 2
+    assert kept(model) == len(wrappers) == 3, "two stacks and the router"
     for change in (
         lambda: wrappers[0].lora_B["default"].weight.mul_(2),
         lambda: wrappers[1].set_scale("default", 3.0),
         lambda: wrappers[0].lora_A["default"].weight.copy_(torch.randn(8, 32)),
+        lambda: router.lora_B["default"].weight.mul_(-5),
+        lambda: router.get_base_layer().weight.copy_(50 * torch.randn(4, 32)),
     ):
         before = logits(model)
         with torch.no_grad():
@@ -67,4 +73,43 @@ def test_a_loaded_adapter_keeps_them_and_one_that_trains_does_not(tmp_path: Path
         base = adapted().unload()
         loaded = load_adapter(base, tmp_path, is_trainable=trains)
         torch.testing.assert_close(logits(loaded.eval()), logits(model))
-        assert kept(loaded) == (0 if trains else 2)
+        assert kept(loaded) == (0 if trains else 3)
+
+
+def test_a_routers_update_is_what_peft_makes_of_it_and_leaves_nothing_behind() -> None:
+    model = adapted()
+    (router,) = (each for each in model.modules() if isinstance(each, ParamWrapper) and each.parameter_name == "weight")
+    states, base = torch.randn(5, 32), router.get_base_layer()
+    found = router(states)
+    wanted = StockParamWrapper.forward(router, states)
+    factors = [router.lora_A["default"].weight, router.lora_B["default"].weight]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad(output[0].square().sum(), factors) for output in (found, wanted)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert "weight" not in vars(base), "the parameter is found again"
+    with pytest.raises(RuntimeError):
+        router(torch.randn(5, 31))
+    assert "weight" not in vars(base)
+    weight, update = base.weight.clone(), router.get_delta_weight("default")
+    router.merge()
+    assert torch.equal(base.weight, weight + update)
+    assert torch.equal(router(states)[0], found[0])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_few_bf16_rows_meet_their_adapter_in_fp32(rows: int) -> None:
+    """And so come nearer to the truth than an adapter that is rounded first."""
+    stored, scale = torch.zeros(48, 64, dtype=torch.int8), torch.ones(48)
+    A, B = torch.randn(4, 64) / 8, torch.randn(48, 4)
+    x = torch.randn(rows, 1, 64, dtype=torch.bfloat16)
+    truth = 0.5 * (x.double() @ A.double().t()) @ B.double().t()
+    with torch.no_grad():
+        found = adapted_linear(x, stored, scale, None, A, B, 0.5)
+        shifted = adapted_linear(x, stored, scale, torch.full((48,), 64.0), A, B, 0.5)
+        rounded = adapted_linear(x, stored, scale, None, A.bfloat16(), B.bfloat16(), 0.5)
+    assert found.dtype == shifted.dtype == torch.bfloat16
+    assert found.shape == (rows, 1, 48)
+    assert ((found - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
+    assert not ((rounded - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
+    assert (shifted - truth - 64).abs().max() <= 0.5
