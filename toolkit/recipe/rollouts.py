@@ -30,10 +30,12 @@ ROLLOUTS = ("grpo", "rloo")
 REWARD = "reward"
 """The figure of held-out prompts that an adapter is chosen by."""
 _BUILT_IN: Mapping[str, str | None] = {
-    "exact_match": None, "number": None, "json_valid": None, "regex": "pattern", "length": "tokens",
+    "exact_match": None, "number": None, "json_valid": None, "regex": "pattern", "length": "tokens", "tests": "column",
 }  # fmt: skip
 """Rewards that come with the package, and the option that each must have."""
-_OPTIONS: Mapping[str, str] = {"pattern": "regex", "json_schema": "json_valid", "tokens": "length"}
+_OPTIONS: Mapping[str, str] = {
+    "pattern": "regex", "json_schema": "json_valid", "tokens": "length", "column": "tests", "seconds": "tests",
+}  # fmt: skip
 """Whose an option is."""
 
 
@@ -41,8 +43,8 @@ class RewardFunction(Section):
     """A reward, as an item of `rewards.functions`."""
 
     function: NonEmpty
-    """`exact_match`, `number` (the last one of the answer), `json_valid`, `regex`, `length`; or a function of yours, as
-    `file.py:function` or `module:function`, called as TRL calls its rewards."""
+    """`exact_match`, `number` (the last one of the answer), `json_valid`, `regex`, `length`, `tests`; or a function of
+    yours, as `file.py:function` or `module:function`, called as TRL calls its rewards."""
     weight: float = 1.0
     """What the reward is multiplied by in the sum."""
     name: NonEmpty | None = None
@@ -53,6 +55,10 @@ class RewardFunction(Section):
     """Of `json_valid`: a file with a JSON Schema that the answer must keep to."""
     tokens: Positive | None = None
     """Of `length`: up to so many tokens it gives 1, and from there less, down to 0 at twice as many."""
+    column: NonEmpty | None = None
+    """Of `tests`: the column of your data with Python, a text or a list of lines, that must run after the answer's."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Of `tests`: what one answer may take; without it 5."""
 
     @property
     def label(self) -> str:
@@ -116,6 +122,12 @@ class RewardsSection(Section):
             if labels.count(label) > 1:
                 raise ValueError(f"two rewards are called {label}; give one of them a name")
         return functions
+
+    @model_validator(mode="after")
+    def _columns_of_tests_are_kept(self) -> RewardsSection:
+        wanted = [each.column for each in self.functions if each.column and each.column not in self.columns]
+        self.columns.extend(dict.fromkeys(wanted))
+        return self
 
 
 class RolloutOptions(Section):

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RecipeError
+from toolkit.rewards.programs import require_confinement, share_that_passes
 
-__all__ = ["BUILT_IN", "Measure", "exact_match", "json_valid", "last_number"]
+__all__ = ["BUILT_IN", "TESTS", "Measure", "exact_match", "json_valid", "last_number"]
+
+TESTS = "tests"
+"""The reward that runs an answer's code."""
 
 Measure = Callable[[str, str, int, Mapping[str, Any]], "float | None"]
 """(answer, wanted answer, the answer's tokens, options) to a reward."""
@@ -103,6 +107,8 @@ def prepare(function: str, options: Mapping[str, Any]) -> None:
         re.compile(options["pattern"])
     if function == "json_valid" and options.get("json_schema"):
         _validator(options["json_schema"])
+    if function == TESTS:
+        require_confinement()
 
 
 BUILT_IN: Mapping[str, Measure] = {
@@ -116,7 +122,9 @@ BUILT_IN: Mapping[str, Measure] = {
 number of tokens, and from there in a straight line to 0 at twice as many."""
 
 
-def measured(function: str, options: Mapping[str, Any], batch: Mapping[str, Sequence[Any]]) -> list[float | None]:
-    """The rewards of a batch: its `texts`, the wanted `answer` of each, and `completion_ids`."""
+def measured(function: str, options: Mapping[str, Any], batch: Mapping[str, Any]) -> list[float | None]:
+    """The rewards of a batch: its `texts`, the wanted `answer` of each, `completion_ids`, and its `columns`."""
+    if function == TESTS:
+        return share_that_passes(batch["texts"], batch["columns"][options["column"]], options.get("seconds"))
     each = zip(batch["texts"], batch["answer"], batch["completion_ids"], strict=True)
     return [BUILT_IN[function](text, wanted, len(ids), options) for text, wanted, ids in each]

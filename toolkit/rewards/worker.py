@@ -22,7 +22,7 @@ from typing import Any
 
 from toolkit.errors import RecipeError, first_line
 from toolkit.rewards.functions import function_of
-from toolkit.rewards.measures import BUILT_IN, measured, prepare
+from toolkit.rewards.measures import BUILT_IN, TESTS, measured, prepare
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ class _Loaded:
     def __init__(self, function: str, options: dict[str, Any]) -> None:
         self.name, self.options = function, options
         self.own: Callable[..., Any] | None = None
-        if function in BUILT_IN:
+        if function in BUILT_IN or function == TESTS:
             prepare(function, options)
         else:
             _, self.own = function_of(function, "rewards.functions")
