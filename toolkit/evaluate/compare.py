@@ -5,7 +5,7 @@ perplexity on general text, which says what was forgotten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Measured:
     """Log-probabilities in nats of held-out good and bad answers."""
     written: Sequence[Sequence[int]] = ()
     """The answers' tokens."""
+    rewards: Sequence[Mapping[str, float | None]] = ()
+    """Of each answer, by name, where the run learns from rewards; None: one does not apply."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able figures, answers left out."""

@@ -78,7 +78,7 @@ def render_page(run: Path, refresh_seconds: int | None = None, summary: str | No
     metrics, finished = folder.read_metrics(), json.loads(summary) if summary else _read(folder.summary)
     plan, experts = _read(folder.plan), _read(folder.experts)
     environment = Environment(loader=PackageLoader("toolkit.report", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"of": _of, "figure": _figure, "number": lambda value: f"{value:,}"}
+    environment.filters |= {"of": _of, "figure": _figure, "number": lambda value: f"{value:,}", "rewards": _rewards}
     return environment.get_template("page.html.jinja").render(
         name=run.resolve().name,
         run=shlex.quote(str(run)),
@@ -174,6 +174,10 @@ def _answers(finished: Mapping[str, Any]) -> list[tuple[str, list[dict[str, str]
     if counts and any(samples for _, samples in told):
         return told
     return [("Answers side by side", list(finished["samples"]))] if finished.get("samples") else []
+
+
+def _rewards(found: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {_figure(value)}" for name, value in found.items() if value is not None)
 
 
 def _kept(finished: Mapping[str, Any]) -> str:

@@ -215,10 +215,16 @@ def _summarize(
     """The finished run as JSON: all that `summary` shows. `before`: the process's bytes before anything was loaded."""
     compared = result.comparison
     answers = zip(batches.held_out, compared.base.answers, compared.adapted.answers, strict=False) if compared else ()
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"prompt": question.prompt_text, "wanted": question.answer, "base": base, "adapted": adapted}
         for question, base, adapted in answers
     ]
+    if compared and compared.base.rewards and compared.adapted.rewards:
+        pairs = zip(compared.base.rewards, compared.adapted.rewards, strict=True)
+        samples = [
+            {**sample, "rewards": {"base": base, "adapted": adapted}}
+            for sample, (base, adapted) in zip(samples, pairs, strict=False)
+        ]
     most = made.recipe.eval.num_samples
     changed = {"better": compared.better[:most], "worse": compared.worse[:most]} if compared else {}
     return {

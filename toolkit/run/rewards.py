@@ -119,7 +119,9 @@ def _judged(measured: Measured, rollouts: Rollouts) -> Measured:
             figures[f"reward {reward.name}"] = _mean(known)
     figures["answer tokens"] = _mean(lengths)
     ranks = [0.0 if total is None else total for total in judge.total(scores)]
-    return replace(measured, figures={**measured.figures, **figures}, scores=tuple(ranks))
+    names = [reward.name for reward in judge.rewards]
+    each = [dict(zip(names, values, strict=True)) for values in zip(*scores.values, strict=True)]
+    return replace(measured, figures={**measured.figures, **figures}, scores=tuple(ranks), rewards=each)
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

@@ -53,6 +53,11 @@ def test_a_run_has_its_figures_page_and_artifact(onecard: Run, place: Path) -> N
     assert all("eval_kl" in line for line in lines if "eval_reward" in line)
     page = (run / "report.html").read_text()
     assert "Reward of written answers" in page
+    for sample in summary["samples"]:
+        for who in ("base", "adapted"):
+            found = sample["rewards"][who]
+            assert found.keys() == {"exact_match", "vowels"}
+            assert f"exact_match {found['exact_match']:g}, vowels {found['vowels']:.4g}" in page
     assert summary["memory"]["training"] <= summary["memory"]["planned"] + summary["memory"]["slack"]
     card = (run / "adapter" / "README.md").read_text()
     assert "| method | group relative policy optimisation, rewards exact_match + 0.5 vowels |" in card
