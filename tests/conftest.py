@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+gc.set_threshold(10_000)  # as a command has it: millions of objects are only ever added
 # What is remembered between plans is nobody's but this run's; its workers share it.
 if "ONECARD_CACHE" not in os.environ:
     os.environ["ONECARD_CACHE"] = tempfile.mkdtemp(prefix="onecard-tests-")
