@@ -151,6 +151,7 @@ class AdapterSteps(Resumable):
     """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
     _logits: torch.Tensor | None = None
     _samples: list[Any]
+    _ops_of_a_token: int | None = None
     _losses: Sequence[torch.Tensor] = ()
 
     def __init__(self, context: RunContext, **trl: Any) -> None:
@@ -245,6 +246,15 @@ class AdapterSteps(Resumable):
         """transformers' own, remembered: these micro-batches make one optimizer step."""
         self._samples, count = super().get_batch_samples(*args, **kwargs)
         return self._samples, count
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' own, whose parameters are counted once: it goes through all modules at every step."""
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        if not tokens:
+            return int(super().floating_point_ops(inputs))
+        if self._ops_of_a_token is None:
+            self._ops_of_a_token = int(super().floating_point_ops(inputs)) // tokens
+        return self._ops_of_a_token * tokens
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of all where this is a step's first; gives its loss.
