@@ -109,7 +109,7 @@ class Routing:
 
     @classmethod
     def in_one_block(cls, index_TK: torch.Tensor, num_experts: int) -> Routing:
-        """Few rows, not padded: a block of all of them."""
+        """Few rows without gradients, not padded: a block of all of them."""
         self = cls.__new__(cls)
         flat, slots = index_TK.flatten().tolist(), index_TK.shape[1]
         order = sorted((row for row, expert in enumerate(flat) if expert < num_experts), key=flat.__getitem__)
@@ -119,7 +119,7 @@ class Routing:
             for start, stop in itertools.pairwise([*starts, len(order)])
         )
         self.is_fake, self.is_shared_out, self._order = False, False, torch.tensor(order, dtype=torch.long)
-        self.idle = sorted(set(range(num_experts)) - {segment.expert for segment in segments})
+        self.idle = []
         every = slice(0, len(order))
         self.blocks = [RowBlock(every, self._order // slots, every, segments)] if order else []
         return self
