@@ -33,10 +33,15 @@ __all__ = [
     "GGUF_NORMS_FROM_ONE",
     "GGUF_READ",
     "GGUF_ROTATED_IN_PAIRS",
+    "GGUF_SIGMOID",
+    "GGUF_SPLITS",
     "GGUF_TAKES_FOR_GRANTED",
     "GGUF_TILED_VALUE_HEADS",
     "GGUF_WITH_EXPERTS",
+    "GGUF_WRITTEN",
     "LINEAR_ROLES",
+    "MLX_EXPERTS",
+    "MLX_TAKES_FOR_GRANTED",
     "MTP_LAYOUTS",
     "MTP_WITHOUT_END_NORM",
     "Architecture",
@@ -341,6 +346,55 @@ GGUF_NORMS_FROM_ONE = frozenset({"qwen3next", "qwen35moe"})
 
 GGUF_TILED_VALUE_HEADS = frozenset({"qwen35moe"})
 """Those whose value heads of linear attention are stored tiled. Source: `_LinearAttentionVReorderBase` there."""
+
+_GGUF_GROUPS = (
+    "leading_dense_block_count expert_feed_forward_length expert_shared_count expert_weights_scale expert_weights_norm "
+    "expert_group_count expert_group_used_count expert_gating_func"
+)
+GGUF_WRITTEN: Mapping[str, str] = {
+    "deepseek2": f"{_GGUF_GROUPS} attention.kv_lora_rank attention.q_lora_rank",
+    "dots1": _GGUF_GROUPS,
+    "ernie4_5-moe": (
+        "leading_dense_block_count expert_feed_forward_length expert_shared_count expert_shared_feed_forward_length "
+        "interleave_moe_layer_step"
+    ),
+    "glm4moe": _GGUF_GROUPS,
+    "gpt-oss": "expert_feed_forward_length attention.sliding_window",
+    "granitemoe": "attention.scale embedding_scale residual_scale logit_scale expert_shared_feed_forward_length",
+    "llama": "",
+    "minimax-m2": "expert_feed_forward_length expert_gating_func",
+    "olmoe": "",
+    "qwen2moe": "expert_feed_forward_length expert_shared_feed_forward_length",
+    "qwen3moe": "expert_feed_forward_length",
+}
+"""llama.cpp's architectures whose files are written here without one to start from, and the keys that its converter
+writes for them beside those that all have. `scripts/parity/merged_gguf.py` shows that its own library computes the
+same of them."""
+
+GGUF_SIGMOID = frozenset({"deepseek_v3", "dots1", "glm4_moe", "glm4_moe_lite", "minimax_m2", "solar_open"})
+"""Model types whose experts are chosen by sigmoids, which a file says (`expert_gating_func`)."""
+
+MLX_EXPERTS: Mapping[str, str] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe", "mixtral", "olmoe"), "switch_mlp"),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), "switch_mlp"),
+    **dict.fromkeys(("dots1", "gpt_oss"), "experts"),
+}
+"""Model types that mlx-lm computes alike (`scripts/parity/merged_checkpoints.py`), and its name of their experts."""
+MLX_TAKES_FOR_GRANTED: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"norm_topk_prob": False} for name in ("deepseek_v2", "qwen2_moe")},
+    "mixtral": {"sliding_window": None},
+}
+
+GGUF_SPLITS: Mapping[str, bool] = {
+    "gpt-2": False,
+    "qwen2": False,
+    "qwen35": False,
+    "gpt-4o": False,
+    "llama-bpe": True,
+    "tekken": True,
+}
+"""Ways to split text that have a name in GGUF files, one of each that transformers tells apart, and whether llama.cpp
+takes a word that the vocabulary has without merging it together (`ignore_merges` in its `llama-vocab.cpp`)."""
 
 GGUF_NORMALISED = frozenset({"deepseek-r1-qwen", "qwen2", "qwen35"})
 """llama.cpp's names of ways to split text whose tokenizers normalise it to NFC. Source: `tokenizer.json` of Qwen2.5."""

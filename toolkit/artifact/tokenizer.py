@@ -30,6 +30,7 @@ __all__ = [
     "put_tokenizer",
     "read_stops",
     "require_same_tokenizer",
+    "same_tokens",
     "token_text",
     "write_generation_config",
     "write_tokenizer",
@@ -115,6 +116,12 @@ def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
             f"{folder}: the tokenizer, written and read again, has other {what}: use a base whose tokenizer.json holds "
             "its whole tokenizer"
         )
+
+
+def same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether `other` has all of the tokenizer's words and cuts awkward texts alike; it may have more words."""
+    words, theirs = tokenizer.get_vocab(), other.get_vocab()
+    return all(theirs.get(word) == number for word, number in words.items()) and _ids(tokenizer) == _ids(other)
 
 
 def token_text(folder: Path, ids: list[int]) -> list[str]:

@@ -27,7 +27,7 @@ from toolkit.architecture import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_E
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings
 from toolkit.errors import ModelError
 
-__all__ = ["WRONG_CONFIG", "config_of", "in_one_line", "is_named", "model_types"]
+__all__ = ["FIELDS", "ROPE", "WRONG_CONFIG", "config_of", "in_one_line", "is_named", "model_types"]
 
 
 @cache
@@ -146,7 +146,7 @@ def _defaults(model_type: str) -> Mapping[str, Any]:
 
 
 def _copied(facts: _Facts, known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, places in _FIELDS:
+    for key, places in FIELDS:
         field = next((name for name in places.split() if name in known), None)
         if field is not None and (value := facts.number(key)) is not None:
             yield field, value
@@ -261,7 +261,7 @@ def _rope(facts: _Facts, known: Mapping[str, Any], fields: Mapping[str, Any]) ->
     head, rotated = fields.get("head_dim"), facts.whole("rope.dimension_count")
     if "kv_lora_rank" not in known and head and rotated and (rotated != head or "partial_rotary_factor" in rope):
         rope["partial_rotary_factor"] = rotated / head
-    for key, place in _ROPE:
+    for key, place in ROPE:
         if kind != "default" and (value := facts.number(f"rope.scaling.{key}")) is not None:
             rope[place] = value
     if kind == "yarn" and (multiplier := facts.number("rope.scaling.yarn_log_multiplier")):
@@ -287,7 +287,7 @@ WRONG_CONFIG = (
 _COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """Fields that count experts; a config without one is of a family that has none."""
 
-_FIELDS: tuple[tuple[str, str], ...] = (
+FIELDS: tuple[tuple[str, str], ...] = (
     ("context_length", "max_position_embeddings"),
     ("embedding_length", "hidden_size"),
     ("feed_forward_length", "intermediate_size"),
@@ -323,7 +323,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
 """A key of the metadata, and the fields that hold it: the first that a config has. As the converter reads them
 (`find_hparam` in llama.cpp's `conversion/base.py`)."""
 
-_ROPE = (
+ROPE = (
     ("factor", "factor"),
     ("original_context_length", "original_max_position_embeddings"),
     ("attn_factor", "attention_factor"),

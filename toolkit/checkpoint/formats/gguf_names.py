@@ -34,7 +34,7 @@ from toolkit.checkpoint.formats.gguf_undo import (
 from toolkit.checkpoint.formats.packed import Packed, Part, Tensors
 from toolkit.errors import ModelError
 
-__all__ = ["parameters"]
+__all__ = ["CHOOSING", "FROM_ONE", "TILED", "name_table", "original_names", "parameters", "rotated_heads", "spellings"]
 
 
 _EACH = Fraction(1)
@@ -94,11 +94,8 @@ class _Finder:
         tied = set(model.all_tied_weights_keys or {})
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         self.wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        stacks = {name for layer in self.layers for name in layer.stacks}
-        single = {name: tensor for name, tensor in state.items() if name not in stacks}
-        reverted = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(single)).items()}
-        self.original = {name: reverted[id(tensor)] for name, tensor in single.items() if id(tensor) in reverted}
-        self.table = _table(self.architecture, self.where)
+        self.original = original_names(model)
+        self.table = name_table(self.architecture, self.where)
         is_over = re.compile(_PASSED_OVER + (r"|^output\.weight$" if "lm_head.weight" in tied else ""))
         self.passed_over = {name for name in file.tensors if is_over.search(name)} | set(self._drafts())
 
@@ -152,7 +149,7 @@ class _Finder:
         for layer in self.layers:
             if name.startswith(f"{layer.router}.") and name.rpartition(".")[2] in ("weight", "bias"):
                 return self._shaped(name, self._take(_number(name), it=f"ffn_gate_inp.{name.rpartition('.')[2]}"))
-        for pattern, places in _CHOOSING.items():
+        for pattern, places in CHOOSING.items():
             if re.search(pattern, name):
                 number = _number(name)
                 return next((it for place in places if (it := self._shaped(name, self._take(number, it=place)))), None)
@@ -177,24 +174,22 @@ class _Finder:
         if leaf == "in_proj_qkvz.weight":
             found = self._take(number, qkv="attn_qkv.weight", z="attn_gate.weight")
             return _recipe(found, heads.joined, None)
-        if self.architecture not in GGUF_TILED_VALUE_HEADS or heads.per_key == 1 or leaf not in _TILED:
+        if self.architecture not in GGUF_TILED_VALUE_HEADS or heads.per_key == 1 or leaf not in TILED:
             return None
-        place, undo = _TILED[leaf]
+        place, undo = TILED[leaf]
         found = self._take(number, it=place)
         return _recipe(found, lambda it: undo(heads, _plain(name, it["it"])).reshape(shape), None)
 
     def _simple(self, name: str) -> _Recipe | None:
         """A parameter that is one tensor."""
-        for spelled in (name, self.original.get(name, name)):
-            for variant in (spelled, spelled.replace(".dt_bias", ".dt_proj.bias")):
-                at = re.sub(r"\.\d+\.", ".0.", variant, count=1)
-                known = self.table.get_name(at, (".weight", ".bias"))
-                if known is None:
-                    continue
-                known = known.replace("blk.0.", f"blk.{_number(name)}.")
-                for key in (known, f"{known}.weight", f"{known}.bias"):
-                    if (found := self._take(None, it=key)) and (recipe := self._shaped(name, found)):
-                        return recipe
+        for spelled in spellings(name, self.original):
+            known = self.table.get_name(spelled, (".weight", ".bias"))
+            if known is None:
+                continue
+            known = known.replace("blk.0.", f"blk.{_number(name)}.")
+            for key in (known, f"{known}.weight", f"{known}.bias"):
+                if (found := self._take(None, it=key)) and (recipe := self._shaped(name, found)):
+                    return recipe
         return None
 
     def _shaped(self, name: str, found: dict[str, Stored] | None) -> _Recipe | None:
@@ -205,9 +200,9 @@ class _Finder:
         if not _same_but_for_ones(stored.shape, shape):
             self.wrong(name, stored)
         leaf = re.sub(r"^blk\.\d+\.", "", stored.name)
-        if (heads := self._rotated(leaf)) is not None:
+        if (heads := rotated_heads(self.config, leaf)) is not None:
             return _Recipe(found, lambda it: halves(it["it"], heads).reshape(shape), None)
-        is_from_one = self.architecture in GGUF_NORMS_FROM_ONE and re.search(_FROM_ONE, leaf) is not None
+        is_from_one = self.architecture in GGUF_NORMS_FROM_ONE and re.search(FROM_ONE, leaf) is not None
         is_one_row = len(stored.shape) == 1 and not stored.is_plain
         rows = _EACH if stored.shape[0] == shape[0] and not is_one_row else None
 
@@ -216,13 +211,6 @@ class _Finder:
 
         is_changed = is_from_one or name.endswith("A_log") or stored.shape != shape
         return _Recipe(found, make, rows, not is_changed)
-
-    def _rotated(self, leaf: str) -> int | None:
-        """The heads of a query or key whose rows were reordered from halves to pairs."""
-        if str(self.model.config.get_text_config().model_type) not in GGUF_ROTATED_IN_PAIRS:
-            return None
-        count = {"attn_q": self.config.num_attention_heads, "attn_k": self.config.num_key_value_heads}
-        return count.get(leaf.rpartition(".")[0])
 
     def _fused(self, name: str) -> _Recipe | None:
         """What is one parameter here and several tensors there: convolutions, a gate and an up projection."""
@@ -251,7 +239,7 @@ class _Finder:
             return None
         place = "qkv".index(match[2])
         rows = slice(sum(sizes[:place]), sum(sizes[: place + 1]))
-        heads = self._rotated(f"attn_{match[2]}.{match[3]}")
+        heads = rotated_heads(self.config, f"attn_{match[2]}.{match[3]}")
         return _Recipe(found, lambda it: halves(it["it"][rows], heads) if heads else it["it"][rows], None)
 
     def scale(self, stored: Stored) -> Stored | None:
@@ -271,7 +259,30 @@ class _Finder:
         )
 
 
-def _table(architecture: str, where: str) -> Any:
+def original_names(model: PreTrainedModel) -> dict[str, str]:
+    """What parameters that no conversion joins or splits are called in the family's own files, by their names here."""
+    stacks = {name for layer in describe(model).layers for name in layer.stacks}
+    single = {name: tensor for name, tensor in model.state_dict().items() if name not in stacks}
+    reverted = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(single)).items()}
+    return {name: reverted[id(tensor)] for name, tensor in single.items() if id(tensor) in reverted}
+
+
+def spellings(name: str, original: Mapping[str, str]) -> Iterator[str]:
+    """A parameter's names that the library's table of one block may know, most likely first."""
+    for spelled in (name, original.get(name, name)):
+        for variant in (spelled, spelled.replace(".dt_bias", ".dt_proj.bias")):
+            yield re.sub(r"\.\d+\.", ".0.", variant, count=1)
+
+
+def rotated_heads(config: Any, leaf: str) -> int | None:
+    """The heads of a query or key whose rows are reordered from halves to pairs; `leaf`: a tensor's name in a layer."""
+    if str(config.model_type) not in GGUF_ROTATED_IN_PAIRS:
+        return None
+    count = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    return count.get(leaf.rpartition(".")[0])
+
+
+def name_table(architecture: str, where: str) -> Any:
     """gguf's names of one block of that architecture."""
     gguf = library()
     arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
@@ -326,21 +337,21 @@ def _packed(name: str, shape: tuple[int, ...], recipe: _Recipe, finder: _Finder)
 
 _SCALE = ".scale"
 
-_CHOOSING: Mapping[str, tuple[str, ...]] = {
+CHOOSING: Mapping[str, tuple[str, ...]] = {
     r"(e_score_correction|expert)_bias$": ("exp_probs_b.bias", "exp_probs_b"),
     r"router\.scale$": ("ffn_gate_inp.scale",),
     r"router\.per_expert_scale$": ("ffn_down_exps.scale",),
 }
 """Parameters beside a router's matrix, and their tensors: biases of scores, scales of its inputs and its choices."""
 
-_FROM_ONE = r"(?<!ssm_)norm\.weight$"
+FROM_ONE = r"(?<!ssm_)norm\.weight$"
 """Of architectures whose norms multiply by one more than their weight: those are stored with the one. The norm inside
 linear attention multiplies by its weight alone."""
 
 _PASSED_OVER = r"^rope_(freqs|factors_\w+)\.weight$|\.(input_scale|rope_freqs\.weight|attn_rot_embd\.weight)$"
 """Tensors that follow from the config, and the scales of activations."""
 
-_TILED: Mapping[str, tuple[str, Callable[[ValueHeads, torch.Tensor], torch.Tensor]]] = {
+TILED: Mapping[str, tuple[str, Callable[[ValueHeads, torch.Tensor], torch.Tensor]]] = {
     "in_proj_qkv.weight": ("attn_qkv.weight", ValueHeads.after_keys),
     "in_proj_z.weight": ("attn_gate.weight", ValueHeads.of_values),
     "in_proj_a.weight": ("ssm_alpha.weight", ValueHeads.of_heads),
