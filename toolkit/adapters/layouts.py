@@ -64,6 +64,15 @@ class Factors:
         update = update.transpose(-1, -2).contiguous() if self.is_transposed else update
         return update if self.is_stack else update[0]
 
+    def add_to(self, weight: Tensor) -> None:
+        """Add the update to the parameter, fp32, in place, one expert at a time: in full it is as large as a stack."""
+        if not self.is_stack:
+            weight.add_(self.update(0))
+            return
+        for expert, matrix in enumerate(weight):
+            update = self.update(expert)
+            matrix.add_(update.T if self.is_transposed else update)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -14,6 +14,8 @@ from toolkit.cli.options import Base, Json, RunPath, artifact_of, emit, next_com
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from toolkit.export import Export
+
 __all__ = ["combine", "export", "push", "verify"]
 
 
@@ -99,7 +101,13 @@ def push(
 
 def export(
     run: RunPath,
-    format: Annotated[str, typer.Option(help="peft, per-expert, merged, merged-source, merged-int8 or gguf.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="peft, per-expert, merged, merged-source, merged-int8, gguf; ready to run: gguf-merged, merged-vllm, "
+            "merged-mlx."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="New folder; beside the adapter where none is given.")] = None,
     base: Base = None,
     merge_base: Annotated[
@@ -108,25 +116,56 @@ def export(
     data: Annotated[
         Path | None, typer.Option(help="Rows to measure on what is left of the adapter; else what was held out.")
     ] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="What weights are stored as: q8_0, bf16 and others; fp8, int8, int4; 8bit, 4bit.")
+    ] = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option(help="A GGUF file of the base: gguf-merged keeps its metadata and tokenizer.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also where less than 90% of its effect is left.")] = False,
     json_: Json = False,
 ) -> None:
     """The adapter in another program's layout, read back and compared before it is called done."""
-    from toolkit.artifact import base_folder, load_adapter_config, served_rank
-    from toolkit.checkpoint.unused import unused_lines
+    from toolkit.artifact import base_folder
     from toolkit.errors import RecipeError
-    from toolkit.export import export_adapter, is_rounded_again
-    from toolkit.run.merging import merge_base_of, texts_for
+    from toolkit.export import TAKES_QUANT, export_adapter, is_rounded_again, require_quant
+    from toolkit.run.merging import merge_base_of, texts_for, texts_if_any
 
     console = quiet_console()
     folder = artifact_of(run)
     target = out or folder.parent / f"export-{format}"
-    trained_on, is_merge = base_folder(run, base), format in ("merged", "merged-int8")
+    trained_on, is_merge = base_folder(run, base), format in ("merged", "merged-int8", *TAKES_QUANT)
     if merge_base and not is_merge:
         raise RecipeError(f"--merge-base: --format {format} does not start from the original; leave it out")
+    require_quant(format, quant, base_gguf)
     original = merge_base_of(run, base, merge_base) if is_merge else None
-    texts = texts_for(run, folder, base, data) if is_rounded_again(original or trained_on, format) else ()
-    made = export_adapter(folder, trained_on, format, target, merge_base=original, texts=texts, force=force)
+    is_needed = data is not None or is_rounded_again(original or trained_on, format, quant)
+    wanted = format in TAKES_QUANT
+    texts, labels = texts_for(run, folder, base, data) if is_needed else texts_if_any(run, folder, base, wanted=wanted)
+    made = export_adapter(
+        folder,
+        trained_on,
+        format,
+        target,
+        merge_base=original,
+        texts=texts,
+        labels=labels,
+        quant=quant,
+        base_gguf=base_gguf,
+        force=force,
+    )
+    _say(console, made)
+    after = [made.folder if word == "{0}" else word for word in _AFTER.get(format, ())]
+    next_commands(console, *([after] if after else []), ["push", run, "OWNER/NAME"])
+    emit(made.to_dict(), json_)
+
+
+def _say(console: Console, made: Export) -> None:
+    """What was written, how near it is, what was measured of it, and who opens it."""
+    from toolkit.artifact import load_adapter_config, served_rank
+    from toolkit.checkpoint.unused import unused_lines
+    from toolkit.export import TAKES_QUANT
+
     console.print(
         f"{made.folder}: {made.format}, read back and compared ({made.compared}): off by {made.difference:.3g}, "
         f"at most {made.bound:.3g}"
@@ -135,17 +174,19 @@ def export(
         console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}")
     for line in unused_lines(made.kept, made.left_out):
         console.print(line, highlight=False, markup=False)
+    if made.stored:
+        console.print(f"stored as {', '.join(f'{count} {kind}' for kind, count in made.stored.items())}")
     if made.survival:
-        console.print(f"rounded again: {made.survival}")
+        console.print(f"as written: {made.survival}")
+        console.print(str(made.survival.losses or "none of these tokens is of an answer, so there is no loss of one"))
+    elif made.format in TAKES_QUANT:
+        console.print("its loss was not measured: the run held no rows out; give some with --data FILE")
     for server, problems in made.servers.items():
         console.print(f"{server}, by the rules in its sources: {'not accepted' if problems else 'accepted'}")
         console.print("".join(f"  {problem}\n" for problem in problems[:5]), end="", highlight=False, markup=False)
-    rank = served_rank(load_adapter_config(made.folder)) if format == "per-expert" else None
-    for line in _USED_BY[format]:
+    rank = served_rank(load_adapter_config(made.folder)) if made.format == "per-expert" else None
+    for line in _USED_BY[made.format]:
         console.print(line.format(made.folder, rank, shlex.quote(made.folder)), markup=False)
-    after = [made.folder if word == "{0}" else word for word in _AFTER.get(format, ())]
-    next_commands(console, *([after] if after else []), ["push", run, "OWNER/NAME"])
-    emit(made.to_dict(), json_)
 
 
 _USED_BY = {
@@ -155,11 +196,17 @@ _USED_BY = {
     "merged-source": ("whatever loads the base loads {0} in its place",),
     "merged-int8": ("AutoModelForCausalLM.from_pretrained({0!r}) after `toolkit.register()`",),
     "gguf": ("llama-server -m BASE.gguf --lora {2}/adapter.gguf",),
+    "merged-vllm": ("vllm serve {2}",),
+    "merged-mlx": ("mlx_lm.chat --model {2}",),
+    "gguf-merged": ("llama-server -m {2}/model.gguf --jinja", "ollama create NAME -f {2}/Modelfile"),
 }
 """Who opens a layout, with its folder, the rank to serve, and the folder as a shell takes it."""
 _AFTER = {
     "peft": ("verify", "{0}"),
-    **dict.fromkeys(("merged", "merged-source", "merged-int8"), ("plan", "{0}", "--audit")),
+    **dict.fromkeys(
+        ("merged", "merged-source", "merged-int8", "gguf-merged", "merged-vllm", "merged-mlx"),
+        ("plan", "{0}", "--audit"),
+    ),
 }
 
 

@@ -7,7 +7,7 @@ the order of its tensors, and scalings are folded into B, with alpha 0, which is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,30 +18,7 @@ from toolkit.adapters.layouts import Factors, split
 from toolkit.architecture import GGUF_NAMES, GGUF_ROTATED_IN_PAIRS, describe
 from toolkit.errors import ModelError, RecipeError
 
-__all__ = ["modelfile", "read_gguf", "write_gguf"]
-
-_QUOTES = '"""'
-
-
-def modelfile(ends: Sequence[str], chat: Mapping[str, Any]) -> str:
-    """The text for `ollama create`, where base.gguf is llama.cpp's conversion of the base.
-
-    Args:
-        ends: texts of the tokens that end an answer. chat: how conversations are written, as `write_artifact` takes it.
-    """
-    lines = ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
-    if chat.get("form") == "text":
-        lines += ['TEMPLATE """{{ .Prompt }}"""']  # plain prompts, without the base's chat template
-    elif _QUOTES in (chat.get("system_prompt") or ""):
-        lines += ["# The system prompt holds three quotes, which cannot be written here; export.json has it."]
-    elif chat.get("system_prompt"):
-        lines += [f"SYSTEM {_quoted(chat['system_prompt'])}"]
-    return "\n".join([*lines, *(f"PARAMETER stop {_quoted(text)}" for text in ends)]) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """Ollama reads no escapes: a text with quotes or line ends stands between three quotes."""
-    return f'"{text}"' if not {'"', "\n"} & set(text) else f"{_QUOTES}{text}{_QUOTES}"
+__all__ = ["read_gguf", "write_gguf"]
 
 
 def write_gguf(adapter: Sequence[Factors], skeleton: PreTrainedModel, path: Path) -> None:

@@ -16,7 +16,7 @@ import copy
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,17 @@ from toolkit.quant.load import storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
 
-__all__ = ["DRAFT_FOLDER", "Merged", "copied", "key_in_files", "merge_checkpoint", "merged_difference", "stitch_head"]
+__all__ = [
+    "DRAFT_FOLDER",
+    "Merged",
+    "copied",
+    "key_in_files",
+    "merge_checkpoint",
+    "merged_difference",
+    "merged_parameters",
+    "put_beside",
+    "stitch_head",
+]
 
 _PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _QUANTIZED = "quantization_config"
@@ -101,18 +111,30 @@ def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> t
         The largest difference, and the largest one as a multiple of the dtype's rounding (at most 1 is exact).
     """
     before, after = SourceWeights(str(base)), SourceWeights(str(merged))
-    worst, steps = 0.0, 0.0
-    for number, factors in enumerate(adapter, 1):
-        module = factors.parameter.rpartition(".")[0]
+    worst, steps, done = 0.0, 0.0, len(adapter)
+    modules: dict[str, list[Factors]] = {}
+    for factors in adapter:
+        modules.setdefault(factors.parameter.rpartition(".")[0], []).append(factors)
+    for module, there in modules.items():
         with before.layer(module) as old, after.layer(module) as new:
-            original, found = old[factors.parameter], new[factors.parameter]
-            wanted = original.float() + factors.full()
-            off = (found.float() - wanted).abs()
-            worst = max(worst, float(off.max()))
-            stored = after.stored_dtype(factors.parameter)  # beside tensors of another dtype it is read into that
-            rounding = wanted.abs() * torch.finfo(stored).eps / 2 + torch.finfo(torch.float32).eps
-            steps = max(steps, float((off / rounding).max()))
-        advance(len(adapter) + number, 2 * len(adapter), "tensors")
+            for factors in there:
+                name = factors.parameter
+                off, rounded = _apart(old[name], new[name], factors, after.stored_dtype(name))
+                worst, steps, done = max(worst, off), max(steps, rounded), done + 1
+        advance(done, 2 * len(adapter), "tensors")
+    return worst, steps
+
+
+def _apart(original: Tensor, found: Tensor, factors: Factors, stored: torch.dtype) -> tuple[float, float]:
+    """Of one parameter, an expert at a time. `stored`: its dtype in the files; beside others it is read into theirs."""
+    worst, steps = 0.0, 0.0
+    for expert in range(len(factors.A_ERI)):
+        update = factors.update(expert)
+        before, after = (tensor[expert] if factors.is_stack else tensor for tensor in (original, found))
+        wanted = before.float() + (update.T if factors.is_transposed else update)
+        off = (after.float() - wanted).abs()
+        rounding = wanted.abs() * torch.finfo(stored).eps / 2 + torch.finfo(torch.float32).eps
+        worst, steps = max(worst, float(off.max())), max(steps, float((off / rounding).max()))
     return worst, steps
 
 
@@ -177,13 +199,37 @@ def _merge_dequantised(base: Path, adapter: Sequence[Factors], skeleton: PreTrai
             sizes[part.dtype] += part.nbytes
     if by_parameter:
         raise ModelError(f"{base}: holds no {min(by_parameter)} that the adapter could be merged into")
-    _put_beside(base, skeleton, folder, sizes.most_common(1)[0][0])
+    put_beside(base, skeleton, folder, sizes.most_common(1)[0][0])
     write_index(folder, weight_map, sizes.total())
     drafts = opened(base).left_out if gguf_at(base) else ()
     return Merged(changed, tuple(key for keys in beside_model.values() for key in keys), (*left_out, *drafts))
 
 
-def _put_beside(base: Path, skeleton: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+def merged_parameters(source: SourceWeights, adapter: Sequence[Factors]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with the adapter added, by name, in fp32; what is no number of floats as it is.
+
+    At most one layer's weights and one parameter in fp32 are alive.
+
+    Raises:
+        ModelError: the adapter changes a parameter that the checkpoint does not hold.
+    """
+    by_parameter = {factors.parameter: factors for factors in adapter}
+    parts = source.parts()
+    for number, (part, stored) in enumerate(parts.items(), 1):
+        with source.layer(part) as layer:
+            for name in stored:
+                value = layer[name]
+                value = value.float() if value.is_floating_point() else value
+                if (factors := by_parameter.pop(name, None)) is not None:
+                    value = value.clone() if value is layer[name] else value
+                    factors.add_to(value)
+                yield name, value
+        advance(number, len(parts), "layers")
+    if by_parameter:
+        raise ModelError(f"{source.name}: holds no {min(by_parameter)} that the adapter could be merged into")
+
+
+def put_beside(base: Path, skeleton: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """What belongs to a plain checkpoint beside its weights, most of which are of `dtype`."""
     if gguf_at(base):
         config = copy.deepcopy(skeleton.config)

@@ -21,11 +21,12 @@ from toolkit.errors import ModelError
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance, part
 
-__all__ = ["require_merge_base"]
+__all__ = ["require_merge_base", "require_same_weights"]
 
 _PLAIN = 0.01
 """Relative error between floats of 16 bits or more: one may have been rounded to bf16, by 2⁻⁹."""
 _FLOATS = ("BF16", "F16", "F32")
+_CORRECT = "correct model.merge_base, or give --base"
 
 
 @part("compare the merge base")
@@ -42,7 +43,14 @@ def require_merge_base(
             from.
     """
     _require_floats(merge_base)
-    _require_same_shapes(merge_base, source, model)
+    return require_same_weights(merge_base, source, adapter, model)
+
+
+def require_same_weights(
+    merge_base: Path, source: Path, adapter: Sequence[Factors], model: PreTrainedModel, correct: str = _CORRECT
+) -> tuple[str, float]:
+    """As `require_merge_base`, of two checkpoints in any form; `correct` is what an error says is to be done."""
+    _require_same_shapes(merge_base, source, model, correct)
     ours, theirs = SourceWeights(str(source), also_ours=True), SourceWeights(str(merge_base))
     there = {name for names in theirs.parts().values() for name in names}
     if missing := sorted({factors.parameter for factors in adapter} - there):
@@ -57,7 +65,7 @@ def require_merge_base(
         if not found <= allowed:
             raise ModelError(
                 f"{merge_base}: {name} is {found:.2g} apart from that of {source.name}, and its storage there explains "
-                f"{allowed:.2g} at most: it was not made from this checkpoint; correct model.merge_base, or give --base"
+                f"{allowed:.2g} at most: it was not made from this checkpoint; {correct}"
             )
         if found / allowed >= off / most:
             worst, off, most = name, found, allowed
@@ -71,20 +79,18 @@ def _require_floats(merge_base: Path) -> None:
         raise ModelError(f"{merge_base}: {kind}, and a merge base is the original in floats; correct model.merge_base")
 
 
-def _require_same_shapes(merge_base: Path, source: Path, model: PreTrainedModel) -> None:
+def _require_same_shapes(merge_base: Path, source: Path, model: PreTrainedModel, correct: str) -> None:
     other = skeleton(str(merge_base))
     if type(other) is not type(model):
         raise ModelError(
-            f"{merge_base}: a {other.config.model_type}, and {source.name} is a {model.config.model_type}; correct "
-            "model.merge_base"
+            f"{merge_base}: a {other.config.model_type}, and {source.name} is a {model.config.model_type}; {correct}"
         )
     shapes = {name: tuple(value.shape) for name, value in other.state_dict().items()}
     for name, value in model.state_dict().items():
         if shapes.get(name) != tuple(value.shape):
             found = "×".join(map(str, shapes[name])) if name in shapes else "missing"
             raise ModelError(
-                f"{merge_base}: {name} is {found}, and {'×'.join(map(str, value.shape))} in {source.name}; correct "
-                "model.merge_base"
+                f"{merge_base}: {name} is {found}, and {'×'.join(map(str, value.shape))} in {source.name}; {correct}"
             )
 
 

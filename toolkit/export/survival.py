@@ -4,6 +4,8 @@ A quantised weight lies on a grid, and what an adapter adds is mostly smaller th
 code it is gone, and the checkpoint is whole, loads, and answers as before. Comparing weights does not show it. Three
 passes over a few hundred tokens do, each with one decoder layer in memory at a time.
 
+The same logits give the loss of the next token: of the source, with the adapter, and of what was written.
+
     T tokens, V vocabulary
 """
 
@@ -25,12 +27,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from toolkit.adapters.layouts import Factors
 from toolkit.architecture import auto_class
 from toolkit.errors import DataError
+from toolkit.labels import IGNORED
 from toolkit.quant.gptq.calibrate import make_batches
 from toolkit.quant.gptq.observe import Batch
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance, part
 
-__all__ = ["LEAST_SHARE", "Survival", "looked_at", "streamed_logits", "survival"]
+__all__ = ["LEAST_SHARE", "Losses", "Survival", "looked_at", "streamed_logits", "survival"]
 
 LEAST_SHARE = 0.9
 """Of the adapter's change of the logits that has to be left."""
@@ -40,17 +43,35 @@ _LAYER = re.compile(r".+\.\d+")
 
 
 @dataclass(frozen=True)
+class Losses:
+    """The mean loss of `tokens` next tokens in nats: of the source, with the adapter in floats, and of the merge."""
+
+    tokens: int
+    base: float
+    adapted: float
+    merged: float
+
+    def __str__(self) -> str:
+        return (
+            f"loss on {self.tokens} held-out tokens: {self.merged:.4f}, with the adapter in floats {self.adapted:.4f}, "
+            f"of the base {self.base:.4f} (read back from the disk and multiplied out by onecard)"
+        )
+
+
+@dataclass(frozen=True)
 class Survival:
     """What merged weights do to the logits z of `tokens` tokens: z0 of the source, z1 with the adapter, zm merged.
 
     `share` is ⟨zm − z0, z1 − z0⟩ / |z1 − z0|², 1 where the whole effect is left. `noise` is |zm − z1| / |z1 − z0|, 0
-    where nothing else changed. `moved` is |z1 − z0| / |z0|.
+    where nothing else changed. `moved` is |z1 − z0| / |z0|. `losses` are of those tokens that answers were trained on,
+    None where there are none.
     """
 
     tokens: int
     share: float
     noise: float
     moved: float
+    losses: Losses | None = None
 
     def __str__(self) -> str:
         return (
@@ -62,49 +83,63 @@ class Survival:
 @part("measure")
 @torch.no_grad()
 def survival(
-    source: Path, adapter: Sequence[Factors], texts: Sequence[Sequence[int]], merged: Callable[[Batch], Tensor]
+    source: Path,
+    adapter: Sequence[Factors],
+    texts: Sequence[Sequence[int]],
+    merged: Callable[[Batch], Tensor],
+    labels: Sequence[Sequence[int]] = (),
 ) -> Survival:
     """Compare merged weights with what they were made of.
 
     Args:
-        source: the quantised checkpoint. texts: token ids, of which the first 512 are looked at.
+        source: the checkpoint that was merged into. texts: token ids, of which the first 512 are looked at.
         merged: gives the logits [T, V] of the merged checkpoint.
+        labels: of each text, its ids where their loss counts and IGNORED elsewhere; all count where there are none.
 
     Raises:
         DataError: no text has two tokens.
     """
-    batch = looked_at(texts)
+    batch, targets = looked_at(texts, labels)
     before, wanted = (streamed_logits(source, batch, update) for update in ((), adapter))
-    return _compared(before, wanted, merged(batch))
+    return _compared(before, wanted, merged(batch), targets)
 
 
-def looked_at(texts: Sequence[Sequence[int]]) -> Batch:
-    """The first 512 tokens of texts as one batch.
+def looked_at(texts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] = ()) -> tuple[Batch, Tensor]:
+    """The first 512 tokens of texts as one batch, and of each real token the next one's id [T], or IGNORED.
 
     Raises:
         DataError: no text has two tokens.
     """
-    taken, room = [], _MOST_TOKENS
-    for text in texts:
+    taken, room = list[tuple[Sequence[int], Sequence[int]]](), _MOST_TOKENS
+    for text, counted in zip(texts, labels or texts, strict=True):
         if room > 1 and len(text) > 1:
-            taken.append(text[:room])
-            room -= len(taken[-1])
+            taken.append((text[:room], [*counted[1:room], IGNORED][: len(text[:room])]))
+            room -= len(taken[-1][0])
     if not taken:
         raise DataError("no text of two tokens or more to compare logits on; give rows with --data FILE")
-    return make_batches(taken, torch.device("cpu"), most_tokens=1 << 40)[0]
+    taken.sort(key=lambda pair: len(pair[0]), reverse=True)  # as they lie in the batch
+    batch = make_batches([text for text, _ in taken], torch.device("cpu"), most_tokens=1 << 40)[0]
+    return batch, torch.tensor([target for _, counted in taken for target in counted])
 
 
-def _compared(before: Tensor, wanted: Tensor, found: Tensor) -> Survival:
+def _compared(before: Tensor, wanted: Tensor, found: Tensor, targets: Tensor) -> Survival:
     """A few rows in fp64 at a time."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    for rows in zip(*(each.split(_ROWS) for each in (before, wanted, found)), strict=True):
+    sums, losses = torch.zeros(4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for *rows, target in zip(*(each.split(_ROWS) for each in (before, wanted, found, targets)), strict=True):
         z0, z1, zm = (each.double() for each in rows)
         effect = z1 - z0
         terms = ((zm - z0) * effect, effect.square(), (zm - z1).square(), z0.square())
         sums += torch.stack([term.sum() for term in terms])
+        losses += torch.stack([_summed_loss(logits, target) for logits in (z0, z1, zm)])
     along, effect, off, size = sums.tolist()
     effect = max(effect, 1e-300)
-    return Survival(len(before), along / effect, (off / effect) ** 0.5, (effect / max(size, 1e-300)) ** 0.5)
+    counted = int((targets != IGNORED).sum())
+    told = Losses(counted, *(losses / counted).tolist()) if counted else None
+    return Survival(len(before), along / effect, (off / effect) ** 0.5, (effect / max(size, 1e-300)) ** 0.5, told)
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
@@ -144,18 +179,8 @@ def _loaded(weights: SourceWeights, name: str, adapter: Sequence[Factors]) -> It
         weights.model.get_submodule(name).float()
         for factors in adapter:
             if factors.parameter.startswith(f"{name}."):
-                _add(weights.model.get_parameter(factors.parameter), factors)
+                factors.add_to(weights.model.get_parameter(factors.parameter))
         yield
-
-
-def _add(weight: Tensor, factors: Factors) -> None:
-    """One expert at a time: a stack's update in full is as large as the stack."""
-    if not factors.is_stack:
-        weight.add_(factors.full())
-        return
-    for expert, matrix in enumerate(weight):
-        update = factors.update(expert)
-        matrix.add_(update.T if factors.is_transposed else update)
 
 
 @contextmanager

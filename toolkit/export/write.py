@@ -38,17 +38,33 @@ from toolkit.checkpoint.identity import files_of, identify_base
 from toolkit.durable import staged_folder
 from toolkit.errors import DataError, ModelError, RecipeError, ResourceError, first_line
 from toolkit.export.card import put_card
-from toolkit.export.gguf import modelfile, read_gguf, write_gguf
+from toolkit.export.compressed import merge_compressed
+from toolkit.export.gguf import read_gguf, write_gguf
+from toolkit.export.gguf_merged import GGUF_FILE, merge_into_gguf
 from toolkit.export.into_source import Homes, merge_into_source
+from toolkit.export.job import Job, Made
 from toolkit.export.merge import DRAFT_FOLDER, merge_checkpoint, merged_difference, stitch_head
 from toolkit.export.merge_base import require_merge_base
+from toolkit.export.mlx import merge_mlx
+from toolkit.export.ollama import modelfile, turns_of
+from toolkit.export.quants import TAKES_QUANT, is_rounded_again, require_quant
 from toolkit.export.server_rules import server_problems
 from toolkit.export.survival import LEAST_SHARE, Survival, streamed_logits, survival
 from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter", "is_rounded_again"]
 
-FORMATS = ("peft", "per-expert", "merged", "merged-source", "merged-int8", "gguf")
+FORMATS = (
+    "peft",
+    "per-expert",
+    "merged",
+    "merged-source",
+    "merged-int8",
+    "gguf",
+    "gguf-merged",
+    "merged-vllm",
+    "merged-mlx",
+)
 _RECORD = "export.json"
 _UPDATES = "updates, over the largest"
 _FP32_SUMS = 1e-5
@@ -73,36 +89,12 @@ class Export:
     kept: Sequence[str] = ()
     """Tensors of the checkpoint that the model does not use and the merge has; `left_out`, those that it has not."""
     left_out: Sequence[str] = ()
+    stored: Mapping[str, int] = field(default_factory=dict)
+    """How many tensors are of which type, in layouts that have more than one."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An artifact, the checkpoint it was trained on (`source`), the one to start from (`base`), and where to write."""
-
-    artifact: Path
-    source: Path
-    base: Path
-    adapter: list[Factors]
-    skeleton: PreTrainedModel
-    folder: Path
-    texts: Sequence[Sequence[int]] = ()
-    homes: Homes | None = None
-
-
-@dataclass(frozen=True)
-class _Made:
-    """As `Export` has them."""
-
-    compared: str
-    difference: float
-    bound: float
-    survival: Survival | None = None
-    kept: Sequence[str] = ()
-    left_out: Sequence[str] = ()
 
 
 @part("export")
@@ -114,6 +106,9 @@ def export_adapter(
     *,
     merge_base: str | Path | None = None,
     texts: Sequence[Sequence[int]] = (),
+    labels: Sequence[Sequence[int]] = (),
+    quant: str | None = None,
+    base_gguf: str | Path | None = None,
     force: bool = False,
 ) -> Export:
     """Write an artifact in another layout to the new folder `out`.
@@ -125,6 +120,8 @@ def export_adapter(
         format: one of `FORMATS`.
         merge_base: folder of the checkpoint in 16 bit that `base` was made from: merges start from it.
         texts: token ids, of which a few hundred show how much of the adapter is left where weights are rounded again.
+        labels: of each text, its ids where an answer was trained on and IGNORED elsewhere.
+        quant: what weights are stored as, in layouts of `TAKES_QUANT`. base_gguf: a GGUF file of the base for one.
         force: also write what has lost more than a tenth of the adapter's effect.
 
     Raises:
@@ -134,30 +131,25 @@ def export_adapter(
             be left, or what was written does not give its numbers, tokens or end tokens; nothing is left behind then.
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
-    if format not in FORMATS:
-        raise RecipeError(f"--format {format}: no such layout; known: {', '.join(FORMATS)}")
-    if out.exists():
-        raise RecipeError(f"{out}: already exists; give another name")
+    beside = None if base_gguf is None else Path(base_gguf)
+    _require_asked(format, out, quant, beside)
     verify_artifact(artifact, strict=True)
     require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
     start, skeleton = _start(base, merge_base if format in _WHOLE else None, adapter, skeleton)
-    if is_rounded_again(start, format) and not texts:
+    if is_rounded_again(start, format, quant) and not texts:
         raise DataError(_NO_TEXTS.format(format))
     homes = Homes(start, adapter, skeleton) if format == "merged-source" else None
     try:
         with staged_folder(out) as folder:
-            job = _Job(artifact, base, start, adapter, skeleton, folder, texts, homes)
+            job = Job(artifact, base, start, adapter, skeleton, folder, texts, labels, homes, quant, beside)
             made = _WRITERS[format](job)
-            if not made.difference <= made.bound:
-                raise ModelError(
-                    f"{format}: what was written is off by {made.difference:.2e}, over {made.bound:.0e}: not exported"
-                )
-            _require_survival(format, made.survival, force)
+            _require_near(format, made, force)
             export = _told(job, format, str(out), made)
             if export.merged_into is not None:
-                put_card(folder, export.merged_into, made.survival, read_manifest(artifact))
+                library = _LIBRARIES.get(format, "transformers")
+                put_card(folder, export.merged_into, made.survival, read_manifest(artifact), library)
             _record(export, artifact, folder, out.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -165,12 +157,22 @@ def export_adapter(
     return export
 
 
-_WHOLE = ("merged", "merged-int8")
+_WHOLE = ("merged", "merged-int8", *TAKES_QUANT)
 """Layouts that start from the merge base where there is one."""
+_LIBRARIES = {"gguf-merged": "gguf", "merged-mlx": "mlx"}
+"""What reads a merge, where it is not transformers, by the Hub's name for it."""
 _NO_TEXTS = (
     "--format {}: rounds weights again, and what is left of the adapter is measured on texts: give rows like those it "
     "was trained on with --data FILE"
 )
+
+
+def _require_asked(format: str, out: Path, quant: str | None, base_gguf: Path | None) -> None:
+    if format not in FORMATS:
+        raise RecipeError(f"--format {format}: no such layout; known: {', '.join(FORMATS)}")
+    if out.exists():
+        raise RecipeError(f"{out}: already exists; give another name")
+    require_quant(format, quant, base_gguf)
 
 
 def _start(
@@ -183,29 +185,31 @@ def _start(
     return Path(merge_base), skeleton_of(str(merge_base))
 
 
-def is_rounded_again(base: Path, format: str) -> bool:
-    """Whether this layout rounds weights that were rounded before, so that some of the adapter may be lost."""
-    if format == "merged-source":
-        return True
-    return format == "merged-int8" and quantised_as(base) not in (None, METHOD)  # which nothing is merged into
+def _require_near(format: str, made: Made, force: bool) -> None:
+    if not made.difference <= made.bound:
+        raise ModelError(
+            f"{format}: what was written is off by {made.difference:.2e}, over {made.bound:.0e}: not exported"
+        )
+    _require_survival(format, made.survival, force)
 
 
 def _require_survival(format: str, survival: Survival | None, force: bool) -> None:
     if survival is None or (force and math.isfinite(survival.share)):
         return
     why = "" if survival.share >= LEAST_SHARE else f"less than {LEAST_SHARE:.0%}"
-    why = why or ("" if survival.noise <= 1 else "further from the adapted model than its base is")
+    if format not in TAKES_QUANT:  # there the difference is what rounding costs any model, and the loss shows it
+        why = why or ("" if survival.noise <= 1 else "further from the adapted model than its base is")
     if why:
         raise ModelError(f"{format}: {survival}: {why}, not exported; take --format merged, or --force")
 
 
-def _told(job: _Job, format: str, out: str, made: _Made) -> Export:
+def _told(job: Job, format: str, out: str, made: Made) -> Export:
     servers = _servers(job.folder, job.skeleton) if format == "per-expert" else {}
     merged_into = _merged_into(job, format)
     return Export(out, format, servers=servers, merged_into=merged_into, **vars(made))
 
 
-def _merged_into(job: _Job, format: str) -> dict[str, Any] | None:
+def _merged_into(job: Job, format: str) -> dict[str, Any] | None:
     if format not in (*_WHOLE, "merged-source"):
         return None
     stored = quantised_as(job.base)
@@ -232,15 +236,15 @@ def _servers(folder: Path, skeleton: PreTrainedModel) -> dict[str, list[str]]:
     return server_problems(shapes, load_adapter_config(folder), experts)
 
 
-def _peft(job: _Job) -> _Made:
+def _peft(job: Job) -> Made:
     for path in job.artifact.iterdir():
         if path.is_file():
             shutil.copyfile(path, job.folder / path.name)
     back = read_factors(job.folder, job.skeleton)
-    return _Made(_UPDATES, largest_difference(job.adapter, back), 0.0)
+    return Made(_UPDATES, largest_difference(job.adapter, back), 0.0)
 
 
-def _per_expert(job: _Job) -> _Made:
+def _per_expert(job: Job) -> Made:
     folder, tensors, rank = job.folder, *per_expert(job.adapter, job.skeleton)
     save_file({name: tensors[name] for name in sorted(tensors)}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     leaves = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
@@ -248,7 +252,7 @@ def _per_expert(job: _Job) -> _Made:
     put_tokenizer(job.artifact, folder)
     put_stops(job.artifact, folder)
     back = from_per_expert(load_file(folder / ADAPTER_WEIGHTS), job.adapter, job.skeleton)
-    return _Made(_UPDATES, largest_difference(job.adapter, back), _FP32_SUMS)
+    return Made(_UPDATES, largest_difference(job.adapter, back), _FP32_SUMS)
 
 
 def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[str, Any]:
@@ -257,7 +261,7 @@ def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[
     return {**config, **plain, "target_modules": leaves, "target_parameters": None}
 
 
-def _merged(job: _Job) -> _Made:
+def _merged(job: Job) -> Made:
     merged = merge_checkpoint(job.base, job.adapter, job.skeleton, job.folder)
     put_tokenizer(job.artifact, job.folder)
     put_stops(job.artifact, job.folder)
@@ -266,21 +270,21 @@ def _merged(job: _Job) -> _Made:
         declare_stops(checkpoint, read_stops(job.artifact), files_of(str(job.base)) or job.base)
     _, steps = merged_difference(job.base, job.folder, job.adapter)
     told = f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
-    return _Made(told, steps, 1.01, kept=merged.kept, left_out=merged.left_out)
+    return Made(told, steps, 1.01, kept=merged.kept, left_out=merged.left_out)
 
 
-def _merged_source(job: _Job) -> _Made:
+def _merged_source(job: Job) -> Made:
     assert job.homes is not None
     merge_into_source(job.homes, job.adapter, job.folder)
     put_tokenizer(job.artifact, job.folder)
     put_stops(job.artifact, job.folder)
     declare_stops(job.folder, read_stops(job.artifact), files_of(str(job.base)) or job.base)
-    found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, job.folder))
+    found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, job.folder), job.labels)
     lost = max(0.0, 1 - found.share)
-    return _Made("change of the logits, the share that is lost", lost, max(lost, 1 - LEAST_SHARE), found)
+    return Made("change of the logits, the share that is lost", lost, max(lost, 1 - LEAST_SHARE), found)
 
 
-def _merged_int8(job: _Job) -> _Made:
+def _merged_int8(job: Job) -> Made:
     from toolkit.quant.save import quantize_checkpoint
 
     merged, result = job.folder / "merged", job.folder / "int8"
@@ -292,14 +296,14 @@ def _merged_int8(job: _Job) -> _Made:
     off = _int8_steps(merged, result, job.adapter)
     found = None
     if is_rounded_again(job.base, "merged-int8"):
-        found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, result))
+        found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, result), job.labels)
     put_tokenizer(job.artifact, result)
     put_stops(job.artifact, result)
     for path in [*result.iterdir(), *merged.glob(DRAFT_FOLDER)]:
         path.rename(job.folder / path.name)
     result.rmdir()
     shutil.rmtree(merged)
-    return _Made("merged weights, in int8 steps", off, 0.51, found, made.kept, made.left_out)
+    return Made("merged weights, in int8 steps", off, 0.51, found, made.kept, made.left_out)
 
 
 def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
@@ -320,23 +324,45 @@ def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
     return worst
 
 
-def _gguf(job: _Job) -> _Made:
-    artifact, folder = job.artifact, job.folder
+def _gguf(job: Job) -> Made:
+    folder = job.folder
     write_gguf(job.adapter, job.skeleton, folder / "adapter.gguf")
+    _put_modelfile(job, ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"])
+    return Made(_UPDATES, read_gguf(folder / "adapter.gguf", job.adapter, job.skeleton), _FP32_SUMS)
+
+
+def _put_modelfile(job: Job, begins: Sequence[str]) -> None:
+    """What `ollama create` reads, and the chat template beside it for llama-server."""
+    artifact, folder = job.artifact, job.folder
     chat = read_manifest(artifact).get("chat") or {}
-    has_template = chat.get("form", "chat") == "chat" and (artifact / TEMPLATE).is_file()
-    if has_template:
+    if chat.get("form", "chat") == "chat" and (artifact / TEMPLATE).is_file():
         shutil.copyfile(artifact / TEMPLATE, folder / TEMPLATE)
     ends = token_text(artifact, read_stops(artifact)) if read_stops(artifact) else []
-    (folder / "Modelfile").write_text(modelfile(ends, chat), encoding="utf-8")
-    return _Made(_UPDATES, read_gguf(folder / "adapter.gguf", job.adapter, job.skeleton), _FP32_SUMS)
+    (folder / "Modelfile").write_text(modelfile(begins, ends, chat, turns_of(artifact, chat)), encoding="utf-8")
 
 
-_WRITERS: dict[str, Callable[[_Job], _Made]] = {
+def _gguf_merged(job: Job) -> Made:
+    made = merge_into_gguf(job)
+    _put_modelfile(job, [f"FROM ./{GGUF_FILE}"])
+    return made
+
+
+def _merged_checkpoint(merge: Callable[[Job], Made], job: Job) -> Made:
+    made = merge(job)
+    put_tokenizer(job.artifact, job.folder)
+    put_stops(job.artifact, job.folder)
+    declare_stops(job.folder, read_stops(job.artifact), files_of(str(job.base)) or job.base)
+    return made
+
+
+_WRITERS: dict[str, Callable[[Job], Made]] = {
     "peft": _peft,
     "per-expert": _per_expert,
     "merged": _merged,
     "merged-source": _merged_source,
     "merged-int8": _merged_int8,
     "gguf": _gguf,
+    "gguf-merged": _gguf_merged,
+    "merged-vllm": partial(_merged_checkpoint, merge_compressed),
+    "merged-mlx": partial(_merged_checkpoint, merge_mlx),
 }

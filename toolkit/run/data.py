@@ -114,8 +114,11 @@ def _batches_of(
     )
 
 
-def texts_to_compare(recipe: Recipe, artifact: Path, *, held_out: bool = True) -> list[list[int]]:
-    """Token ids of the recipe's held-out examples, or of its training examples; no plan is made, and no model loaded.
+def texts_to_compare(
+    recipe: Recipe, artifact: Path, *, held_out: bool = True
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids and labels of the recipe's held-out examples, or of its training examples; no plan is made, and no
+    model loaded.
 
     Args:
         artifact: the adapter, which says how its run's conversations were written.
@@ -131,8 +134,8 @@ def texts_to_compare(recipe: Recipe, artifact: Path, *, held_out: bool = True) -
     rows = batches.validation if held_out else batches.train
     if rows is None:
         raise DataError("the recipe holds out no examples")
-    found: list[list[int]] = rows[:_COMPARED]["input_ids"]
-    return found
+    found = rows[:_COMPARED]
+    return found["input_ids"], found["labels"]
 
 
 def step_shape(batches: Batches, plan: Plan) -> StepShape:

@@ -10,7 +10,7 @@ from toolkit.errors import DataError, ModelError
 from toolkit.recipe import Recipe
 from toolkit.run.data import texts_to_compare
 
-__all__ = ["merge_base_of", "texts_for"]
+__all__ = ["merge_base_of", "texts_for", "texts_if_any"]
 
 
 def merge_base_of(path: Path, base: str | None, given: str | None = None) -> Path | None:
@@ -33,8 +33,11 @@ def merge_base_of(path: Path, base: str | None, given: str | None = None) -> Pat
         raise ModelError(f"{where}: {error}; give the original with --merge-base FOLDER") from None
 
 
-def texts_for(path: Path, artifact: Path, base: str | None = None, data: Path | None = None) -> list[list[int]]:
-    """Token ids of a run's held-out examples, or of rows in `data`, read as the recipe reads its training rows.
+def texts_for(
+    path: Path, artifact: Path, base: str | None = None, data: Path | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids and labels of a run's held-out examples, or of rows in `data`, read as the recipe reads its training
+    rows.
 
     Raises:
         DataError: the recipe holds nothing out, its rows are not here, or `data` cannot be used.
@@ -50,6 +53,16 @@ def texts_for(path: Path, artifact: Path, base: str | None = None, data: Path | 
     unset = [f"data.{name}=null" for name in ("validation", "validation_size", "validation_split", "name")]
     instead = [f"data.train={data}", "data.train_split=train", *unset]
     return texts_to_compare(_recipe(path, base, instead), artifact, held_out=False)
+
+
+def texts_if_any(
+    path: Path, artifact: Path, base: str | None = None, *, wanted: bool = True
+) -> tuple[list[list[int]], list[list[int]]]:
+    """As `texts_for` of a run's held-out examples, and nothing where it has none, they are not here, or not wanted."""
+    try:
+        return texts_for(path, artifact, base) if wanted else ([], [])
+    except DataError:
+        return [], []
 
 
 def _recipe(path: Path, base: str | None, overrides: list[str] | None = None) -> Recipe:

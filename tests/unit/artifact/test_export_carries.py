@@ -19,7 +19,7 @@ from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError
 from toolkit.export import export_adapter
 from toolkit.export import write as exporting
-from toolkit.export.gguf import modelfile
+from toolkit.export.ollama import modelfile
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 Write = Callable[..., Path]
@@ -193,6 +193,9 @@ def test_a_gguf_export_names_ends_prompt_and_template(tuned: Path, write: Write,
     assert lines == [
         "FROM ./base.gguf",
         "ADAPTER ./adapter.gguf",
+        'TEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>{{ .Content }}'
+        '{{ else if eq .Role "user" }}<|im_start|>{{ .Content }}'
+        '{{ else if eq .Role "assistant" }}<|im_start|>{{ .Content }}{{ end }}{{ end }}"""',
         'SYSTEM """Say "yes"."""',
         *(f'PARAMETER stop "{text}"' for text in ends),
     ]
@@ -204,6 +207,6 @@ def test_a_gguf_export_names_ends_prompt_and_template(tuned: Path, write: Write,
 
 
 def test_a_modelfile_quotes_what_it_can() -> None:
-    assert modelfile([], {}) == "FROM ./base.gguf\nADAPTER ./adapter.gguf\n"
-    assert 'PARAMETER stop """\n"""' in modelfile(["\n"], {})
-    assert "SYSTEM" not in modelfile([], {"system_prompt": 'three """ quotes'})
+    assert modelfile(["FROM ./model.gguf"], [], {}) == "FROM ./model.gguf\n"
+    assert 'PARAMETER stop """\n"""' in modelfile([], ["\n"], {})
+    assert "SYSTEM" not in modelfile([], [], {"system_prompt": 'three """ quotes'})

@@ -24,8 +24,9 @@ from toolkit.checkpoint.config import skeleton
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import DataError, ModelError
 from toolkit.export import export_adapter
-from toolkit.export.survival import Survival, _compared, looked_at, streamed_logits
+from toolkit.export.survival import Losses, Survival, _compared, looked_at, streamed_logits
 from toolkit.export.write import _require_survival
+from toolkit.labels import IGNORED
 from toolkit.quant import load_int8, quantize_checkpoint
 from toolkit.quant.source import SourceWeights
 
@@ -95,7 +96,7 @@ def test_logits_read_layer_by_layer_are_those_of_stock_transformers(
     name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source, exact = PAIRS[name](tmp_path)
-    artifact, batch = adapter(source, tokenizer, tmp_path / "adapter"), looked_at(TEXTS)
+    artifact, batch = adapter(source, tokenizer, tmp_path / "adapter"), looked_at(TEXTS)[0]
     base = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32, experts_implementation="eager").eval()
 
     @torch.no_grad()
@@ -157,11 +158,27 @@ def test_the_share_is_the_part_along_the_effect() -> None:
     effect = wanted - before
     beside = torch.randn(70, 9)
     beside -= (beside * effect).sum() / effect.square().sum() * effect
-    found = _compared(before, wanted, before + 0.3 * effect + beside)
+    targets = torch.tensor([IGNORED, *range(9)] * 7)
+    found = _compared(before, wanted, before + 0.3 * effect + beside, targets)
     assert found.share == pytest.approx(0.3, abs=1e-5)
     away = (0.7**2 + float(beside.square().sum() / effect.square().sum())) ** 0.5
     assert found.noise == pytest.approx(away, rel=1e-5)
-    assert _compared(before, wanted, wanted) == Survival(70, 1.0, 0.0, pytest.approx(found.moved))
+    same = _compared(before, wanted, wanted, targets)
+    assert (same.share, same.noise, same.moved) == (1.0, 0.0, pytest.approx(found.moved))
+    assert same.losses is not None
+    losses = [torch.nn.functional.cross_entropy(logits, targets).item() for logits in (before, wanted, wanted)]
+    assert same.losses == Losses(63, *(pytest.approx(loss, rel=1e-5) for loss in losses))
+    assert _compared(before, wanted, wanted, torch.full((70,), IGNORED)).losses is None
+
+
+def test_a_loss_is_of_the_tokens_that_answers_were_trained_on() -> None:
+    texts = [[5, 6, 7], list(range(600)), [8]]
+    labels = [[IGNORED, 6, 7], [IGNORED] * 599 + [599], [8]]
+    batch, targets = looked_at(texts, labels)
+    assert batch.ids.shape == (2, 509)
+    assert batch.ids[0, -1] == 508
+    assert targets.tolist() == [IGNORED] * 509 + [6, 7, IGNORED]
+    assert looked_at(texts)[1].tolist() == [*range(1, 509), IGNORED, 6, 7, IGNORED]
 
 
 def test_int8_of_a_rounded_source_is_measured_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -210,7 +227,7 @@ def test_our_own_checkpoints_are_merged_into_as_well(
     share, off = along(source, tmp_path / "merged", artifact)
     assert 0.9 < share < 1.05, (share, off)
     ours, _ = load_int8(str(tmp_path / "merged"), experts=experts)
-    batch = looked_at(TEXTS)
+    batch, _ = looked_at(TEXTS)
     with torch.no_grad():
         found = ours(batch.ids).logits.flatten(0, 1)[batch.real]
     torch.testing.assert_close(found, streamed_logits(tmp_path / "merged", batch), rtol=1e-4, atol=1e-4)
