@@ -26,7 +26,7 @@ from toolkit.adapters import attach_lora
 from toolkit.artifact import write_artifact
 from toolkit.checkpoint.identity import identify_base
 from toolkit.errors import ModelError, RecipeError
-from toolkit.export import FORMATS
+from toolkit.export import FORMATS, TAKES_QUANT
 from toolkit.export.write import export_adapter
 
 __all__ = ["family_parser", "main", "make_adapter", "round_trips"]
@@ -81,8 +81,8 @@ def make_adapter(model_type: str, scratch: Path, **changed: Any) -> tuple[PeftMo
     return model, artifact
 
 
-_OF_FLOATS = tuple(name for name in FORMATS if name != "merged-source")
-"""Layouts of a base in floats."""
+_OF_FLOATS = tuple(name for name in FORMATS if name not in ("merged-source", *TAKES_QUANT))
+"""Layouts of a base in floats; those in one type of several have scripts of their own."""
 
 
 def round_trips(model_type: str, scratch: Path, formats: tuple[str, ...] = _OF_FLOATS) -> dict[str, str]:

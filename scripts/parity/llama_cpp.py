@@ -35,7 +35,7 @@ from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
-__all__ = ["TOKENS", "main", "other_side"]
+__all__ = ["SPREAD", "TOKENS", "TOLD", "logits_of", "main", "other_side"]
 
 LIBRARY, SOURCE = "xllamacpp==2026.10.11549", "llama-cpp-python==0.3.36"
 TOKENS = [int(token) for token in torch.randint(3, 97, (23,), generator=torch.Generator().manual_seed(5))]
@@ -85,9 +85,9 @@ def _prepared(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, np.nda
     folder.mkdir()
     model, artifact = make_adapter(name, folder, **TOLD.get(name, {}))
     model.get_base_model().set_experts_implementation(DEFAULT_BACKEND)
-    ours = {"adapter": _logits(model)}
+    ours = {"adapter": logits_of(model)}
     with model.disable_adapter():
-        ours["base"] = _logits(model)
+        ours["base"] = logits_of(model)
     files, refused = {"base": str(folder / "base"), "merged": None, "adapter": None}, {}
     for layout in ("gguf", "merged"):
         try:
@@ -103,7 +103,8 @@ def _prepared(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, np.nda
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module) -> np.ndarray:
+def logits_of(model: torch.nn.Module) -> np.ndarray:
+    """Logits [T, V] of `TOKENS`, fp32."""
     found: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
     return found
 

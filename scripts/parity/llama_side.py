@@ -3,6 +3,7 @@
     python llama_side.py convert JOB.json     Hugging Face folders to GGUF files, by llama.cpp's `conversion` package
     python llama_side.py blocks JOB.json      random numbers in every block type, and what they are worth, by ggml
     python llama_side.py run JOB.json NAME    logits of one family's files, by libllama
+    python llama_side.py words JOB.json NAME  the job's `texts` as the tokens of NAME's merged file, by libllama
 
 A job holds `converter` (a folder with `conversion` and `gguf-py`), `tokens`, `out`, and `models`: by name, the folders
 `base` and `merged` and the file `adapter`, each None where there is none, and perhaps `settings` that go before
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["blocks", "convert", "run"]
+__all__ = ["blocks", "convert", "run", "words"]
 
 
 def convert(job: dict[str, Any]) -> None:
@@ -134,6 +135,23 @@ def run(job: dict[str, Any], name: str) -> None:
     np.savez(Path(job["out"]) / f"{name}.npz", **found)
 
 
+def words(job: dict[str, Any], name: str) -> None:
+    """Ids of each text to NAME.words.json, special tokens by their names, nothing added at the ends."""
+    lib = _library()
+    lib.llama_backend_init()
+    path = f"{job['models'][name]['merged']}.gguf"
+    model = _made(lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params()), "model not loaded")
+    vocabulary, found = ctypes.c_void_p(lib.llama_model_get_vocab(model)), []
+    for text in job["texts"]:
+        room = (ctypes.c_int32 * (len(text.encode()) + 8))()
+        data = text.encode()
+        count = lib.llama_tokenize(
+            vocabulary, data, len(data), room, len(room), ctypes.c_bool(False), ctypes.c_bool(True)
+        )
+        found.append(list(room[:count]))
+    (Path(job["out"]) / f"{name}.words.json").write_text(json.dumps(found))
+
+
 def _library() -> Any:
     """libllama lies inside this package's extension module, which exports its C functions."""
     folder = importlib.util.find_spec("xllamacpp").submodule_search_locations[0]
@@ -196,4 +214,5 @@ def _note(job: dict[str, Any], name: str, kind: str, line: str) -> None:
 
 if __name__ == "__main__":
     read = json.loads(Path(sys.argv[2]).read_text())
-    convert(read) if sys.argv[1] == "convert" else blocks(read) if sys.argv[1] == "blocks" else run(read, sys.argv[3])
+    verbs = {"convert": convert, "blocks": blocks, "run": run, "words": words}
+    verbs[sys.argv[1]](read, *sys.argv[3:])

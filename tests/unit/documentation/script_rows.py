@@ -250,6 +250,8 @@ ROWS = (
             r"^1 of 1 families come back, 1 of 26 architectures; .*: none$",
         ),
     ),
+    Row("parity/merged_gguf.py", test="tests/parity/test_ready_to_run.py::test_a_merged_gguf_file_is_judged"),
+    Row("parity/merged_checkpoints.py", test="tests/parity/test_ready_to_run.py::test_merged_checkpoints_are_judged"),
     Row("parity/format_table.py", test="tests/parity/test_format_table.py::test_a_checkpoint_is_right_or_named"),
     Row(
         "parity/method_families.py",

@@ -1,0 +1,204 @@
+"""Does llama.cpp compute from a merged GGUF file what the adapted model computes?
+
+    .venv/bin/python scripts/parity/merged_gguf.py [FAMILY …] [--json FILE]
+
+Each family's tiny random checkpoint gets an adapter on experts, router and attention. It is exported as GGUF over the
+file that llama.cpp's own converter makes of the base (column "over the base's"), and where files of it are written
+without one, also from the checkpoint alone, in F32 and Q8_0. libllama's logits of each are compared with those of the
+adapted model here, and for Q8_0 with ours of the same file, over their standard deviation; the column "base" is how far
+the two programs differ on the base. For Q8_0 it is the middle difference: libllama rounds the inputs too, and a
+router's near tie then falls the other way. Its tokens of some awkward texts must be the tokenizer's. What has no file
+is told with its line. Exits with 1 where a family has neither file, or one is further off than ten times the base and a
+thousandth.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
+
+from gguf_source import OLDER  # noqa: E402
+from layouts import NANO, family_parser, make_adapter  # noqa: E402
+from llama_cpp import SPREAD, TOKENS, TOLD, logits_of, other_side  # noqa: E402
+
+from toolkit.architecture import GGUF_READ  # noqa: E402
+from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
+from toolkit.errors import ModelError, RecipeError  # noqa: E402
+from toolkit.export.survival import looked_at, streamed_logits  # noqa: E402
+from toolkit.export.write import export_adapter  # noqa: E402
+from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
+
+__all__ = ["main"]
+
+ROUNDED = 0.1
+"""The middle difference where libllama rounds inputs to 8 bits, over the logits' standard deviation."""
+OTHERWISE = 0.05
+"""A base that llama.cpp computes otherwise by that much shows nothing of an adapter."""
+TEXTS = [
+    "Hello, world!  Two spaces,\n\n\ttabs and 12345.67 numbers; it's (un)tokenised_text.",
+    "naïve café – “quotes” … 你好，世界 こんにちは مرحبا 🙂",
+    "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
+    " leading",
+]
+SETTINGS: dict[str, dict[str, Any]] = {
+    **TOLD,
+    "dots1": {"sliding_window": None, "norm_topk_prob": True, "layer_types": ["full_attention"] * 3},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
+    "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+}
+"""What llama.cpp takes for granted of a family. gpt-oss' stretched rotary embedding it computes otherwise, by 2e-2."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit status."""
+    options = family_parser(__doc__, ROOT / ".venv-llama").parse_args(arguments)
+    warnings.simplefilter("ignore")
+    python, converter = other_side(options.venv)
+    names = options.families or [name for known in sorted(GGUF_READ) for name in model_types(known)]
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    with tempfile.TemporaryDirectory() as scratch:
+        models: dict[str, dict[str, Any]] = {}
+        job = {"converter": str(converter), "tokens": TOKENS, "out": scratch, "texts": TEXTS, "models": models}
+        path, side = Path(scratch) / "job.json", [python, str(Path(__file__).with_name("llama_side.py"))]
+        ours = {}
+        for name in names:
+            try:
+                ours[name] = _prepared(name, Path(scratch) / name)
+            except (ModelError, ValueError) as error:
+                rows[name]["over"] = str(error)
+                continue
+            files = {"base": str(Path(scratch) / name / "base"), "merged": None, "adapter": None}
+            models[name] = files | {"settings": OLDER.get(name, {})}
+        path.write_text(json.dumps(job))
+        _run([*side, "convert", str(path)])
+        for name in ours:
+            folder = Path(scratch) / name
+            rows[name] |= _exported(folder)
+            for layout in ("f32", "q8_0", "over"):
+                if (folder / layout / "model.gguf").is_file():
+                    files = {"base": None, "merged": str(folder / layout / "model"), "adapter": None}
+                    models[f"{name} {layout}"] = files
+        path.write_text(json.dumps(job))
+        for name in ours:
+            rows[name] |= _compared(partial(_side, side, path), Path(scratch), name, ours[name])
+            print(name, rows[name], file=sys.stderr, flush=True)
+    return _printed(rows, options.json)
+
+
+def _prepared(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """The base and the adapter of one family; our logits."""
+    folder.mkdir()
+    model, _ = make_adapter(name, folder, vocab_size=2048, **SETTINGS.get(name, {}))
+    model.get_base_model().set_experts_implementation(DEFAULT_BACKEND)
+    found = {"adapted": logits_of(model)}
+    with model.disable_adapter():
+        found["base"] = logits_of(model)
+    return found
+
+
+def _exported(folder: Path) -> dict[str, str]:
+    """By layout why there is none; the other files lie in folders of their names."""
+    refused = {}
+    for layout, more in (
+        ("f32", {"quant": "f32"}),
+        ("q8_0", {"quant": "q8_0"}),
+        ("over", {"base_gguf": folder / "base.gguf"}),
+    ):
+        try:
+            export_adapter(folder / "adapter", folder / "base", "gguf-merged", folder / layout, **more)
+        except (ModelError, RecipeError) as error:
+            refused[layout] = str(error)
+    return refused
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _side(side: list[str], path: Path, verb: str, name: str) -> bool:
+    done = subprocess.run([*side, verb, str(path), name], capture_output=True, text=True, check=False)
+    return done.returncode == 0
+
+
+def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Largest differences over the standard deviation of the base's logits."""
+    row: dict[str, Any] = {}
+    spread = float(ours["base"].std())
+    row["moved"] = float(np.abs(ours["adapted"] - ours["base"]).max()) / spread
+    run("run", name)
+    for kind, label, wanted in (
+        ("base", name, ours["base"]),
+        *((layout, f"{name} {layout}", ours["adapted"]) for layout in ("f32", "q8_0", "over")),
+    ):
+        if kind != "base" and not (out / name / kind / "model.gguf").is_file():
+            continue
+        if kind != "base":
+            run("run", label)
+        if (out / f"{label}.json").is_file():
+            row[kind] = "; ".join(json.loads((out / f"{label}.json").read_text()).values())
+        elif (out / f"{label}.npz").is_file():
+            with np.load(out / f"{label}.npz") as theirs:
+                if (found := theirs.get("base" if kind == "base" else "merged")) is not None:
+                    if kind == "q8_0":
+                        batch, _ = looked_at([TOKENS])
+                        wanted = streamed_logits(out / name / kind / "model.gguf", batch).numpy()
+                    off = np.abs(found - wanted)
+                    row[kind] = float(np.median(off) if kind == "q8_0" else off.max()) / spread
+    if isinstance(row.get("f32"), float) and run("words", f"{name} f32"):
+        tokenizer = AutoTokenizer.from_pretrained(NANO)
+        wanted_words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+        row["words"] = json.loads((out / f"{name} f32.words.json").read_text()) == wanted_words
+    return row
+
+
+def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
+    if path:
+        path.write_text(json.dumps(rows, indent=2, sort_keys=True))
+    print("| family | base | F32 | over the base's | Q8_0 | tokens | moved by the adapter |")
+    print("|---|---:|---:|---:|---:|---|---:|")
+    off, alone = [], []
+    for name, row in rows.items():
+        verdict = _verdict(row)
+        off += [name] if verdict == "off" else []
+        alone += [name] if verdict == "not run" else []
+        cells = [_cell(row.get(kind)) for kind in ("base", "f32", "over", "q8_0")]
+        print(f"| {name} | {' | '.join(cells)} | {'same' if row.get('words') else '–'} | {_cell(row.get('moved'))} |")
+    for name, row in rows.items():
+        for kind in ("base", "f32", "over", "q8_0"):
+            if isinstance(row.get(kind), str) and "with --base-gguf" not in row[kind]:
+                print(f"- {name}, {kind}: {row[kind]}")
+    run = len(rows) - len(alone)
+    print(f"\n{run - len(off)} of {run} families are the same in llama.cpp, off: {', '.join(off) or 'none'}")
+    print(f"{len(alone)} whose tiny base it does not run: {', '.join(alone) or 'none'}")
+    return int(bool(off) or not run)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """ "same", "off", or "not run" where llama.cpp has no logits, or other ones for the base already."""
+    base = row["base"] if isinstance(row.get("base"), float) else None
+    bounds = {"f32": 10 * (base or 0.0) + SPREAD, "over": 10 * (base or 0.0) + SPREAD, "q8_0": ROUNDED}
+    found = {kind: row[kind] for kind in bounds if isinstance(row.get(kind), float)}
+    if not found or (base is not None and base > OTHERWISE):
+        return "not run"
+    is_near = all(value <= bounds[kind] for kind, value in found.items())
+    return "same" if is_near and row.get("words", True) and (base is None or "over" in found) else "off"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else "–"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
