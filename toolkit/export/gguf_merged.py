@@ -164,7 +164,7 @@ def _write_header(job: Job, layout: _Layout, file: GgufFile | None, wanted: FewB
     writer = gguf.GGUFWriter(str(path), layout.architecture)
     if file is not None:
         _keep_metadata(writer, file.files[0], job)
-        require_same_words(job.artifact, file, layout.shapes)
+        require_same_words(job.artifact, file)
     else:
         writer.add_type("model")
         writer.add_name(f"{read_manifest(job.artifact)['base']['name']} with an adapter")

@@ -7,7 +7,6 @@ transformers' own reader of such files, and every token and a set of awkward tex
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ __all__ = ["add_words", "require_same_words"]
 _TOKENS = "tokenizer.ggml.tokens"
 
 
-def require_same_words(artifact: Path, file: GgufFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def require_same_words(artifact: Path, file: GgufFile) -> None:
     """Raise `ModelError` where the tokens of a base's file are not those of the adapter's tokenizer."""
     tokens = file.metadata.get(_TOKENS)
     if tokens is None or not (artifact / "tokenizer.json").is_file():
