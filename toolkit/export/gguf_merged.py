@@ -200,9 +200,10 @@ def _keep_metadata(writer: Any, path: Path, job: Job) -> None:
     """Everything that the base's file says, but how it was split, and its chat template where the adapter has one."""
     gguf = library()
     has_template = (job.artifact / TEMPLATE).is_file()
+    told_anew = {*_OWN, *(["general.file_type"] if job.quant else [])}
     for key, held in gguf.GGUFReader(str(path)).fields.items():
         is_template = key.startswith("tokenizer.chat_template")
-        if key.startswith(("GGUF.", "split.")) or key in _OWN or (is_template and has_template):
+        if key.startswith(("GGUF.", "split.")) or key in told_anew or (is_template and has_template):
             continue
         kind = held.types[0]
         inner = held.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
