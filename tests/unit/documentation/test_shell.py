@@ -112,6 +112,9 @@ def test_the_newest_stack_is_another_environment(repository: Path) -> None:
     assert all("-c constraints-newest.txt" in line for line in asked)
     assert not (repository / ".venv" / "asked").exists()
     assert (repository / ".venv" / "onecard-dev").read_text() == before
+    hand_on(repository / ".venv-newest" / "bin" / "ruff", "#!/bin/sh\necho the newest, asked to $1\nexit 9\n")
+    done = shell(repository, "bash", "scripts/test.sh", "--stack", "newest")
+    assert (done.returncode, done.stdout) == (9, "the newest, asked to check\n")
     assert shell(repository, "bash", "scripts/setup.sh", "dev", "latest").returncode == 2
     for words in (["--stack"], ["--stack", "latest"]):
         done = shell(repository, "bash", "scripts/test.sh", *words)
