@@ -1,7 +1,7 @@
 """A second virtual environment with the pinned versions, for what must run where onecard is not installed.
 
-Comparisons with stock software are only fair on a stock installation. pip's own configuration holds;
-ONECARD_TORCH_INDEX names an index to take torch from, as in setup.sh.
+Comparisons with stock software are only fair on a stock installation, of the same versions as here. pip's own
+configuration holds; ONECARD_TORCH_INDEX names an index to take torch from, as in setup.sh.
 """
 
 from __future__ import annotations
@@ -11,12 +11,22 @@ import os
 import subprocess
 import sys
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["STAMP", "fingerprint", "python_with"]
+__all__ = ["STAMP", "fingerprint", "pins_here", "python_with"]
 
-PINS = Path(__file__).resolve().parents[1] / "constraints.txt"
 STAMP = "complete"
+
+
+def pins_here() -> Path:
+    """The constraints of the stack that this runs on; of the oldest where it is on neither."""
+    root, here = Path(__file__).resolve().parents[1], f"transformers=={version('transformers')}"
+    newest = root / "constraints-newest.txt"
+    return newest if here in newest.read_text().splitlines() else root / "constraints.txt"
+
+
+PINS = pins_here()
 
 
 def python_with(folder: Path, packages: tuple[str, ...], pins: Path | None = PINS, alone: tuple[str, ...] = ()) -> str:

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Makes .venv beside this folder and installs onecard into it at the versions of constraints.txt:
 #
-#     bash scripts/setup.sh          what a run needs
-#     bash scripts/setup.sh dev      that and what the tests need
+#     bash scripts/setup.sh               what a run needs
+#     bash scripts/setup.sh dev           that and what the tests need
+#     bash scripts/setup.sh dev newest    the same by constraints-newest.txt into .venv-newest
+#
+# The two files are the oldest and the newest versions that are supported.
 #
 # finetune.sh and test.sh call it at every start; where nothing changed it only compares a checksum. pip's own
 # configuration (mirrors, proxies, wheel folders) holds. ONECARD_TORCH_INDEX names an index to take torch from, such as
@@ -11,9 +14,12 @@
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-extra=${1:-run}
-venv=$root/.venv
-log=$root/.venv/setup.log
+extra=${1:-run} stack=${2:-oldest}
+case $stack in
+oldest) pins=constraints.txt venv=$root/.venv ;;
+*) pins=constraints-$stack.txt venv=$root/.venv-$stack ;;
+esac
+log=$venv/setup.log
 cpu_index=https://download.pytorch.org/whl/cpu
 cuda_12_index=https://download.pytorch.org/whl/cu126
 
@@ -55,7 +61,7 @@ require_driver() {
 }
 
 # The folder is part of it: an environment that was moved or copied still runs the code of the old place.
-fingerprint() { { cat constraints.txt pyproject.toml; printf '%s' "$root"; } | sha256sum; }
+fingerprint() { { cat "$pins" pyproject.toml; printf '%s' "$root"; } | sha256sum; }
 
 # A build for the CPU is replaced once a card appears, and one that was chosen for the driver when that asks for another;
 # a CUDA build serves both, so it stays when the card is away.
@@ -100,7 +106,7 @@ find_python() {
 make_venv() {
     local python
     python=$(find_python)
-    say "making .venv with $("$python" --version)"
+    say "making ${venv##*/} with $("$python" --version)"
     rm -rf -- "$venv"
     mkdir -- "$venv"
     : >"$venv/onecard-unfinished"
@@ -110,7 +116,7 @@ make_venv() {
 
 pip_install() {
     local errors
-    errors=$("$venv/bin/python" -m pip install -q --disable-pip-version-check --log "$log" -c constraints.txt "$@" \
+    errors=$("$venv/bin/python" -m pip install -q --disable-pip-version-check --log "$log" -c "$pins" "$@" \
         2>&1 >/dev/null) && return
     grep -m 3 '^ERROR' <<<"$errors" >&2 || tail -n 3 <<<"$errors" >&2
     die 5 "pip failed as shown above and all it did is in $log; start again once that is mended"
@@ -145,7 +151,7 @@ install() {
     if [ "$extra" = dev ]; then extras=dev${extras:+,$extras}; fi
     : >"$log"
     : >"$venv/onecard-unfinished"
-    say "installing into .venv at the versions of constraints.txt ($build build); the first time takes minutes"
+    say "installing into ${venv##*/} at the versions of $pins ($build build); the first time takes minutes"
     install_torch "$build"
     pip_install -e ".${extras:+[$extras]}"
     # The tests kill processes at each system call through a small library, which is compiled for it.
@@ -166,7 +172,10 @@ install() {
     say "ready"
 }
 
-case $extra in run | dev) ;; *) die 2 "usage: bash scripts/setup.sh [dev]" ;; esac
+case $extra-$stack in
+run-oldest | run-newest | dev-oldest | dev-newest) ;;
+*) die 2 "usage: bash scripts/setup.sh [run|dev] [oldest|newest]" ;;
+esac
 cd -- "$root"
 is_current && exit
 command -v flock >/dev/null || die 5 "flock is missing; apt install util-linux"

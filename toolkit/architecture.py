@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import MtpLayer
 
 from toolkit.errors import ModelError
 from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 
 __all__ = [
+    "CACHE_NAMES",
     "DRAFT_CARRIER",
     "GGUF_NAMES",
     "GGUF_NEEDS_CONFIG",
@@ -49,6 +52,7 @@ __all__ = [
     "Linear",
     "auto_class",
     "bare_modules",
+    "cache_name",
     "can_attend_per_document",
     "describe",
     "expert_parameters",
@@ -113,6 +117,12 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
     return model
+
+
+@cache
+def cache_name() -> str:
+    """Which of `CACHE_NAMES` the installed transformers says, for code that hands a cache to a model."""
+    return next(name for name in CACHE_NAMES if name in inspect.signature(MtpLayer.forward).parameters)
 
 
 def can_attend_per_document(model: PreTrainedModel) -> bool:
@@ -272,6 +282,10 @@ _CANNOT_WORK: Mapping[str, str] = {
     r"BlockDiffusion$": "it denoises blocks of text instead of predicting the next token, which this does not train",
 }
 """Model classes, by pattern, that no rule can make work, and why."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument by which models take keys and values of earlier tokens: its name since transformers 5.24, and before.
+Newer releases still take the older name from a caller, but hooks and parts of a model see the newer alone."""
 
 MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
     (r"^model\.mtp_block\.(\d+)\.", r"layers.\1.mtp_block."),

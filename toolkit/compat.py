@@ -243,7 +243,7 @@ SEAMS = (
         "to ask for the load-balancing loss, or not",
         "output_router_logits",
     ),
-    *_at("transformers.modeling_layers", "mtp", "to build a multi-token-prediction head", "MtpLayer"),
+    *_at("transformers.modeling_layers", "architecture mtp", "to build a head, and to see names", "MtpLayer"),
     *_at("transformers.modeling_layers", "mtp", "to load the head that a checkpoint carries", "MtpModel"),
     # transformers: generation, chat, serving
     *_at(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ from toolkit.cli import main
 from toolkit.errors import ModelError
 from toolkit.recipe import Effect, Recipe, changes, flat, parse
 from toolkit.recipe.binding import EFFECTS, effect_of
-from toolkit.run.folder import refuse_changes
+from toolkit.run.folder import bind, find_resume, refuse_changes, versions
 from toolkit.training.checkpoint import newest_checkpoint
 
 SOME = (
@@ -161,20 +162,26 @@ def test_other_content_under_the_same_name_is_refused(
     assert "--fork" in err.splitlines()[-1]
 
 
-def test_another_version_is_refused_and_a_patch_is_listed(
+def test_another_version_is_refused_until_it_is_allowed_and_a_patch_is_listed(
     onecard: Run, cut_off: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toolkit.run.folder import versions
-
-    monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": "7.0.0"})
-    status, _, err = onecard("train", cut_off / "recipe.yaml")
+    here, longer = versions(), (cut_off / "recipe.yaml", "training.max_steps=5")
+    other = {**here, "peft": "7.0.0", "torch": "3.1.4"}
+    monkeypatch.setattr("toolkit.run.trained.versions", lambda: other)
+    status, _, err = onecard("train", *longer)
     assert status == 4
-    assert "was trained with peft" in err
-    patched = versions()["peft"].rpartition(".")[0] + ".99"
-    monkeypatch.setattr("toolkit.run.trained.versions", lambda: {**versions(), "peft": patched})
-    status, _, err = onecard("train", cut_off / "recipe.yaml")
+    told = f"was trained with peft {here['peft']}, torch {here['torch']}, found peft 7.0.0, torch 3.1.4; "
+    assert told in err.splitlines()[-1]
+    assert "--other-versions" in err.splitlines()[-1]
+    status, _, err = onecard("train", *longer, "--other-versions")
     assert status == 0, err
-    assert f"allowed change: peft {versions()['peft']} -> {patched}" in err
+    assert f"allowed change: torch {here['torch']} -> 3.1.4" in err
+    assert "resuming from checkpoint-4" in err
+    said: list[str] = []  # the run is of these versions from now on, and a patch asks for nothing
+    bind(find_resume(cut_off / "run" / "checkpoints", said.append), said.append, versions={**other, "torch": "3.1.5"})
+    assert said == ["allowed change: torch 3.1.4 -> 3.1.5"]
+    with pytest.raises(ModelError, match=re.escape("was trained with peft 7.0.0, torch 3.1.4, found peft")):
+        bind(find_resume(cut_off / "run" / "checkpoints", said.append), said.append, versions=here)
 
 
 def test_what_matters_is_refused_before_anything_is_written(onecard: Run, cut_off: Path) -> None:

@@ -238,6 +238,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
     },
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": {**_MROPE, "mrope_section": [2, 3, 3]}},
     # The indexer and the n-gram embedding are on in published configs and have no defaults.
     "qwen4_exp_text": {
         "indexer_n_heads": 4,

@@ -16,14 +16,14 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.harness.families import tiny_config
 from tests.parity.conftest import EMBEDDED
 from toolkit.adapters import attach_lora
-from toolkit.architecture import auto_class
+from toolkit.architecture import auto_class, cache_name
 from toolkit.errors import ModelError
 from toolkit.ops import document_attention, reference
 from toolkit.ops.document_attention import _attention, keep_lengths, per_document_attention
@@ -184,6 +184,19 @@ def test_attending_document_by_document_changes_no_number(adapted: PeftModel, tm
     assert adapted.config._attn_implementation == implementation
     for ours, wanted in zip(apart, whole, strict=True):
         assert (ours - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3)
+
+
+def test_a_model_whose_documents_are_kept_apart_reads_on_from_a_cache(adapted: PeftModel) -> None:
+    """It reads prompts and writes answers while it trains: no mask of documents is made without the tokens it keeps."""
+    ids = torch.tensor([documents(4)[1]])
+    with torch.no_grad():
+        whole = adapted(input_ids=ids, use_cache=False).logits
+        kept = DynamicCache(config=adapted.config)
+        for piece in torch.arange(ids.shape[1]).split(8):
+            given = {cache_name(): kept, "position_ids": piece[None], "use_cache": True}
+            logits = adapted(input_ids=ids[:, piece], **given).logits
+            torch.testing.assert_close(logits, whole[:, piece], rtol=1e-4, atol=1e-4)
+    assert kept.get_seq_length() == ids.shape[1]
 
 
 def test_sparse_attention_that_asks_for_sdpa_by_name_stays_sparse() -> None:

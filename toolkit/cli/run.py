@@ -32,6 +32,10 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     fork: Annotated[bool, typer.Option("--fork", help="Start a new run from the existing run's weights.")] = False,
+    other_versions: Annotated[
+        bool,
+        typer.Option("--other-versions", help="Go on with a run that other minor versions of the libraries began."),
+    ] = False,
     json_: Json = False,
 ) -> None:
     """The main job: plan, load, attach, train, compare, package. Rerun the same command to resume."""
@@ -43,7 +47,7 @@ def train(
 
     console = quiet_console()
     with signals_heeded() as stop:
-        finished = run(parsed, fork=fork, console=console, stop=stop)
+        finished = run(parsed, fork=fork, other_versions=other_versions, console=console, stop=stop)
         if not is_first():
             return
         show.summary(console, finished.summary)

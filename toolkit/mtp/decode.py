@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
+from toolkit.architecture import cache_name
 from toolkit.errors import ModelError
 from toolkit.mtp.head import capture_hidden
 
@@ -218,7 +219,8 @@ class _Sequence:
         past = self.cache.get_seq_length()
         ids = torch.tensor([tokens], device=self.device)
         positions = torch.arange(past, past + len(tokens), device=self.device)[None]
-        output = self.owner.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        given = {cache_name(): self.cache, "use_cache": True}
+        output = self.owner.model(input_ids=ids, position_ids=positions, **given)
         logits: torch.Tensor = output.logits[0].float()
         return logits
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpLayer
 
-from toolkit.architecture import DRAFT_CARRIER, auto_class, bare_modules, is_experts
+from toolkit.architecture import DRAFT_CARRIER, auto_class, bare_modules, cache_name, is_experts
 from toolkit.errors import ModelError, first_line
 from toolkit.mtp.head import SwiGlu, causal_mask
 
@@ -182,7 +182,7 @@ def _run(
         position_embeddings=rotary(embedded, position_ids=positions),
         attention_mask=causal_mask(documents, None, None, additive=torch.float32),
         position_ids=positions,
-        past_key_values=None,
+        **{cache_name(): None},
     )
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result

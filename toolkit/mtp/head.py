@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpLayer
 
+from toolkit.architecture import cache_name
 from toolkit.errors import ModelError
 
 __all__ = ["MtpHead", "SwiGlu", "Trunk", "capture_hidden", "causal_mask", "every_hidden"]
@@ -180,7 +181,7 @@ class MtpHead(nn.Module):
             position_embeddings=trunk.angles(embedded, position_ids),
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            **{cache_name(): cache},
             **kwargs,
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output

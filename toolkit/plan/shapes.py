@@ -142,10 +142,13 @@ def rehearsal_versions() -> dict[str, str]:
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """The record of a published model (`scripts/record_plans.py` writes it); empty where it is of other versions."""
+    """The record of a published model (`scripts/record_plans.py` writes it); empty where it is of other versions.
+
+    Its `versions` are all those that it was found the same with.
+    """
     path = _FOLDER / "records" / _file(name).name
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record if record.get("versions") == rehearsal_versions() else {}
+    return record if rehearsal_versions() in record.get("versions", []) else {}
 
 
 def recorded_shapes(record: Mapping[str, Any]) -> Shapes | None:

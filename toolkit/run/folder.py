@@ -59,7 +59,7 @@ _FIRST = {LOCK, ".recipe.yaml.tmp"}
 """What lies in a run folder before its recipe does; a kill may leave it there."""
 
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-"""A first or second number of theirs that differs may change what is learnt; a third one is listed."""
+"""A first or second number of theirs that differs may change what is learnt: it must be allowed. A third is listed."""
 
 _WHAT: Mapping[str, str] = {
     "data": "the training examples differ",
@@ -233,8 +233,10 @@ def _read_recipe(path: Path) -> Recipe:
         raise ModelError(f"{path}: damaged or of another version ({error}); move the run folder away") from None
 
 
-def bind(resume: Resume, note: Callable[[str], None], **facts: Any) -> None:
+def bind(resume: Resume, note: Callable[[str], None], *, other_versions: bool = False, **facts: Any) -> None:
     """Bind a run to more facts, by the keys of a manifest: `recipe` (flat), `versions`, and those of `_WHAT`.
+
+    `other_versions`: whatever versions it began with, it goes on under those of `facts`.
 
     Raises:
         ModelError: the checkpoint was trained with something else that matters; the message has the diff.
@@ -244,7 +246,11 @@ def bind(resume: Resume, note: Callable[[str], None], **facts: Any) -> None:
         if "recipe" in facts:
             refuse_changes(run, changes(resume.checkpoint.facts["recipe"], facts["recipe"]), note)
         _refuse_other_facts(resume.checkpoint, facts)
-        _refuse_other_versions(run, resume.checkpoint.facts["versions"], facts.get("versions", {}), note)
+        changed = _changed_versions(resume.checkpoint.facts["versions"], facts.get("versions", {}))
+        if not other_versions:
+            _refuse_other_versions(run, changed)
+        for name, (old, new) in changed.items():
+            note(f"allowed change: {name} {old} -> {new}")
     resume.facts |= facts
 
 
@@ -287,18 +293,21 @@ def _rows_told(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"; examples: {old} -> {new}, {change}"
 
 
-def _refuse_other_versions(
-    run: Path, before: Mapping[str, str], now: Mapping[str, str], note: Callable[[str], None]
-) -> None:
-    for name in sorted(now):
-        old, new = str(before.get(name)), now[name]
-        if old.split(".")[:2] != new.split(".")[:2]:
-            raise ModelError(
-                f"{run}: was trained with {name} {old}, found {new}; install {name}=={old}, or add --fork to "
-                "start a new run from its weights"
-            )
-        if old != new:
-            note(f"allowed change: {name} {old} -> {new}")
+def _changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Name to the version there was and the one there is, of what is not the same."""
+    both = {name: (str(before.get(name)), now[name]) for name in sorted(now)}
+    return {name: (old, new) for name, (old, new) in both.items() if old != new}
+
+
+def _refuse_other_versions(run: Path, changed: Mapping[str, tuple[str, str]]) -> None:
+    """Raise `ModelError` where one of them differs in its first or second number."""
+    apart = {name: pair for name, pair in changed.items() if len({tuple(v.split(".")[:2]) for v in pair}) > 1}
+    if apart:
+        old, new = (", ".join(f"{name} {pair[which]}" for name, pair in apart.items()) for which in (0, 1))
+        raise ModelError(
+            f"{run}: was trained with {old}, found {new}; install what it was trained with, or add --other-versions to "
+            "go on with what is here, or --fork to start a new run from its weights"
+        )
 
 
 def versions() -> dict[str, str]:

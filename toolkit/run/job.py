@@ -66,16 +66,23 @@ class _Prepared:
     fork_of: RunFolder | None
     replan: Callable[..., Plan]
     """The same plan once more, with `stacks`."""
+    other_versions: bool
 
 
 def run(
-    recipe: Recipe, *, fork: bool = False, console: Console | None = None, stop: StopRequest | None = None
+    recipe: Recipe,
+    *,
+    fork: bool = False,
+    other_versions: bool = False,
+    console: Console | None = None,
+    stop: StopRequest | None = None,
 ) -> Finished:
     """Fine-tune as the recipe says; called again with the same recipe, it goes on from the last checkpoint.
 
     Args:
         recipe: as `load_recipe` reads it.
         fork: start a new run from the weights of the one in the recipe's folder.
+        other_versions: go on with a run that was begun under other minor versions of onecard and of the libraries.
         console: where progress and tables go; nowhere by default.
         stop: ends the run at the next step, saved; `toolkit.processes.signals_heeded` makes one of SIGTERM and SIGINT.
 
@@ -85,7 +92,7 @@ def run(
     console = console or Console(quiet=True)
     note = _once(console)
     with listening(console), ExitStack() as held:
-        prepared = _prepare(recipe, fork)
+        prepared = _prepare(recipe, fork, other_versions)
         folder = RunFolder(prepared.plan.folder)
         summary = broadcast(partial(_open, prepared, held, note))
         if summary is None:
@@ -95,7 +102,7 @@ def run(
     return Finished(folder.path, folder.adapter, summary)
 
 
-def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
+def _prepare(recipe: Recipe, fork: bool, other_versions: bool) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
     require_all_started()
     require_schedule(recipe.training.lr_scheduler_type, recipe.training.lr_scheduler_kwargs)
@@ -119,7 +126,7 @@ def _prepare(recipe: Recipe, fork: bool) -> _Prepared:
     check_folder_is_ours(plan.folder)
     join(plan.device)
     replan = partial(make_plan, plan.recipe, device=device, shape=shape)
-    return _Prepared(plan, tokenizer, batches, source if fork else None, replan)
+    return _Prepared(plan, tokenizer, batches, source if fork else None, replan, other_versions)
 
 
 def _open(prepared: _Prepared, held: ExitStack, note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -140,7 +147,8 @@ def _finish(
     plan, batches = prepared.plan, prepared.batches
     folder = RunFolder(plan.folder)
     with first_one_first():
-        checkpoint = find_checkpoint(plan, prepared.tokenizer, batches, note)
+        allowed = prepared.other_versions
+        checkpoint = find_checkpoint(plan, prepared.tokenizer, batches, note, other_versions=allowed)
     _write_plan(plan)
     show_plan(console, plan)
     plan.require_fit()

@@ -102,11 +102,17 @@ def require_packageable(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
 
 
 def find_checkpoint(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, batches: Batches, note: Callable[[str], None] = lambda line: None
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    note: Callable[[str], None] = lambda line: None,
+    *,
+    other_versions: bool = False,
 ) -> Resume:
     """The checkpoint that this run goes on from, if it may, and room for the next ones; cheap, so ask before loading.
 
     What is skipped or changed and allowed is noted. The base's weights are compared in `train`, once they are here.
+    `other_versions`: it may have been written under other minor versions of onecard and of the libraries.
 
     Raises:
         ModelError: the run in the plan's folder was trained with something else, or something else than its artifact
@@ -122,6 +128,7 @@ def find_checkpoint(
     bind(
         found,
         note,
+        other_versions=other_versions,
         recipe=flat(plan.recipe),
         data=data_sha256(batches.train),
         examples=len(batches.train),

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from toolkit.architecture import describe
+from toolkit.architecture import CACHE_NAMES, describe
 from toolkit.errors import ModelError, ResourceError, first_line, out_of_memory
 from toolkit.mtp.training import learn_after
 from toolkit.ops import keep_up_outputs
@@ -353,7 +353,7 @@ def isolate_documents(model: PeftModel) -> bool:
 
 def _mask_documents(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+    if positions is None or any(kwargs.get(name) is not None for name in ("attention_mask", *CACHE_NAMES)):
         return args, kwargs
     shape = torch.empty((*positions.shape, 1), dtype=decoder.dtype, device=positions.device)  # type: ignore[call-overload]
     masks = create_masks_for_generate(decoder.config, shape, None, None, position_ids=positions)

@@ -59,6 +59,10 @@ ELSEWHERE: tuple[tuple[str, str], ...] = (
     (r"onecard .*model-Q4_K_M\.gguf", "tests/parity/test_gguf_source.py::test_the_commands_of_the_page"),
     (r"mkdocs build", "tests/unit/test_documentation.py::test_it_builds_without_warnings"),
     (r"onecard --install-completion", f"{_SHELL}::test_completion_is_installed"),
+    (
+        r"bash scripts/(setup\.sh dev|test\.sh --stack) newest",
+        f"{_SHELL}::test_the_newest_stack_is_another_environment",
+    ),
     (r"bash scripts/setup\.sh", f"{_SHELL}::test_setup_leaves_a_current_environment_alone"),
     (r"bash scripts/test\.sh --card", f"{_SHELL}::test_the_tests_on_a_card_say_what_is_missing"),
     (r"bash scripts/test\.sh", f"{_SHELL}::test_the_checks_run_and_take_arguments"),

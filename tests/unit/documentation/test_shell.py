@@ -13,10 +13,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.unit.documentation.commands import ROOT, named_test, shown_in
 from tests.unit.documentation.warm import warm_python
@@ -36,17 +40,22 @@ def repository(folder: Path) -> Path:
     (folder / "scripts").mkdir()
     for name in ("setup.sh", "finetune.sh", "test.sh"):
         shutil.copy(ROOT / "scripts" / name, folder / "scripts")
-    for name in ("constraints.txt", "pyproject.toml"):
+    for name in ("constraints.txt", "constraints-newest.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    venv = folder / ".venv"
-    (venv / "bin").mkdir(parents=True)
-    hand_on(venv / "bin" / "python", PYTHON.format(asked=venv / "asked", python=sys.executable))
-    for name, words in (("onecard", "-m toolkit"), ("ruff", "-m ruff"), ("mypy", "-m mypy")):
-        hand_on(venv / "bin" / name, f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {words} "$@"\n')
-    (venv / "onecard-build").write_text("cpu")
-    (venv / "onecard-index").write_text(INDEX)
-    finish(folder)
+    make_environment(folder)
     return folder
+
+
+def make_environment(repository: Path, venv: str = ".venv", pins: str = "constraints.txt") -> None:
+    """A finished environment that hands on to this one."""
+    folder = repository / venv
+    (folder / "bin").mkdir(parents=True)
+    hand_on(folder / "bin" / "python", PYTHON.format(asked=folder / "asked", python=sys.executable))
+    for name, words in (("onecard", "-m toolkit"), ("ruff", "-m ruff"), ("mypy", "-m mypy")):
+        hand_on(folder / "bin" / name, f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {words} "$@"\n')
+    (folder / "onecard-build").write_text("cpu")
+    (folder / "onecard-index").write_text(INDEX)
+    finish(repository, folder, pins)
 
 
 def hand_on(path: Path, text: str) -> None:
@@ -54,11 +63,11 @@ def hand_on(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def finish(repository: Path) -> None:
+def finish(repository: Path, venv: Path, pins: str) -> None:
     """Stamp the environment as complete at these versions, in this place."""
-    content = b"".join((repository / name).read_bytes() for name in ("constraints.txt", "pyproject.toml"))
+    content = b"".join((repository / name).read_bytes() for name in (pins, "pyproject.toml"))
     digest = hashlib.sha256(content + bytes(repository.resolve())).hexdigest()
-    (repository / ".venv" / "onecard-dev").write_text(f"{digest}  -\n")
+    (venv / "onecard-dev").write_text(f"{digest}  -\n")
 
 
 def shell(repository: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -88,6 +97,42 @@ def test_setup_installs_where_versions_have_changed(repository: Path) -> None:
     assert shell(repository, "bash", "scripts/setup.sh").stderr == ""
     assert len((repository / ".venv" / "asked").read_text().splitlines()) == 2
     assert shell(repository, "bash", "scripts/setup.sh", "all").returncode == 2
+
+
+def test_the_newest_stack_is_another_environment(repository: Path) -> None:
+    before = (repository / ".venv" / "onecard-dev").read_text()
+    make_environment(repository, ".venv-newest", "constraints.txt")  # of other versions than are asked for
+    for _ in range(2):
+        done = shell(
+            repository, "bash", "scripts/setup.sh", "dev", "newest", PATH=f"{repository}/.venv/bin:/usr/bin:/bin"
+        )
+        assert done.returncode == 0, done.stderr
+    asked = (repository / ".venv-newest" / "asked").read_text().splitlines()
+    assert len(asked) == 2
+    assert all("-c constraints-newest.txt" in line for line in asked)
+    assert not (repository / ".venv" / "asked").exists()
+    assert (repository / ".venv" / "onecard-dev").read_text() == before
+    hand_on(repository / ".venv-newest" / "bin" / "ruff", "#!/bin/sh\necho the newest, asked to $1\nexit 9\n")
+    done = shell(repository, "bash", "scripts/test.sh", "--stack", "newest")
+    assert (done.returncode, done.stdout) == (9, "the newest, asked to check\n")
+    assert shell(repository, "bash", "scripts/setup.sh", "dev", "latest").returncode == 2
+    for words in (["--stack"], ["--stack", "latest"]):
+        done = shell(repository, "bash", "scripts/test.sh", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "oldest|newest" in done.stderr
+
+
+def test_both_stacks_are_within_what_is_declared() -> None:
+    """Every package of the project's own list has one version in each file, and the two of transformers differ."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    versions = []
+    for name in ("constraints.txt", "constraints-newest.txt"):
+        lines = (line for line in (ROOT / name).read_text().splitlines() if "==" in line and not line.startswith("#"))
+        pins = {canonicalize_name(package): version for package, _, version in (line.partition("==") for line in lines)}
+        for requirement in map(Requirement, declared):
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (name, requirement)
+        versions.append(pins["transformers"])
+    assert Version(versions[0]) < Version(versions[1])
 
 
 SMI = """\

@@ -66,6 +66,7 @@ def put_in(monkeypatch: pytest.MonkeyPatch, library: Library | None, built_for: 
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # a CUDA build would load the driver's other library
     monkeypatch.setattr(torch.version, "cuda", built_for)
 
 

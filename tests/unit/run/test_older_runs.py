@@ -31,7 +31,7 @@ def older(tmp_path: Path) -> Path:
 
 def test_a_stopped_run_goes_on(onecard: Run, older: Path) -> None:
     run = RunFolder(older / "stopped")
-    status, _, err = onecard("train", run.recipe, *HERE, f"training.output_dir={run.path}")
+    status, _, err = onecard("train", run.recipe, *HERE, f"training.output_dir={run.path}", "--other-versions")
     assert status == 0, err
     assert "resuming from checkpoint-3" in err
     summary, finished = run.read_summary(), RunFolder(older / "finished").read_summary()

@@ -354,7 +354,8 @@ def gather_sum_kernel(rows_ptr, place_ptr, weight_ptr, out_ptr, H, K: tl.constex
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(K):
         place = tl.load(place_ptr + t * K + k).to(tl.int64)
-        value = tl.load(rows_ptr + place * H + h, mask=(h < H) & (place >= 0), other=0).to(tl.float32)
+        # The mask of one comparison: Triton 3.9's interpreter refuses one of a row and a single truth value.
+        value = tl.load(rows_ptr + place * H + h, mask=h < tl.where(place >= 0, H, 0), other=0).to(tl.float32)
         if weight_ptr is not None:
             value *= tl.load(weight_ptr + t * K + k).to(tl.float32)
         acc += value
