@@ -182,6 +182,13 @@ SEAMS = (
         "_attn_implementation",
     ),
     *_at(
+        "transformers.modeling_utils.PreTrainedModel",
+        "architecture",
+        "to know who leaves masks to an attention function",
+        "_supports_flash_attn",
+        "_supports_flex_attn",
+    ),
+    *_at(
         "transformers.configuration_utils.PreTrainedConfig",
         "adapters mtp quant",
         "to see and set which backend experts compute with",

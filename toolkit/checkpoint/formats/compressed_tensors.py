@@ -234,11 +234,11 @@ def _unpack_integers(
     parts: Tensors, *, bits: int, columns: int, group: int, across: bool, zeros_across: bool
 ) -> Tensor:
     """(q − z) · s; codes are stored with half their range added, zero points too."""
-    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float() - 2 ** (bits - 1)
+    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float().sub_(2 ** (bits - 1))
     scale, zero = _scale_and_zero(parts, bits=bits, columns=columns, group=group, zeros_across=zeros_across)
     if zero is not None:
-        codes -= zero
-    return codes * scale
+        codes.sub_(zero)
+    return codes.mul_(scale)
 
 
 def _scale_and_zero(
