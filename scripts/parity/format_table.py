@@ -250,7 +250,8 @@ def _table(rows: list[Row]) -> str:
             sum(getattr(row, what) for row in found) for what in ("equal", "weights", "same", "stacks")
         )
         apart = max(row.apart for row in found)
-        lines.append(f"| {name} | {equal}/{weights} | {same}/{stacks} | {f"{apart:.0e}" if apart else 0} | {' | '.join(cells)} |")
+        far = f"{apart:.0e}" if apart else "0"
+        lines.append(f"| {name} | {equal}/{weights} | {same}/{stacks} | {far} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. `{error}`" for error, number in errors.items())]) + "\n"
 
 

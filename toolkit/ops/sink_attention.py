@@ -60,7 +60,9 @@ def attention_with_sinks(
     scaling: float = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     dropout: float = kwargs.get("dropout") or 0.0
     if attention_mask is None:
-        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
+            None, None
+        ]
     attend = _few if queries <= _FEW and not dropout else _many
     output = attend(query, key, value, attention_mask[..., :keys], sinks.to(query.dtype), scaling, dropout)
     return output.transpose(1, 2).contiguous(), None

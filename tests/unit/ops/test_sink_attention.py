@@ -45,7 +45,9 @@ def test_values_and_gradients_are_those_of_the_definition(queries: int, kind: st
     wanted = by_definition(*tensors[:3], seen, tensors[3], scale)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # fp32 where there are few queries
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for ours, theirs in zip(*(torch.autograd.grad((y * direction).sum(), tensors) for y in (found, wanted)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * direction).sum(), tensors) for y in (found, wanted)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

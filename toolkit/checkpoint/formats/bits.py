@@ -31,9 +31,7 @@ _SIGNED = torch.tensor((*E2M1, *(-value for value in E2M1)))
 _PAIRS = torch.stack((_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)), -1)
 """Of each byte, [256, 2]: the low nibble comes first."""
 _BYTES = torch.arange(256, dtype=torch.uint8)
-_CODES = {
-    bits: (_BYTES[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1) for bits in (1, 2, 4)
-}
+_CODES = {bits: (_BYTES[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (2**bits - 1) for bits in (1, 2, 4)}
 """By width: the codes in each byte, uint8 [256, 8 / bits], lowest bits first."""
 _AS_ONE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 FP4_LEVELS = tuple(sorted({-value for value in E2M1} | set(E2M1)))
