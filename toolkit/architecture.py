@@ -131,8 +131,7 @@ def can_attend_with_sinks(model: PreTrainedModel) -> bool:
 
     A model that takes none but its own function builds masks for that one: sparse attention does.
     """
-    config = model.config
-    takes_others = model._supports_flash_attn or model._supports_flex_attn
+    config, takes_others = model.config, model._supports_flash_attn
     return config._attn_implementation == "eager" and not config.sub_configs and takes_others and _names(model, "s_aux")
 
 
