@@ -67,7 +67,10 @@ def _schemes(files: Files, module: str) -> list[Mapping[str, Any]]:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             continue
-        for target in map(str, group.get("targets") or ()):
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else [targets]:
+            if not isinstance(target, str):
+                continue
             if target == module or _matches(target, module) or _is_class(target):
                 stored = str(group.get("format") or files.declared.get("format") or "")
                 found[_is_class(target), target.startswith("re:"), target] = {**weights, "format": stored}
