@@ -157,7 +157,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rehearsed-") as temporary:
         folder = (given.keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / "run", ignore_errors=True)
+        for made in ("run", "model"):
+            shutil.rmtree(folder / made, ignore_errors=True)
         machine = Machine(folder, setting(card, given.values, given.races))
         machine = machine.with_card(other=int(given.other * 2**30))
         began = time.perf_counter()

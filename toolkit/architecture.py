@@ -54,6 +54,7 @@ __all__ = [
     "bare_modules",
     "cache_name",
     "can_attend_per_document",
+    "can_attend_with_sinks",
     "describe",
     "expert_parameters",
     "is_experts",
@@ -132,13 +133,23 @@ def can_attend_per_document(model: PreTrainedModel) -> bool:
     attention does, and leaves its own mask out under any other.
     """
     config = model.config
-    return config._attn_implementation == "sdpa" and not config.sub_configs and not _asks_for_sdpa(model)
+    return config._attn_implementation == "sdpa" and not config.sub_configs and not _names(model, "sdpa")
 
 
-def _asks_for_sdpa(model: nn.Module) -> bool:
+def can_attend_with_sinks(model: PreTrainedModel) -> bool:
+    """Whether layers hand their sinks to an attention function, and compute them in plain operations without one.
+
+    A model that takes none but its own function builds masks for that one: sparse attention does.
+    """
+    config, takes_others = model.config, model._supports_flash_attn
+    return config._attn_implementation == "eager" and not config.sub_configs and takes_others and _names(model, "s_aux")
+
+
+def _names(model: nn.Module, word: str) -> bool:
+    """Whether a forward has this text, or an argument of this name."""
     forwards = (inspect.unwrap(kind.forward) for kind in {type(module) for module in model.modules()})
     constants = (constant for forward in forwards for constant in forward.__code__.co_consts)
-    return any(constant == "sdpa" or (isinstance(constant, tuple) and "sdpa" in constant) for constant in constants)
+    return any(constant == word or (isinstance(constant, tuple) and word in constant) for constant in constants)
 
 
 def strip_index(name: str) -> str:

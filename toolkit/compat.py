@@ -181,6 +181,7 @@ SEAMS = (
         "to mask and attend as the loaded model does",
         "_attn_implementation",
     ),
+    *_at("transformers.modeling_utils.PreTrainedModel", "architecture", "to know who masks", "_supports_flash_attn"),
     *_at(
         "transformers.configuration_utils.PreTrainedConfig",
         "adapters mtp quant",

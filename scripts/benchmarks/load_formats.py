@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Peak anonymous memory and time of loading a checkpoint of packed int4 into int8, against the same model in bf16.
 
-    .venv/bin/python scripts/benchmarks/load_formats.py FOLDER [--gigabytes 1] [--experts 64] [--json]
+    .venv/bin/python scripts/benchmarks/load_formats.py FOLDER [--gigabytes 1] [--experts 64] [--alone] [--json]
 
 Makes once, in FOLDER, a Qwen3-MoE of random int4 codes as compressed-tensors packs them (groups of 128, one tensor a
 projection and expert), so many GB of it, and one of random bf16 weights with the same shapes. Loads each in a process
-of its own, as `load.py` does. Beside it: reading the files' bytes, and one core's unpacking and rounding.
+of its own, as `load.py` does, and `--alone` the first one only. Beside it: reading the files' bytes, and one core's
+unpacking and rounding; which of them binds, and processor time beside the clock's, which others on the machine stretch.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def unpacking_speed(folder: Path, seconds: float = 2.0) -> float:
     with Shards(name, folder, declared_format(name, read_config(name))) as shards:
         keys = [key for key in shards.keys if ".experts." in key]
         shards.slice(keys[0]).read()
-        started = time.perf_counter()
-        while (spent := time.perf_counter() - started) < seconds:
+        started = time.process_time()
+        while (spent := time.process_time() - started) < seconds:
             part = shards.slice(keys[done % len(keys)])
             part.read()
             done += 1
@@ -102,37 +103,44 @@ def unpacking_speed(folder: Path, seconds: float = 2.0) -> float:
     return done * size / spent
 
 
-def measure(int4: Path, bf16: Path) -> dict[str, Any]:
+def measure(folders: dict[str, Path]) -> dict[str, Any]:
     """Every figure, in bytes and seconds; the files are read once before, so all of it is from memory."""
     figures: dict[str, Any] = {}
-    for name, folder in (("int4", int4), ("bf16", bf16)):
+    for name, folder in folders.items():
         figures[f"{name}_file_bytes"] = sum(path.stat().st_size for path in files(folder))
         read_seconds(folder, False)
         figures[f"{name}_read"] = read_seconds(folder, False)
         figures[f"{name}_load"] = watched(folder, "bfloat16", False)
-    figures["unpacking_bytes_per_second"] = unpacking_speed(int4)
+    figures["unpacking_bytes_per_second"] = unpacking_speed(folders["int4"])
     figures["rounding_bytes_per_second"] = quantizing_speed(2 * INTERMEDIATE, HIDDEN)
     return figures
 
 
 def show(figures: dict[str, Any]) -> None:
     """For people."""
-    for name in ("int4", "bf16"):
-        size, load = figures[f"{name}_file_bytes"], figures[f"{name}_load"]
+    loads = {name: figures[f"{name}_load"] for name in ("int4", "bf16") if f"{name}_load" in figures}
+    for name, load in loads.items():
+        size = figures[f"{name}_file_bytes"]
         print(
             f"{name}: {size / 1e9:.2f} GB, read in {figures[f'{name}_read']:.1f} s, loaded in {load['seconds']:.1f} s "
             f"({load['cpu_seconds']:.1f} s of CPU), result {load['bytes'] / 1e6:.0f} MB, RssAnon "
             f"{load['before'] / 1e6:.0f} -> {load['peak'] / 1e6:.0f} MB at most"
         )
-    unpack = figures["int4_file_bytes"] / figures["unpacking_bytes_per_second"]
-    rounds = figures["bf16_file_bytes"] / figures["rounding_bytes_per_second"]
-    bound, taken = figures["int4_read"] + unpack + rounds, figures["int4_load"]["seconds"]
+    size, load = figures["int4_file_bytes"], loads["int4"]
+    parts = {
+        "reading": figures["int4_read"],
+        "unpacking": size / figures["unpacking_bytes_per_second"],
+        "rounding": size * BITS_OF_BF16 / figures["rounding_bytes_per_second"],
+    }
+    told = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in parts.items())
+    bound = parts["reading"] + parts["unpacking"]
     print(
-        f"int4: one core unpacks {figures['unpacking_bytes_per_second'] / 1e6:.0f} MB/s: {unpack:.1f} s; with reading "
-        f"and rounding {bound:.1f} s; loading takes {taken / bound:.2f} × that"
+        f"int4: {told}, each on one core; {max(parts, key=parts.__getitem__)} binds. Loading takes "
+        f"{load['seconds'] / bound:.2f} × reading and unpacking, {load['seconds'] / sum(parts.values()):.2f} × all "
+        f"three; of CPU {load['cpu_seconds'] / bound:.2f} × and {load['cpu_seconds'] / sum(parts.values()):.2f} ×"
     )
-    apart = (figures["int4_load"]["peak"] - figures["bf16_load"]["peak"]) / 1e6
-    print(f"peak of int4 over that of bf16: {apart:+.0f} MB")
+    if "bf16" in loads:
+        print(f"peak of int4 over that of bf16: {(load['peak'] - loads['bf16']['peak']) / 1e6:+.0f} MB")
 
 
 def main() -> None:
@@ -141,15 +149,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the packed files")
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--alone", action="store_true", help="without the bf16 model, four times as large")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     settings = config(options.gigabytes * BITS_OF_BF16, options.experts)
-    int4, bf16 = options.folder / "int4", options.folder / "bf16"
-    if not (int4 / "config.json").exists():
-        make_int4(int4, settings)
-    if not (bf16 / "config.json").exists():
-        make(bf16, settings)
-    figures = measure(int4, bf16)
+    folders = {"int4": options.folder / "int4"} | ({} if options.alone else {"bf16": options.folder / "bf16"})
+    for name, folder in folders.items():
+        if not (folder / "config.json").exists():
+            (make_int4 if name == "int4" else make)(folder, settings)
+    figures = measure(folders)
     print(json.dumps(figures, indent=2)) if options.json else show(figures)
 
 

@@ -86,6 +86,7 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
     from toolkit.labels import IGNORED
     from toolkit.mtp.build import new_head
     from toolkit.mtp.training import HeadTraining
+    from toolkit.ops.sink_attention import attend_with_sinks
     from toolkit.training import RunContext, train_adapter
     from toolkit.training.memory import anonymous_memory, peak_of
 
@@ -101,6 +102,7 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
 
     before = anonymous_memory()
     model = _streamed(folder, placement) if placement else _resident(_config(case))
+    attend_with_sinks(model)
     adapted = attach_lora(model, **recipe.lora.model_dump(exclude={"adapter_name_or_path"}))
     arguments = recipe.training.model_dump(exclude={"output_dir"})
     head = HeadTraining(new_head(adapted.get_base_model()), adapted, depth=case.drafts) if case.drafts else None

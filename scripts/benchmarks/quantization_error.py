@@ -2,7 +2,7 @@
 """What fewer bits cost a model, rounded plainly and with error compensation: held-out loss, and output error by layer.
 
     .venv/bin/python scripts/benchmarks/quantization_error.py MODEL CALIBRATION.jsonl[,…] HELD_OUT.jsonl[,…] \
-        [--calibration 512] [--held-out 300] [--max-length 256] [--four-bit] [--bits 6] [--json]
+        [--calibration 512] [--held-out 300] [--max-length 256] [--four-bit] [--bits 6] [--linears none] [--json]
 
 Calibration and held-out examples come from different files. The output error of a part (a linear, an expert stack) is
 |X(W - Ŵ)ᵀ| / |XWᵀ| for X the inputs it has in the fp32 model on the held-out examples, an expert's rows weighted by its
@@ -11,7 +11,7 @@ routing weights; a layer's is the mean over its parts. `whole` is the error of w
 difference to fp32 has the standard error over examples, since tokens of one example are not independent. With
 --four-bit the experts are also in int4, plain and compensated; in a mixture of int4 and int8 layers of at most --bits
 bits a weight, scales included, chosen as `quantization.budget` does, likewise; in MXFP4; and in bitsandbytes' NF4 in
-blocks of 64, whose linears stay fp32, where ours are int8.
+blocks of 64, whose linears stay fp32, where ours are int8. With --linears none all stay fp32.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def main() -> None:
     kinds = ("int8", "int4") if arguments.four_bit else ("int8",)
     models: Models = {}
     for kind in kinds:
-        models[kind] = load_int8(arguments.model, experts=kind)[0]
-        models[f"{kind}+gptq"] = load_int8(arguments.model, experts=kind)[0]
+        models[kind] = load_int8(arguments.model, experts=kind, linears=arguments.linears)[0]
+        models[f"{kind}+gptq"] = load_int8(arguments.model, experts=kind, linears=arguments.linears)[0]
         started = time.monotonic()
         report = compensate_model(models[f"{kind}+gptq"], arguments.model, calibration)
         seconds = time.monotonic() - started
     if arguments.four_bit:
         chosen = _mixture(arguments, calibration, models["int4"])
         for name in ("mixed", "mixed+gptq"):
-            models[name] = load_int8(arguments.model, experts="int4", stacks=chosen)[0]
+            models[name] = load_int8(arguments.model, experts="int4", linears=arguments.linears, stacks=chosen)[0]
         compensate_model(models["mixed+gptq"], arguments.model, calibration)
-        models["mxfp4"] = load_int8(arguments.model, experts="mxfp4")[0]
+        models["mxfp4"] = load_int8(arguments.model, experts="mxfp4", linears=arguments.linears)[0]
         models["nf4"] = _in_nf4(load_int8(arguments.model, experts="none", linears="none")[0])
     layers, whole = {}, {}
     for layer, errors, outputs in _layer_errors(original, models, held_out):
@@ -126,6 +126,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--four-bit", action="store_true")
     parser.add_argument("--bits", type=float, default=6.0)
+    parser.add_argument("--linears", choices=("int8", "none"), default="int8")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

@@ -4,7 +4,8 @@
 
 Runs in the environment of a package that knows the format, without onecard. A job holds `tokens` (ids), `seconds`,
 `out` and `models`, {name: folder}. Each model is loaded in a process of its own, forked once transformers is there, so
-that nothing that one leaves behind changes the next. OUT/NAME.safetensors holds `logits`, OUT/NAME.txt an error.
+that nothing that one leaves behind changes the next. OUT/NAME.safetensors holds `logits`, OUT/NAME.txt an error. What
+fp32 cannot be asked of is loaded in the files' own type.
 """
 
 from __future__ import annotations
@@ -58,13 +59,25 @@ def main(job: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _load(folder: Path, tokens: list[int], out: Path) -> None:
-    """In fp32 on the CPU; logits [T, V]."""
+    """On the CPU; logits [T, V]."""
     declared = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     how: dict[str, Any] = {}
     if (wanted := MULTIPLIED_OUT.get(str(declared.get("quant_method")))) is not None:
         how["quantization_config"] = getattr(transformers, wanted[0])(**wanted[1])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
-    save_file({"logits": model(torch.tensor([tokens])).logits[0].float().contiguous()}, out)
+    try:
+        logits = _logits(folder, tokens, dtype=torch.float32, **how)
+    except Exception as in_fp32:
+        try:
+            logits = _logits(folder, tokens, dtype="auto", **how)
+        except Exception:
+            raise in_fp32 from None
+    save_file({"logits": logits}, out)
+
+
+def _logits(folder: Path, tokens: list[int], **how: Any) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0].float().contiguous()
+    return logits
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _EXPERT = re.compile(
     r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.(?:experts|switch_mlp)\.(?:(\d+)\.)?(?:switch_mlp\.)?"
     r"(gate_up|gate|up|down|w1|w2|w3)(?:_proj)?(?:\.(weight|bias)|_(bias))?$"
 )
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _ROLES = {"w1": "gate", "w2": "down", "w3": "up"}
 
 Tensors = dict[str, torch.Tensor]
@@ -62,7 +63,7 @@ def save_twin(folder: Path, out: Path) -> None:
     family = family_of(folder)
     told = json.loads((folder / "expected.json").read_text())
     stored, expected = load_file(folder / "model.safetensors"), load_file(folder / "expected.safetensors")
-    plain = {name: tensor for name, tensor in stored.items() if tensor.dtype in (torch.bfloat16, torch.float16)}
+    plain = {name: tensor for name, tensor in stored.items() if tensor.dtype in _PLAIN}
     found = dict(piece for name, tensor in {**plain, **expected}.items() for piece in pieces(name, tensor, family))
     if told["package"] == "GPTQModel" and family == "gpt_oss":
         found |= _by_turns(found)

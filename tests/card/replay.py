@@ -48,6 +48,8 @@ _WITH_SOLVERS = (
 )  # fmt: skip
 _MAY_WAIT = {"aten::_grouped_mm"}
 """Operators whose own path waits for values that it does not compute itself: where each group ends."""
+_COMPILED = {"aten::digamma", "aten::erfinv", "aten::exp2", "aten::i0", "aten::lgamma", "aten::sinc"}
+"""Operators that torch compiles for the card when they are first asked for, as it does all special ones."""
 _COPIES = {"aten::copy_", "aten::_to_copy", "aten::_copy_from"}
 
 
@@ -132,7 +134,7 @@ class Card(TorchDispatchMode):
             return self.copied(func, name, args, kwargs)
         if _needs_values(func, name, args, kwargs):
             return _at_once(func, args, kwargs)
-        if name.startswith("aten::special_"):  # torch compiles these for the card when they are first asked for
+        if name.startswith("aten::special_") or name in _COMPILED:
             real = torch.empty_like(args[0])
             self.queued(func, args, kwargs, real, None)
             return real

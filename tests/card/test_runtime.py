@@ -144,6 +144,18 @@ torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5).sum().i
     assert "dropout inside an attention kernel is not rehearsed" in done.stderr
 
 
+def test_what_torch_compiles_for_the_card_when_asked_is_rehearsed(machine: Machine) -> None:
+    program = """
+import torch
+from tests.card import replay
+replay.install()
+x = torch.tensor([-2.0, 0.0, 3.0], device="cuda")
+print(torch.exp2(x).tolist(), torch.special.exp2(x).tolist(), torch.lgamma(x.exp2()).tolist()[1])
+"""
+    done = machine.python("-c", program)
+    assert done.stdout.split(" ") == ["[0.25,", "1.0,", "8.0]", "[0.25,", "1.0,", "8.0]", "0.0\n"], done.stderr
+
+
 def test_a_lost_context_stays_lost(machine: Machine) -> None:
     program = """
 import torch

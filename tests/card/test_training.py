@@ -109,3 +109,20 @@ print(sum(kernels.launches.values()))
     for interpreted, replayed in (("1", "0"), ("0", "1")):
         done = machine.python("-c", program, more={"TRITON_INTERPRET": interpreted})
         assert done.stdout.split() == [replayed], done.stderr
+
+
+def test_whole_logits_are_counted_on_the_card(machine: Machine) -> None:
+    """As where TRL's fused head does not compute what a family does."""
+    program = """
+import torch
+from types import SimpleNamespace
+from accelerate import Accelerator
+from tests.card import replay
+replay.install()
+from toolkit.training.trainer import AdapterTrainer
+logits, labels, told = 9 * torch.eye(4), torch.tensor([0, 1, 2, 0]), {"entropy": [], "mean_token_accuracy": []}
+AdapterTrainer._count_hits(SimpleNamespace(accelerator=Accelerator()), logits.cuda(), labels.cuda(), told)
+print(told["mean_token_accuracy"])
+"""
+    done = machine.python("-c", program)
+    assert done.stdout == "[0.75]\n", done.stderr

@@ -98,6 +98,12 @@ class PackedSlice(Unread):
         super().__init__(packed.shape, rows)
         self.packed, self._slices = packed, parts
 
+    @property
+    def nbytes(self) -> int:
+        """As the headers say where these are all rows."""
+        is_all = (self._first, self._last) == (0, self._whole[0])
+        return self.packed.bytes if is_all and self.packed.bytes else super().nbytes
+
     def get_dtype(self) -> str:
         """The format in words."""
         return self.packed.stored
@@ -161,7 +167,7 @@ class PackedSlice(Unread):
     def _parts(self, begin: int, end: int) -> Iterator[tuple[str, Tensor]]:
         for name, axis, first, last in self.packed.spans(begin, end):
             tensor = self._slices[self.packed.parts[name].key][...]
-            if axis is not None:
+            if axis is not None and (first or last < tensor.shape[axis]):
                 tensor = tensor.narrow(axis, first, min(last, tensor.shape[axis]) - first)
             yield name, tensor
 

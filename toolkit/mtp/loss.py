@@ -16,6 +16,7 @@ import torch
 
 from toolkit.labels import IGNORED
 from toolkit.mtp.head import MtpHead, Trunk, causal_mask
+from toolkit.ops.sink_attention import SINKS
 
 __all__ = ["Chain", "DepthLoss", "Rows", "Teacher", "head_loss", "rows_at_once", "weights_of_depths"]
 
@@ -147,9 +148,9 @@ class Chain:
         self.head, self.trunk, self.rows = head, trunk, rows
         self.recurs = depth > len(head.layers)
         # What repeats a layer needs a mask of its own kind, which attention by documents does not take.
-        if self.recurs and head.config._attn_implementation not in {"eager", "sdpa"}:
+        if self.recurs and head.config._attn_implementation not in {"eager", "sdpa", SINKS}:
             head.follow_attention("sdpa")
-        apart = head.config._attn_implementation.startswith("onecard_") and "cu_seq_lens_q" in rows.bounds
+        apart = head.config._attn_implementation not in {"eager", "sdpa", SINKS} and "cu_seq_lens_q" in rows.bounds
         self.kwargs = dict(rows.bounds) if apart and trunk.window is None else {}
         self.additive = torch.float32 if head.config._attn_implementation == "eager" else None
         self.mask = None if self.kwargs else self._mask()

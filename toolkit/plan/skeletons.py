@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 from toolkit.architecture import describe, on_meta
 from toolkit.checkpoint.config import skeleton
 from toolkit.mtp.cost import config_number, experts_per_token, head_parameters
+from toolkit.ops.sink_attention import attend_with_sinks
 from toolkit.plan.shapes import Shapes, is_published, published_config
 
 __all__ = ["shape_of", "shapes_of"]
@@ -29,6 +30,8 @@ def shape_of(name: str, revision: str = "main", attn_implementation: str = "auto
         model = on_meta(AutoConfig.for_model(values.pop("model_type"), **values))
     if attn_implementation in ("eager", "sdpa"):
         model.set_attn_implementation(attn_implementation)
+    elif attn_implementation == "auto":
+        attend_with_sinks(model)
     return model
 
 

@@ -179,7 +179,7 @@ class Round(ConversionOps):  # type: ignore[misc]
                 self.workspace.round(piece[0], inputs, mine, name, slice(first, last))
                 first = last
             if self.workspace.saw(parts):
-                self.workspace.requantised.zero_experts += not any(bool(piece.any()) for piece in pieces)
+                self.workspace.requantised.zero_experts += all(_is_zero(piece) for piece in pieces)
                 if expert == 0:
                     found = multiplied_out(mine, name, is_transposed=inputs == -2)
                     self.workspace.requantised.compare(torch.cat(pieces, outputs)[0], found, inputs)
@@ -239,6 +239,11 @@ class Round(ConversionOps):  # type: ignore[misc]
         if type(module).__name__ == "Linear8bitLt" and leaf == "weight":
             return dict(Bnb8bitQuantize(None).convert({name: value}, model=model))
         return {name: value if self.dtype is None else value.to(self.dtype)}
+
+
+def _is_zero(piece: torch.Tensor) -> bool:
+    """Whether nothing is in a piece [1, ., .]; its first row mostly tells."""
+    return not bool(piece[:, :1].any()) and not bool(piece.any())
 
 
 def _works_on_one_expert(operation: ConversionOps) -> bool:

@@ -52,7 +52,8 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype of what is not int8; `auto` is bfloat16 on a card and float32 on a CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """transformers' attention backend; `auto` is its own choice for the family. Packing is exact on every one."""
+    """transformers' attention backend; `auto` is its own choice for the family, and SDPA where that is eager because of
+    attention sinks (gpt-oss). Packing is exact on every one."""
 
 
 class LoraSection(Section):

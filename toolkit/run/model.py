@@ -20,6 +20,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
+from toolkit.ops.sink_attention import attend_with_sinks
 from toolkit.plan import Plan, device_memory, make_plan
 from toolkit.plan.skeletons import shape_of
 from toolkit.processes import first_one_first, join
@@ -90,10 +91,14 @@ def load_frozen(plan: Plan) -> PreTrainedModel:
         "experts_implementation": plan.backend,
         "stacks": plan.stacks,
     }
-    if not streamed(plan.placement):
-        return load_int8(plan.model, **options)[0]
-    refuse_streamed_compensation(plan)
-    return load_streamed(plan.model, plan.placement, **options)[0]
+    if streamed(plan.placement):
+        refuse_streamed_compensation(plan)
+        model = load_streamed(plan.model, plan.placement, **options)[0]
+    else:
+        model = load_int8(plan.model, **options)[0]
+    if plan.recipe.model.attn_implementation == "auto":
+        attend_with_sinks(model)
+    return model
 
 
 def refuse_streamed_compensation(plan: Plan) -> None:

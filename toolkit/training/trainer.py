@@ -93,7 +93,8 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
 
     def _count_hits(self, logits: torch.Tensor, targets: torch.Tensor, metrics: dict[str, list[float]]) -> None:
         entropy, hits = entropy_and_hits(logits, targets)
-        sums = torch.stack([entropy, hits.to(entropy.dtype), torch.tensor(float(len(targets)))])
-        entropies, right, count = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
-        metrics["entropy"].append(entropies / max(1.0, count))
-        metrics["mean_token_accuracy"].append(right / max(1.0, count))
+        count = torch.full_like(entropy, float(len(targets)))
+        sums = torch.stack([entropy, hits.to(entropy.dtype), count])
+        entropies, right, counted = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
+        metrics["entropy"].append(entropies / max(1.0, counted))
+        metrics["mean_token_accuracy"].append(right / max(1.0, counted))

@@ -169,6 +169,10 @@ UNKNOWN: dict[str, tuple[Callable[[Case], object], str]] = {
         lambda case: [group.update(format="marlin-24") for group in case.declared["config_groups"].values()],
         "stored as marlin-24",
     ),
+    "compressed-tensors-mxfp6": (
+        lambda case: [group.update(targets=-1) for group in case.declared["config_groups"].values()],
+        "no group of the",
+    ),
     "gptqmodel-v1-8-asym": (lambda case: case.declared.update(bits=4), "no weight of the 4 bits"),
     "autoawq-gemv": (lambda case: case.declared.update(group_size="all"), "a group_size of 'all'"),
     "hqq-4-axis-1": (

@@ -67,7 +67,10 @@ def _schemes(files: Files, module: str) -> list[Mapping[str, Any]]:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             continue
-        for target in map(str, group.get("targets") or ()):
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else [targets]:
+            if not isinstance(target, str):
+                continue
             if target == module or _matches(target, module) or _is_class(target):
                 stored = str(group.get("format") or files.declared.get("format") or "")
                 found[_is_class(target), target.startswith("re:"), target] = {**weights, "format": stored}
@@ -234,11 +237,11 @@ def _unpack_integers(
     parts: Tensors, *, bits: int, columns: int, group: int, across: bool, zeros_across: bool
 ) -> Tensor:
     """(q − z) · s; codes are stored with half their range added, zero points too."""
-    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float() - 2 ** (bits - 1)
+    codes: Tensor = fields(parts["packed"], bits, columns, across=across).float().sub_(2 ** (bits - 1))
     scale, zero = _scale_and_zero(parts, bits=bits, columns=columns, group=group, zeros_across=zeros_across)
     if zero is not None:
-        codes -= zero
-    return codes * scale
+        codes.sub_(zero)
+    return codes.mul_(scale)
 
 
 def _scale_and_zero(

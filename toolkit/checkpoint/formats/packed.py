@@ -128,7 +128,8 @@ class Packed:
     def spans(self, first: int, last: int) -> Iterator[tuple[str, int | None, int, int]]:
         """Where rows `first` to `last` lie: (part, axis, from, to) of each; `first` is a multiple of `step`."""
         for name, part in self.parts.items():
-            yield name, part.axis, math.floor(first / part.rows), math.ceil(last / part.rows)
+            many, one = part.rows.numerator, part.rows.denominator
+            yield name, part.axis, first * one // many, -(-last * one // many)
 
 
 @dataclass(frozen=True)
