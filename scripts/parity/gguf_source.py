@@ -35,12 +35,13 @@ from layouts import NANO, family_parser  # noqa: E402
 from llama_cpp import TOKENS, other_side  # noqa: E402
 
 from tests.harness.families import build, tiny_config  # noqa: E402
-from toolkit.architecture import GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_TAKES_FOR_GRANTED, auto_class  # noqa: E402
+from toolkit.architecture import auto_class  # noqa: E402
 from toolkit.checkpoint.formats.gguf import GgufCheckpoint, read_gguf  # noqa: E402
 from toolkit.checkpoint.formats.gguf_config import is_named, model_types  # noqa: E402
 from toolkit.checkpoint.formats.gguf_undo import can_multiply_out, multiply_out  # noqa: E402
 from toolkit.checkpoint.weights import PackedSlice  # noqa: E402
 from toolkit.errors import ModelError  # noqa: E402
+from toolkit.families import GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_TAKES_FOR_GRANTED  # noqa: E402
 
 __all__ = ["main"]
 

@@ -31,10 +31,10 @@ from layouts import family_parser, make_adapter  # noqa: E402
 from llama_cpp import TOKENS, logits_of  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
-from toolkit.architecture import MLX_EXPERTS  # noqa: E402
 from toolkit.errors import ModelError  # noqa: E402
 from toolkit.export.survival import looked_at, streamed_logits  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
+from toolkit.families import MLX_EXPERTS  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
 __all__ = ["main"]

@@ -33,11 +33,11 @@ from gguf_source import OLDER  # noqa: E402
 from layouts import NANO, family_parser, make_adapter  # noqa: E402
 from llama_cpp import SPREAD, TOKENS, TOLD, logits_of, other_side  # noqa: E402
 
-from toolkit.architecture import GGUF_READ  # noqa: E402
 from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
 from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.survival import looked_at, streamed_logits  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
+from toolkit.families import GGUF_READ  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
 __all__ = ["main"]

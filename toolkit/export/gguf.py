@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors, split
-from toolkit.architecture import GGUF_NAMES, GGUF_ROTATED_IN_PAIRS, describe
+from toolkit.architecture import describe
 from toolkit.errors import ModelError, RecipeError
+from toolkit.families import GGUF_NAMES, GGUF_ROTATED_IN_PAIRS
 
 __all__ = ["read_gguf", "write_gguf"]
 

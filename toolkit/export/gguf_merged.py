@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.architecture import GGUF_NAMES, GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_WITH_EXPERTS, GGUF_WRITTEN
 from toolkit.artifact.manifest import TEMPLATE, read_manifest
 from toolkit.artifact.tokenizer import read_stops
 from toolkit.checkpoint.files import gguf_at
@@ -36,6 +35,7 @@ from toolkit.export.job import Job, Made
 from toolkit.export.merge import merged_parameters
 from toolkit.export.merge_base import require_same_weights
 from toolkit.export.survival import streamed_logits, survival
+from toolkit.families import GGUF_NAMES, GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_WITH_EXPERTS, GGUF_WRITTEN
 from toolkit.quant.source import SourceWeights
 
 __all__ = ["GGUF_FILE", "merge_into_gguf"]

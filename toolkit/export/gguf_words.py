@@ -12,12 +12,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from toolkit.architecture import GGUF_SPLITS
 from toolkit.artifact.tokenizer import same_tokens
 from toolkit.checkpoint.formats.gguf_file import GgufFile, library, read_header
 from toolkit.checkpoint.formats.gguf_metadata import add_vocabulary
 from toolkit.checkpoint.formats.gguf_tokenizer import load_tokenizer
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_SPLITS
 
 __all__ = ["add_words", "require_same_words"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.architecture import LINEAR_ROLES, MLX_EXPERTS, MLX_TAKES_FOR_GRANTED, describe
+from toolkit.architecture import LINEAR_ROLES, describe
 from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint.formats.bits import words
 from toolkit.checkpoint.formats.gguf_names import original_names
@@ -27,6 +27,7 @@ from toolkit.export.checkpoint_writer import ReadBack, Shard, difference
 from toolkit.export.job import Job, Made
 from toolkit.export.merge import merged_parameters, put_beside
 from toolkit.export.survival import streamed_logits, survival
+from toolkit.families import MLX_EXPERTS, MLX_TAKES_FOR_GRANTED
 from toolkit.quant.source import SourceWeights
 
 __all__ = ["BITS", "merge_mlx"]

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpLayer
 
-from toolkit.architecture import DRAFT_CARRIER, auto_class, bare_modules, cache_name, is_experts
+from toolkit.architecture import auto_class, bare_modules, cache_name, is_experts
 from toolkit.errors import ModelError, first_line
+from toolkit.families import DRAFT_CARRIER
 from toolkit.mtp.head import SwiGlu, causal_mask
 
 __all__ = ["draft_config", "draft_tensors"]

@@ -34,13 +34,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_layers import MtpModel
 from transformers.modeling_utils import LoadStateDictConfig
 
-from toolkit.architecture import MTP_LAYOUTS, MTP_WITHOUT_END_NORM, expert_parameters, is_experts
+from toolkit.architecture import expert_parameters, is_experts
 from toolkit.checkpoint.config import quantised_as
 from toolkit.checkpoint.conversion import Shards
 from toolkit.checkpoint.files import METHOD, headers_in
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.weights import Unread
 from toolkit.errors import ModelError, first_line
+from toolkit.families import MTP_LAYOUTS, MTP_WITHOUT_END_NORM
 from toolkit.mtp.build import new_head
 from toolkit.mtp.head import MtpHead
 from toolkit.ops import DEFAULT_BACKEND

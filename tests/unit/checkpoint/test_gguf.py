@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from tests.harness.families import families, tiny_config
-from toolkit.architecture import GGUF_READ, auto_class
+from toolkit.architecture import auto_class
 from toolkit.checkpoint.conversion import targets
 from toolkit.checkpoint.formats.gguf_config import model_types
 from toolkit.checkpoint.formats.gguf_undo import ON_A_CARD, by_gguf, by_torch
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_READ
 
 gguf = pytest.importorskip("gguf")
 

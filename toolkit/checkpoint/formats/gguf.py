@@ -14,12 +14,13 @@ from types import MappingProxyType
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import GGUF_NEEDS_CONFIG, GGUF_READ, on_meta
+from toolkit.architecture import on_meta
 from toolkit.checkpoint.formats.gguf_config import WRONG_CONFIG, config_of, in_one_line, is_named, model_types
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Slice, open_gguf
 from toolkit.checkpoint.formats.gguf_names import parameters
 from toolkit.checkpoint.formats.packed import Packed
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_NEEDS_CONFIG, GGUF_READ
 
 __all__ = ["GgufCheckpoint", "read_gguf"]
 

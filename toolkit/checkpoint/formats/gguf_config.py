@@ -23,9 +23,9 @@ from transformers import (
     PretrainedConfig,
 )
 
-from toolkit.architecture import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_EXPERTS
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_EXPERTS
 
 __all__ = ["FIELDS", "ROPE", "WRONG_CONFIG", "config_of", "in_one_line", "is_named", "model_types"]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from toolkit.architecture import GGUF_SIGMOID, GGUF_WRITTEN
 from toolkit.checkpoint.formats.gguf_config import FIELDS, ROPE
 from toolkit.checkpoint.formats.gguf_file import library
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_SIGMOID, GGUF_WRITTEN
 
 __all__ = ["add_metadata", "add_vocabulary", "config_differences", "metadata_of"]
 

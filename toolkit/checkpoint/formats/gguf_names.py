@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from toolkit.architecture import GGUF_NORMS_FROM_ONE, GGUF_ROTATED_IN_PAIRS, GGUF_TILED_VALUE_HEADS, describe
+from toolkit.architecture import describe
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Stored, library
 from toolkit.checkpoint.formats.gguf_undo import (
     Numbers,
@@ -33,6 +33,7 @@ from toolkit.checkpoint.formats.gguf_undo import (
 )
 from toolkit.checkpoint.formats.packed import Packed, Part, Tensors
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_NORMS_FROM_ONE, GGUF_ROTATED_IN_PAIRS, GGUF_TILED_VALUE_HEADS
 
 __all__ = ["CHOOSING", "FROM_ONE", "TILED", "name_table", "original_names", "parameters", "rotated_heads", "spellings"]
 

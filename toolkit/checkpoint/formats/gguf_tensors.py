@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from toolkit.architecture import GGUF_NORMS_FROM_ONE, GGUF_TILED_VALUE_HEADS, describe
+from toolkit.architecture import describe
 from toolkit.checkpoint.formats.gguf_names import (
     CHOOSING,
     FROM_ONE,
@@ -29,6 +29,7 @@ from toolkit.checkpoint.formats.gguf_names import (
 )
 from toolkit.checkpoint.formats.gguf_undo import ValueHeads, halves
 from toolkit.errors import ModelError
+from toolkit.families import GGUF_NORMS_FROM_ONE, GGUF_TILED_VALUE_HEADS
 
 __all__ = ["GgufNames", "InFile"]
 

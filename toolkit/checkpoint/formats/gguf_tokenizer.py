@@ -12,9 +12,9 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from toolkit.architecture import GGUF_NORMALISED
 from toolkit.checkpoint.formats.gguf_file import GgufFile
 from toolkit.errors import ModelError, first_line
+from toolkit.families import GGUF_NORMALISED
 
 __all__ = ["load_tokenizer", "tokenizer_place"]
 
