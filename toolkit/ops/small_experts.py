@@ -78,8 +78,8 @@ class SmallProducts:
         if self._bias_E1O is not None:
             y_GNO.add_(self._bias_E1O[experts].to(y_GNO.dtype))
         if self.A is not None and self.B is not None:
-            low_GNR = torch.bmm(x_GNI, self.A[experts].mT)
-            y_GNO.baddbmm_(low_GNR, self.B[experts].mT, alpha=self._scaling)
+            A_GRI, B_GOR = (each[experts].to(x_NI.dtype) for each in (self.A, self.B))
+            y_GNO.baddbmm_(torch.bmm(x_GNI, A_GRI.mT), B_GOR.mT, alpha=self._scaling)
         return y_GNO.flatten(0, 1)
 
     def backward(

@@ -7,8 +7,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from toolkit.ops import LoraFactors, per_expert, reference
 from toolkit.ops.equal_rows import EqualBlock, EqualRouting
-from toolkit.ops.experts import ExpertStack
+from toolkit.ops.experts import ExpertStack, ExpertWeights
+from toolkit.ops.int8 import quantize
 from toolkit.ops.small_experts import experts_at_a_time
 
 COUNTS = [
@@ -66,3 +68,25 @@ def test_small_experts_are_multiplied_together_and_large_ones_one_by_one() -> No
         assert experts_at_a_time((small, large), 2048, torch.float32) == 0
         assert experts_at_a_time((large, large), 2048, torch.bfloat16) == 4
     assert experts_at_a_time((small, small), 2048, torch.float32) == 0, "a device that is no CPU"
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 40])
+def test_bf16_rows_meet_factors_in_fp32_however_few_they_are(tokens: int) -> None:
+    """One by one or together: frozen factors stay in fp32, and only a few rows are multiplied so."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    up, down = (quantize(random(4, *sides) / 8) for sides in ((64, 32), (32, 32)))
+    weights = ExpertWeights(
+        ExpertStack(*up, None, False), ExpertStack(*down, None, False), lambda y: y[..., :32] * y[..., 32:].sigmoid()
+    )
+    factors = [LoraFactors(random(4, 2, 32), random(4, out, 2) / 4, 0.5) for out in (64, 32)]
+    x, weight = random(tokens, 32).bfloat16(), torch.full((tokens, 2), 0.5)
+    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(tokens)])
+    with torch.no_grad():
+        found = per_expert.expert_layer(x, index, weight, weights, *factors)
+        wanted = reference.expert_layer(x.double(), index, weight, weights, *factors)
+    assert found.dtype == torch.bfloat16
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
