@@ -23,9 +23,10 @@ from toolkit.ops import BACKENDS, DEFAULT_BACKEND, FACTORS, LoraFactors, adapted
 from toolkit.ops.few_rows import is_better_in_fp32
 from toolkit.ops.int8 import Int8Linear
 
-_ADDED_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16)
-
 __all__ = ["Int8LoraLinear", "ParamWrapper", "factors_from_layout", "register"]
+
+_ADDED_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of a weight to which an update is simply added; PEFT goes through a wider one with others."""
 
 
 class ParamWrapper(StockParamWrapper):  # type: ignore[misc]

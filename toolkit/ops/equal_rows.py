@@ -27,15 +27,14 @@ _MOST_ROWS = 4096
 
 @dataclass(frozen=True)
 class EqualBlock(RowBlock):
-    """Rows of the first G experts of a group; padding repeats an expert's last one."""
+    """Rows of the first G experts of a group; padding repeats an expert's last one. Both are among the routing's."""
 
     group: slice
-    """Among the routing's experts."""
-    experts: int
+    experts: slice
 
     def batch(self, rows_NI: torch.Tensor) -> torch.Tensor:
         """[G, N / G, I]."""
-        return rows_NI.view(self.experts, -1, rows_NI.shape[-1])
+        return rows_NI.view(self.experts.stop - self.experts.start, -1, rows_NI.shape[-1])
 
 
 class EqualRouting(Routing):
@@ -63,7 +62,8 @@ class EqualRouting(Routing):
                 sizes = [min(counts[expert], high) - low for expert in mine]
                 place_N, real = _places([starts[expert] + low for expert in mine], sizes, high - low, device)
                 row_N, rows = by_expert_S[place_N], slice(done, done + sum(sizes))
-                block = EqualBlock(rows, row_N // index_TK.shape[1], real, (), group, len(mine))
+                experts = slice(group.start, group.start + len(mine))
+                block = EqualBlock(rows, row_N // index_TK.shape[1], real, (), group, experts)
                 self.blocks.append(block)
                 orders.append(block.strip(row_N))
                 done = rows.stop

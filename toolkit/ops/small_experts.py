@@ -142,7 +142,7 @@ class SmallProducts:
                 assert not part.four_bits
                 self._weight_GOI = (part.weight.mT if part.is_transposed else part.weight).to(dtype)
             self._group = block.group
-        return self._weight_GOI[: block.experts]
+        return self._weight_GOI[: block.experts.stop - block.experts.start]
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,16 @@ class SmallGradients:
 
     def add(self, block: RowBlock, waiting: list[FactorGradients | None]) -> None:
         """Add what one block of rows gives."""
-        experts, _ = _batch(block, block.token.unsqueeze(1))
+        assert isinstance(block, EqualBlock)
+        experts = self.experts[block.experts]
         for gradients in waiting:
             if gradients is not None and self.A is not None and self.B is not None:
                 grad_A, grad_Bt = gradients
-                self.A.index_add_(0, self.experts[experts], grad_A)
-                self.B.index_add_(0, self.experts[experts], grad_Bt.mT)
+                self.A.index_add_(0, experts, grad_A)
+                self.B.index_add_(0, experts, grad_Bt.mT)
 
 
 def _batch(block: RowBlock, rows_NI: torch.Tensor) -> tuple[slice, torch.Tensor]:
     """Which of the routing's experts a block has, and its rows by expert [G, N / G, I]."""
     assert isinstance(block, EqualBlock)
-    return slice(block.group.start, block.group.start + block.experts), block.batch(rows_NI)
+    return block.experts, block.batch(rows_NI)

@@ -38,11 +38,11 @@ def test_blocks_have_each_row_once_and_hardly_any_padding(counts: list[int], mos
         assert isinstance(block, EqualBlock)
         assert block.rows.start == done
         done = block.rows.stop
-        experts_G = routing.experts[block.group][: block.experts]
-        height = len(block.token) // block.experts
+        experts_G = routing.experts[block.experts]
+        height = len(block.token) // len(experts_G)
         assert torch.equal(block.strip(block.token), token_S[block.rows])
         assert torch.equal(block.strip(experts_G.repeat_interleave(height)), expert_S[block.rows])
-        assert block.batch(block.token.unsqueeze(1)).shape == (block.experts, height, 1)
+        assert block.batch(block.token.unsqueeze(1)).shape == (len(experts_G), height, 1)
         assert len(block.token) <= 4096 + 4 * len(counts)
     assert done == len(chosen)
     assert sum(len(block.token) for block in routing.blocks) <= 1.3 * done + 4 * len(counts)
