@@ -18,6 +18,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tests.harness.families import build
+from toolkit.checkpoint.formats.gguf_metadata import add_metadata
 
 __all__ = ["CONFIGS", "Tensors", "add_vocabulary", "as_llama_cpp", "metadata_of", "stored", "tiny", "write_gguf"]
 
@@ -282,19 +283,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(str(path), architecture, **splits)
     metadata = metadata_of(model)
     edit(metadata)
-    for key, value in metadata.items():
-        name = f"{architecture}.{key}"
-        match value:
-            case bool():
-                writer.add_bool(name, value)
-            case int():
-                writer.add_uint32(name, value)
-            case float():
-                writer.add_float32(name, value)
-            case str():
-                writer.add_string(name, value)
-            case _:
-                writer.add_array(name, value)
+    add_metadata(writer, architecture, metadata)
     if licence:
         writer.add_license(licence)
     if vocabulary:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from toolkit.architecture import LINEAR_ROLES, describe
 from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint.formats.bits import words
 from toolkit.export.checkpoint_writer import ReadBack, Shard, Splits, difference
-from toolkit.export.job import Job, Made
+from toolkit.export.job import ROUNDED, Job, Made
 from toolkit.export.merge import merged_parameters, put_beside
-from toolkit.export.survival import streamed_logits, survival
 from toolkit.quant.source import SourceWeights
 
 __all__ = ["SCHEMES", "merge_compressed"]
@@ -81,12 +79,9 @@ def merge_compressed(job: Job) -> Made:
     shard.close()  # after what lies beside the base, whose index is there too
     _declare(job.folder, scheme, group, [key.removesuffix(".weight") for key in plain])
     worst = _compared(job, rounded, scheme)
-    left = None
-    if job.texts:
-        left = survival(job.base, job.adapter, job.texts, partial(streamed_logits, job.folder), job.labels)
-    told = "merged weights, in the most that their type rounds by"
+    left = job.measured(job.folder)
     stored = {job.quant or "": sum(len(splits.stacks.get(name, ".")) for name in rounded), "as they were": len(plain)}
-    return Made(told, worst, 1.0, left, tuple(kept), left_out, stored)
+    return Made(ROUNDED, worst, 1.0, left, tuple(kept), left_out, stored)
 
 
 def _group(job: Job, rounded: set[str], scheme: _Scheme) -> int | None:

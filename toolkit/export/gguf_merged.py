@@ -11,7 +11,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,9 @@ from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError, RecipeError
 from toolkit.export.gguf_types import ROUNDS_BY, FewBits, as_bytes, few_bits, kind_of, row_bytes
 from toolkit.export.gguf_words import add_words, require_same_words
-from toolkit.export.job import Job, Made
+from toolkit.export.job import ROUNDED, Job, Made
 from toolkit.export.merge import merged_parameters
 from toolkit.export.merge_base import require_same_weights
-from toolkit.export.survival import streamed_logits, survival
 from toolkit.families import GGUF_NAMES, GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_WITH_EXPERTS, GGUF_WRITTEN
 from toolkit.quant.source import SourceWeights
 
@@ -83,12 +81,9 @@ def merge_into_gguf(job: Job) -> Made:
             job.skeleton.config.save_pretrained(job.folder)
         worst = _write_tensors(job, layout, file, found)
         _require_read_by_gguf(path, found.file)
-        left = None
-        if job.texts:
-            left = survival(job.base, job.adapter, job.texts, partial(streamed_logits, read), job.labels)
-    told = "merged weights, in the most that their type rounds by"
+        left = job.measured(read)
     left_out = _left_out(job) if file is None else ()
-    return Made(told, worst, 1.0, left, left_out=left_out, stored=dict(Counter(layout.kinds.values())))
+    return Made(ROUNDED, worst, 1.0, left, left_out=left_out, stored=dict(Counter(layout.kinds.values())))
 
 
 def _seen(job: Job, scratch: Path) -> Path | None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layouts import Factors
 from toolkit.export.into_source import Homes
-from toolkit.export.survival import Survival
+from toolkit.export.survival import Survival, streamed_logits, survival
 
-__all__ = ["Job", "Made"]
+__all__ = ["ROUNDED", "Job", "Made"]
+
+ROUNDED = "merged weights, in the most that their type rounds by"
+"""What is compared where a layout rounds."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class Job:
     homes: Homes | None = None
     quant: str | None = None
     base_gguf: Path | None = None
+
+    def measured(self, written: Path) -> Survival | None:
+        """What is left of the adapter in a checkpoint that was written, asked of the texts; None without any."""
+        if not self.texts:
+            return None
+        return survival(self.base, self.adapter, self.texts, partial(streamed_logits, written), self.labels)
 
 
 @dataclass(frozen=True)

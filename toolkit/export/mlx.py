@@ -24,9 +24,8 @@ from toolkit.checkpoint.formats.bits import words
 from toolkit.checkpoint.formats.gguf_names import original_names
 from toolkit.errors import ModelError
 from toolkit.export.checkpoint_writer import ReadBack, Shard, difference
-from toolkit.export.job import Job, Made
+from toolkit.export.job import ROUNDED, Job, Made
 from toolkit.export.merge import merged_parameters, put_beside
-from toolkit.export.survival import streamed_logits, survival
 from toolkit.families import MLX_EXPERTS, MLX_TAKES_FOR_GRANTED
 from toolkit.quant.source import SourceWeights
 
@@ -67,12 +66,11 @@ def merge_mlx(job: Job) -> Made:
         worst = difference(job.base, job.adapter, back, partial(_allowed, layout, source))
     finally:
         back.close()
-    left = None
-    if job.texts:
-        left = survival(job.base, job.adapter, job.texts, partial(streamed_logits, job.folder), job.labels)
-    told = "merged weights, in the most that their type rounds by"
+    left = job.measured(job.folder)
     gone = (*(key for keys in beside.values() for key in keys), *left_out)
-    return Made(told, worst, 1.0, left, left_out=gone, stored={kind: count for kind, count in stored.items() if count})
+    return Made(
+        ROUNDED, worst, 1.0, left, left_out=gone, stored={kind: count for kind, count in stored.items() if count}
+    )
 
 
 class _Layout:
