@@ -172,6 +172,9 @@ def main() -> int:
     from train import CHECKPOINTS, make_random
 
     options = _options()
+    if not any(name.endswith("fp32") for name in options.only):
+        print("generate.py: --only: one of the arms has to be in fp32, whose logits are compared", file=sys.stderr)
+        return 2
     options.python = str(python_with(options.peers, PEERS))
     result, wrong = {}, []
     for name in options.checkpoints:

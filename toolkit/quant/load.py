@@ -109,7 +109,19 @@ def load_int8(
         _as_if_from(model, name_or_path, revision)
     model.requires_grad_(False)
     model.eval()
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_in_one_piece)
     return model, _covered(name_or_path, measure(model), experts, linears)
+
+
+def _in_one_piece(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A slice is copied before it is multiplied: `generate` wants the logits of each prompt's last token.
+
+    torch takes such a slice sequence by sequence, and copies the weight for each: 16 prompts and 49,152 words in bf16
+    take 0.9 GB and 0.4 s instead of 4 ms (torch 2.13 on a CPU, `findings/torch_linear_of_a_slice_copies_weight.sh`).
+    """
+    hidden, *others = given
+    return hidden.contiguous(), *others
 
 
 def _covered(name_or_path: str, coverage: Coverage, experts: str, linears: str) -> Coverage:

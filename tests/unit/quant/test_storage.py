@@ -319,3 +319,15 @@ def test_a_card_is_asked_for_no_weight_twice(tmp_path: Path, monkeypatch: pytest
     model.save_pretrained(tmp_path / "int8")
     load_int8(str(tmp_path / "int8"))
     assert counted["bytes"] == sum(p.nbytes for p in model.state_dict().values())  # nothing of it is reserved before
+
+
+def test_the_head_is_given_last_tokens_in_one_piece(tmp_path: Path) -> None:
+    model, _ = load_int8(str(tiny(tmp_path / "model", "mixtral")), dtype=torch.bfloat16)
+    seen: list[bool] = []
+    model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    ids = torch.arange(3, 15).view(3, 4)
+    with torch.no_grad():
+        last = model(input_ids=ids, logits_to_keep=1).logits
+        whole = model(input_ids=ids).logits
+    assert seen == [True, True], "torch copies the head's weight for each sequence of a slice"
+    torch.testing.assert_close(last, whole[:, -1:], rtol=0.02, atol=0.02)
