@@ -29,6 +29,7 @@ from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 
 __all__ = [
     "CACHE_NAMES",
+    "FEW_QUERIES",
     "LINEAR_ROLES",
     "Architecture",
     "ExpertLayer",
@@ -36,8 +37,8 @@ __all__ = [
     "auto_class",
     "bare_modules",
     "cache_name",
-    "can_attend_per_document",
     "can_attend_with_sinks",
+    "can_replace_sdpa",
     "describe",
     "expert_parameters",
     "is_experts",
@@ -109,14 +110,14 @@ def cache_name() -> str:
     return next(name for name in CACHE_NAMES if name in inspect.signature(MtpLayer.forward).parameters)
 
 
-def can_attend_per_document(model: PreTrainedModel) -> bool:
-    """Whether packed documents may be attended to one by one, under another attention's name than "sdpa".
+def can_replace_sdpa(model: PreTrainedModel) -> bool:
+    """Whether attention that transformers' SDPA computes may be computed under another name than "sdpa".
 
-    So it is where transformers' SDPA computes, in a model of one part, and no forward compares that name: sparse
-    attention does, and leaves its own mask out under any other.
+    So it is in a model of one part, where no forward compares that name: sparse attention does, and leaves its own mask
+    out under any other.
     """
     config = model.config
-    return config._attn_implementation == "sdpa" and not config.sub_configs and not _names(model, "sdpa")
+    return config._attn_implementation in ("sdpa", FEW_QUERIES) and not config.sub_configs and not _names(model, "sdpa")
 
 
 def can_attend_with_sinks(model: PreTrainedModel) -> bool:
@@ -276,6 +277,9 @@ _CANNOT_WORK: Mapping[str, str] = {
     r"BlockDiffusion$": "it denoises blocks of text instead of predicting the next token, which this does not train",
 }
 """Model classes, by pattern, that no rule can make work, and why."""
+
+FEW_QUERIES = "onecard_few_queries"
+"""The name in transformers' registry of SDPA with a faster way for a few queries (`toolkit.ops.few_queries`)."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """The argument by which models take keys and values of earlier tokens: its name since transformers 5.24, and before.

@@ -42,6 +42,7 @@ UPDATE = 0.02
 def build_ours(model: str, adapter: Path, dtype: torch.dtype, rank: int) -> Any:
     """Our model with the adapter, which is made where it is not there."""
     from toolkit.adapters import attach_lora, load_adapter
+    from toolkit.ops.few_queries import attend_to_few_together
     from toolkit.quant import load_int8
 
     base, _ = load_int8(model, dtype=dtype)
@@ -53,6 +54,7 @@ def build_ours(model: str, adapter: Path, dtype: torch.dtype, rank: int) -> Any:
                 torch.nn.init.normal_(parameter, std=UPDATE)
         made.save_pretrained(str(adapter), save_embedding_layers=False)
         base, _ = load_int8(model, dtype=dtype)
+    attend_to_few_together(base)
     return load_adapter(base, adapter)
 
 

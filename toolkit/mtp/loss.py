@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from toolkit.architecture import FEW_QUERIES
 from toolkit.labels import IGNORED
 from toolkit.mtp.head import MtpHead, Trunk, causal_mask
 from toolkit.ops.sink_attention import SINKS
@@ -26,6 +27,9 @@ _CHUNK_OF_CARDS = 1 << 26
 
 _NEARLY_ALL = 0.75
 """Of a sequence's rows; with more of them wanted, to pick them out costs more than it saves."""
+
+_WHOLE = frozenset({"eager", "sdpa", SINKS, FEW_QUERIES})
+"""Attention that takes a mask of a whole row."""
 
 _DECAY = 0.8
 """Each depth counts this much of the one before: a draft is of use only if those before it were right."""
@@ -148,9 +152,9 @@ class Chain:
         self.head, self.trunk, self.rows = head, trunk, rows
         self.recurs = depth > len(head.layers)
         # What repeats a layer needs a mask of its own kind, which attention by documents does not take.
-        if self.recurs and head.config._attn_implementation not in {"eager", "sdpa", SINKS}:
+        if self.recurs and head.config._attn_implementation not in _WHOLE:
             head.follow_attention("sdpa")
-        apart = head.config._attn_implementation not in {"eager", "sdpa", SINKS} and "cu_seq_lens_q" in rows.bounds
+        apart = head.config._attn_implementation not in _WHOLE and "cu_seq_lens_q" in rows.bounds
         self.kwargs = dict(rows.bounds) if apart and trunk.window is None else {}
         self.additive = torch.float32 if head.config._attn_implementation == "eager" else None
         self.mask = None if self.kwargs else self._mask()

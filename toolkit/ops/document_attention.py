@@ -24,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from toolkit.architecture import can_attend_per_document
+from toolkit.architecture import can_replace_sdpa
+from toolkit.ops.few_queries import attention_of_few
 
 __all__ = ["attend_to_documents", "attend_together", "can_attend_together", "keep_lengths", "per_document_attention"]
 
@@ -45,14 +46,15 @@ def per_document_attention(model: PeftModel, implementation: str = _NAME) -> Ite
     alone. Elsewhere nothing changes. `implementation` is the attention's name in transformers' registry.
     """
     base = model.get_base_model()
-    can = can_attend_per_document(base) and (base.device.type == "cpu" or _has_varlen(base))
+    can = can_replace_sdpa(base) and (base.device.type == "cpu" or _has_varlen(base))
+    before = base.config._attn_implementation
     if can:
         base.set_attn_implementation(implementation)
     try:
         yield can
     finally:
         if can:
-            base.set_attn_implementation("sdpa")
+            base.set_attn_implementation(before)
 
 
 def _has_varlen(base: PreTrainedModel) -> bool:
@@ -97,8 +99,7 @@ def _attention(
         )
         if window is not None:
             return attend_together(query, key, value, bounds, max(lengths), window, kwargs.get("scaling")), None
-    whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return whole
+    return attention_of_few(module, query, key, value, attention_mask, **kwargs)
 
 
 def _takes_one_by_one(query: torch.Tensor) -> bool:

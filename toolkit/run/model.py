@@ -20,6 +20,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
+from toolkit.ops.few_queries import attend_to_few_together
 from toolkit.ops.sink_attention import attend_with_sinks
 from toolkit.plan import Plan, device_memory, make_plan
 from toolkit.plan.skeletons import shape_of
@@ -98,6 +99,7 @@ def load_frozen(plan: Plan) -> PreTrainedModel:
         model = load_int8(plan.model, **options)[0]
     if plan.recipe.model.attn_implementation == "auto":
         attend_with_sinks(model)
+        attend_to_few_together(model)
     return model
 
 
