@@ -177,8 +177,8 @@ SEAMS = (
     ),
     *_at(
         "transformers.configuration_utils.PreTrainedConfig",
-        "architecture mtp",
-        "to mask and attend as the loaded model does",
+        "architecture mtp ops",
+        "to mask and attend as the loaded model does, and to build no mask",
         "_attn_implementation",
     ),
     *_at("transformers.modeling_utils.PreTrainedModel", "architecture", "to know who masks", "_supports_flash_attn"),

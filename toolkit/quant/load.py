@@ -107,8 +107,7 @@ def load_int8(
     _refuse_incomplete(name_or_path, info)
     if weights is not None:
         _as_if_from(model, name_or_path, revision)
-    model.requires_grad_(False)
-    model.eval()
+    model.requires_grad_(False).eval()
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_in_one_piece)
     return model, _covered(name_or_path, measure(model), experts, linears)

@@ -14,7 +14,15 @@ import pytest
 
 from scripts.record_plans import answer, step_specs
 from toolkit.plan import steps
-from toolkit.plan.shapes import fold, published, read_record, recorded_shapes, rehearsal_versions, stated_billions, unfold
+from toolkit.plan.shapes import (
+    fold,
+    published,
+    read_record,
+    recorded_shapes,
+    rehearsal_versions,
+    stated_billions,
+    unfold,
+)
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.steps import StepBytes, cache_bytes, cached_bytes
 
