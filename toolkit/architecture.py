@@ -42,9 +42,11 @@ __all__ = [
     "describe",
     "expert_parameters",
     "is_experts",
+    "is_of_adapter",
     "is_plain_linear",
     "on_meta",
     "strip_index",
+    "unwrapped",
 ]
 
 
@@ -142,8 +144,25 @@ def strip_index(name: str) -> str:
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name as if nothing had been wrapped: PEFT keeps what it wraps in `base_layer`, its own in `lora_*`."""
-    return {name.replace(".base_layer", ""): module for name, module in model.named_modules() if ".lora_" not in name}
+    """Modules by name as if nothing had been wrapped: PEFT keeps what it wraps in `base_layer`, its own in `lora_*`;
+    what it wraps for the sake of tokens lies one deeper."""
+    named = ((name.replace(".token_adapter.base_layer", ""), module) for name, module in model.named_modules())
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in named
+        if ".lora_" not in name and ".token_adapter" not in name
+    }
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """An embedding or a head without what PEFT wraps around it for the sake of tokens."""
+    original: nn.Module = getattr(module, "original_module", module)
+    return original
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of a `PeftModel` is the adapter's own."""
+    return "lora_" in name or "trainable_tokens_" in name
 
 
 def _refuse(model_class: type[nn.Module]) -> None:
@@ -212,6 +231,7 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def _linears(model: nn.Module, modules: Mapping[str, nn.Module], layers: tuple[ExpertLayer, ...]) -> Iterator[Linear]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = None if head is None else unwrapped(head)
     routers = {layer.router for layer in layers}
     blocks = {layer.name.rpartition(".")[0] for layer in layers}
     experts = tuple(f"{layer.name}." for layer in layers)

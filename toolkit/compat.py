@@ -366,6 +366,7 @@ SEAMS = (
     ),
     # PEFT
     *_at("peft.LoraConfig", "adapters", "to put LoRA on int8 experts and linears", "_register_custom_module"),
+    *_at("peft.tuners.trainable_tokens", "adapters", "to find the rows that an adapter holds", "TrainableTokensLayer"),
     *_at("peft.tuners.lora", "adapters", "to find the layers that an adapter holds", "LoraLayer"),
     *_at("peft.tuners.lora.layer", "adapters", "to adapt int8 linears", "Linear"),
     *_at("peft.tuners.lora.layer.LoraLayer", "adapters", "to refuse mixed batches as PEFT does", "_check_forward_args"),

@@ -154,6 +154,7 @@ CASES = (
     Case("experts not int8", PLAIN, (3,), quant={"experts": "none", "linears": "none"}),
     Case("linears by bitsandbytes", PLAIN, (3,), quant={"linears": "bnb"}),
     Case("every linear, ranks apart", PLAIN, (3,), {"target_modules": "all-linear", "rank_pattern": {"experts": 4}}),
+    Case("rows of new tokens", PLAIN, (3,), {"new_token_ids": (10, 31)}),
     Case("no load-balancing loss", {**PLAIN, "router_aux_loss_coef": 0.0}, cuts=(3,)),
     Case("a step left out before the cut", {**PLAIN, "max_steps": 8}, cuts=(5,), poisoned=2),
     Case("a step left out, logged in threes", {**PLAIN, "logging_steps": 3, "max_steps": 8}, cuts=(5,), poisoned=4),

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import ParamWrapper, register
-from toolkit.adapters.untrusted import check_adapter_files
-from toolkit.architecture import Architecture, ExpertLayer, describe, strip_index
+from toolkit.adapters.tokens import let_fused_heads_in, require_rows, token_layers, token_targets
+from toolkit.adapters.untrusted import CONFIG, check_adapter_files, read_adapter_config
+from toolkit.architecture import Architecture, ExpertLayer, describe, is_of_adapter, strip_index
 from toolkit.errors import ModelError, did_you_mean, first_line, machine_failed
 
 __all__ = [
@@ -46,7 +47,10 @@ _NEVER = ("selector", "fused")
 
 @dataclass(frozen=True)
 class AdapterCoverage:
-    """How many of the model's parts carry an adapter, how many adapters have moved, and trainable parameters."""
+    """How many of the model's parts carry an adapter, how many adapters have moved, and trainable parameters.
+
+    Of new tokens, how many have trained rows, and how many of those are no longer what they began as.
+    """
 
     stacks: int
     stacks_all: int
@@ -56,6 +60,8 @@ class AdapterCoverage:
     moved: int
     adapters: int
     parameters: int
+    tokens: int = 0
+    tokens_moved: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """JSON-able."""
@@ -98,6 +104,7 @@ def attach_lora(
     target_modules: str | Sequence[str] = "attention",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    new_token_ids: Sequence[int] = (),
 ) -> PeftModel:
     """Put a fresh adapter on every part asked for; only the adapter trains.
 
@@ -105,9 +112,10 @@ def attach_lora(
         target_modules: attention, all-linear, none, or names as PEFT matches them.
         rank_pattern: rank for `experts`, `router` or a module name.
         alpha_pattern: alpha likewise.
+        new_token_ids: tokens whose rows of embedding and head are trained; the rows are there (`add_rows`).
 
     Raises:
-        ModelError: something that was asked for is not in the model.
+        ModelError: something that was asked for is not in the model, or PEFT cannot train its new tokens' rows.
     """
     architecture = describe(model)
     modules, parameters = targets(architecture, experts=experts, router=router, target_modules=target_modules)
@@ -123,6 +131,7 @@ def attach_lora(
         target_parameters=_shorten(parameters, stacks, leaf_too=False) or None,
         rank_pattern=_patterns(rank_pattern or {}, architecture, (*modules, *parameters)),
         alpha_pattern=_patterns(alpha_pattern or {}, architecture, (*modules, *parameters)),
+        trainable_token_indices=token_targets(model, new_token_ids) if new_token_ids else None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -133,6 +142,7 @@ def attach_lora(
         except ValueError as error:
             raise ModelError(f"PEFT refuses this adapter: {first_line(error)}") from None
     _assert_reached(peft_model, architecture, modules, parameters)
+    let_fused_heads_in(peft_model)
     return peft_model
 
 
@@ -148,9 +158,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
         config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder}: not a PEFT adapter ({first_line(error)})") from None
+    require_rows(model, read_adapter_config(Path(folder) / CONFIG), folder)
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
         peft_model = get_peft_model(model, register(config))
+        let_fused_heads_in(peft_model)
         file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
         if load_own_layout(peft_model, load_file(file)):
             return _freeze(_finite(peft_model, folder), is_trainable)
@@ -166,7 +178,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
 
 
 def _finite(model: PeftModel, folder: str | Path) -> PeftModel:
-    broken = [n for n, p in model.named_parameters() if "lora_" in n and not torch.isfinite(p).all()]
+    broken = [n for n, p in model.named_parameters() if is_of_adapter(n) and not torch.isfinite(p).all()]
     if broken:
         raise ModelError(f"{folder}: {broken[0]} is not finite ({len(broken)} in all); copy or train it again")
     return model
@@ -202,10 +214,17 @@ def load_own_layout(model: PeftModel, tensors: Mapping[str, Tensor], name: str =
     then match names that are right already, which would be lost. Where a shape is another, torch raises `RuntimeError`.
     """
     own = {key.replace(f".{name}.", "."): key for key in model.state_dict() if f".{name}." in key and ".lora_" in key}
+    own |= {key.removesuffix(f".{name}"): key for key in _token_rows(model, name)}
     if own.keys() != tensors.keys():
         return False
     model.load_state_dict({own[key]: tensor for key, tensor in tensors.items()}, strict=False)
     return True
+
+
+def _token_rows(model: PeftModel, name: str) -> list[str]:
+    """The state's keys of new tokens' rows; a head that is tied shares those of the embedding, and has none."""
+    layers = ((path, layer) for path, layer in token_layers(model) if layer.tied_adapter is None)
+    return [f"{path}.trainable_tokens_delta.{name}" for path, layer in layers if name in layer.trainable_tokens_delta]
 
 
 def misfit(error: BaseException) -> str:
@@ -216,7 +235,7 @@ def misfit(error: BaseException) -> str:
 
 def _freeze(model: PeftModel, is_trainable: bool) -> PeftModel:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trainable and "lora_" in name)
+        parameter.requires_grad_(is_trainable and is_of_adapter(name))
     for module in model.modules():
         if isinstance(module, ParamWrapper):
             module.keeps_factors = not is_trainable
@@ -231,6 +250,7 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
     routers = {layer.router for layer in _trainable(architecture)}
     reached = [_part_name(name, module) for name, module in layers.items()]
     moved = [each for of_layer in _moved(layers).values() for each in of_layer]
+    tokens, tokens_moved = _tokens(model)
     return AdapterCoverage(
         stacks=sum(name in stacks for name in reached),
         stacks_all=len(stacks),
@@ -239,8 +259,20 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
         linears=sum(name not in stacks and name not in routers for name in reached),
         moved=sum(moved),
         adapters=len(moved),
-        parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
+        parameters=sum(p.numel() for n, p in model.named_parameters() if is_of_adapter(n)),
+        tokens=tokens,
+        tokens_moved=tokens_moved,
     )
+
+
+def _tokens(model: PeftModel) -> tuple[int, int]:
+    """New tokens, and those of them whose row of the embedding has moved."""
+    embedding = next((layer for _, layer in token_layers(model)), None)
+    if embedding is None:
+        return 0, 0
+    name = next(iter(embedding.trainable_tokens_delta))
+    rows, began = embedding.trainable_tokens_delta[name].detach(), embedding.trainable_tokens_original[name]
+    return len(rows), int((rows.to(began.dtype) != began).any(1).sum())
 
 
 def unmoved_adapters(model: PeftModel) -> list[str]:
@@ -350,4 +382,4 @@ def _part_name(name: str, module: nn.Module) -> str:
 
 
 def _own(keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if "lora_" in key]
+    return [key for key in keys if is_of_adapter(key)]

@@ -25,6 +25,8 @@ from toolkit.architecture import describe
 from toolkit.errors import ModelError, first_line
 
 __all__ = [
+    "PREFIX",
+    "ROWS",
     "Factors",
     "Piece",
     "deltas",
@@ -36,7 +38,10 @@ __all__ = [
     "split",
 ]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts before every name."""
+ROWS = "token_adapter.trainable_tokens_delta"
+"""How a tensor ends that holds rows of new tokens, which is no pair."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +95,19 @@ class Piece:
 def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]:
     """The pairs of a PEFT adapter, by what they change in `skeleton` (the base on meta, which is left wrapped).
 
-    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself.
+    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of new tokens are no pairs, and left out.
 
     Raises:
         ModelError: the adapter does not fit this base.
     """
     transposed = {name for layer in describe(skeleton).layers if layer.is_transposed for name in layer.stacks}
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    stored = load_file(Path(folder) / "adapter_model.safetensors")
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith(ROWS)}
     found = []
     for name, module in _lora_layers(folder, skeleton):
         leaf = getattr(module, "parameter_name", None) or "weight"
-        parameter = f"{name.removeprefix(_PREFIX).replace('.base_layer', '')}.{leaf}"
+        parameter = f"{name.removeprefix(PREFIX).replace('.base_layer', '')}.{leaf}"
         A, B = (tensors.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
         if A is None or B is None or parameter not in shapes:
             raise ModelError(f"{folder}: no pair for {name}: the adapter is for another model")
@@ -165,7 +171,7 @@ def per_expert(adapter: Sequence[Factors], skeleton: PreTrainedModel) -> tuple[d
         for part in split(factors, skeleton):
             A = factors.A_ERI[part.expert]
             B = factors.scaling * factors.B_EOR[part.expert][part.rows].float()
-            name = f"{_PREFIX}{part.key.removesuffix('.weight')}"
+            name = f"{PREFIX}{part.key.removesuffix('.weight')}"
             missing = rank - A.shape[0]
             result[f"{name}.lora_A.weight"] = torch.nn.functional.pad(A.float(), (0, 0, 0, missing)).contiguous()
             result[f"{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, missing)).contiguous()
@@ -178,7 +184,7 @@ def from_per_expert(tensors: Mapping[str, Tensor], like: Sequence[Factors], skel
     for factors in like:
         A_ERI, B_EOR = None, None
         for part in split(factors, skeleton):
-            name = f"{_PREFIX}{part.key.removesuffix('.weight')}"
+            name = f"{PREFIX}{part.key.removesuffix('.weight')}"
             A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
             if A_ERI is None or B_EOR is None:
                 experts, outputs = factors.B_EOR.shape[:2]
@@ -229,7 +235,7 @@ def _lora_layers(folder: str | Path, skeleton: PreTrainedModel) -> list[tuple[st
     """PEFT's own layers of this adapter on the base; the base itself is put back as it was."""
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        config.init_lora_weights = False
+        config.init_lora_weights, config.trainable_token_indices = False, None
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ranks per parameter are called unmatched, though they apply
             wrapped = PeftModel(skeleton, config)

@@ -39,6 +39,7 @@ def model_card(
     license: str | None = None,
     chat: Mapping[str, Any] | None = None,
     has_template: bool = False,
+    new_tokens: Mapping[str, Any] | None = None,
 ) -> str:
     """The README.md of an artifact: metadata block and Markdown.
 
@@ -47,6 +48,7 @@ def model_card(
     mapping of such. `recipe` is the resolved recipe without secrets and local paths. `combined` are the adapters that
     this one is the weighted sum of. `pictures` are files beside the card. `license` is a Hub licence id. `chat` is how
     the conversations were written, as `write_artifact` takes it; `has_template` says that chat_template.jinja is there.
+    `new_tokens` are those that were added, as `read_manifest` gives them.
     """
     name = f"{base.name.rpartition('/')[2]} adapter"
     recipe = recipe or {}
@@ -56,10 +58,11 @@ def model_card(
         f"{_held(recipe)} and saved in PEFT's own layout.",
         _combined_section(combined),
         _training_section(adapter_config, coverage, results, recipe, chat or {}),
+        _tokens_section(new_tokens or {}),
         _results_section(results, recipe),
         _pictures_section(pictures),
         _drafting_section(results),
-        loading_section(base, adapter_config, chat or {}, has_template=has_template),
+        loading_section(base, adapter_config, chat or {}, has_template=has_template, new_tokens=new_tokens),
         _recipe_section(recipe),
         _limits_section(base, versions, recipe),
     ]
@@ -159,6 +162,21 @@ def _training_section(
     trained = _mapping(results, "training")
     rows += [f"| {name} | {_figure(trained[name])} |" for name in ("steps", "tokens", "loss") if name in trained]
     return "\n".join(["## What was trained, on what", "", "| | |", "|---|---|", *rows])
+
+
+def _tokens_section(new_tokens: Mapping[str, Any]) -> str:
+    """Tokens that the adapter brings, and what a base without rows for them asks of whoever loads it."""
+    ids = new_tokens.get("ids") or {}
+    if not ids:
+        return ""
+    shown = ", ".join(f"`` {text} `` ({number})".replace("|", "\\|") for text, number in list(ids.items())[:20])
+    shown += f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+    told = "## New tokens\n\n" + f"{shown}: in the tokenizer beside this card, with trained rows of embedding and head."
+    if rows := new_tokens.get("rows"):
+        told += (
+            f" The base has too few rows: call `model.resize_token_embeddings({rows})` before the adapter is loaded."
+        )
+    return told
 
 
 _OF_REWARDS = {"grpo": "group relative policy optimisation", "rloo": "REINFORCE leave-one-out"}

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from toolkit.adapters.tokens import token_ids
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -135,6 +136,8 @@ def _facts(weights: Mapping[str, float], first: Path, rank: int) -> dict[str, An
 
 def _open(folder: str) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     verify_artifact(folder, strict=True)
+    if token_ids(load_adapter_config(Path(folder))):
+        raise ModelError(f"{folder}: holds rows of new tokens, which cannot be added up; merge it and train on that")
     tensors = load_file(Path(folder) / ADAPTER_WEIGHTS)
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     pairs = {name: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names}

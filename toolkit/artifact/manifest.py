@@ -90,6 +90,11 @@ class _LookedAt(_Part):
     strings: list[str] = []
 
 
+class _NewTokens(_Part):
+    ids: dict[str, Annotated[int, Field(ge=0)]]
+    rows: Annotated[int, Field(ge=1)] | None = None
+
+
 class _Manifest(_Part):
     format: Literal[1]
     files: dict[str, _File]
@@ -101,6 +106,7 @@ class _Manifest(_Part):
     chat: _Chat | None = None
     looked_at: _LookedAt | None = None
     stacks: dict[str, Literal["int8", "int4"]] | None = None
+    new_tokens: _NewTokens | None = None
 
 
 class _AdapterConfig(_Part):
@@ -120,7 +126,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Where they are known also `chat`, how the run's conversations were written (`write_artifact` has its keys), and
     `looked_at`, the files that came from the base or the chat template, and paths that the base's own files hold; and
-    `stacks`, what each of the base's expert stacks was in, where a budget chose.
+    `stacks`, what each of the base's expert stacks was in, where a budget chose; and `new_tokens`, their `ids` by text,
+    and the `rows` that the base's embedding is to be resized to where it has too few.
 
     Raises `ModelError` where it is missing, not ours, or names a file that no artifact holds.
     """

@@ -32,6 +32,7 @@ __all__ = [
     "require_same_tokenizer",
     "same_tokens",
     "token_text",
+    "token_texts",
     "write_generation_config",
     "write_tokenizer",
 ]
@@ -128,6 +129,12 @@ def token_text(folder: Path, ids: list[int]) -> list[str]:
     """The texts of tokens by their ids, from the tokenizer in a folder; ids without a text are left out."""
     tokenizer = _load(folder)
     return [text for one in ids if (text := tokenizer.decode([one], skip_special_tokens=False))]
+
+
+def token_texts(folder: Path, ids: list[int]) -> list[str | None]:
+    """What the tokenizer in a folder has under each id, None where it has nothing."""
+    tokenizer = _load(folder)
+    return [tokenizer.convert_ids_to_tokens(one) for one in ids]
 
 
 def _load(folder: Path) -> Any:

@@ -33,13 +33,19 @@ toolkit.register()
 
 
 def loading_section(
-    base: BaseIdentity, config: Mapping[str, Any], chat: Mapping[str, Any], *, has_template: bool = False
+    base: BaseIdentity,
+    config: Mapping[str, Any],
+    chat: Mapping[str, Any],
+    *,
+    has_template: bool = False,
+    new_tokens: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole section.
 
     Args:
         config: the adapter's configuration. chat: how its conversations were written, as `write_artifact` takes it.
         has_template: the adapter has a chat template in a file.
+        new_tokens: those that were added, as `read_manifest` gives them; servers read them in merged checkpoints alone.
     """
     name = shlex.quote(base.name)
     revision = f" --revision {base.revision}" if base.revision else ""
@@ -47,12 +53,15 @@ def loading_section(
     template = " --chat-template per-expert/chat_template.jinja" if is_chat and has_template else ""
     jinja = " --jinja --chat-template-file gguf/chat_template.jinja" if is_chat and has_template else ""
     ends = " --generation-config per-expert" if chat.get("stop_token_ids") else ""
-    if base.name.endswith(".gguf"):
+    if base.name.endswith(".gguf") and not new_tokens:
         return _of_a_gguf(base.name, chat, jinja)
+    python = f"### transformers and PEFT\n\n```python\n{_python(base, chat, (new_tokens or {}).get('rows'))}```"
+    if new_tokens:
+        return "\n\n".join(("## How to load it", python, _merged(base, chat)))
     return "\n\n".join(
         (
             "## How to load it",
-            f"### transformers and PEFT\n\n```python\n{_python(base, chat)}```",
+            python,
             "For the programs below, ADAPTER is this repository (`hf://owner/name`) or its folder; exports are read "
             "back and compared with the adapter before they are called done."
             + ("" if base.revision else f" Add `--base FOLDER`, the folder of `{base.name}`."),
@@ -70,6 +79,19 @@ def loading_section(
             f"gguf/base.gguf\nllama-server -m gguf/base.gguf --lora gguf/adapter.gguf{jinja}\n"
             "(cd gguf && ollama create tuned -f Modelfile)\n```",
         )
+    )
+
+
+def _merged(base: BaseIdentity, chat: Mapping[str, Any]) -> str:
+    """How servers load an adapter that has rows of new tokens, for which their own layouts have no place."""
+    given = "" if base.revision else " --base FOLDER"
+    return (
+        "### vLLM, SGLang and llama.cpp\n\nNone of them takes rows of new tokens from an adapter. The merged export is "
+        "a plain checkpoint with its tokenizer, which all of them read or convert. ADAPTER is this repository "
+        "(`hf://owner/name`) or its folder.\n\n```bash\n"
+        f"onecard export ADAPTER --format merged --out merged{given}\n"
+        "vllm serve merged --served-model-name tuned\n"
+        f"python -m sglang.launch_server --model-path merged --served-model-name tuned\n{_request(chat)}```"
     )
 
 
@@ -154,7 +176,7 @@ def _ends_there(chat: Mapping[str, Any]) -> str:
     return said
 
 
-def _python(base: BaseIdentity, chat: Mapping[str, Any]) -> str:
+def _python(base: BaseIdentity, chat: Mapping[str, Any], rows: int | None = None) -> str:
     revision = f', revision="{base.revision}"' if base.revision else ""
     comment = "" if base.revision else "  # your folder with this model"
     ends = bool(chat.get("stop_token_ids"))
@@ -165,7 +187,8 @@ def _python(base: BaseIdentity, chat: Mapping[str, Any]) -> str:
         f"base = {json.dumps(base.name)}{comment}\n"
         f'adapter = "."  # this folder{"" if base.is_int8 else ", or its repository on the Hub"}\n'
         f'model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype="auto")\n'
-        f"model = {'load_adapter' if base.is_int8 else 'PeftModel.from_pretrained'}(model, adapter)\n"
+        + (f"model.resize_token_embeddings({rows}, mean_resizing=False)  # room for the new tokens\n" if rows else "")
+        + f"model = {'load_adapter' if base.is_int8 else 'PeftModel.from_pretrained'}(model, adapter)\n"
         "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
         + ("# What ends an answer is in the adapter's generation_config.json, not in the base's.\n" if ends else "")
         + ("generation = GenerationConfig.from_pretrained(adapter, max_new_tokens=64)\n" if ends else "")

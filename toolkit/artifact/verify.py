@@ -22,6 +22,8 @@ from peft.utils.other import get_pattern_key, match_target_against_key
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from toolkit.adapters.layouts import ROWS
+from toolkit.adapters.tokens import rows_of, token_ids
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -31,6 +33,7 @@ from toolkit.artifact.manifest import (
     load_adapter_config,
     read_manifest,
 )
+from toolkit.artifact.tokenizer import token_texts
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.files import read_header
 from toolkit.checkpoint.identity import identify_base
@@ -75,7 +78,8 @@ def verify_artifact(
 ) -> VerifyReport:
     """Check an artifact; with `base` (a folder or a cached Hub repository) also that it fits that base.
 
-    Checks: `files`, `hashes`, `config`, `layout`, `finite`, `moved`, and `base weights`, `base layout`. Where `files`
+    Checks: `files`, `hashes`, `config`, `layout`, `finite`, `moved`, `new tokens` where it has any, and `base weights`,
+    `base layout`. Where `files`
     fails, nothing else is opened. With `strict`, the first failure is raised as `ModelError`. Reads every byte once or
     twice; the base's weights are hashed, never loaded.
     """
@@ -92,6 +96,8 @@ def verify_artifact(
             checks.append(Check("tensors", False, str(error)))
         else:
             checks += [_finite(facts), _moved(facts)]
+            if any(name.endswith(ROWS) for name in facts.shapes):
+                checks.append(_check("new tokens", lambda: _check_tokens(folder, facts.shapes)))
         if base is not None:
             checks.append(_check("base weights", lambda: _check_base_weights(folder, str(base), revision)))
             checks.append(_check("base layout", lambda: _check_base_layout(folder, str(base), revision)))
@@ -164,9 +170,27 @@ def _check_layout(folder: Path) -> str:
     return f"{len(shapes)} tensors on {len(ranks)} modules, as the configuration says"
 
 
+def _check_tokens(folder: Path, shapes: Shapes) -> str:
+    """Rows are those that the configuration names, and the tokenizer beside them has each token."""
+    config = load_adapter_config(folder)
+    ids, wanted = token_ids(config), config.get("trainable_token_indices") or {}
+    rows = {name.removesuffix(f".{ROWS}"): shape[0] for name, shape in shapes.items() if name.endswith(ROWS)}
+    named = {name: next((len(of) for end, of in wanted.items() if name.endswith(end)), 0) for name in rows}
+    if len(rows) != len(wanted) or rows != named:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: rows of new tokens are not those of {ADAPTER_CONFIG}")
+    texts = token_texts(folder, ids)
+    if alone := [number for number, text in zip(ids, texts, strict=True) if text is None]:
+        raise ModelError(f"{folder}: token {alone[0]} has a row, and the tokenizer beside it has no such token")
+    where = " and ".join(name.rpartition(".")[2] for name in rows)
+    shown = ", ".join(map(repr, texts[:3])) + (", …" if len(texts) > 3 else "")
+    return f"{len(ids)} of {len(ids)} have rows in {where} and a text in the tokenizer: {shown}"
+
+
 def _pairs(folder: Path, shapes: Shapes) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     sides: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, shape in shapes.items():
+        if name.endswith(ROWS):
+            continue
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise ModelError(f"{folder / ADAPTER_WEIGHTS}: {name[:120]!r} is no LoRA tensor in PEFT's layout")
@@ -321,6 +345,8 @@ def _stock_shapes(folder: Path, base: str, revision: str) -> Shapes:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of ranks per parameter as unmatched, though it applies them.
             blank = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if (ids := token_ids(load_adapter_config(folder))) and max(ids) >= rows_of(blank):
+                blank.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
             model = PeftModel(blank, lora)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: PEFT cannot apply it to {base}: {first_line(error)}") from None

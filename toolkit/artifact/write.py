@@ -117,6 +117,7 @@ def write_artifact(
     chat: Mapping[str, Any] | None = None,
     base_folder: str | Path | None = None,
     stacks: Mapping[str, str] | None = None,
+    new_tokens: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the artifact of one run to `folder` and return it; the folder appears whole or not at all.
 
@@ -124,7 +125,7 @@ def write_artifact(
     `results` and `coverage` are as `model_card` reads them; of `results` only numbers are kept. Tensors keep
     their dtype. `mtp_head` holds the tensors of a trained multi-token-prediction head by name. `rows` are the texts of
     the training data: none of them may be found in the artifact, unless it stands in the base's own files, the recipe
-    or the chat template. `pictures` are PNG files by the names of `PICTURES`.
+    or the chat template. `pictures` are PNG files by the names of `PICTURES`, `new_tokens` as in a manifest.
 
     `chat` is how the conversations were written, all keys optional: `form` (`chat`, or `text` for plain prompts),
     `stop_token_ids` (all that end an answer, the base's among them; they go into generation_config.json),
@@ -137,7 +138,7 @@ def write_artifact(
     """
     folder = Path(folder)
     theirs = _base_folder(model, base, base_folder)
-    facts = _facts(base, recipe_yaml, results, coverage, chat, stacks)
+    facts = _facts(base, recipe_yaml, results, coverage, chat, stacks, new_tokens)
     facts["versions"] = dict(versions or stack_versions())
     check_folder(folder, base=base, recipe_yaml=recipe_yaml)
     try:
@@ -154,10 +155,8 @@ def write_artifact(
             known = replace(known, words=(*known.words, *_words_of(staging, facts, license)))
             refuse_canaries(staging, rows, known, called=folder)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ResourceError(
-            f"{folder}: cannot write the artifact: {reason}; free space or choose another folder"
-        ) from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise ResourceError(f"{folder}: cannot write the artifact: {why}; free space or give another folder") from None
     return folder
 
 
@@ -168,6 +167,7 @@ def _facts(
     coverage: Mapping[str, Any],
     chat: Mapping[str, Any] | None,
     stacks: Mapping[str, str] | None,
+    new_tokens: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What the manifest says of the run, without secrets and local paths."""
     return {
@@ -177,6 +177,7 @@ def _facts(
         "coverage": portable(coverage),
         **({"chat": _portable_chat(chat)} if chat else {}),
         **({"stacks": dict(stacks)} if stacks else {}),
+        **({"new_tokens": dict(new_tokens)} if new_tokens else {}),
     }
 
 
@@ -295,6 +296,7 @@ def _card(folder: Path, facts: Mapping[str, Any], license: str | None) -> str:
         license=license,
         chat=facts.get("chat") or {},
         has_template=(folder / TEMPLATE).is_file(),
+        new_tokens=facts.get("new_tokens"),
     )
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "scratch_parent",
     "sequence_lengths",
     "token_table",
+    "tokens_in",
 ]
 
 _FOLDER_PREFIX = f"onecard-data-{os.getuid()}-"
@@ -302,6 +303,15 @@ def sequence_lengths(rows: datasets.Dataset) -> NDArray[np.int64]:
 def largest_ids(rows: datasets.Dataset) -> NDArray[np.int64]:
     """The largest token id of each row, (rows,); each row has a token."""
     return _of_each(rows, "input_ids", lambda column: np.maximum.reduceat(_values(column), _starts(column)))
+
+
+def tokens_in(rows: datasets.Dataset, ids: Sequence[int]) -> set[int]:
+    """Those of the token ids that a row has."""
+    table, found = rows.with_format("arrow")[:], set[int]()
+    for chunk in table.column("input_ids").chunks:
+        values = _values(chunk)
+        found |= {int(number) for number in values[np.isin(values, np.asarray(ids))]}
+    return found
 
 
 def _values(column: pa.ListArray) -> NDArray[np.int64]:

@@ -50,6 +50,7 @@ from toolkit.export.ollama import modelfile, turns_of
 from toolkit.export.quants import TAKES_QUANT, is_rounded_again, require_quant
 from toolkit.export.server_rules import server_problems
 from toolkit.export.survival import LEAST_SHARE, Survival, streamed_logits, survival
+from toolkit.export.tokens import put_rows, require_carried
 from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter", "is_rounded_again"]
@@ -134,6 +135,7 @@ def export_adapter(
     beside = None if base_gguf is None else Path(base_gguf)
     _require_asked(format, out, quant, beside)
     verify_artifact(artifact, strict=True)
+    require_carried(format, artifact)
     require_base(artifact, str(base))
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
@@ -269,6 +271,7 @@ def _merged(job: Job) -> Made:
     for checkpoint in (job.folder, job.folder / DRAFT_FOLDER):
         declare_stops(checkpoint, read_stops(job.artifact), files_of(str(job.base)) or job.base)
     _, steps = merged_difference(job.base, job.folder, job.adapter)
+    put_rows(job.artifact, job.skeleton, job.folder)
     told = f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
     return Made(told, steps, 1.01, kept=merged.kept, left_out=merged.left_out)
 

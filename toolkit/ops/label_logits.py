@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
+from toolkit.architecture import unwrapped
 from toolkit.labels import IGNORED
 
 __all__ = [
@@ -42,7 +43,8 @@ def can_keep_logits(model: nn.Module) -> bool:
 
 def pays_to_keep_logits(model: PeftModel, sequences: int, positions: int) -> bool:
     """Whether a CPU computes this many positions' logits at once; with more of them TRL's chunks need less memory."""
-    size = sequences * positions * model.get_output_embeddings().weight.shape[0] * model.dtype.itemsize
+    words = len(unwrapped(model.get_output_embeddings()).get_parameter("weight"))
+    size = sequences * positions * words * model.dtype.itemsize
     return can_keep_logits(model) and bool(size <= _MOST_LOGITS)
 
 

@@ -101,6 +101,7 @@ def count_bytes(
     linears = [(math.prod(parameters[f"{name}.weight"]), parameters[f"{name}.weight"][0]) for name in names]
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
+    rows = token_parameters(shapes, recipe)
     gradients = 4 * adapter
     micro, per_pass = recipe.training.gradient_accumulation_steps, micro_batches_per_pass
     held = _held(step, gradients, micro, per_pass, len(architecture.layers))
@@ -116,7 +117,7 @@ def count_bytes(
         experts=experts,
         slots=slots,
         linears=rounded_bytes(linears, recipe.quantization.linears, itemsize),
-        other=rest * itemsize,
+        other=(rest + 2 * rows) * itemsize,  # new rows of the embedding and head, and PEFT's copy of them
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
         gradients=gradients,
@@ -167,7 +168,14 @@ def adapter_parameters(model: Shapes, recipe: Recipe) -> int:
         leaf = linear.name.rpartition(".")[2]
         if linear.role in roles[wanted] if isinstance(wanted, str) else {leaf, linear.name} & set(wanted):
             total += lora.rank_pattern.get(leaf, rank_of_all) * sum(shapes[f"{linear.name}.weight"])
-    return total
+    return total + token_parameters(model, recipe)
+
+
+def token_parameters(model: Shapes, recipe: Recipe) -> int:
+    """Trained numbers in the rows of new tokens: of the embedding, and of a head that is not tied to it."""
+    row = model.numbers.get("vocab_size"), model.numbers.get("hidden_size")
+    ends = sum(shape == row for shape in model.parameters.values())
+    return len(recipe.model.new_tokens) * max(1, ends) * (row[1] or 0)
 
 
 def rank(recipe: Recipe) -> int:

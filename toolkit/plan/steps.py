@@ -76,11 +76,16 @@ class StepSpec:
     attn: str
     lora: str
     """The recipe's section, JSON."""
+    new_tokens: int = 0
+    """Tokens whose rows are trained."""
 
     def digest(self, *more: str) -> str:
         """16 hex digits of the spec, and of what else it depends on."""
         lora = {key: value for key, value in json.loads(self.lora).items() if key not in _SCALES}
-        return sha256(json.dumps([{**asdict(self), "lora": lora}, *more], sort_keys=True).encode()).hexdigest()[:16]
+        told = {**asdict(self), "lora": lora}
+        if not self.new_tokens:
+            del told["new_tokens"]
+        return sha256(json.dumps([told, *more], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def step_spec(
@@ -116,6 +121,7 @@ def step_spec(
         packed=trains and training.packing,
         attn=recipe.model.attn_implementation,
         lora=lora.model_dump_json(exclude={"adapter_name_or_path"}),
+        new_tokens=len(recipe.model.new_tokens),
     )
 
 

@@ -16,7 +16,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from toolkit.architecture import LINEAR_ROLES, Architecture, auto_class, bare_modules, describe, on_meta
+from toolkit.architecture import (
+    LINEAR_ROLES,
+    Architecture,
+    auto_class,
+    bare_modules,
+    describe,
+    is_of_adapter,
+    on_meta,
+)
 from toolkit.checkpoint.config import read_config, read_generation_config
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
@@ -202,7 +210,7 @@ def measure(model: nn.Module, architecture: Architecture | None = None) -> Cover
         linears=len(linears),
         expert_bytes=sum(_nbytes(stack.weight) + _nbytes(stack.scale) + _nbytes(stack.step) for stack in stacks),
         expert_bytes_fp32=sum(stack.experts * stack.outputs * stack.inputs * 4 for stack in stacks),
-        model_bytes=sum(_nbytes(p) for name, p in model.named_parameters() if ".lora_" not in name),
+        model_bytes=sum(_nbytes(p) for name, p in model.named_parameters() if not is_of_adapter(name)),
         stacks_stored=Counter(_kind(stack) for stack in stacks),
     )
 

@@ -34,6 +34,7 @@ EFFECTS: Mapping[str, Effect] = {
     "model.merge_base": Effect.FREE,
     "model.dtype": Effect.BINDS,
     "model.attn_implementation": Effect.BINDS,
+    "model.new_tokens": Effect.BINDS,
     "quantization.*": Effect.BINDS,
     "lora.*": Effect.BINDS,
     "mtp.*": Effect.BINDS,

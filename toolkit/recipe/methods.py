@@ -98,6 +98,8 @@ def misfits(recipe: Any) -> Iterator[Misfit]:
         yield Misfit("training.lr_scheduler_kwargs", f"{training.lr_scheduler_type} has no options; remove the line")
     if training.neftune_noise_alpha and recipe.mtp.enabled:
         yield Misfit("training.neftune_noise_alpha", "a head would learn from the noise; set mtp.enabled: false")
+    if recipe.model.new_tokens and recipe.mtp.enabled:
+        yield Misfit("model.new_tokens", "a head cannot be trained beside new tokens; set mtp.enabled: false")
     method, metric, read = recipe.training.method, recipe.eval.metric, recipe.data.format
     yield from rollout_misfits(recipe)
     for name, section in PREFERENCE_METHODS.items():

@@ -54,6 +54,18 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """transformers' attention backend; `auto` is its own choice for the family, and SDPA where that is eager because of
     attention sinks (gpt-oss). Packing is exact on every one."""
+    new_tokens: list[NonEmpty] = []
+    """Tokens to add to the tokenizer, such as `["<call>", "</call>"]`. Of embedding and head their rows alone are
+    trained (PEFT's trainable tokens); each starts as the mean of the pieces that the tokenizer made of it."""
+
+    @model_validator(mode="after")
+    def _each_token_once(self) -> ModelSection:
+        for token in self.new_tokens:
+            if self.new_tokens.count(token) > 1:
+                raise ValueError(f"new_tokens: {token!r} is there twice; keep one")
+            if not token.strip():
+                raise ValueError(f"new_tokens: {token!r} is white space; give a token that can be seen")
+        return self
 
 
 class LoraSection(Section):

@@ -71,7 +71,10 @@ def _balance(base: torch.nn.Module, outputs: Any, balanced: bool) -> torch.Tenso
 
 
 class _Tiles(torch.autograd.Function):
-    """What TRL's fused head holds: a tile of logits, some numbers a token, and the rows' gradient in fp32."""
+    """What TRL's fused head holds: a tile of logits, some numbers a token, and the rows' gradient in fp32.
+
+    Where rows of the head are trained, the whole head's gradient too, in fp32 and in the head's dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
@@ -86,7 +89,10 @@ class _Tiles(torch.autograd.Function):
         hidden_NH, head_VH = ctx.saved_tensors
         grad_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=torch.float32)
         _tile(hidden_NH, head_VH, ctx.on_card)
-        return grad_NH.to(hidden_NH.dtype), None, None
+        if not ctx.needs_input_grad[1]:
+            return grad_NH.to(hidden_NH.dtype), None, None
+        grad_VH = head_VH.new_zeros(head_VH.shape, dtype=torch.float32)
+        return grad_NH.to(hidden_NH.dtype), grad_VH.to(head_VH.dtype), None
 
 
 def _tile(hidden_NH: torch.Tensor, head_VH: torch.Tensor, on_card: bool) -> None:

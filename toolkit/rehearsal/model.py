@@ -42,9 +42,20 @@ class Depths:
 
 
 def adapted(
-    model: PreTrainedModel, lora: Mapping[str, Any], *, experts: str, linears: str, keep_up: bool, backend: str
+    model: PreTrainedModel,
+    lora: Mapping[str, Any],
+    *,
+    experts: str,
+    linears: str,
+    keep_up: bool,
+    backend: str,
+    new_tokens: int = 0,
 ) -> PeftModel:
-    """A meta skeleton as it is after loading and attaching, still on meta; the skeleton becomes part of it."""
+    """A meta skeleton as it is after loading and attaching, still on meta; the skeleton becomes part of it.
+
+    Args:
+        new_tokens: how many tokens' rows are trained: the embedding's first ones stand in for them.
+    """
     model.requires_grad_(False)
     model.set_experts_implementation(backend)
     if backend.startswith("onecard_triton"):
@@ -52,7 +63,7 @@ def adapted(
     stored = Int8Quantizer(Int8Config(experts, "none" if linears == "bnb" else linears))
     stored._process_model_before_weight_loading(model)
     with torch.device("meta"):
-        result = attach_lora(model, **lora)
+        result = attach_lora(model, **lora, new_token_ids=range(new_tokens))
     keep_up_outputs(result, keep_up)
     return result
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from toolkit.adapters.tokens import token_layers
 from toolkit.architecture import describe
 from toolkit.ops.document_attention import (
     attend_to_documents,
@@ -55,6 +56,8 @@ class Step:
     linears: str = "int8"
     packed: bool = True
     lora: Mapping[str, Any] = field(default_factory=dict)
+    new_tokens: int = 0
+    """Tokens whose rows of embedding and head are trained."""
     kind: str = "train"
     """train; or loss or generate: of held-out sequences, or of prompts with the answer's room in the cache."""
 
@@ -123,8 +126,15 @@ def fake_model(model: PreTrainedModel, step: Step) -> PeftModel:
     """The skeleton as the run will have it, on meta still."""
     for parameter in model.parameters():  # buffers keep their own dtype, as they do when weights are loaded
         parameter.data = parameter.data.to(step.dtype)
-    kept = step.checkpointing
-    return adapted(model, step.lora, experts=step.experts, linears=step.linears, keep_up=kept, backend=step.backend)
+    return adapted(
+        model,
+        step.lora,
+        experts=step.experts,
+        linears=step.linears,
+        keep_up=step.checkpointing,
+        backend=step.backend,
+        new_tokens=step.new_tokens,
+    )
 
 
 def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted:
@@ -132,7 +142,7 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
     step = _in_one_row(step)
     with fake_mode:
         if any(parameter.is_meta for parameter in model.parameters()):
-            model.to_empty(device="cpu")
+            _empty(model)
         model.train(step.trains)
         if step.checkpointing:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
@@ -145,6 +155,16 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
     return Counted(ledger.peaks, ledger.bares, max(ledger.opened.get("loss", 0), ledger.waiting))
+
+
+def _empty(model: PeftModel) -> None:
+    """Give every tensor on meta a fake one; rows that a tied head shares with the embedding take only one."""
+    tied = [layer for _, layer in token_layers(model) if layer.tied_adapter is not None]
+    for layer in tied:
+        del layer.trainable_tokens_delta
+    model.to_empty(device="cpu")
+    for layer in tied:
+        layer.trainable_tokens_delta = layer.tied_adapter.trainable_tokens_delta
 
 
 def _apart(step: Step) -> bool:

@@ -31,12 +31,13 @@ from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, REWARD, Recipe, rol
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run.rewards import require_rewards
-from toolkit.run.vocabulary import require_known_tokens
+from toolkit.run.vocabulary import add_tokens, require_known_tokens, require_new_tokens
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
 __all__ = [
     "build_batches",
+    "check_new_tokens",
     "dialogue",
     "general_text",
     "held_out",
@@ -49,7 +50,7 @@ __all__ = [
 
 
 def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, or else the checkpoint's, with the recipe's chat template where it names one.
+    """The recipe's tokenizer, or else the checkpoint's, with the recipe's new tokens and chat template, if it has any.
 
     Raises:
         ModelError: there is none, or that of a GGUF file must be given.
@@ -57,8 +58,15 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return _tokenizer_of(plan.recipe)
 
 
+def check_new_tokens(plan: Plan) -> None:
+    """Raise unless the recipe's new tokens can be added and trained; no weights are read (`require_new_tokens`)."""
+    if plan.recipe.model.new_tokens:
+        require_new_tokens(_tokenizer(plan.recipe.model), plan)
+
+
 def _tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = _tokenizer(recipe.model)
+    add_tokens(tokenizer, recipe.model.new_tokens)
     if recipe.data.chat_template_path:
         tokenizer.chat_template = read_chat_template(Path(recipe.data.chat_template_path))
     result: PreTrainedTokenizerBase = tokenizer

@@ -25,7 +25,7 @@ from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
 from toolkit.report.plans import show_plan
-from toolkit.run.data import build_batches, load_tokenizer, record_form, step_shape
+from toolkit.run.data import build_batches, check_new_tokens, load_tokenizer, record_form, step_shape
 from toolkit.run.folder import (
     check_folder_is_ours,
     check_writable,
@@ -38,6 +38,7 @@ from toolkit.run.folder import (
 from toolkit.run.mixture import Chosen, choose_stacks, kept_mixture
 from toolkit.run.model import attach, check_adapter, compensate, coverage, load, requantised
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
+from toolkit.run.vocabulary import require_seen
 from toolkit.run_folder import RunFolder
 from toolkit.steps import listening, seconds_by_part
 from toolkit.training.memory import anonymous_memory
@@ -92,7 +93,7 @@ def run(
     console = console or Console(quiet=True)
     note = _once(console)
     with listening(console), ExitStack() as held:
-        prepared = _prepare(recipe, fork, other_versions)
+        prepared = _prepare(recipe, fork, other_versions, note)
         folder = RunFolder(prepared.plan.folder)
         summary = broadcast(partial(_open, prepared, held, note))
         if summary is None:
@@ -102,7 +103,7 @@ def run(
     return Finished(folder.path, folder.adapter, summary)
 
 
-def _prepare(recipe: Recipe, fork: bool, other_versions: bool) -> _Prepared:
+def _prepare(recipe: Recipe, fork: bool, other_versions: bool, note: Callable[[str], None]) -> _Prepared:
     """Plan, tokenise, and plan again for the sequences there are; all that can be refused by then is."""
     require_all_started()
     require_schedule(recipe.training.lr_scheduler_type, recipe.training.lr_scheduler_kwargs)
@@ -116,9 +117,11 @@ def _prepare(recipe: Recipe, fork: bool, other_versions: bool) -> _Prepared:
     first = make_plan(recipe, for_training=undecided)
     if not fork:  # whose start is the run's own adapter, copied later
         check_adapter(first)
+    check_new_tokens(first)
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)
+    require_seen(tokenizer, batches, first, note)
     device = choose_device(use_cpu=recipe.training.use_cpu)
     shape = step_shape(batches, first)
     found = kept_mixture(RunFolder(first.folder).mixture, first, batches) if first.choice else None

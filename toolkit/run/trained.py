@@ -34,6 +34,7 @@ from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tok
 from toolkit.run.model import coverage
 from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
 from toolkit.run.rewards import rewards_sha256, rollouts_of
+from toolkit.run.vocabulary import told_tokens
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 from toolkit.training import BestAdapter, Preference, RunContext, TrainResult, train_adapter
@@ -363,5 +364,6 @@ def package(result: Trained, plan: Plan, pictures: Mapping[str, bytes] | None = 
         chat=result.chat,
         base_folder=files_of(base, revision),
         stacks=plan.stacks,
+        new_tokens=told_tokens(result.tokenizer, plan),
         mtp_head=None if result.head is None else head_state(result.head, result.model.get_base_model()),
     )

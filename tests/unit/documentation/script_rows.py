@@ -262,6 +262,11 @@ ROWS = (
         ),
     ),
     Row(
+        "parity/token_families.py",
+        "qwen3_moe",
+        (r"^ok +qwen3_moe +3/3 rows moved; ", r"^1 of 1 families take new tokens, 0 refused by name$"),
+    ),
+    Row(
         "parity/grpo_families.py",
         "qwen3_moe --steps 1 --method rloo",
         (
