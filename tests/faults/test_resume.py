@@ -27,6 +27,7 @@ SOME = (
     "an epoch's end with dropout",
     "two resumes in a row",
     "noise, LoRA+ and a stable schedule",
+    "rows of new tokens, DoRA, smoothed labels",
     "streamed, layer by layer, cut inside a step",
     "a head over streamed experts",
     "pairs, streamed, layer by layer",

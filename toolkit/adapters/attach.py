@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 _ROLES = {"none": (), "attention": ("attention",), "all-linear": ("attention", "shared", "dense")}
+_DORA = ".lora_magnitude_vector.weight"
+"""How a state's key ends that PEFT saves without its last part."""
 _NEVER = ("selector", "fused")
 """Roles that no adapter can train, even where it is asked for by name."""
 
@@ -99,6 +101,7 @@ def attach_lora(
     lora_alpha: float = 32,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     experts: bool = True,
     router: bool = True,
     target_modules: str | Sequence[str] = "attention",
@@ -127,6 +130,7 @@ def attach_lora(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         use_rslora=use_rslora,
+        use_dora=use_dora,
         target_modules=_shorten(modules, names) or None,
         target_parameters=_shorten(parameters, stacks, leaf_too=False) or None,
         rank_pattern=_patterns(rank_pattern or {}, architecture, (*modules, *parameters)),
@@ -214,6 +218,7 @@ def load_own_layout(model: PeftModel, tensors: Mapping[str, Tensor], name: str =
     then match names that are right already, which would be lost. Where a shape is another, torch raises `RuntimeError`.
     """
     own = {key.replace(f".{name}.", "."): key for key in model.state_dict() if f".{name}." in key and ".lora_" in key}
+    own = {saved.removesuffix(".weight") if saved.endswith(_DORA) else saved: key for saved, key in own.items()}
     own |= {key.removesuffix(f".{name}"): key for key in _token_rows(model, name)}
     if own.keys() != tensors.keys():
         return False

@@ -25,6 +25,7 @@ from toolkit.architecture import describe
 from toolkit.errors import ModelError, first_line
 
 __all__ = [
+    "MAGNITUDES",
     "PREFIX",
     "ROWS",
     "Factors",
@@ -40,6 +41,8 @@ __all__ = [
 
 PREFIX = "base_model.model."
 """What PEFT puts before every name."""
+MAGNITUDES = "lora_magnitude_vector"
+"""How a tensor ends that holds DoRA's magnitudes, one of each output of a linear, which are no pair either."""
 ROWS = "token_adapter.trainable_tokens_delta"
 """How a tensor ends that holds rows of new tokens, which is no pair."""
 
@@ -95,7 +98,8 @@ class Piece:
 def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]:
     """The pairs of a PEFT adapter, by what they change in `skeleton` (the base on meta, which is left wrapped).
 
-    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of new tokens are no pairs, and left out.
+    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of new tokens and DoRA's magnitudes, which
+    are no pairs, are left out.
 
     Raises:
         ModelError: the adapter does not fit this base.
@@ -103,7 +107,7 @@ def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]
     transposed = {name for layer in describe(skeleton).layers if layer.is_transposed for name in layer.stacks}
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     stored = load_file(Path(folder) / "adapter_model.safetensors")
-    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith(ROWS)}
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((ROWS, MAGNITUDES))}
     found = []
     for name, module in _lora_layers(folder, skeleton):
         leaf = getattr(module, "parameter_name", None) or "weight"

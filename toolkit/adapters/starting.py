@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolkit.adapters.attach import load_own_layout, misfit
+from toolkit.adapters.layouts import MAGNITUDES, ROWS
 from toolkit.adapters.tokens import token_ids
 from toolkit.adapters.untrusted import CONFIG, WEIGHTS, check_adapter_files, read_adapter_config
 from toolkit.checkpoint.files import read_header
@@ -27,7 +28,7 @@ from toolkit.errors import ModelError
 __all__ = ["BEYOND_PAIRS", "check_start"]
 
 _PAIR = re.compile(r".+\.lora_[AB]\.weight")
-_ROWS, _ROW_TENSOR = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"
+_ROWS = "trainable_token_indices"
 BEYOND_PAIRS = {
     "modules_to_save": "modules saved whole",
     "trainable_token_indices": "rows of the embedding",
@@ -47,12 +48,15 @@ _STARTS_BESIDE = ("gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base's weights alone; others move a part of them into the adapter."""
 
 
-def check_start(folder: Path, model: PreTrainedModel, new_tokens: Sequence[int] = ()) -> None:
+def check_start(
+    folder: Path, model: PreTrainedModel, new_tokens: Sequence[int] = (), *, use_dora: bool = False
+) -> None:
     """Raise `ModelError` unless a LoRA adapter can be trained on from; only the headers of its tensors are read.
 
     Args:
         folder: an adapter in a layout that PEFT opens. model: the base on the meta device, with rows for new tokens; it
             is changed. new_tokens: the ids of those that the run trains, which the adapter must hold.
+        use_dora: whether the run trains magnitudes, which the adapter must hold.
     """
     check_adapter_files(folder)
     config = read_adapter_config(folder / CONFIG)
@@ -61,15 +65,19 @@ def check_start(folder: Path, model: PreTrainedModel, new_tokens: Sequence[int] 
             f"{folder / CONFIG}: holds no rows of the tokens in model.new_tokens; start from an adapter that was "
             "trained with them, or without an adapter"
         )
+    if use_dora and not config.get("use_dora"):
+        raise ModelError(f"{folder / CONFIG}: has no magnitudes to train on; remove lora.use_dora, or start without it")
+    wanted = {_ROWS: bool(new_tokens), "use_dora": use_dora}
     for field, what in BEYOND_PAIRS.items():
-        if config.get(field) and not (field == _ROWS and new_tokens):
+        if config.get(field) and not wanted.get(field):
             raise ModelError(f"{folder / CONFIG}: {field}: {_refusal(what)}")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _STARTS_BESIDE:
         raise ModelError(f"{folder / CONFIG}: init_lora_weights: {_refusal(f'a base that {start[:20]} has changed')}")
     header = read_header(folder / WEIGHTS, "copy it again")
     for name in sorted(header):
-        if not _PAIR.fullmatch(name) and not (new_tokens and name.endswith(_ROW_TENSOR)):
+        is_wanted = (new_tokens and name.endswith(ROWS)) or (use_dora and name.endswith(MAGNITUDES))
+        if not _PAIR.fullmatch(name) and not is_wanted:
             raise ModelError(f"{folder / WEIGHTS}: {name[:120]}: {_refusal('a tensor that is no A or B of a linear')}")
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     if head and (found := next((name for name in header if f".{head}.lora_" in name), None)):

@@ -151,6 +151,7 @@ def _training_section(
     rows = [f"| data | {_data(recipe, results)} |"] if recipe.get("data") else []
     rows += [f"| method | {method} |"] if (method := _method(recipe)) else []
     rows += [f"| form | {form} |"] if (form := form_of(chat)) else []
+    rows += ["| kind | weight-decomposed (DoRA) |"] if config.get("use_dora") else []
     rows += [f"| rank, alpha | {config['r']}, {config['lora_alpha']:g} |"]
     rows += [
         f"| {label} | {', '.join(f'`{name}` {value:g}' for name, value in sorted(config[key].items()))} |"

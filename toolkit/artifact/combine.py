@@ -136,7 +136,10 @@ def _facts(weights: Mapping[str, float], first: Path, rank: int) -> dict[str, An
 
 def _open(folder: str) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     verify_artifact(folder, strict=True)
-    if token_ids(load_adapter_config(Path(folder))):
+    config = load_adapter_config(Path(folder))
+    if config.get("use_dora"):
+        raise ModelError(f"{folder}: holds DoRA's magnitudes, which cannot be added up; merge it and train on that")
+    if token_ids(config):
         raise ModelError(f"{folder}: holds rows of new tokens, which cannot be added up; merge it and train on that")
     tensors = load_file(Path(folder) / ADAPTER_WEIGHTS)
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}

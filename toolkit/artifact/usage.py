@@ -56,6 +56,9 @@ def loading_section(
     if base.name.endswith(".gguf") and not new_tokens:
         return _of_a_gguf(base.name, chat, jinja)
     python = f"### transformers and PEFT\n\n```python\n{_python(base, chat, (new_tokens or {}).get('rows'))}```"
+    if config.get("use_dora"):
+        merge = "None takes DoRA from an adapter. `model.merge_and_unload()` after the lines above gives a plain model."
+        return "\n\n".join(("## How to load it", python, f"### vLLM, SGLang and llama.cpp\n\n{merge}"))
     if new_tokens:
         return "\n\n".join(("## How to load it", python, _merged(base, chat)))
     return "\n\n".join(

@@ -22,7 +22,7 @@ from peft.utils.other import get_pattern_key, match_target_against_key
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from toolkit.adapters.layouts import ROWS
+from toolkit.adapters.layouts import MAGNITUDES, ROWS
 from toolkit.adapters.tokens import rows_of, token_ids
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
@@ -162,12 +162,23 @@ def _check_layout(folder: Path) -> str:
             raise ModelError(
                 f"{folder / ADAPTER_WEIGHTS}: {module[:120]}: {sorted(rows)} rows of A do not fit the ranks"
             )
+    _require_magnitudes(folder, bool(config.get("use_dora")), shapes)
     for target in config.get("target_parameters") or []:
         if not any(_holds(module, target) for module in ranks if not _is_linear(config, module)):
             raise ModelError(
                 f"{folder / ADAPTER_WEIGHTS}: no tensor for the target {target!r}: the adapter is incomplete"
             )
     return f"{len(shapes)} tensors on {len(ranks)} modules, as the configuration says"
+
+
+def _require_magnitudes(folder: Path, wanted: bool, shapes: Shapes) -> None:
+    """DoRA has a magnitude for each output of each linear, and nothing else has any."""
+    found = {name.removesuffix(f".{MAGNITUDES}"): shape for name, shape in shapes.items() if name.endswith(MAGNITUDES)}
+    tensors = ((_TENSOR.fullmatch(name), shape) for name, shape in shapes.items())
+    outputs = {match["module"]: shape[:1] for match, shape in tensors if match and match["side"] == "B"}
+    told = {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
+    if told != (outputs if wanted else {}):
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: its magnitudes are not one of each output, as use_dora says")
 
 
 def _check_tokens(folder: Path, shapes: Shapes) -> str:
@@ -189,7 +200,7 @@ def _check_tokens(folder: Path, shapes: Shapes) -> str:
 def _pairs(folder: Path, shapes: Shapes) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     sides: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, shape in shapes.items():
-        if name.endswith(ROWS):
+        if name.endswith((ROWS, MAGNITUDES)):
             continue
         match = _TENSOR.fullmatch(name)
         if match is None:

@@ -31,8 +31,14 @@ _CARRY = ("peft", "merged")
 
 
 def require_carried(format: str, artifact: Path) -> None:
-    """Raise `ModelError` where an artifact has rows of new tokens and a layout has no place for them."""
-    count = len(token_ids(load_adapter_config(artifact)))
+    """Raise `ModelError` where a layout has no place for an artifact's rows of new tokens or DoRA's magnitudes."""
+    config = load_adapter_config(artifact)
+    if config.get("use_dora") and format != "peft":
+        raise ModelError(
+            f"--format {format}: has no place for DoRA's magnitudes; open the adapter with PEFT on the unquantised "
+            "base, and write a checkpoint with merge_and_unload()"
+        )
+    count = len(token_ids(config))
     if count and format not in _CARRY:
         raise ModelError(
             f"--format {format}: has no place for the rows of {count} new tokens; take --format merged, whose "

@@ -103,9 +103,19 @@ def _positions(labels_BL: torch.Tensor, count: int | None) -> torch.Tensor:
     return wanted_L.nonzero().flatten() if wanted_L.any() else wanted_L.new_zeros(1, dtype=torch.long)
 
 
-def summed_loss(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """The labels' cross entropies in nats, added up in fp32."""
-    return cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+def summed_loss(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, *, label_smoothing: float = 0.0, dft: bool = False
+) -> torch.Tensor:
+    """The labels' cross entropies in nats, added up in fp32.
+
+    Args:
+        label_smoothing: share of each label that is spread over the vocabulary.
+        dft: each is weighed by the label's probability, through which nothing flows back (arXiv 2508.05629).
+    """
+    if not dft:
+        return cross_entropy(logits_NV.float(), labels_N, reduction="sum", label_smoothing=label_smoothing)
+    losses_N = cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    return (losses_N * (-losses_N).exp().detach()).sum()
 
 
 def entropy_and_hits(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

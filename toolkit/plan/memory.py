@@ -167,7 +167,8 @@ def adapter_parameters(model: Shapes, recipe: Recipe) -> int:
     for linear in architecture.linears:
         leaf = linear.name.rpartition(".")[2]
         if linear.role in roles[wanted] if isinstance(wanted, str) else {leaf, linear.name} & set(wanted):
-            total += lora.rank_pattern.get(leaf, rank_of_all) * sum(shapes[f"{linear.name}.weight"])
+            shape = shapes[f"{linear.name}.weight"]
+            total += lora.rank_pattern.get(leaf, rank_of_all) * sum(shape) + (shape[0] if lora.use_dora else 0)
     return total + token_parameters(model, recipe)
 
 

@@ -28,6 +28,7 @@ __all__ = ["StepBytes", "StepShape", "StepSpec", "cache_bytes", "cached_bytes", 
 
 _REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py", "labels.py")
 """Our sources that a rehearsal runs."""
+_LATER = ("new_tokens", "whole_logits")
 _SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
 """Of the adapter: no byte depends on them."""
 
@@ -78,13 +79,18 @@ class StepSpec:
     """The recipe's section, JSON."""
     new_tokens: int = 0
     """Tokens whose rows are trained."""
+    whole_logits: bool = False
+    """Whether the loss takes each label's whole row of logits."""
 
     def digest(self, *more: str) -> str:
         """16 hex digits of the spec, and of what else it depends on."""
         lora = {key: value for key, value in json.loads(self.lora).items() if key not in _SCALES}
         told = {**asdict(self), "lora": lora}
-        if not self.new_tokens:
-            del told["new_tokens"]
+        if not lora.get("use_dora"):
+            lora.pop("use_dora", None)
+        for name in _LATER:  # what was decided before these were there is still right without them
+            if not told[name]:
+                del told[name]
         return sha256(json.dumps([told, *more], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -122,6 +128,7 @@ def step_spec(
         attn=recipe.model.attn_implementation,
         lora=lora.model_dump_json(exclude={"adapter_name_or_path"}),
         new_tokens=len(recipe.model.new_tokens),
+        whole_logits=trains and training.label_smoothing_factor > 0,
     )
 
 

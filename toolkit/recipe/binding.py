@@ -63,6 +63,8 @@ EFFECTS: Mapping[str, Effect] = {
     "data.shuffle": Effect.CONTENT,
     "training.output_dir": Effect.FREE,
     "training.method": Effect.BINDS,
+    "training.loss_type": Effect.BINDS,
+    "training.label_smoothing_factor": Effect.BINDS,
     "training.num_train_epochs": Effect.LENGTH,
     "training.max_steps": Effect.LENGTH,
     "training.per_device_train_batch_size": Effect.BINDS,

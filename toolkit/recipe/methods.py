@@ -100,6 +100,9 @@ def misfits(recipe: Any) -> Iterator[Misfit]:
         yield Misfit("training.neftune_noise_alpha", "a head would learn from the noise; set mtp.enabled: false")
     if recipe.model.new_tokens and recipe.mtp.enabled:
         yield Misfit("model.new_tokens", "a head cannot be trained beside new tokens; set mtp.enabled: false")
+    if recipe.lora.use_dora and recipe.quantization.linears != "none":
+        yield Misfit("lora.use_dora", "PEFT takes the norm of the weights as they are; set quantization.linears: none")
+    yield from _of_single_answers(training)
     method, metric, read = recipe.training.method, recipe.eval.metric, recipe.data.format
     yield from rollout_misfits(recipe)
     for name, section in PREFERENCE_METHODS.items():
@@ -116,6 +119,17 @@ def misfits(recipe: Any) -> Iterator[Misfit]:
         yield Misfit("data.format", f"preference is for training.method: {methods}")
     if metric in PAIR_METRICS:
         yield Misfit("eval.metric", f"{metric} is for training.method: {methods}")
+
+
+def _of_single_answers(training: Any) -> Iterator[Misfit]:
+    """Of losses that other methods would pass over, and that exclude each other."""
+    smoothing = training.label_smoothing_factor
+    for field, is_set in (("loss_type", training.loss_type != "nll"), ("label_smoothing_factor", smoothing > 0)):
+        if is_set and training.method != "sft":
+            own = "; its loss has dpo.label_smoothing" if training.method == "dpo" and smoothing else ""
+            yield Misfit(f"training.{field}", f"is for training.method: sft{own}; remove the line")
+    if smoothing and training.loss_type == "dft":
+        yield Misfit("training.label_smoothing_factor", "dft weighs labels as they are; remove one of the two")
 
 
 def _of_preferences(recipe: Any) -> Iterator[Misfit]:

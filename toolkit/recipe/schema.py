@@ -79,6 +79,8 @@ class LoraSection(Section):
     """Dropout before A. PEFT cannot apply it to expert stacks or routers, so it must be 0 where those are adapted."""
     use_rslora: bool = False
     """Rank-stabilised scaling."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA), which PEFT has for linears alone: `target_modules` without experts and router."""
     experts: bool = True
     """Adapt every expert stack."""
     router: bool = True
@@ -101,6 +103,8 @@ class LoraSection(Section):
             raise ValueError("nothing would be trained: set experts, router or target_modules")
         if self.lora_dropout and (self.experts or self.router):
             raise ValueError("lora_dropout must be 0 where experts or router are adapted (PEFT refuses it there)")
+        if self.use_dora and (self.experts or self.router):
+            raise ValueError("use_dora: PEFT has DoRA for linears alone; set experts: false and router: false")
         return self
 
 
@@ -239,6 +243,10 @@ class TrainingSection(Section):
     """What is learnt from: single answers (supervised fine-tuning), preferences, or rewards. `dpo`, `orpo` and `simpo`
     take pairs of a better and a worse answer, `kto` also answers that are called good or bad one by one; `grpo` and
     `rloo` reward answers that the model writes."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """Of single answers: cross entropy, or dynamic fine-tuning (DFT), which weighs each token by its probability."""
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread over the vocabulary. Held-out losses are neither smoothed nor weighed."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training examples."""
     max_steps: Positive | None = None

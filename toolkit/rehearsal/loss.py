@@ -31,17 +31,25 @@ _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 
 
 def fake_loss(
-    model: PeftModel, inputs: dict[str, torch.Tensor], labelled: int, *, balanced: bool, on_card: bool, trains: bool
+    model: PeftModel,
+    inputs: dict[str, torch.Tensor],
+    labelled: int,
+    *,
+    balanced: bool,
+    on_card: bool,
+    trains: bool,
+    whole_logits: bool = False,
 ) -> torch.Tensor:
     """A loss that backward can start from.
 
     Args:
         inputs: `input_ids`, `labels` and what else the forward takes. labelled: positions with a label, in a sequence.
         trains: whether it is the trainer's; held-out examples are judged by whole logits, on a card too.
+        whole_logits: whether the trainer's is as well, as with smoothed labels.
     """
     labels, given = inputs.pop("labels"), forward_inputs(inputs, balanced=balanced)
     labelled = labelled if can_keep_logits(model) else labels.shape[1] - 1
-    if trains and (on_card or not pays_to_keep_logits(model, len(labels), labelled)):
+    if trains and not whole_logits and (on_card or not pays_to_keep_logits(model, len(labels), labelled)):
         base = model.get_base_model()
         outputs = base.base_model(**given)
         hidden = outputs.last_hidden_state[:, :-1][:, :labelled].flatten(0, 1)

@@ -58,6 +58,8 @@ class Step:
     lora: Mapping[str, Any] = field(default_factory=dict)
     new_tokens: int = 0
     """Tokens whose rows of embedding and head are trained."""
+    whole_logits: bool = False
+    """Whether the loss takes each label's whole row of logits, on a card too."""
     kind: str = "train"
     """train; or loss or generate: of held-out sequences, or of prompts with the answer's room in the cache."""
 
@@ -186,7 +188,13 @@ def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
                 model(**inputs, use_cache=True, logits_to_keep=1)
                 return
             loss = fake_loss(
-                model, inputs, step.labelled, balanced=step.balanced, on_card=step.on_card, trains=step.trains
+                model,
+                inputs,
+                step.labelled,
+                balanced=step.balanced,
+                on_card=step.on_card,
+                trains=step.trains,
+                whole_logits=step.whole_logits,
             )
         for handle in handles:
             handle.remove()

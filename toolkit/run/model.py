@@ -155,7 +155,7 @@ def check_adapter(plan: Plan) -> None:
     if start := plan.recipe.lora.adapter_name_or_path:
         skeleton, tokens = shape_of(plan.model, plan.recipe.model.revision), _new_tokens(plan)
         add_rows(skeleton, tokens)
-        check_start(fetch_adapter(start), skeleton, tokens.ids)
+        check_start(fetch_adapter(start), skeleton, tokens.ids, use_dora=plan.recipe.lora.use_dora)
 
 
 @part("attach")

@@ -149,6 +149,8 @@ class AdapterSteps(Resumable):
     """What logits are divided by."""
     trusts_fused_head = True
     """Whether TRL's fused head computes the family's own logits (`check_fused_head`)."""
+    gives_balance = True
+    """Whether the family's own forward gave a load-balancing loss when it was asked."""
     _logits: torch.Tensor | None = None
     _samples: list[Any]
     _ops_of_a_token: int | None = None
@@ -219,7 +221,8 @@ class AdapterSteps(Resumable):
             fused = self.model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
         off = (own.log_probs - fused.log_probs).abs() / own.log_probs.abs().clamp(min=1)
         self.trusts_fused_head = bool(off.max() <= _TOLERANCE[self.model.dtype])
-        self.aux_loss_enabled &= self.trusts_fused_head or own.aux_loss is not None
+        self.gives_balance = own.aux_loss is not None
+        self.aux_loss_enabled &= self.trusts_fused_head or self.gives_balance
         return self.trusts_fused_head
 
     def _head_probe(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,9 +98,9 @@ class Resumable(Trainer):  # type: ignore[misc]
         self.add_callback(_Boundary(self))
         modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         kept = {id(parameter) for module in modules for parameter in module.parameters()}
-        layout = self._adapter().keys()
+        saved = {tensor.data_ptr() for tensor in self._adapter().values()}  # PEFT saves some under other names
         for name, parameter in self.model.named_parameters():
-            known = name.replace(".default.", ".").removesuffix(".default") in layout or id(parameter) in kept
+            known = parameter.data_ptr() in saved or id(parameter) in kept
             if parameter.requires_grad and not known:
                 raise ModelError(f"{name}: is trained, but no checkpoint would hold it; register it as a part")
 

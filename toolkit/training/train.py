@@ -45,8 +45,8 @@ from toolkit.training.unpaired import KtoSteps, answers_of, kto_config, weight_a
 __all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
 
 _NOT_TRL = {
-    "method", "loraplus_lr_ratio", "packing", "max_length", "use_cpu", "max_nonfinite_steps", "load_best_model_at_end",
-    "early_stopping_patience",
+    "method", "loss_type", "label_smoothing_factor", "loraplus_lr_ratio", "packing", "max_length", "use_cpu",
+    "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience",
 }  # fmt: skip
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
 
@@ -291,6 +291,7 @@ def sft_config(context: RunContext, *, train_router: bool, evaluates: bool) -> S
     return SFTConfig(
         **common_arguments(context, train_router=train_router, evaluates=evaluates),
         packing=arguments["packing"],
+        loss_type=arguments["loss_type"],
         max_length=arguments["max_length"],
         eval_packing=False,
         packing_strategy="bfd",

@@ -20,7 +20,7 @@ from toolkit.ops.label_logits import (
     pays_to_keep_logits,
     summed_loss,
 )
-from toolkit.training.adapter_steps import AdapterSteps
+from toolkit.training.adapter_steps import AdapterSteps, RunContext
 
 __all__ = ["AdapterTrainer"]
 
@@ -28,8 +28,30 @@ __all__ = ["AdapterTrainer"]
 class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
     """TRL's loss; on a CPU, where TRL computes the logits of all tokens, that of the labelled ones.
 
-    That is so on a card, too, where TRL's fused head does not compute the family's own logits.
+    That is so on a card, too, where TRL's fused head does not compute the family's own logits, and where labels are
+    smoothed: that takes all of a token's log-probabilities, and the fused head gives the label's alone.
     """
+
+    def __init__(self, context: RunContext, **trl: Any) -> None:
+        """`trl`: what TRL's trainer takes."""
+        self.label_smoothing: float = context.arguments["label_smoothing_factor"]
+        super().__init__(context, **trl)
+
+    def check_fused_head(self) -> bool:
+        """As there; where labels are smoothed it is not used in any case."""
+        found = super().check_fused_head()
+        if self.label_smoothing:
+            self.trusts_fused_head = False
+            self.aux_loss_enabled &= self.gives_balance
+        return found
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As there, by cross entropy whatever is trained on."""
+        kind, self.args.loss_type = self.args.loss_type, "nll"
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.args.loss_type = kind
 
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
         if not self.trusts_fused_head or self._pays_to_keep_logits(inputs["labels"]):
@@ -58,7 +80,8 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
             return None
         metrics = self._metrics["train" if self.model.training else "eval"]
         count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        loss = summed_loss(logits, targets) / count
+        smoothing = self.label_smoothing if self.model.training else 0.0
+        loss = summed_loss(logits, targets, label_smoothing=smoothing, dft=self._weighs()) / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if balance is not None and self.aux_loss_enabled:
@@ -76,7 +99,8 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
         given = {**forward_inputs(inputs, balanced=balanced), "labels": inputs["labels"], "fused_lm_head": True}
         outputs, gather = model(**given), self.accelerator.gather_for_metrics
         found = outputs.label_mask.sum()
-        loss: torch.Tensor = -outputs.log_probs.sum() / torch.as_tensor(
+        weights = outputs.log_probs.exp().detach() if self._weighs() else 1.0
+        loss: torch.Tensor = -(weights * outputs.log_probs).sum() / torch.as_tensor(
             found if num_items_in_batch is None else num_items_in_batch
         ).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -90,6 +114,10 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
         metrics["entropy"].append(gather(outputs.entropy.detach().sum()).sum() / count)
         metrics["mean_token_accuracy"].append(gather(outputs.is_top1.sum()).sum() / count)
         return loss
+
+    def _weighs(self) -> bool:
+        """Whether each token's loss is weighed by its probability, as `loss_type: dft` says."""
+        return bool(self.args.loss_type == "dft")
 
     def _count_hits(self, logits: torch.Tensor, targets: torch.Tensor, metrics: dict[str, list[float]]) -> None:
         entropy, hits = entropy_and_hits(logits, targets)
