@@ -26,7 +26,7 @@ from toolkit.plan.stacks import Choice, Mixture, mixture_of, stack_bytes
 from toolkit.plan.steps import StepShape
 from toolkit.plan.stored import Stored, what_is_stored
 from toolkit.processes import processes
-from toolkit.recipe import Recipe
+from toolkit.recipe import SCHEDULE_FREE, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -261,6 +261,8 @@ def _check_settings(recipe: Recipe) -> None:
         )
     if recipe.mtp.loss_weight and recipe.mtp.stage != "with":
         raise RecipeError("mtp.loss_weight: it needs head and adapter to train together; set mtp.stage=with")
+    if recipe.training.optim == SCHEDULE_FREE and find_spec("schedulefree") is None:
+        raise RecipeError("training.optim: schedulefree is not installed; pip install schedulefree")
     for tracker in recipe.tracking.report_to:
         if find_spec(tracker) is None:
             raise RecipeError(f"tracking.report_to: {tracker} is not installed; pip install {tracker}")

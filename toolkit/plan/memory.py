@@ -35,8 +35,15 @@ _A_THREAD = 13 << 20
 _SLACK = {"cuda": 0.05, "cpu": 0.5}
 """Share of what comes and goes that the allocator's rounding and holes add. Half is what glibc kept in holes with its
 own settings (docs/planning.md); on a card it is assumed."""
-_OPTIMIZER = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.03, "paged_adamw_8bit": 2.03}
-"""Bytes of state a trained parameter; 8-bit ones have a fp32 maximum for each 256 values."""
+_OPTIMIZER = {
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "adamw_bnb_8bit": 2.03,
+    "paged_adamw_8bit": 2.03,
+    "schedule_free_adamw": 8.0,
+}
+"""Bytes of state a trained parameter; 8-bit ones have a fp32 maximum for each 256 values. The schedule-free one has the
+point that it steps from in place of the first moment."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +154,13 @@ def _head(shapes: Shapes, recipe: Recipe) -> int:
     return head_bytes(recipe.mtp.num_mtp_layers * shapes.numbers["head_parameters"])
 
 
+_LISTS = ("adamw_torch", "schedule_free_adamw")
+"""Optimizers whose step on a card goes over lists of all tensors at once."""
+
+
 def _optimizer_scratch(recipe: Recipe, device: str, adapter: int) -> int:
     """What AdamW's step makes: with torch's own one on a card a list of square roots, as large as the adapter."""
-    return 4 * adapter if device == "cuda" and recipe.training.optim == "adamw_torch" else 0
+    return 4 * adapter if device == "cuda" and recipe.training.optim in _LISTS else 0
 
 
 def adapter_parameters(model: Shapes, recipe: Recipe) -> int:

@@ -2,7 +2,7 @@
 
 from toolkit.recipe.aliases import ALIASES
 from toolkit.recipe.binding import Change, Effect, changes, flat
-from toolkit.recipe.methods import PAIR_METRICS, PREFERENCE_METHODS, REFERENCE_FREE
+from toolkit.recipe.methods import PAIR_METRICS, PREFERENCE_METHODS, REFERENCE_FREE, SCHEDULE_FREE
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions, rollout_options
 from toolkit.recipe.schema import (
@@ -33,6 +33,7 @@ __all__ = [
     "REFERENCE_FREE",
     "REWARD",
     "ROLLOUTS",
+    "SCHEDULE_FREE",
     "Change",
     "DataSection",
     "DpoSection",

@@ -11,13 +11,28 @@ from toolkit.recipe.bounds import Misfit, Section
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import ROLLOUTS, rollout_misfits, with_rollouts
 
-__all__ = ["PAIR_METRICS", "PREFERENCE_METHODS", "REFERENCE_FREE", "DpoSection", "Schedule", "misfits", "with_method"]
+__all__ = [
+    "PAIR_METRICS",
+    "PREFERENCE_METHODS",
+    "REFERENCE_FREE",
+    "SCHEDULE_FREE",
+    "DpoSection",
+    "Optimizer",
+    "Schedule",
+    "misfits",
+    "with_method",
+]
 
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
     "inverse_sqrt", "warmup_stable_decay",
 ]  # fmt: skip
 """transformers' schedules that are a function of the step."""
+
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "schedule_free_adamw"
+]  # fmt: skip
+SCHEDULE_FREE = "schedule_free_adamw"
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -102,6 +117,8 @@ def misfits(recipe: Any) -> Iterator[Misfit]:
         yield Misfit("model.new_tokens", "a head cannot be trained beside new tokens; set mtp.enabled: false")
     if recipe.lora.use_dora and recipe.quantization.linears != "none":
         yield Misfit("lora.use_dora", "PEFT takes the norm of the weights as they are; set quantization.linears: none")
+    if training.optim == SCHEDULE_FREE:
+        yield from _of_no_schedule(training)
     yield from _of_single_answers(training)
     method, metric, read = recipe.training.method, recipe.eval.metric, recipe.data.format
     yield from rollout_misfits(recipe)
@@ -119,6 +136,14 @@ def misfits(recipe: Any) -> Iterator[Misfit]:
         yield Misfit("data.format", f"preference is for training.method: {methods}")
     if metric in PAIR_METRICS:
         yield Misfit("eval.metric", f"{metric} is for training.method: {methods}")
+
+
+def _of_no_schedule(training: Any) -> Iterator[Misfit]:
+    """Of an optimizer that needs no schedule and warms up by itself: a share of steps reaches it as so many steps."""
+    if training.lr_scheduler_type != "constant":
+        yield Misfit("training.lr_scheduler_type", f"{SCHEDULE_FREE} takes the place of a schedule; set it to constant")
+    if 0 < training.warmup_steps < 1:
+        yield Misfit("training.warmup_steps", f"{SCHEDULE_FREE} warms up by whole steps; give 0, or 1 and more")
 
 
 def _of_single_answers(training: Any) -> Iterator[Misfit]:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from toolkit.recipe.bounds import Fraction, NonEmpty, NonNegative, Positive, Section
 from toolkit.recipe.elsewhere import HubSection, TrackingSection
-from toolkit.recipe.methods import DpoSection, Schedule, misfits, with_method
+from toolkit.recipe.methods import DpoSection, Optimizer, Schedule, misfits, with_method
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
 from toolkit.recipe.rollouts import GrpoSection, RewardsSection, RlooSection
 from toolkit.recipe.weights import PlacementSection, QuantizationSection
@@ -279,8 +279,8 @@ class TrainingSection(Section):
     """NEFTune: how much noise is added to embeddings in training; its paper takes 5 to 15."""
     max_nonfinite_steps: Positive = 3
     """Non-finite steps (loss or gradient) in a row that end the run; fewer are skipped and reported."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"
-    """The optimizer, by transformers' name."""
+    optim: Optimizer = "adamw_torch"
+    """The optimizer, by transformers' name; `schedule_free_adamw` averages its steps in place of a schedule."""
     adam_beta1: Fraction = 0.9
     """AdamW's first decay."""
     adam_beta2: Fraction = 0.999

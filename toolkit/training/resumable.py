@@ -123,6 +123,11 @@ class Resumable(Trainer):  # type: ignore[misc]
         )
         return made
 
+    def take_average(self) -> None:
+        """Give the model what a schedule-free optimizer has learnt: gradients are taken at another point."""
+        if callable(leave := getattr(self.optimizer, "eval", None)):
+            leave()
+
     def _adapter(self) -> dict[str, torch.Tensor]:
         return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))
 

@@ -112,6 +112,7 @@ def train_adapter(
     isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
     with peak_of(context.device) as peak, same_each_time(context.device), isolated, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
+        trainer.take_average()
         if head is not None and context.head_stage == "after":
             console.print(f"multi-token-prediction head: {trainer.state.global_step} steps after the adapter")
             learn_after(head, trainer, trainer.state.global_step)

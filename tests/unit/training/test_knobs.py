@@ -107,6 +107,21 @@ def test_what_they_take_is_planned() -> None:
     assert dora.adapter - plain.adapter == 4 * outputs
 
 
+def test_without_its_package_a_schedule_free_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.plan.make.find_spec", lambda name: None)
+    told = f"model: {{model_name_or_path: {MODEL}}}\ndata: {{train: x.jsonl}}\n"
+    told += "training: {optim: schedule_free_adamw, lr_scheduler_type: constant, warmup_steps: 10}\n"
+    with pytest.raises(RecipeError, match="schedulefree is not installed; pip install schedulefree"):
+        make_plan(parse(told))
+
+
+def test_what_an_optimizer_averages_is_what_the_run_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    monkeypatch.setattr("torch.optim.AdamW.eval", lambda self: left.append(self.state and "stepped"), raising=False)
+    losses(tmp_path / "run")
+    assert left[-1] == "stepped"
+
+
 def attention_linears() -> list[Any]:
     model = skeleton(str(MODEL))
     return [model.get_submodule(name) for name in describe(model).linear_names("attention")]
@@ -131,6 +146,11 @@ def test_a_schedule_that_cannot_be_is_refused_before_anything_is_loaded() -> Non
         ("training: {label_smoothing_factor: 0.1, method: dpo}", "its loss has dpo.label_smoothing"),
         ("training: {loss_type: dft, method: kto}", "loss_type: is for training.method: sft; remove the line"),
         ("training: {label_smoothing_factor: 0.1, loss_type: dft}", "dft weighs labels as they are"),
+        ("training: {optim: schedule_free_adamw}", "takes the place of a schedule; set it to constant"),
+        (
+            "training: {optim: schedule_free_adamw, lr_scheduler_type: constant}",
+            "warms up by whole steps; give 0, or 1 and more",
+        ),
         ("lora: {use_dora: true}", "DoRA for linears alone; set experts: false and router: false"),
         ("lora: {use_dora: true, experts: false, router: false}", "set quantization.linears: none"),
     ],
