@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ALIASES", "NEGATED"]
+__all__ = ["ALIASES", "NEGATED", "NOT_HERE"]
 
 ALIASES: Mapping[str, str] = {
     "base_model": "model.model_name_or_path",
@@ -16,6 +16,7 @@ ALIASES: Mapping[str, str] = {
     "rank": "lora.r",
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",
+    "dora": "lora.use_dora",
     "lora_target_modules": "lora.target_modules",
     "dataset": "data.train",
     "datasets": "data.train",
@@ -40,6 +41,7 @@ ALIASES: Mapping[str, str] = {
     "lr_scheduler": "training.lr_scheduler_type",
     "warmup_ratio": "training.warmup_steps",
     "optimizer": "training.optim",
+    "label_smoothing": "training.label_smoothing_factor",
     "sample_packing": "training.packing",
     "aux_loss_coef": "training.router_aux_loss_coef",
     "wandb_name": "tracking.run_name",
@@ -50,3 +52,12 @@ ALIASES: Mapping[str, str] = {
 
 NEGATED = frozenset({"train_on_inputs"})
 """Aliases that say the opposite of ours."""
+
+NOT_HERE: Mapping[str, str] = {
+    "trust_remote_code": "it is always off: no code from a checkpoint is run",
+    "init_lora_weights": (
+        "B begins as zero; PiSSA, OLoRA and their like move a part of the base's weights into the adapter, and the "
+        "base that it is compared with, and that others have, would be another than the one it is trained on"
+    ),
+}
+"""Names that have no field, and why."""

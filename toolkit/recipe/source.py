@@ -23,7 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent
 
 from toolkit.errors import RecipeError, did_you_mean
-from toolkit.recipe.aliases import ALIASES, NEGATED
+from toolkit.recipe.aliases import ALIASES, NEGATED, NOT_HERE
 from toolkit.recipe.bounds import Section
 from toolkit.recipe.rollouts import RewardFunction
 from toolkit.recipe.schema import Recipe, TrainSource
@@ -330,8 +330,8 @@ def _explain(error: ValidationError, lines: _Lines, where: str) -> str:
         known = _fields(path[0]) if len(path) > 1 else list(Recipe.model_fields)
         known = list(_ITEMS[path[:_DEPTH]].model_fields) if len(path) > _DEPTH else known
         hint = did_you_mean(path[-1], known) or f"; known: {', '.join(known)}"
-        if path[-1] == "trust_remote_code":
-            hint = "; it is always off: no code from a checkpoint is run"
+        if path[-1] in NOT_HERE:
+            hint = f"; {NOT_HERE[path[-1]]}"
         return f"{place}: {name}: unknown key{hint}"
     if problem["type"] == "missing":
         return f"{place}: {name}: required and missing"

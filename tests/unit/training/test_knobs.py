@@ -151,6 +151,7 @@ def test_a_schedule_that_cannot_be_is_refused_before_anything_is_loaded() -> Non
             "training: {optim: schedule_free_adamw, lr_scheduler_type: constant}",
             "warms up by whole steps; give 0, or 1 and more",
         ),
+        ("lora: {init_lora_weights: pissa}", "move a part of the base's weights into the adapter"),
         ("lora: {use_dora: true}", "DoRA for linears alone; set experts: false and router: false"),
         ("lora: {use_dora: true, experts: false, router: false}", "set quantization.linears: none"),
     ],
