@@ -332,6 +332,7 @@ SEAMS = (
         "to write and judge answers before a step, score them, and save those that wait",
         "_buffered_inputs",
         "_calculate_rewards",
+        "_compute_loss",
         "_generate_and_score_completions",
         "_generate_single_turn",
         "_get_per_token_logps_and_entropies",

@@ -31,11 +31,13 @@ __all__ = ["main", "rollouts", "table", "train"]
 _PROMPTS, _MOST = 24, 6
 
 
-def rollouts(model: Any, tokenizer: Any, method: str = "grpo", options: Mapping[str, Any] = {}) -> Rollouts:
+def rollouts(
+    model: Any, tokenizer: Any, method: str = "grpo", options: Mapping[str, Any] = {}, head: Any = None
+) -> Rollouts:
     """Counting prompts of the tiny vocabulary, of several lengths; the reward of an answer is how many of its tokens
-    are even, and half a point if it does not begin with a letter."""
+    are even, and half a point if it does not begin with a letter. `head` drafts two tokens a pass."""
     from toolkit.data import Question
-    from toolkit.evaluate.generate import write_answers
+    from toolkit.evaluate.generate import AnswerWriter
     from toolkit.recipe import GrpoSection, RlooSection
     from toolkit.rewards import Judge, Reward
     from toolkit.training.rollouts import Rollouts
@@ -51,15 +53,17 @@ def rollouts(model: Any, tokenizer: Any, method: str = "grpo", options: Mapping[
         seconds=60.0,
         memory=4 << 30,
     )
+    writer = AnswerWriter(model, tokenizer, told, head=head, count=2)
     return Rollouts(
         method,
         told,
         judge,
         questions,
         questions[:4],
-        write=partial(write_answers, model, tokenizer, told),
+        write=writer,
         read=lambda ids, prompt: str(tokenizer.decode(ids)),
         decode=lambda ids: str(tokenizer.decode(ids)),
+        figures=writer.figures,
     )
 
 

@@ -51,7 +51,12 @@ def recipe(model: Path, folder: Path, training: dict[str, Any], mtp: dict[str, A
 
 def trained(model: Path, folder: Path, **mtp: Any) -> tuple[Trained, Any, str]:
     """What two steps on definitions give, the plan, and what was said."""
-    plan, told = make_plan(recipe(model, folder, {"max_steps": 2}, mtp)), Console(file=io.StringIO(), width=400)
+    return followed(recipe(model, folder, {"max_steps": 2}, mtp))
+
+
+def followed(asked: Recipe) -> tuple[Trained, Any, str]:
+    """The same of any recipe."""
+    plan, told = make_plan(asked), Console(file=io.StringIO(), width=400)
     base, tokenizer = job.load(plan)
     batches = job.build_batches(tokenizer, plan)
     trained = job.train(job.attach(base, plan), tokenizer, batches, plan, told)
@@ -73,6 +78,35 @@ def test_a_run_with_a_head_teaches_measures_and_packages_it(tmp_path: Path) -> N
     assert "tau" in json.loads((artifact / "manifest.json").read_text())["results"]["mtp"]["trained"]
     head = job.reopen_head(result.model, plan, artifact)
     assert {name for name, _ in head.named_parameters()} == {name for name, _ in result.head.named_parameters()}  # type: ignore[union-attr]
+
+
+def written(folder: Path, start: Path | None) -> Recipe:
+    """Answers to definitions' prompts that are to be short."""
+    asked = recipe(EMBEDDED, folder, {}, {"enabled": True, "depth": 2, "own_answers": 4}).model_dump()
+    asked["lora"] |= {"adapter_name_or_path": str(start) if start else None}
+    asked["training"] |= {
+        "method": "grpo", "max_steps": 2, "per_device_train_batch_size": 8, "packing": False,
+        "gradient_checkpointing": False, "learning_rate": 1e-2, "warmup_steps": 0,
+    }  # fmt: skip
+    asked["grpo"] |= {"num_generations": 2, "max_completion_length": 6}
+    asked["eval"] |= {"metric": "reward"}
+    asked["rewards"] = {"functions": [{"function": "regex", "pattern": "[ae]"}]}
+    return Recipe.model_validate(asked)
+
+
+def test_the_head_of_the_start_drafts_the_answers_that_a_run_learns_from(tmp_path: Path) -> None:
+    result, plan, _ = trained(EMBEDDED, tmp_path / "taught", enabled=True, depth=2, own_answers=4)
+    start = job.package(result, plan)
+    again, _, told = followed(written(tmp_path / "run", start))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0.0 < lines[0]["drafts/accepted"] <= 1.0
+    assert lines[0]["drafts/tokens_per_pass"] > 1.0
+    assert any("eval_drafts/accepted" in line for line in lines)
+    assert "steps on the model's own answers to 4 prompts" in told
+    assert again.drafting is not None
+    _, _, told = followed(written(tmp_path / "new", None))
+    assert "it is new, so it drafts no answers" in told
+    assert "drafts/accepted" not in (tmp_path / "new" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

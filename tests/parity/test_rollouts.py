@@ -85,6 +85,30 @@ def test_scores_of_answers_are_those_of_trl_whatever_the_padding(tmp_path: Path)
     assert trainer.check_fused_head()
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_answers_without_an_advantage_change_no_gradient(loss_type: str, tmp_path: Path) -> None:
+    """And are passed through the model only where something counts them."""
+    trainer = trainer_of(tmp_path / "run", loss_type=loss_type)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps, trainer.aux_loss_enabled = 1, False
+    batch = {**trainer._longest_batch(), "advantages": torch.tensor([0.0, 1.5, 0.0, -1.5])}
+    found, seen = [], []
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    for loss in (GRPOTrainer._compute_loss, type(trainer)._compute_loss):
+        trainer.model.zero_grad(set_to_none=True)
+        loss(trainer, trainer.model, batch).backward()
+        found.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert seen == [4, 2 if loss_type == "dapo" else 4]
+    assert any(grad.any() for grad in found[0].values())
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+    if loss_type == "dapo":
+        trainer._compute_loss(trainer.model, {**batch, "advantages": torch.zeros(4)}).backward()
+        assert seen[-1] == 1
+
+
 def test_sequences_are_padded_on_the_right_alone() -> None:
     ids = torch.tensor([[0, 0, 5, 6, 7, 8, 0], [1, 2, 3, 4, 9, 0, 0]])
     mask = (ids > 0).long()

@@ -1,17 +1,20 @@
-"""Greedy answers in left-padded batches, by transformers' own `generate`."""
+"""Greedy answers in left-padded batches, by transformers' own `generate`; and sampled ones in training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.evaluate.sampler import Sampler, why_not_shared
+from toolkit.mtp.head import MtpHead
 from toolkit.steps import advance
 
-__all__ = ["answer", "answer_ids", "read_answers", "sampling", "write_answers", "writing"]
+__all__ = ["AnswerWriter", "answer", "answer_ids", "read_answers", "sampling", "writing"]
 
 _DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Options of sampling that TRL and transformers call the same."""
@@ -112,26 +115,62 @@ def writing(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def write_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any],
-    prompts: Sequence[Sequence[int]],
-) -> list[list[int]]:
+class AnswerWriter:
     """Sampled answers to prompts, all at once, in the middle of training.
+
+    A family whose cache cannot be shared by the answers to one prompt, or give drafts back, is found by trying; then
+    each answer reads its prompt, or nothing is drafted.
 
     Args:
         options: `max_completion_length` and how to sample, by TRL's names.
+        head: drafts `count` tokens a pass, where given. note: is told what cannot be done.
     """
-    with writing(model):
-        return answer_ids(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=options["max_completion_length"],
-            batch_size=len(prompts),
-            drawn={name: options[name] for name in _DRAWN},
-        )
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, Any],
+        *,
+        head: MtpHead | None = None,
+        count: int = 1,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.model, self.tokenizer, self.note = model, tokenizer, note
+        self.room: int = options["max_completion_length"]
+        self.drawn = {name: options[name] for name in _DRAWN}
+        self.head, self.count = head, count
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids of an answer to each prompt."""
+        with writing(self.model):
+            if sampler := self._sampler:
+                return sampler.write(prompts)
+            return answer_ids(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.room,
+                batch_size=len(prompts),
+                drawn=self.drawn,
+            )
+
+    def figures(self) -> dict[str, float]:
+        """What became of drafts since this was asked last; nothing where there were none."""
+        sampler = self.__dict__.get("_sampler")
+        return sampler.figures() if sampler else {}
+
+    @cached_property
+    def _sampler(self) -> Sampler | None:
+        """The fastest way that gives this family's own numbers; None where that is `generate`."""
+        for head in (self.head, None) if self.head else (None,):
+            sampler = Sampler(self.model, self.drawn, self.room, pad=_pad(self.tokenizer), head=head, count=self.count)
+            why = why_not_shared(sampler)
+            if why is None:
+                return sampler
+            lost = "no drafts" if head else "each answer reads its prompt"
+            self.note(f"written answers: {lost}: this family's cache does not allow it ({why})")
+        return None
 
 
 def _ends(model: PreTrainedModel) -> set[int]:

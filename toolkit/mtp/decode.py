@@ -12,7 +12,7 @@ Source of the acceptance rule: Leviathan et al., "Fast Inference from Transforme
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from toolkit.architecture import cache_name
 from toolkit.errors import ModelError
 from toolkit.mtp.head import capture_hidden
 
-__all__ = ["Counts", "Draft", "Drafter", "Speculator", "can_speculate"]
+__all__ = ["Counts", "Draft", "Drafter", "Drawing", "Speculator", "can_speculate"]
 
 _MARGIN = 256.0
 """A gap between the two best logits below this many units of rounding (of the largest logit) is decided the plain way.
@@ -97,6 +97,28 @@ def can_speculate(model: PreTrainedModel) -> str | None:
     return None
 
 
+class Drawing:
+    """How tokens are drawn, as `generate` would.
+
+    Args:
+        base: a bare model. drawn: options of sampling by `generate`'s names, None for the likeliest token.
+    """
+
+    def __init__(self, base: PreTrainedModel, max_new_tokens: int, drawn: Mapping[str, Any] | None) -> None:
+        self.base, self.max_new_tokens = base, max_new_tokens
+        sampling = {"do_sample": False} if drawn is None else {"do_sample": True, **drawn}
+        self._config, _ = base._prepare_generation_config(None, max_new_tokens=max_new_tokens, **sampling)
+        ends = self._config.eos_token_id
+        self.ends = set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
+
+    def processors(self, prompt_length: int) -> LogitsProcessorList:
+        """What the generation config does to logits: temperature, top-k, penalties, as transformers builds it."""
+        self._config.max_length = prompt_length + self.max_new_tokens
+        return self.base._get_logits_processor(
+            self._config, input_ids_seq_length=prompt_length, device=self.base.device, logits_processor=[]
+        )
+
+
 class Speculator:
     """Decodes sequences one by one with drafts.
 
@@ -122,10 +144,8 @@ class Speculator:
         self.model, self.base = model, base
         self.make_drafter, self.count, self.max_new_tokens = make_drafter, count, max_new_tokens
         self.is_greedy, self.measured = temperature <= 0, measured
-        sampling = {"do_sample": False} if self.is_greedy else {"do_sample": True, "temperature": temperature}
-        self.config, _ = base._prepare_generation_config(None, max_new_tokens=max_new_tokens, **sampling)
-        ends = self.config.eos_token_id
-        self.ends = set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
+        self.drawing = Drawing(base, max_new_tokens, None if self.is_greedy else {"temperature": temperature})
+        self.ends = self.drawing.ends
         self.random = None if seed is None else torch.Generator(base.device).manual_seed(seed)
         self.counts = Counts()
 
@@ -145,13 +165,6 @@ class Speculator:
         finally:
             self.model.train(was_training)
 
-    def processors(self, prompt_length: int) -> LogitsProcessorList:
-        """What the generation config does to logits: temperature, top-k, penalties, as transformers builds it."""
-        self.config.max_length = prompt_length + self.max_new_tokens
-        return self.base._get_logits_processor(
-            self.config, input_ids_seq_length=prompt_length, device=self.base.device, logits_processor=[]
-        )
-
     def draw(self, shares_V: torch.Tensor) -> int:
         """One token of a distribution."""
         return int(torch.multinomial(shares_V, 1, generator=self.random))
@@ -168,7 +181,7 @@ class _Sequence:
         self.owner, self.tokens, self.hidden = owner, prompt, hidden
         self.prompt = len(prompt)
         self.device = owner.base.device
-        self.processors = owner.processors(self.prompt)
+        self.processors = owner.drawing.processors(self.prompt)
         self.cache = DynamicCache(config=owner.base.config.get_text_config(decoder=True))
         self.cache.activate_past_recording()
         self.drafter = owner.make_drafter()

@@ -254,8 +254,9 @@ def _of_training(recipe: Any, method: str, options: RolloutOptions) -> Iterator[
         yield Misfit("training.packing", "written answers are padded, never packed; remove the line")
     if training.activation_offloading:
         yield Misfit("training.activation_offloading", f"{method} has none; remove the line")
-    if recipe.mtp.enabled:
-        yield Misfit("mtp.enabled", "a head learns from given answers; set training.method: sft, or remove the line")
+    if recipe.mtp.reads_data:
+        field = "mtp.stage" if recipe.mtp.stage == "with" else "mtp.own_answers"
+        yield Misfit(field, "no answers are given that a head could learn from, but its own; remove the line")
     if recipe.lora.lora_dropout:
         yield Misfit("lora.lora_dropout", "answers are written and scored without dropout; remove the line")
     if training.max_length == "auto" or training.max_length <= options.max_completion_length:

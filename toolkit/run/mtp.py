@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.artifact import fetch_adapter
 from toolkit.data import Batches
 from toolkit.data.storage import sequence_lengths
 from toolkit.errors import RecipeError
@@ -20,14 +21,16 @@ from toolkit.mtp.cost import MOST_ANSWERS
 from toolkit.mtp.decode import can_speculate
 from toolkit.mtp.drafts import measure_drafts
 from toolkit.mtp.head import MtpHead
-from toolkit.mtp.head_file import load_native, native_keys, read_head
+from toolkit.mtp.head_file import HEAD_FILE, load_native, native_keys, read_head
 from toolkit.mtp.own_answers import OwnHidden, learn_own_answers
 from toolkit.mtp.training import HeadTraining
 from toolkit.plan import Plan
 from toolkit.processes import processes
+from toolkit.recipe import rollout_options
 from toolkit.steps import part
 
 __all__ = [
+    "drafting_head",
     "evaluate_head",
     "make_head",
     "own_answers",
@@ -58,11 +61,12 @@ def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
         )
     base = model.get_base_model()
     native = native_keys(plan.model, base.config, revision=plan.recipe.model.revision)
-    head = (
-        load_native(base, native)
-        if native
-        else new_head(base, num_mtp_layers=wanted.num_mtp_layers, seed=training.seed)
-    )
+    if start := _start_with_head(plan):
+        head = read_head(start, base, native).float()
+    elif native:
+        head = load_native(base, native)
+    else:
+        head = new_head(base, num_mtp_layers=wanted.num_mtp_layers, seed=training.seed)
     return HeadTraining(
         head,
         model,
@@ -72,6 +76,27 @@ def make_head(model: PeftModel, plan: Plan) -> HeadTraining | None:
         learning_rate=wanted.head_learning_rate,
         max_grad_norm=training.max_grad_norm,
     )
+
+
+def _start_with_head(plan: Plan) -> Path | None:
+    """The adapter that a run of written answers starts from, where it has a head: it drafts the answers."""
+    start = plan.recipe.lora.adapter_name_or_path
+    if start is None or rollout_options(plan.recipe) is None:
+        return None
+    folder = fetch_adapter(start)
+    return folder if (folder / HEAD_FILE).is_file() else None
+
+
+def drafting_head(training: HeadTraining | None, plan: Plan, note: Callable[[str], None]) -> MtpHead | None:
+    """The head that drafts the answers which a run learns from: one that has learned before, the start's or the
+    checkpoint's own. It stays as it is until the steps are over."""
+    if training is None or rollout_options(plan.recipe) is None:
+        return None
+    native = native_keys(plan.model, training.base.config, revision=plan.recipe.model.revision)
+    if native is None and _start_with_head(plan) is None:
+        note("multi-token-prediction head: it is new, so it drafts no answers; it learns when the steps are over")
+        return None
+    return training.head
 
 
 @part("teach the head")

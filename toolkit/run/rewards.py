@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.data import Batches, Dialogue
 from toolkit.errors import RecipeError
 from toolkit.evaluate import Comparison, Measured
-from toolkit.evaluate.generate import write_answers
+from toolkit.evaluate.generate import AnswerWriter
+from toolkit.mtp.head import MtpHead
 from toolkit.plan import Plan
 from toolkit.recipe import Recipe, rollout_options
 from toolkit.rewards import Judge, Reward
@@ -71,14 +72,24 @@ def rewards_sha256(recipe: Recipe, batches: Batches) -> str | None:
 
 @contextmanager
 def rollouts_of(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    plan: Plan,
+    head: MtpHead | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Rollouts | None]:
-    """What the trainer is told, where the recipe's model writes answers; the rewards' process ends with the block."""
+    """What the trainer is told, where the recipe's model writes answers; the rewards' process ends with the block.
+
+    Args:
+        head: drafts them. note: is told what this family does not allow.
+    """
     options = rollout_options(plan.recipe)
     if options is None:
         yield None
         return
     told, judge = options.model_dump(), _judge(plan.recipe)
+    writer = AnswerWriter(model, tokenizer, told, head=head, count=plan.recipe.mtp.depth, note=note)
     try:
         yield Rollouts(
             plan.recipe.training.method,
@@ -86,9 +97,10 @@ def rollouts_of(
             judge,
             batches.questions,
             batches.held_out_questions[: plan.recipe.eval.max_samples],
-            write=partial(write_answers, model, tokenizer, told),
+            write=writer,
             read=Dialogue(tokenizer, batches.form).judged,
             decode=partial(tokenizer.decode, skip_special_tokens=True),
+            figures=writer.figures,
         )
     finally:
         judge.close()

@@ -32,7 +32,7 @@ from toolkit.run.data import held_out, stop_as_trained
 from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding
 from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tokenizer_sha256, versions
 from toolkit.run.model import coverage
-from toolkit.run.mtp import evaluate_head, make_head, teach_own_answers
+from toolkit.run.mtp import drafting_head, evaluate_head, make_head, teach_own_answers
 from toolkit.run.rewards import rewards_sha256, rollouts_of
 from toolkit.run.vocabulary import told_tokens
 from toolkit.run_folder import RunFolder
@@ -174,7 +174,7 @@ def train(
         looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)
     head = make_head(model, plan)
-    with rollouts_of(model, tokenizer, batches, plan) as rollouts:
+    with rollouts_of(model, tokenizer, batches, plan, drafting_head(head, plan, note), note) as rollouts:
         context = RunContext(
             **_settings(plan),
             console=console,

@@ -33,6 +33,8 @@ _OURS = ("beta",)
 """Options that TRL's configuration is not told: with a `beta` it would copy the adapter."""
 _COPY = "ref"
 """What TRL calls its copy of the adapter."""
+_COUNTED_BEFORE = ("dapo", "cispo")
+"""Losses that are divided by a number of tokens which is counted when answers are written."""
 _PROBED = 8
 """Tokens on which TRL's head is compared with the model's own logits."""
 
@@ -99,6 +101,12 @@ class RolloutSteps(ScoredSteps):
 
     def _tokenize_prompts(self, prompts: list[int]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self.rollouts.question(number).prompt_ids) for number in prompts], None, {}
+
+    def _write(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        written = self.rollouts.write(prompt_ids)
+        for name, value in self.rollouts.figures().items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return written
 
     def _calculate_rewards(
         self, inputs: Sequence[Any], prompts: list[int], completions: list[str], completion_ids: list[list[int]]
@@ -231,10 +239,20 @@ class RolloutSteps(ScoredSteps):
 
 
 class GroupTrainer(RolloutSteps, GRPOTrainer):  # type: ignore[misc]
-    """TRL's GRPO."""
+    """TRL's GRPO; answers without an advantage, whose gradient is 0, are not passed through the model."""
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's, of the answers that differ from others to their prompt, where no term counts the rest."""
+        plain = self.beta == 0.0 and not self.aux_loss_enabled and self.top_entropy_quantile == 1.0
+        if plain and self.loss_type in _COUNTED_BEFORE and self.model.training:
+            told = inputs["advantages"] != 0.0
+            told[0] |= not told.any()
+            inputs = {name: _rows(value, told) for name, value in inputs.items()}
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        return loss
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *images: Any) -> tuple[list[list[int]], None]:
-        return self.rollouts.write(prompt_ids), None
+        return self._write(prompt_ids), None
 
 
 class LeaveOneOutTrainer(RolloutSteps, RLOOTrainer):  # type: ignore[misc]
@@ -256,7 +274,7 @@ class LeaveOneOutTrainer(RolloutSteps, RLOOTrainer):  # type: ignore[misc]
             self.model.delete_adapter(_COPY)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *images: Any) -> list[list[int]]:
-        return self.rollouts.write(prompt_ids)
+        return self._write(prompt_ids)
 
 
 def rollout_trainer(context: RunContext, common: Mapping[str, Any], **trl: Any) -> RolloutSteps:
@@ -303,6 +321,17 @@ def _named(name: str) -> Any:
 
 def _as_they_are(rows: list[Any]) -> Any:
     return rows
+
+
+def _rows(value: Any, told: torch.Tensor) -> Any:
+    """Of a batch's tensor or list the rows that `told` marks; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[told] if value.ndim and len(value) == len(told) else value
+    return (
+        [each for each, wanted in zip(value, told.tolist(), strict=True) if wanted]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

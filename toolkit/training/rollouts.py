@@ -28,7 +28,7 @@ class Rollouts:
         method: grpo or rloo. options: the fields of the recipe's section, by TRL's names.
         judge: computes rewards. train, held_out: what is asked.
         write: answers' tokens of prompts' tokens, sampled. read: what is judged of an answer's tokens, its prompt's
-            given. decode: an answer's plain text, special tokens removed.
+            given. decode: an answer's plain text, special tokens removed. figures: of the last writing, for the log.
     """
 
     method: str
@@ -39,6 +39,7 @@ class Rollouts:
     write: Callable[[Sequence[Sequence[int]]], list[list[int]]]
     read: Callable[[Sequence[int], Sequence[int]], str]
     decode: Callable[[Sequence[int]], str]
+    figures: Callable[[], Mapping[str, float]] = dict
 
     def numbers(self, *, held_out: bool) -> Dataset:
         """The rows that a trainer draws: n for a training question, -1 - n for a held-out one."""
