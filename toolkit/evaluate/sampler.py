@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.architecture import cache_name
 from toolkit.errors import out_of_memory
-from toolkit.mtp.batch_drafts import BatchDrafter
+from toolkit.mtp.batch_drafts import BatchDrafter, trunk_for
 from toolkit.mtp.decode import Drawing
-from toolkit.mtp.head import MtpHead, Trunk, capture_hidden
+from toolkit.mtp.head import MtpHead, capture_hidden
 from toolkit.mtp.row_cache import RowCache, shifted
 
 __all__ = ["Sampler", "why_not_shared"]
@@ -56,9 +56,7 @@ class Sampler:
         self.max_new_tokens, self.is_greedy = max_new_tokens, drawn is None
         self.drawing = Drawing(self.base, max_new_tokens, drawn)
         self.proposed = self.accepted = self.checks = self.kept = 0
-        self.trunk = None if head is None else Trunk.of(self.base)
-        if head is not None:
-            head.follow_attention(self.base.config._attn_implementation)
+        self.trunk = None if head is None else trunk_for(head, self.base)
 
     def figures(self) -> dict[str, float]:
         """Of what was written since this was asked last: the share of drafts accepted, and tokens that a pass with

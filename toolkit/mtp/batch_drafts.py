@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.mtp.head import MtpHead, Trunk
 from toolkit.mtp.row_cache import RowCache
 
-__all__ = ["BatchDrafter", "Draw"]
+__all__ = ["BatchDrafter", "Draw", "trunk_for"]
 
 Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Chooses a token for each row after drafts [B, j] by logits [B, V]; gives tokens (B,) and what they are drawn from."""
@@ -86,6 +86,12 @@ class BatchDrafter:
             low = torch.finfo(hidden_BmH.dtype).min
             mask = hidden_BmH.new_zeros(mask.shape).masked_fill(~mask, low)
         return self.head.step(self.trunk, 1, hidden_BmH, tokens_Bm, places_Bm + 1, mask, rows.cache)
+
+
+def trunk_for(head: MtpHead, base: PreTrainedModel) -> Trunk:
+    """What the head shares with its model; from here on it computes attention as the model does."""
+    head.follow_attention(base.config._attn_implementation)
+    return Trunk.of(base)
 
 
 def _mask(valid_BC: torch.Tensor, new: int, window: int | None) -> torch.Tensor:

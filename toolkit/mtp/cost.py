@@ -15,6 +15,7 @@ __all__ = [
     "MOST_ANSWERS",
     "MOST_STATES",
     "config_number",
+    "drafting_bytes",
     "experts_per_token",
     "head_bytes",
     "head_parameters",
@@ -46,6 +47,11 @@ _CHUNKS = 6
 _SAVED = 1.25
 """Of a head's parameters over the hidden size, which is about the sum of its linears' outputs: numbers that a token
 leaves for the backward pass. Measured, scripts/benchmarks/plan_memory.py."""
+_CACHED = 4
+"""Times the hidden size that a token keeps in a head's cache: key and value, twice while a pass makes them longer."""
+_DRAWN = 4
+"""Of a draft's vocabulary at once: the model's logits, what is left of them after `top_k` and the like, and two
+distributions."""
 _MASK = 22
 """Bytes for each pair of places where a layer is applied again: who sees whom, in several types. Measured likewise."""
 
@@ -127,6 +133,17 @@ def own_step_bytes(
     own = int(4 * rows * answer * depth * _SAVED * parameters / hidden)
     own += _MASK * rows * length * answer * sum(range(2, depth - layers + 2))
     return own + _CHUNKS * min(4 * rows * answer * vocab, _CHUNK[device])
+
+
+def drafting_bytes(hidden: int, vocab: int, *, rows: int, length: int, count: int) -> int:
+    """Bytes that drafts of many sequences at once add to writing: the head's keys and values, and logits with what is
+    drawn from them, of every draft and of the token after them.
+
+    Args:
+        rows: sequences. length: of the longest. count: drafts a pass.
+    """
+    cache = _CACHED * 4 * rows * length * hidden
+    return cache + _DRAWN * 4 * (count + 1) * rows * vocab
 
 
 def _inner(experts: Any) -> int:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from toolkit.errors import first_line
-from toolkit.mtp.cost import MOST_STATES, head_step_bytes, most_answers, own_step_bytes
+from toolkit.mtp.cost import MOST_STATES, drafting_bytes, head_step_bytes, most_answers, own_step_bytes
 from toolkit.offload.place import most_micro_batches_per_pass, share_of, spread, streamed
 from toolkit.plan.devices import Device
 from toolkit.plan.duration import Duration, step_duration
@@ -223,7 +223,19 @@ class Budget:
         shape = self.shape_for(recipe)
         kinds = {"rollouts": shape.length} if rollout_options(recipe) else {}
         kinds |= {"loss": shape.held_out, "generate": shape.prompt}
-        return max((self._answer(recipe, kind).peak for kind, longest in kinds.items() if longest), default=0)
+        peaks = {kind: self._answer(recipe, kind).peak for kind, longest in kinds.items() if longest}
+        if "rollouts" in peaks:
+            peaks["rollouts"] += self._drafting(recipe)
+        return max(peaks.values(), default=0)
+
+    def _drafting(self, recipe: Recipe) -> int:
+        """What a multi-token-prediction head that drafts the answers adds to their writing."""
+        options, numbers = rollout_options(recipe), self.shapes.numbers
+        if options is None or not recipe.mtp.enabled:
+            return 0
+        length, rows = self.shape_for(recipe).length, options.at_once(recipe.training)
+        sizes = numbers["hidden_size"], numbers["vocab_size"]
+        return drafting_bytes(*sizes, rows=rows, length=length, count=recipe.mtp.depth)
 
     def shape_for(self, recipe: Recipe) -> StepShape:
         """What the data need, and no more than the recipe's length."""

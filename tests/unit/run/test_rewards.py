@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard
+from toolkit import load_recipe, make_plan
+from toolkit.mtp.cost import drafting_bytes
 
 __all__ = ["onecard"]
 
@@ -68,6 +70,18 @@ def test_a_run_has_its_figures_page_and_artifact(onecard: Run, place: Path) -> N
     (place / "own.py").write_text(OWN)
     assert status == 4
     assert "the rewards' files or the columns that they see differ" in err.splitlines()[-1]
+
+
+def test_the_plan_counts_a_head_and_what_it_adds_to_writing(place: Path) -> None:
+    kept = {"lora.r": 2, "grpo.max_completion_length": 64, "training.max_length": 256}
+    plain, drafted, further = (
+        make_plan(load_recipe(place / "recipe.yaml", [*(f"{key}={value}" for key, value in kept.items()), *more]))
+        for more in ([], ["mtp.enabled=true"], ["mtp.enabled=true", "mtp.depth=3"])
+    )
+    assert drafted.bytes.mtp > plain.bytes.mtp == 0
+    assert further.bytes.total >= drafted.bytes.total > plain.bytes.total
+    asked = 4 * 4 * (2048 * 4 + 100 * 128 * 2)  # logits of four places, keys and values of one layer, for four rows
+    assert drafting_bytes(128, 2048, rows=4, length=100, count=3) >= asked
 
 
 def test_what_cannot_be_rewarded_is_one_line_before_any_work(onecard: Run, place: Path) -> None:
