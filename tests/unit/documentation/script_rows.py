@@ -176,6 +176,20 @@ ROWS = (
         test="tests/unit/test_benchmarks.py::test_preferences_are_judged_beside_the_adapter_that_they_start_from",
     ),
     Row(
+        "benchmarks/preferences_speed.py",
+        "--checkpoints {place}/tiny --jobs dpo rollouts --examples 8 --batch 4 --prompts 2 --generations 2 --new 4 "
+        '--workers "ours fp32" "stock fp32" --activations kept --repeats 1 --threads 1 --no-memory '
+        "--json {place}/pairs.json",
+        (
+            r"/tiny, dpo: tokens a second, median",
+            r"^  ours fp32, kept +[\d.]+ \(.* held-out loss 0\.\d+$",
+            r"^  stock fp32, kept +[\d.]+ \(",
+            r"/tiny, rollouts: tokens a second, median",
+            r"^  ours, best, against stock's best: [\d.]+×$",
+        ),
+        ("pairs.json",),
+    ),
+    Row(
         "benchmarks/quantization_error.py",
         f"{{place}}/tiny {TRAIN} {HELD_OUT} --calibration 4 --held-out 4 --four-bit --bits 6 --linears none",
         (
