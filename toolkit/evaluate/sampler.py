@@ -125,7 +125,8 @@ class _Writing:
             going = [place for place, left in enumerate(room) if left]
             if not going:
                 return answers
-            self.text_BL = shifted(torch.cat([self.text_BL, added_Bm], 1), added_Bm.shape[1] - counts_B, 1)
+            back_B = added_Bm.shape[1] - counts_B
+            self.text_BL = shifted(torch.cat([self.text_BL, added_Bm], 1), back_B, 1)[:, int(back_B.min()) :]
             if len(going) < len(waiting):
                 waiting, places = [waiting[place] for place in going], torch.tensor(going, device=added_Bm.device)
                 self._pick(places)
