@@ -25,12 +25,12 @@ RECIPES = ROOT / "recipes"
 __all__ = ["main"]
 
 _LEARNS: Mapping[str, Sequence[str]] = {
-    "dpo": ["training.learning_rate=1e-3"],
+    "dpo": ["training.learning_rate=1e-3", "training.num_train_epochs=3"],
     "kto": ["training.learning_rate=1e-3", "kto.beta=0.3", "data.max_samples=1300"],
     "orpo": ["training.method=orpo", "dpo.loss_type=sigmoid", "training.learning_rate=1e-3"],
     "simpo": ["training.method=simpo", "dpo.loss_type=sigmoid", "training.learning_rate=1e-3"],
 }
-"""What differs from the recipe: an adapter that knows the task takes smaller steps than one that begins."""
+"""What differs from the recipe: an adapter that knows the task takes smaller steps than one that begins, and more."""
 _RECIPES = {"kto": "quickstart-kto.yaml"}
 _BEAMS, _TOGETHER = 6, 32
 """Answers of each prompt that are looked at, and prompts that are answered together."""
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the runs that start from it")
     parser.add_argument("--methods", nargs="+", choices=list(_LEARNS), default=["dpo", "kto"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--rows", type=int, default=3000, help="training prompts that the model answers")
+    parser.add_argument("--rows", type=int, default=6000, help="training prompts that the model answers")
     parser.add_argument("--held-out", type=int, default=500, help="prompts that it is judged by")
     options = parser.parse_intermixed_args(arguments)
     cut = ["eval.max_samples=100"]
