@@ -95,8 +95,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's own section."""
     rollouts: dict[str, Any] | None = None
-    """The same where answers are written to prompts, the `method`, which is grpo without it, and `drafted` where a head
-    drafts them."""
+    """The same where answers are written to prompts; `method`, grpo without it, and `drafted` by a head."""
 
     @property
     def trainer(self) -> type[AdapterSteps]:
@@ -219,9 +218,7 @@ CASES = (
         by_layer=True,
         rollouts={},
     ),
-    Case(
-        "written answers, leave one out", {**PLAIN, **ANSWERS}, (3,), rollouts={"method": "rloo", "num_iterations": 2}
-    ),
+    Case("written answers, RLOO", {**PLAIN, **ANSWERS}, (3,), rollouts={"method": "rloo", "num_iterations": 2}),
     Case("written answers, drafted", {**PLAIN, **ANSWERS}, (3,), rollouts={"drafted": True}),
     Case("cut after the last step", {**PLAIN, "max_steps": 4}, cuts=(4,), rows=9),
 )
@@ -296,9 +293,9 @@ def _preference(case: Case, folder: Path) -> Preference | None:
 def _rollouts(case: Case, model: PeftModel, tokenizer: Any) -> Rollouts | None:
     if case.rollouts is None:
         return None
-    options = {key: value for key, value in case.rollouts.items() if key not in ("method", "drafted")}
-    head = new_head(model.get_base_model()).eval() if case.rollouts.get("drafted") else None
-    found = rollouts(model, tokenizer, case.rollouts.get("method", "grpo"), options, head)
+    options = dict(case.rollouts)
+    head = new_head(model.get_base_model()).eval() if options.pop("drafted", False) else None
+    found = rollouts(model, tokenizer, options.pop("method", "grpo"), options, head)
     if case.poisoned >= 0:
         found.judge.score = _failing(found.judge.score, case.poisoned)  # type: ignore[method-assign]
     return found
