@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The recipes of published models planned for every card that `onecard plan --device` knows, as a markdown table.
 
-    .venv/bin/python scripts/plan_cards.py [--recipes NAME …] [--cards NAME …] [--seconds] [KEY=VALUE …]
+    .venv/bin/python scripts/plan_cards.py [--recipes NAME …] [--cards NAME …] [--set KEY=VALUE …] [--seconds]
 
-Offline, from what comes with the package. Seconds are a step's limit and estimate. What follows overrides each recipe.
+Offline, from what comes with the package. Seconds are a step's limit and estimate. `--set` overrides each recipe.
 `--seconds` adds a column: it times the whole command, interpreter and imports included, once for each card; the median
 and the longest.
 """
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=recipes(), default=recipes(), metavar="NAME")
     parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS), metavar="NAME")
     parser.add_argument("--seconds", action="store_true", help="time the whole command")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
     given = parser.parse_args()
     timed, cards, overrides = given.seconds, given.cards, given.overrides
     sizes = sorted({CARDS[name].size for name in cards})

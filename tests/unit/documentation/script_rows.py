@@ -334,7 +334,7 @@ ROWS = (
     ),
     Row(
         "plan_cards.py",
-        "--recipes olmoe-1b-7b --cards rtx-4090 --seconds",
+        "--recipes olmoe-1b-7b --cards rtx-4090 --set training.max_length=1024 --seconds",
         (r"^\| recipe \| need GiB \| 24 GB: 4090 \| plan, s \|$", r"^\| olmoe-1b-7b \| \d+\.\d \| fits, .* \|$"),
     ),
     Row("recipe_headers.py", "{place}/for-a-card.yaml", (r"^for-a-card.yaml: Fits a \d+ GB card \(RTX ",)),
