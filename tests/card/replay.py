@@ -179,7 +179,9 @@ def _touches_card(args: Any, kwargs: dict[str, Any]) -> bool:
 
 @cache
 def _is_made_of_others(func: Any) -> bool:
-    return bool(func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+    keys = torch._C.DispatchKey
+    has_own = func.has_kernel_for_dispatch_key(keys.CUDA)  # beside the one that is made of others
+    return bool(func.has_kernel_for_dispatch_key(keys.CompositeImplicitAutograd)) and not has_own
 
 
 def _is_mask(value: Any) -> bool:
@@ -361,7 +363,25 @@ def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, dtype:
     return (weighted - output.float() * weighted.sum(dim, keepdim=True)).to(dtype)
 
 
+def _rms_norm(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    """In fp32, rounded once; and the root."""
+    rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (x.float() * rstd * weight.float()).to(x.dtype), rstd
+
+
+def _rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, shape: Sequence[int], rstd: torch.Tensor, weight: torch.Tensor, mask: list[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Of x, and of the weight where the mask wants it."""
+    normed, weighted = x.float() * rstd, grad.float() * weight.float()
+    slope = rstd * (weighted - normed * (normed * weighted).mean(-1, keepdim=True))
+    grad_weight = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype) if mask[1] else None
+    return slope.to(x.dtype), grad_weight
+
+
 _INSTEAD: dict[str, Callable[..., Any]] = {
+    "aten._fused_rms_norm.default": _rms_norm,
+    "aten._fused_rms_norm_backward.default": _rms_norm_backward,
     "aten.histc.default": _histogram,
     "aten._softmax.default": _softmax,
     "aten._softmax_backward_data.default": _softmax_backward,

@@ -122,7 +122,7 @@ def attend_together(
         bounds: cumulative lengths [documents + 1], int32. longest: of the documents, in tokens.
         window: tokens that each one sees behind it; -1 for all of its document.
     """
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))  # backward of an index is a copy
     width = v.shape[-1]
     v = pad(v, (0, q.shape[-1] - width)) if width < q.shape[-1] else v
     output = varlen_attn(

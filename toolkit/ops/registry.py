@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from toolkit.architecture import is_experts
 from toolkit.ops import per_expert, reference
 from toolkit.ops.experts import expert_weights
+from toolkit.ops.top_k import write_in_any_order
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "keep_up_outputs"]
 
@@ -52,6 +53,8 @@ def _forward_with(layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         factors = getattr(self, FACTORS, {})
         up = factors.get("gate_up_proj" if self.has_gate else "up_proj")
         keep_up = getattr(self, _KEEP_UP, False)
+        if hidden_states.is_cuda:
+            write_in_any_order(top_k_weights)
         return layer(hidden_states, top_k_index, top_k_weights, weights, up, factors.get("down_proj"), keep_up=keep_up)
 
     return experts_forward

@@ -28,6 +28,7 @@ from toolkit.ops.document_attention import (
     can_attend_together,
     per_document_attention,
 )
+from toolkit.ops.norms import fuse_norms
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import fake_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -128,6 +129,8 @@ def fake_model(model: PreTrainedModel, step: Step) -> PeftModel:
     """The skeleton as the run will have it, on meta still."""
     for parameter in model.parameters():  # buffers keep their own dtype, as they do when weights are loaded
         parameter.data = parameter.data.to(step.dtype)
+    if step.on_card:
+        fuse_norms(model)
     return adapted(
         model,
         step.lora,

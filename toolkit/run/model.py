@@ -21,6 +21,7 @@ from toolkit.offload.attach import load_streamed
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.ops.few_queries import attend_to_few_together
+from toolkit.ops.norms import fuse_norms, fused_norms
 from toolkit.ops.sink_attention import attend_with_sinks
 from toolkit.plan import Plan, device_memory, make_plan
 from toolkit.plan.skeletons import shape_of
@@ -102,6 +103,8 @@ def load_frozen(plan: Plan) -> PreTrainedModel:
         attend_with_sinks(model)
         attend_to_few_together(model)
     add_rows(model, _new_tokens(plan))
+    if plan.device == "cuda":
+        fuse_norms(model)
     return model
 
 
@@ -211,6 +214,7 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
     """What is stored rounded, what is adapted and what has moved: each as [done, all], or a plain count."""
     stored, adapted = measure(model.get_base_model(), plan.architecture), adapter_coverage(model)
     kinds = sorted(stored.stacks_stored.items(), key=lambda kind: -kind[1])
+    norms = fused_norms(model)
     return {
         **{f"expert stacks {kind}": [count, stored.stacks] for kind, count in kinds},
         "linears 8-bit": [stored.linears_8bit, stored.linears],
@@ -220,4 +224,5 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
         "adapters moved": [adapted.moved, adapted.adapters],
         **({"new tokens moved": [adapted.tokens_moved, adapted.tokens]} if adapted.tokens else {}),
         "trainable parameters": adapted.parameters,
+        **({"norms fused": list(norms)} if plan.device == "cuda" else {}),
     }
