@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,9 +27,17 @@ from transformers.masking_utils import sdpa_mask
 from toolkit.architecture import can_replace_sdpa
 from toolkit.ops.few_queries import attention_of_few
 
-__all__ = ["attend_to_documents", "attend_together", "can_attend_together", "keep_lengths", "per_document_attention"]
+__all__ = [
+    "NoMasks",
+    "attend_to_documents",
+    "attend_together",
+    "can_attend_together",
+    "keep_lengths",
+    "per_document_attention",
+]
 
-_NAME = "onecard_documents"
+_NAME, _BARE = "onecard_documents", "onecard_documents_bare"
+"""The attention's names in transformers' registry; under the second one it has no masks, and none are built."""
 _LENGTHS = "onecard_lengths"
 """Attribute of a batch's cumulative lengths: the same as numbers on the host, which then never waits for a card."""
 _TENSOR_CORES = (8, 0)
@@ -55,6 +63,44 @@ def per_document_attention(model: PeftModel, implementation: str = _NAME) -> Ite
     finally:
         if can:
             base.set_attn_implementation(before)
+
+
+class NoMasks:
+    """Within the block, which is one of `per_document_attention`, no mask is built where every layer's is known.
+
+    What a layer's mask was in a longer document it is in all shorter ones, and to build one means to wait for the card.
+    `is_on` may be set to False. On a CPU documents are cut out of the mask, so there it is built.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        base = model.get_base_model()
+        self.is_on, self._decoder, self._config = base.device.type == "cuda", base.base_model, base.config
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> NoMasks:
+        if self.is_on:
+            enter = self._decoder.register_forward_pre_hook(self._enter, with_kwargs=True)
+            self._hooks = [enter, self._decoder.register_forward_hook(self._leave, always_call=True)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        lengths = _lengths(kwargs.get("cu_seq_lens_q"))
+        if self.is_on and len(lengths) > 1 and self._knows(max(lengths)):
+            self._config._attn_implementation = _BARE
+
+    def _leave(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._config._attn_implementation = _NAME
+
+    def _knows(self, longest: int) -> bool:
+        found = [(module, _known[module]) for module in self._decoder.modules() if module in _known]
+        return bool(found) and all(
+            known.window is not None and longest <= known.longest and module.training in known.modes
+            for module, known in found
+        )
 
 
 def _has_varlen(base: PreTrainedModel) -> bool:
@@ -94,9 +140,11 @@ def _attention(
         if _takes_one_by_one(query):
             return attend_to_documents(module, query, key, value, attention_mask, lengths, _is_causal, **kwargs)
         assert bounds is not None
-        window = (
-            _window(module, attention_mask, lengths, kwargs) if can_attend_together(query, key, value, kwargs) else None
-        )
+        known = _known.setdefault(module, _Known())
+        known.modes.add(module.training)
+        if not can_attend_together(query, key, value, kwargs):
+            known.window = None
+        window = _window(known, module, attention_mask, lengths, kwargs)
         if window is not None:
             return attend_together(query, key, value, bounds, max(lengths), window, kwargs.get("scaling")), None
     return attention_of_few(module, query, key, value, attention_mask, **kwargs)
@@ -171,10 +219,12 @@ def _is_causal(mask: torch.Tensor, window: int | None = None) -> bool:
 
 @dataclass
 class _Known:
-    """What a layer's mask was found to be, in documents of up to `longest` tokens; `window` None: neither form."""
+    """What a layer's mask was found to be, in documents of up to `longest` tokens; `window` None: neither form, or no
+    kernel. `modes`: whether it was training when it was asked, since dropout has no kernel either."""
 
     longest: int = 0
     window: int | None = -1
+    modes: set[bool] = field(default_factory=set)
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -182,19 +232,20 @@ _looked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Of masks that live, which all layers of a kind are given: windows by rows and size, so that one layer looks."""
 
 
-def _window(module: nn.Module, mask: torch.Tensor | None, lengths: Sequence[int], kwargs: dict[str, Any]) -> int | None:
+def _window(
+    known: _Known, module: nn.Module, mask: torch.Tensor | None, lengths: Sequence[int], kwargs: dict[str, Any]
+) -> int | None:
     """How far back a layer sees in these documents, -1 for all; None where its mask is neither causal nor a window.
 
     The mask is looked at once for each longer document: what it is in a long one it is in a short one, and looking
     waits for the card.
     """
     longest = max(lengths)
+    if known.window is None or longest <= known.longest:
+        return known.window
     if mask is None:
         causal = kwargs.get("is_causal")
         return -1 if (getattr(module, "is_causal", True) if causal is None else causal) else None
-    known = _known.setdefault(module, _Known())
-    if known.window is None or longest <= known.longest:
-        return known.window
     start = sum(lengths[: lengths.index(longest)])
     rows, size = slice(start, start + longest), kwargs.get("sliding_window")
     known.longest = longest
@@ -227,4 +278,5 @@ def can_attend_together(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 
 AttentionInterface.register(_NAME, _attention)
+AttentionInterface.register(_BARE, _attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)

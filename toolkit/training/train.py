@@ -28,7 +28,7 @@ from toolkit.architecture import CACHE_NAMES, describe
 from toolkit.errors import ModelError, ResourceError, first_line, out_of_memory
 from toolkit.mtp.training import learn_after
 from toolkit.ops import keep_up_outputs
-from toolkit.ops.document_attention import per_document_attention
+from toolkit.ops.document_attention import NoMasks, per_document_attention
 from toolkit.processes import is_first, processes
 from toolkit.training.adapter_steps import AdapterSteps, RunContext
 from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, UnmovedAdapters
@@ -270,9 +270,13 @@ def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
     """No packed example sees another within the block, which is proven first."""
     with per_document_attention(model) as alone:
         how = ", attention per example" if alone else ""
-        how += " (with onecard's masks)" if isolate_documents(model) else ""
+        is_mended = isolate_documents(model)
+        how += " (with onecard's masks)" if is_mended else ""
         console.print(f"packing: no example sees another, checked{how}")
-        yield
+        with NoMasks(model) if alone and not is_mended else nullcontext() as bare:
+            if bare is not None and bare.is_on:
+                bare.is_on = not _leaks(model)
+            yield
 
 
 def _name_experts_for_trl(model: PeftModel) -> bool:
