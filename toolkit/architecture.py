@@ -35,6 +35,7 @@ __all__ = [
     "ExpertLayer",
     "Linear",
     "auto_class",
+    "balancing_loss",
     "bare_modules",
     "cache_name",
     "can_attend_with_sinks",
@@ -120,6 +121,19 @@ def can_replace_sdpa(model: PreTrainedModel) -> bool:
     """
     config = model.config
     return config._attn_implementation in ("sdpa", FEW_QUERIES) and not config.sub_configs and not _names(model, "sdpa")
+
+
+def balancing_loss(config: PretrainedConfig, logits: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """The load-balancing loss of all layers' router logits, by the function that TRL takes for every family.
+
+    Args:
+        logits: [tokens, experts] of each layer. mask: 1 for a token and 0 for padding, or None.
+    """
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    text = config.get_text_config()
+    loss: torch.Tensor = load_balancing_loss_func(logits, text.num_experts, text.num_experts_per_tok, mask)
+    return loss
 
 
 def can_attend_with_sinks(model: PreTrainedModel) -> bool:

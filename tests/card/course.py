@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from tests.card import library
+from tests.card import library, replay
 from toolkit.steps import Steps
 
 __all__ = ["Course"]
@@ -30,10 +30,10 @@ class Course:
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
                 if not course.steps:
                     course.note("before step 1")
-                course.began = asdict(library.counts())
+                course.began = _counts()
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                now = asdict(library.counts())
+                now = _counts()
                 course.steps.append({name: now[name] - course.began[name] for name in now})
                 course.note(f"step {len(course.steps)}")
 
@@ -59,3 +59,10 @@ class Course:
         }
         self.parts.append({"part": name, **statistics})
         torch.cuda.reset_peak_memory_stats()
+
+
+def _counts() -> dict[str, int]:
+    """The library's, with the waits that it does not see."""
+    found = asdict(library.counts())
+    found["synchronizations"] += replay.at_once.total()
+    return found

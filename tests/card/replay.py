@@ -25,12 +25,14 @@ from tests.card import library
 from tests.card.attention import ATTENTION
 from tests.card.library import RehearsalError
 
-__all__ = ["Card", "Place", "install", "place", "queue", "seen", "synchronizations"]
+__all__ = ["Card", "Place", "at_once", "install", "place", "queue", "seen", "synchronizations"]
 
 seen: Counter[str] = Counter()
 """Operators by name."""
 synchronizations: Counter[str] = Counter()
 """Where the host waited for the card because a result's size or value is needed: operator and line of a program."""
+at_once: Counter[str] = Counter()
+"""Those of them that the library does not see, by operator: what they ask for is computed on the CPU instead."""
 
 _ONLY_MEMORY = {
     "aten::empty", "aten::empty_like", "aten::empty_permuted", "aten::empty_strided", "aten::is_pinned",
@@ -224,6 +226,7 @@ def _repeats(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
 def _at_once(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The result where the host waits for it: computed on the CPU now, and put on the card."""
     synchronizations[f"{func._schema.name} at {where()}"] += 1
+    at_once[func._schema.name] += 1
     wait()
     (there, named) = _on_cpu(args, kwargs)
     with torch.no_grad():

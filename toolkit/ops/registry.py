@@ -17,7 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from toolkit.architecture import is_experts
 from toolkit.ops import per_expert, reference
 from toolkit.ops.experts import expert_weights
-from toolkit.ops.top_k import write_in_any_order
+from toolkit.ops.unordered import write_in_any_order
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "FACTORS", "keep_up_outputs"]
 

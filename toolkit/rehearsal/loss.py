@@ -24,9 +24,9 @@ from toolkit.ops.label_logits import (
     summed_loss,
 )
 
-__all__ = ["fake_loss"]
+__all__ = ["TILE_WORDS", "fake_loss"]
 
-_TILE_TOKENS, _TILE_WORDS = 4096, 32768
+_TILE_TOKENS, TILE_WORDS = 4096, 32768
 """A tile of logits in TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py`)."""
 
 
@@ -104,8 +104,8 @@ class _Tiles(torch.autograd.Function):
 
 
 def _tile(hidden_NH: torch.Tensor, head_VH: torch.Tensor, on_card: bool) -> None:
-    rows, words = min(len(hidden_NH), _TILE_TOKENS), min(_TILE_WORDS, len(head_VH))
-    buffer = hidden_NH.new_empty(rows, _TILE_WORDS)
+    rows, words = min(len(hidden_NH), _TILE_TOKENS), min(TILE_WORDS, len(head_VH))
+    buffer = hidden_NH.new_empty(rows, TILE_WORDS)
     if not on_card:  # folded by torch's operators, three tiles in fp32 at a time
         parts = [buffer.new_empty(rows, words, dtype=torch.float32) for _ in range(4)]
         del parts

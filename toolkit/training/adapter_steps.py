@@ -31,8 +31,9 @@ from toolkit.training.layer_major import LayerMajor
 from toolkit.training.memory import longest_rows, probe, within_memory
 from toolkit.training.resumable import Resumable, SavedPart
 from toolkit.training.rollouts import Rollouts
+from toolkit.training.told_labels import told_labels
 
-__all__ = ["AdapterSteps", "Preference", "RunContext", "layer_major_for", "moment_bytes"]
+__all__ = ["TOLD", "AdapterSteps", "Preference", "RunContext", "layer_major_for", "moment_bytes"]
 
 
 _PROBED = 8
@@ -40,8 +41,8 @@ _PROBED = 8
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of log-probabilities that rounding may make, over their size: logits are products of some hundred
 to some thousand numbers. A head that leaves out a factor is off by that factor."""
-_LENGTHS, _TOKENS = "document_lengths", "real_tokens"
-"""Keys of a batch, between collator and trainer."""
+_LENGTHS, _TOKENS, TOLD = "document_lengths", "real_tokens", "told_labels"
+"""Keys of a batch, between collator and trainer; and names of what they bring, on a tensor of the prepared batch."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,11 @@ class RunContext:
 
 
 class _Counting:
-    """TRL's collator; a batch also brings as numbers what a card would be asked for: lengths of documents, tokens."""
+    """TRL's collator; a batch also brings what a card would be asked for: lengths of documents, tokens, and where labels
+    are."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], tells_labels: bool) -> None:
+        self.collate, self.tells_labels = collate, tells_labels
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
@@ -122,6 +124,8 @@ class _Counting:
             batch[_LENGTHS] = batch["cu_seq_lens_q"].diff().tolist()
         if "attention_mask" in batch:
             batch[_TOKENS] = int(batch["attention_mask"].sum())
+        if self.tells_labels:
+            batch[TOLD] = told_labels(batch["labels"])
         return batch
 
 
@@ -145,6 +149,8 @@ class AdapterSteps(Resumable):
     data_collator: Callable[[list[Any]], dict[str, Any]]
     wants_trls_balance = False
     """The family's own forward gives no load-balancing loss, so TRL's way is taken from the first batch on."""
+    tells_labels = False
+    """Whether the host says where a batch's labels are."""
     temperature = 1.0
     """What logits are divided by."""
     trusts_fused_head = True
@@ -163,7 +169,7 @@ class AdapterSteps(Resumable):
         # Else a Trainer that sees two cards copies the model to both by itself.
         trl["args"]._n_gpu = min(trl["args"].n_gpu, 1)
         super().__init__(**trl)
-        self.data_collator = _Counting(self.data_collator)
+        self.data_collator = _Counting(self.data_collator, self.tells_labels)
         arguments, head = context.arguments, context.head
         self.score: Callable[[], Mapping[str, float]] | None = context.best.score if context.best else None
         """Figures of the model as it stands that an evaluation has beside the loss."""
@@ -284,12 +290,15 @@ class AdapterSteps(Resumable):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As there; the numbers that came with the batch stay on the host."""
-        lengths, tokens = inputs.pop(_LENGTHS, None), inputs.pop(_TOKENS, None)
+        lengths, tokens, told = (inputs.pop(name, None) for name in (_LENGTHS, _TOKENS, TOLD))
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if lengths is not None:
             keep_lengths(prepared, lengths)
         if tokens is not None:
             setattr(prepared["input_ids"], _TOKENS, tokens)
+        if told is not None:
+            labels = prepared["labels"]
+            setattr(labels, TOLD, told.to(labels.device, non_blocking=True))
         return prepared
 
     def _probe(self, model: nn.Module) -> None:

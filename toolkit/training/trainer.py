@@ -20,7 +20,9 @@ from toolkit.ops.label_logits import (
     pays_to_keep_logits,
     summed_loss,
 )
-from toolkit.training.adapter_steps import AdapterSteps, RunContext
+from toolkit.processes import processes
+from toolkit.training.adapter_steps import TOLD, AdapterSteps, RunContext
+from toolkit.training.told_labels import has_plain_head, score_labelled
 
 __all__ = ["AdapterTrainer"]
 
@@ -31,6 +33,8 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
     That is so on a card, too, where TRL's fused head does not compute the family's own logits, and where labels are
     smoothed: that takes all of a token's log-probabilities, and the fused head gives the label's alone.
     """
+
+    tells_labels = True
 
     def __init__(self, context: RunContext, **trl: Any) -> None:
         """`trl`: what TRL's trainer takes."""
@@ -95,10 +99,16 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """As TRL computes it with its fused head, and the same metrics, which stay on the card until logged."""
-        balanced = self.aux_loss_enabled
-        given = {**forward_inputs(inputs, balanced=balanced), "labels": inputs["labels"], "fused_lm_head": True}
-        outputs, gather = model(**given), self.accelerator.gather_for_metrics
-        found = outputs.label_mask.sum()
+        balanced, gather = self.aux_loss_enabled, self.accelerator.gather_for_metrics
+        told = getattr(inputs["labels"], TOLD, None)
+        if told is None or processes() > 1 or not has_plain_head(self.model):
+            given = {**forward_inputs(inputs, balanced=balanced), "labels": inputs["labels"], "fused_lm_head": True}
+            outputs = model(**given)
+            found = outputs.label_mask.sum()
+        else:
+            with self.accelerator.autocast():
+                outputs = score_labelled(self.model, inputs, told, balanced=balanced)
+            found = torch.full((), told.shape[1], device=told.device)
         weights = outputs.log_probs.exp().detach() if self._weighs() else 1.0
         loss: torch.Tensor = -(weights * outputs.log_probs).sum() / torch.as_tensor(
             found if num_items_in_batch is None else num_items_in_batch

@@ -1,7 +1,8 @@
-"""The backward of a router's top-k in three launches, where algorithms are to be deterministic.
+"""Writing a gradient back through an index in which no place comes twice, where algorithms are to be deterministic.
 
-torch then writes through an index by sorting it first, which takes twenty-five. But the places that a top-k gives are
-different in every row: each is written once, in whatever order, and the sum is the same.
+torch then sorts the index first: twenty-five launches for a router's top-k, which needs three. But the places that a
+top-k gives are different in every row, and so are positions that are picked out once each. What is written once is the
+same in whatever order.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import torch
 
 __all__ = ["write_in_any_order"]
 
-_TOP_K = "TopkBackward0"
+_PICKS = ("TopkBackward0", "IndexSelectBackward0")
 _DEEPEST = 6
-"""Operators between the top-k and the weights that come of it: a division, a scale, a cast."""
+"""Operators between a top-k and the weights that come of it: a division, a scale, a cast."""
 
 
-def write_in_any_order(weight_TK: torch.Tensor) -> None:
-    """Spare the backward of the top-k that gave these weights the sort; nothing where there is none close by."""
-    if not torch.are_deterministic_algorithms_enabled() or weight_TK.grad_fn is None:
+def write_in_any_order(picked: torch.Tensor) -> None:
+    """Spare the backward of the top-k that gave these weights, or of the rows that were picked, the sort.
+
+    Nothing changes where neither is close by. The caller knows that no row was picked twice.
+    """
+    if not torch.are_deterministic_algorithms_enabled() or picked.grad_fn is None:
         return
-    nodes = [weight_TK.grad_fn]
+    nodes = [picked.grad_fn]
     for _ in range(_DEEPEST):
         for node in nodes:
-            if node.name() == _TOP_K:
+            if node.name() in _PICKS:
                 order = _Order()
                 node.register_prehook(order.leave)
                 node.register_hook(order.restore)

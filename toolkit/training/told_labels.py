@@ -1,0 +1,70 @@
+"""TRL's chunked head on labelled positions that the host knows, so that nobody waits for a card to count them.
+
+TRL finds them with a mask. torch then waits twice in forward and twice in backward, and sorts what it writes back,
+since it cannot know that no position comes twice. The kernel and what it is given are TRL's.
+
+    B sequences, L tokens in each, N labels, H hidden
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from toolkit.architecture import balancing_loss
+from toolkit.labels import IGNORED
+from toolkit.ops.label_logits import forward_inputs, labels_ahead
+from toolkit.ops.unordered import write_in_any_order
+from toolkit.rehearsal.loss import TILE_WORDS
+
+__all__ = ["Scores", "has_plain_head", "score_labelled", "told_labels"]
+
+_FACTORS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+"""What TRL's head looks for in a config, to do to logits as the family does."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each labelled position: log-probability in nats, entropy in nats, whether its label is the likeliest, [N]."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+    aux_loss: torch.Tensor | None
+    """The load-balancing loss, where it was asked for."""
+
+
+def told_labels(labels_BL: torch.Tensor) -> torch.Tensor:
+    """Positions that predict a label, counted through all sequences, and those labels: [2, N]. To be asked on a CPU."""
+    ahead = labels_ahead(labels_BL).flatten()
+    positions = (ahead != IGNORED).nonzero().flatten()
+    return torch.stack((positions, ahead[positions]))
+
+
+def has_plain_head(model: PeftModel) -> bool:
+    """Whether the family's logits are hidden states times the head's weights, by what TRL reads in its config."""
+    config = model.config.get_text_config()
+    return all(getattr(config, name, None) is None for name in _FACTORS)
+
+
+def score_labelled(model: PeftModel, inputs: dict[str, Any], told_2N: torch.Tensor, *, balanced: bool) -> Scores:
+    """What TRL's head gives of a batch, at the labelled positions alone.
+
+    Args:
+        inputs: of the model's forward, and labels. told_2N: of `told_labels`, where the model is.
+        balanced: whether the load-balancing loss is asked for.
+    """
+    base, (positions, labels) = model.get_base_model(), told_2N
+    outputs = base.base_model(**forward_inputs(inputs, balanced=balanced))
+    hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, positions)
+    write_in_any_order(hidden_NH)
+    head = base.get_output_embeddings()
+    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+        hidden_NH, head.weight, head.bias, labels, 1.0, TILE_WORDS, None, 1.0, ("entropy", "is_top1")
+    )
+    balance = balancing_loss(base.config, outputs.router_logits, inputs.get("attention_mask")) if balanced else None
+    return Scores(log_probs, entropy, is_top1, balance)
