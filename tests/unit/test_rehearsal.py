@@ -132,7 +132,7 @@ def test_a_tile_is_as_large_as_in_trls_fused_head() -> None:
 
     from toolkit.rehearsal import loss
 
-    assert (loss._TILE_TOKENS, loss._TILE_WORDS) == (
+    assert (loss._TILE_TOKENS, loss.TILE_WORDS) == (
         chunked_logprob.TOKEN_CHUNK_SIZE,
         utils._CHUNKED_LOGPROB_CHUNK_SIZE,
     )

@@ -1,5 +1,4 @@
-"""RMS norms by torch's own kernel on a card: one launch where a family's forward takes eight, and one where its backward
-takes fourteen.
+"""RMS norms by torch's own kernel on a card: one launch where a family's forward takes eight, its backward fourteen.
 
 Every family writes the norm itself, and most, but not all, write the same function. So nobody's name is trusted: what a
 module computes is looked at on numbers, and one that computes anything else stays as it is. A kernel rounds once where
@@ -45,7 +44,8 @@ class FusedNorm(nn.Module):
             result: torch.Tensor = self.stock(x)  # type: ignore[operator]
             return result
         if is_fake(x):
-            return _Shapes.apply(x, weight)
+            shapes: torch.Tensor = _Shapes.apply(x, weight)
+            return shapes
         device = x.device.type  # autocast would make it fp32
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return functional.rms_norm(x, weight.shape, weight, self.eps)

@@ -1,7 +1,8 @@
 """The loss of a training step by the trainer's own functions, on tensors without numbers.
 
-On a CPU that is `toolkit.ops.label_logits`, or TRL's tiles where the logits would be too many; on a card always TRL's
-tiles, whose kernel cannot run here, so that its buffers are allocated in its stead.
+On a CPU that is `toolkit.ops.label_logits`, or TRL's tiles where the logits would be too many; on a card TRL's tiles,
+whose kernel cannot run here, so that its buffers are allocated in its stead. Where TRL's head does not give a family's
+own logits, it is `label_logits` on both.
 """
 
 # torch types an autograd function's result as Any.
@@ -45,7 +46,7 @@ def fake_loss(
     Args:
         inputs: `input_ids`, `labels` and what else the forward takes. labelled: positions with a label, in a sequence.
         trains: whether it is the trainer's; held-out examples are judged by whole logits, on a card too.
-        whole_logits: whether the trainer's is as well, as with smoothed labels.
+        whole_logits: whether the trainer's is as well: of smoothed labels, or where TRL's head is not the family's.
     """
     labels, given = inputs.pop("labels"), forward_inputs(inputs, balanced=balanced)
     labelled = labelled if can_keep_logits(model) else labels.shape[1] - 1

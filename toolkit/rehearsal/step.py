@@ -29,6 +29,7 @@ from toolkit.ops.document_attention import (
     per_document_attention,
 )
 from toolkit.ops.norms import fuse_norms
+from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import fake_loss
 from toolkit.rehearsal.model import Depths, adapted, decoder_layers, depths_of, truncate
@@ -101,7 +102,7 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
     Args:
         model: a skeleton on meta, which is used up.
     """
-    depths = depths_of(model)
+    depths, step = depths_of(model), _as_asked(model, step)
     peft_model = fake_model(model, step)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     truncate(peft_model, depths.short + depths.period)
@@ -115,6 +116,11 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
         _extrapolated(*each, depths) for each in ((short.peaks, longer.peaks), (short.bares, longer.bares))
     )
     return highest, saved, bare
+
+
+def _as_asked(model: PreTrainedModel, step: Step) -> Step:
+    """With whole logits where TRL's head does not give the family's own."""
+    return replace(step, whole_logits=step.whole_logits or (step.trains and not gives_own_logits(model)))
 
 
 def _in_one_row(step: Step) -> Step:

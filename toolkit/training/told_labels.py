@@ -21,10 +21,7 @@ from toolkit.ops.label_logits import forward_inputs, labels_ahead
 from toolkit.ops.unordered import write_in_any_order
 from toolkit.rehearsal.loss import TILE_WORDS
 
-__all__ = ["Scores", "has_plain_head", "score_labelled", "told_labels"]
-
-_FACTORS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-"""What TRL's head looks for in a config, to do to logits as the family does."""
+__all__ = ["Scores", "score_labelled", "told_labels"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,6 @@ def told_labels(labels_BL: torch.Tensor) -> torch.Tensor:
     ahead = labels_ahead(labels_BL).flatten()
     positions = (ahead != IGNORED).nonzero().flatten()
     return torch.stack((positions, ahead[positions]))
-
-
-def has_plain_head(model: PeftModel) -> bool:
-    """Whether the family's logits are hidden states times the head's weights, by what TRL reads in its config."""
-    config = model.config.get_text_config()
-    return all(getattr(config, name, None) is None for name in _FACTORS)
 
 
 def score_labelled(model: PeftModel, inputs: dict[str, Any], told_2N: torch.Tensor, *, balanced: bool) -> Scores:
