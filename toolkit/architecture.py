@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -123,17 +124,15 @@ def can_replace_sdpa(model: PreTrainedModel) -> bool:
     return config._attn_implementation in ("sdpa", FEW_QUERIES) and not config.sub_configs and not _names(model, "sdpa")
 
 
-def balancing_loss(config: PretrainedConfig, logits: Any, mask: torch.Tensor | None) -> torch.Tensor:
-    """The load-balancing loss of all layers' router logits, by the function that TRL takes for every family.
+def balancing_loss(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:
+    """The family's own load-balancing loss of all layers' router logits, where it has one.
 
-    Args:
-        logits: [tokens, experts] of each layer. mask: 1 for a token and 0 for padding, or None.
+    It takes those [tokens, experts], how many experts there are, how many a token has, and a mask of tokens or None.
     """
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    text = config.get_text_config()
-    loss: torch.Tensor = load_balancing_loss_func(logits, text.num_experts, text.num_experts_per_tok, mask)
-    return loss
+    found: Callable[..., torch.Tensor] | None = getattr(
+        import_module(type(model).__module__), "load_balancing_loss_func", None
+    )
+    return found
 
 
 def can_attend_with_sinks(model: PreTrainedModel) -> bool:

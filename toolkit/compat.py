@@ -357,13 +357,14 @@ SEAMS = (
         "to send the Hub nothing that nobody asked for",
         "_send_telemetry",
     ),
+    *_at("trl.trainer.utils", "rehearsal", "to ask whose logits TRL's head computes", "add_fused_lm_head"),
     *_at("trl.kernels.chunked_logprob", "training", "to score labels without waiting", "ChunkedLogProbFunction"),
     *_at("trl.SFTTrainer", "training", "to ask for router logits where the balancing loss is on", "aux_loss_enabled"),
     *_at("trl.chat_template_utils", "data", "to know how a family writes calls", "add_response_schema"),
     *_at(
         "trl.trainer.utils",
-        "architecture rehearsal",
-        "to compute the load-balancing loss as TRL does, and to rehearse each family's own",
+        "architecture",
+        "to compute and rehearse the load-balancing loss, which is each family's own",
         "load_balancing_loss_func",
     ),
     # PEFT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from tests.harness.families import tiny_config
 from tests.parity.conftest import COMMON, FAMILIES
 from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.ops.document_attention import per_document_attention
 from toolkit.rehearsal import Step, fake_model, rehearse, run_step
+from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.model import decoder_layers, depths_of
 
@@ -136,3 +139,54 @@ def test_a_tile_is_as_large_as_in_trls_fused_head() -> None:
         chunked_logprob.TOKEN_CHUNK_SIZE,
         utils._CHUNKED_LOGPROB_CHUNK_SIZE,
     )
+
+
+def heads(family: str, **changes: Any) -> PreTrainedModel:
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return auto_class(config).from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "wanted"),
+    [
+        ("qwen3_moe", {}, True),
+        ("granitemoe", {"logits_scaling": 4.0}, True),
+        ("inkling_text", {}, False),
+    ],
+)
+def test_the_plan_asks_of_the_head_what_the_trainer_does(family: str, changes: Any, wanted: bool) -> None:
+    """Without weights and layers it is what TRL's head gives of the whole model."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = heads(family, **changes)
+    with torch.device("meta"):
+        assert gives_own_logits(heads(family, **changes)) == wanted
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        own = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        add_fused_lm_head(model)
+        theirs = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    off = own.gather(-1, ids[:, 1:, None])[..., 0] - theirs
+    assert bool(off.abs().max() < 1e-2) == wanted
+
+
+def test_a_plan_counts_whole_logits_where_trls_head_is_refused() -> None:
+    vocabulary, tokens = 1 << 17, 256
+    held = []
+    for scale in (None, 3.0):
+        model = skeleton("qwen3_moe", vocab_size=vocabulary, max_position_embeddings=512)
+        kind = type(model)
+        if scale is not None:  # a family that multiplies its logits, and says so nowhere
+            model.__class__ = type("Scaled", (kind,), {"forward": partialmethod(_scaled, kind, scale)})
+        step = Step(1, tokens, tokens - 1, torch.bfloat16, True, False, True, experts="none", linears="none")
+        held.append(rehearse(model, step)[0])
+    # In fp32 they and their gradient; TRL's tiles hold a quarter of the one in bf16.
+    assert held[1] - held[0] > tokens * vocabulary * 6
+
+
+def _scaled(self: Any, kind: type, scale: float, *args: Any, **kwargs: Any) -> Any:
+    outputs = kind.forward(self, *args, **kwargs)
+    outputs.logits = outputs.logits * scale
+    return outputs

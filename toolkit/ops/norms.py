@@ -41,7 +41,9 @@ class FusedNorm(nn.Module):
         """x [..., H] to [..., H]."""
         weight: torch.Tensor = self.weight  # type: ignore[assignment]
         if x.dtype != weight.dtype:
-            result: torch.Tensor = self.stock(x)  # type: ignore[operator]
+            stock: Any = self.stock
+            stock.weight = weight  # moved to another device, it may be another
+            result: torch.Tensor = stock(x)
             return result
         if is_fake(x):
             shapes: torch.Tensor = _Shapes.apply(x, weight)
@@ -119,17 +121,18 @@ def rms_norm_eps(module: nn.Module) -> float | None:
     """
     if len(inspect.signature(module.forward).parameters) != 1 or any(True for _ in module.buffers()):
         return None
-    probe = copy.deepcopy(module).to_empty(device="cpu")
-    weight: torch.Tensor = probe.weight  # type: ignore[assignment]
-    size, dtype = weight.numel(), weight.dtype
-    # No random numbers: a probe must not move the run's.
-    weight.copy_(torch.arange(size).mul(0.3).cos().mul(1.5))
-    wave = torch.arange(_ROWS * size).view(_ROWS, size).mul(0.7310585).sin()
-    x = (wave * torch.logspace(-4, 3, _ROWS).unsqueeze(1)).to(dtype)
-    try:
-        found = probe(x)
-    except (RuntimeError, TypeError, ValueError):
-        return None
+    with torch.device("cpu"):
+        probe = copy.deepcopy(module).to_empty(device="cpu")
+        weight: torch.Tensor = probe.weight  # type: ignore[assignment]
+        size, dtype = weight.numel(), weight.dtype
+        # No random numbers: a probe must not move the run's.
+        weight.copy_(torch.arange(size).mul(0.3).cos().mul(1.5))
+        wave = torch.arange(_ROWS * size).view(_ROWS, size).mul(0.7310585).sin()
+        x = (wave * torch.logspace(-4, 3, _ROWS).unsqueeze(1)).to(dtype)
+        try:
+            found = probe(x)
+        except (RuntimeError, TypeError, ValueError):
+            return None
     if not isinstance(found, torch.Tensor) or found.shape != x.shape or found.dtype != dtype:
         return None
     for eps in _numbers(module):

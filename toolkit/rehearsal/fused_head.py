@@ -62,6 +62,11 @@ def gives_own_logits(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return True
+    with torch.device("cpu"):
+        return _agree(model, head)
+
+
+def _agree(model: PreTrainedModel, head: nn.Linear) -> bool:
     small = nn.Linear(head.in_features, _WORDS, bias=head.bias is not None)
     wave = torch.arange(small.weight.numel(), dtype=torch.float32).mul(0.317).cos()
     small.weight.copy_(wave.view_as(small.weight))

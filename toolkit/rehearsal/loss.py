@@ -10,12 +10,13 @@ own logits, it is `label_logits` on both.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
+from toolkit.architecture import balancing_loss
 from toolkit.ops.label_logits import (
     can_keep_logits,
     entropy_and_hits,
@@ -65,18 +66,13 @@ def fake_loss(
     return loss
 
 
-def _balance(base: torch.nn.Module, outputs: Any, balanced: bool) -> torch.Tensor | float:
+def _balance(base: PreTrainedModel, outputs: Any, balanced: bool) -> torch.Tensor | float:
     """The load-balancing loss where the family gives router logits, by the family's own function."""
-    logits = outputs.get("router_logits") if balanced else None
-    if not logits:
+    logits, balance = outputs.get("router_logits") if balanced else None, balancing_loss(base)
+    if not logits or balance is None:
         return 0.0
-    balance = getattr(import_module(type(base).__module__), "load_balancing_loss_func", None)
-    if balance is None:
-        return 0.0
-    config = base.config.get_text_config()  # type: ignore[operator,union-attr]
-    count = logits[0].shape[-1]
-    result: torch.Tensor = balance(logits, count, getattr(config, "num_experts_per_tok", 2))
-    return result
+    config = base.config.get_text_config()
+    return balance(logits, logits[0].shape[-1], getattr(config, "num_experts_per_tok", 2))
 
 
 class _Tiles(torch.autograd.Function):

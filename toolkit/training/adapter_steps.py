@@ -112,7 +112,7 @@ class RunContext:
 
 
 class _Counting:
-    """TRL's collator; a batch also brings what a card would be asked for: documents' lengths, tokens, labels' places."""
+    """TRL's collator; a batch also brings what a card would be asked for: lengths of documents, tokens, labels."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], tells_labels: bool) -> None:
         self.collate, self.tells_labels = collate, tells_labels

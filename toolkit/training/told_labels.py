@@ -19,9 +19,16 @@ from toolkit.architecture import balancing_loss
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import forward_inputs, labels_ahead
 from toolkit.ops.unordered import write_in_any_order
+from toolkit.rehearsal.fused_head import has_plain_head
 from toolkit.rehearsal.loss import TILE_WORDS
 
-__all__ = ["Scores", "score_labelled", "told_labels"]
+__all__ = ["Scores", "can_score", "score_labelled", "told_labels"]
+
+
+def can_score(model: PeftModel, *, balanced: bool) -> bool:
+    """Whether nothing that TRL's head would do is left out: no factor of logits, and a load-balancing loss if asked."""
+    base = model.get_base_model()
+    return has_plain_head(base.config) and not (balanced and balancing_loss(base) is None)
 
 
 @dataclass(frozen=True)
@@ -57,5 +64,8 @@ def score_labelled(model: PeftModel, inputs: dict[str, Any], told_2N: torch.Tens
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden_NH, head.weight, head.bias, labels, 1.0, TILE_WORDS, None, 1.0, ("entropy", "is_top1")
     )
-    balance = balancing_loss(base.config, outputs.router_logits, inputs.get("attention_mask")) if balanced else None
+    balance = None
+    if balanced and (find := balancing_loss(base)) is not None:
+        text = base.config.get_text_config()
+        balance = find(outputs.router_logits, text.num_experts, text.num_experts_per_tok, inputs.get("attention_mask"))
     return Scores(log_probs, entropy, is_top1, balance)

@@ -21,9 +21,8 @@ from toolkit.ops.label_logits import (
     summed_loss,
 )
 from toolkit.processes import processes
-from toolkit.rehearsal.fused_head import has_plain_head
 from toolkit.training.adapter_steps import TOLD, AdapterSteps, RunContext
-from toolkit.training.told_labels import score_labelled
+from toolkit.training.told_labels import can_score, score_labelled
 
 __all__ = ["AdapterTrainer"]
 
@@ -102,7 +101,7 @@ class AdapterTrainer(AdapterSteps, SFTTrainer):  # type: ignore[misc]
         """As TRL computes it with its fused head, and the same metrics, which stay on the card until logged."""
         balanced, gather = self.aux_loss_enabled, self.accelerator.gather_for_metrics
         told = getattr(inputs["labels"], TOLD, None)
-        if told is None or processes() > 1 or not has_plain_head(self.model.config):
+        if told is None or processes() > 1 or not can_score(self.model, balanced=balanced):
             given = {**forward_inputs(inputs, balanced=balanced), "labels": inputs["labels"], "fused_lm_head": True}
             outputs = model(**given)
             found = outputs.label_mask.sum()
