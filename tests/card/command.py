@@ -38,7 +38,7 @@ def begin() -> Callable[[], dict[str, Any]]:
         sizes.trust_the_fused_head()
     replay.install(sizes.Sizes if _is_on("SIZES") else replay.Card)
     kernels.install(replays=not _is_on("SIZES"), watch=races.launch if races else None)
-    course = Course()
+    course = Course(sizes.begin_with_zeros) if _is_on("SIZES") else Course()
 
     def report() -> dict[str, Any]:
         course.note("the end")

@@ -5,6 +5,7 @@ Peaks are of a part alone, so torch's own count starts anew after each: what the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -19,9 +20,12 @@ __all__ = ["Course"]
 
 
 class Course:
-    """Memory at the end of each part of a verb, and counts around each optimizer step."""
+    """Memory at the end of each part of a verb, and counts around each optimizer step.
 
-    def __init__(self) -> None:
+    `prepare` is given the model before the first step.
+    """
+
+    def __init__(self, prepare: Callable[[Any], None] = lambda model: None) -> None:
         self.parts: list[dict[str, Any]] = []
         self.steps: list[dict[str, int]] = []
         course = self
@@ -30,6 +34,7 @@ class Course:
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
                 if not course.steps:
                     course.note("before step 1")
+                    prepare(kwargs["model"])
                 course.began = _counts()
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:

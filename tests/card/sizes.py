@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from tests.card.replay import Card, Place, queue
 
-__all__ = ["LARGEST_COPY", "Sizes", "computes", "know_the_masks", "load_first_experts", "trust_the_fused_head"]
+__all__ = [
+    "LARGEST_COPY",
+    "Sizes",
+    "begin_with_zeros",
+    "computes",
+    "know_the_masks",
+    "load_first_experts",
+    "trust_the_fused_head",
+]
 
 LARGEST_COPY = 1 << 20
 """Bytes: what is more is counted by the library and not copied."""
@@ -84,6 +92,13 @@ def load_first_experts() -> None:
 def _made_up(result: torch.Tensor) -> None:
     """Zeros; but one for a count or an answer, so that trained parameters count as moved."""
     result.fill_(1 if result.numel() == 1 and not result.is_floating_point() else 0)
+
+
+def begin_with_zeros(model: torch.nn.Module) -> None:
+    """Large parameters were not computed: in memory that was used before they are anything, and must be finite."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_cuda and not computes(parameter):
+            Place(parameter).view().zero_()
 
 
 def know_the_masks() -> None:
