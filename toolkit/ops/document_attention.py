@@ -88,8 +88,10 @@ class NoMasks:
             hook.remove()
 
     def _enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        lengths = _lengths(kwargs.get("cu_seq_lens_q"))
-        if self.is_on and len(lengths) > 1 and self._knows(max(lengths)):
+        lengths, given = _lengths(kwargs.get("cu_seq_lens_q")), kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        is_packed = len(lengths) > 1 and given is not None and given.shape[:2] == (1, sum(lengths))
+        if self.is_on and is_packed and self._knows(max(lengths)):
             self._config._attn_implementation = _BARE
 
     def _leave(self, decoder: nn.Module, args: Any, output: Any) -> None:
