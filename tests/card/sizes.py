@@ -96,9 +96,8 @@ def _made_up(result: torch.Tensor) -> None:
 
 def begin_with_zeros(model: torch.nn.Module) -> None:
     """Large parameters were not computed: in memory that was used before they are anything, and must be finite."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_cuda and not computes(parameter):
-            Place(parameter).view().zero_()
+    large = [Place(each) for each in model.parameters() if each.requires_grad and each.is_cuda and not computes(each)]
+    queue(lambda: [each.view().zero_() for each in large])
 
 
 def know_the_masks() -> None:
