@@ -361,12 +361,7 @@ SEAMS = (
     *_at("trl.kernels.chunked_logprob", "training", "to score labels without waiting", "ChunkedLogProbFunction"),
     *_at("trl.SFTTrainer", "training", "to ask for router logits where the balancing loss is on", "aux_loss_enabled"),
     *_at("trl.chat_template_utils", "data", "to know how a family writes calls", "add_response_schema"),
-    *_at(
-        "trl.trainer.utils",
-        "architecture",
-        "to compute and rehearse the load-balancing loss, which is each family's own",
-        "load_balancing_loss_func",
-    ),
+    *_at("trl.trainer.utils", "architecture", "to balance load as each family does", "load_balancing_loss_func"),
     # PEFT
     *_at("peft.LoraConfig", "adapters", "to put LoRA on int8 experts and linears", "_register_custom_module"),
     *_at("peft.tuners.trainable_tokens", "adapters", "to find the rows that an adapter holds", "TrainableTokensLayer"),
