@@ -223,7 +223,8 @@ def test_each_document_is_really_attended_to_alone(monkeypatch: pytest.MonkeyPat
         seen.append((query.shape[2], rest[2] is not None))
         return query.transpose(1, 2), None
 
-    monkeypatch.setattr("toolkit.ops.document_attention.sdpa_attention_forward", attention)
+    for room in ("document_attention", "few_queries"):
+        monkeypatch.setattr(f"toolkit.ops.{room}.sdpa_attention_forward", attention)
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
     narrow = causal & torch.ones(6, 6, dtype=torch.bool).triu(-1)
     query = torch.randn(1, 2, 6, 4)
