@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,14 +27,24 @@ from toolkit.plan.shapes import (
 )
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.steps import StepBytes, cache_bytes, cached_bytes
+from toolkit.recipe import load
 
 ROOT = Path(__file__).parents[3]
 
 
+def record_of(name: str) -> dict[str, Any]:
+    """The record; skips where the lock's versions have one and the installed ones, which differ, have not."""
+    record, installed = read_record(name), rehearsal_versions()
+    lock = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    if not record and installed != {package: lock[package] for package in installed}:
+        pytest.skip("a step takes other bytes here than with the lock's versions, whose record it is; plans rehearse")
+    assert record, f"recorded with other versions than {installed}: run scripts/record_plans.py"
+    return record
+
+
 @pytest.mark.parametrize("name", published())
 def test_recorded_shapes_are_those_of_the_installed_versions(name: str) -> None:
-    record = read_record(name)
-    assert record, f"recorded with other versions than {rehearsal_versions()}: run scripts/record_plans.py"
+    record = record_of(name)
     recorded = recorded_shapes(record)
     assert recorded is not None
     fresh = shapes_of(shape_of(name))
@@ -55,7 +66,7 @@ def test_recorded_steps_are_rehearsed_again(number: int, name: str) -> None:
     pytest.importorskip("triton")
     short = sorted((spec for spec in step_specs(name).values() if spec.length <= 256), key=lambda spec: spec.lora)
     spec = short[11 * number % len(short)]
-    assert cached_bytes(spec, "", read_record(name)) == answer(name, spec)
+    assert cached_bytes(spec, "", record_of(name)) == answer(name, spec)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +116,7 @@ RECIPES = [path.stem for path in (ROOT / "recipes").glob("*.yaml") if re.search(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_plan_for_a_card_loads_no_torch(recipe: str) -> None:
+    record_of(load(ROOT / "recipes" / f"{recipe}.yaml").model.model_name_or_path)
     program = (
         "import sys\nfrom toolkit.cli import main\n"
         f"sys.argv = ['onecard', 'plan', 'recipes/{recipe}.yaml', '--device', sys.argv[1], '--json']\n"
