@@ -156,7 +156,7 @@ class Stock:
     def write(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
         """Sampled answers by `generate`."""
         if new not in self.fastest:
-            tried = EXPERTS if len(prompts) <= MOST_COPIED else EXPERTS[:1]
+            tried = EXPERTS if sum(map(len, prompts)) <= MOST_COPIED else EXPERTS[:1]
             self.fastest[new] = min(tried, key=lambda name: self._written(name, prompts, new)[0])
         return self._written(self.fastest[new], prompts, new)[1]
 
