@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import ParamWrapper, register
+from toolkit.adapters.layouts import PREFIX
 from toolkit.adapters.tokens import let_fused_heads_in, require_rows, token_layers, token_targets
 from toolkit.adapters.untrusted import CONFIG, check_adapter_files, read_adapter_config
 from toolkit.architecture import Architecture, ExpertLayer, describe, is_of_adapter, strip_index
@@ -376,7 +377,7 @@ def _assert_reached(
 
 
 def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX)
 
 
 def _part_name(name: str, module: nn.Module) -> str:

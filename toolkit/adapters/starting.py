@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from toolkit.adapters.attach import load_own_layout, misfit
 from toolkit.adapters.layouts import MAGNITUDES, ROWS
-from toolkit.adapters.tokens import token_ids
+from toolkit.adapters.tokens import INDICES, token_ids
 from toolkit.adapters.untrusted import CONFIG, WEIGHTS, check_adapter_files, read_adapter_config
 from toolkit.checkpoint.files import read_header
 from toolkit.errors import ModelError
@@ -28,10 +28,9 @@ from toolkit.errors import ModelError
 __all__ = ["BEYOND_PAIRS", "check_start"]
 
 _PAIR = re.compile(r".+\.lora_[AB]\.weight")
-_ROWS = "trainable_token_indices"
 BEYOND_PAIRS = {
     "modules_to_save": "modules saved whole",
-    "trainable_token_indices": "rows of the embedding",
+    INDICES: "rows of the embedding",
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "biases",
     "layer_replication": "layers used twice",
@@ -67,7 +66,7 @@ def check_start(
         )
     if use_dora and not config.get("use_dora"):
         raise ModelError(f"{folder / CONFIG}: has no magnitudes to train on; remove lora.use_dora, or start without it")
-    wanted = {_ROWS: bool(new_tokens), "use_dora": use_dora}
+    wanted = {INDICES: bool(new_tokens), "use_dora": use_dora}
     for field, what in BEYOND_PAIRS.items():
         if config.get(field) and not wanted.get(field):
             raise ModelError(f"{folder / CONFIG}: {field}: {_refusal(what)}")

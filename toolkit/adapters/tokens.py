@@ -23,9 +23,11 @@ from toolkit.architecture import unwrapped
 from toolkit.errors import ModelError
 
 __all__ = [
+    "INDICES",
     "NewTokens",
     "add_rows",
     "let_fused_heads_in",
+    "make_room",
     "refuse_tokens",
     "require_rows",
     "rows_of",
@@ -34,7 +36,8 @@ __all__ = [
     "token_targets",
 ]
 
-_FIELD = "trainable_token_indices"
+INDICES = "trainable_token_indices"
+"""PEFT's field of an adapter's configuration for tokens by module."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ def rows_of(model: PreTrainedModel) -> int:
     return len(unwrapped(model.get_input_embeddings()).get_parameter("weight"))
 
 
+def make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Resize embedding and head to the last of these tokens, where they have too few rows."""
+    if ids and max(ids) >= rows_of(model):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+
+
 @torch.no_grad()
 def add_rows(model: PreTrainedModel, tokens: NewTokens) -> None:
     """Give new tokens their rows, in the embedding and in a head that is not tied to it: the mean of their pieces'.
@@ -61,8 +70,7 @@ def add_rows(model: PreTrainedModel, tokens: NewTokens) -> None:
     """
     if not tokens.ids:
         return
-    if max(tokens.ids) >= rows_of(model):
-        model.resize_token_embeddings(max(tokens.ids) + 1, mean_resizing=False)
+    make_room(model, tokens.ids)
     for _, layer in _ends(model):
         weight_VH = layer.weight
         for number, pieces in zip(tokens.ids, tokens.pieces, strict=True):
@@ -109,7 +117,7 @@ def token_targets(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[
 
 def token_ids(config: Mapping[str, Any]) -> list[int]:
     """The tokens whose rows an adapter's configuration says it holds."""
-    found = config.get(_FIELD) or []
+    found = config.get(INDICES) or []
     each = [found] if isinstance(found, list) else list(found.values()) if isinstance(found, Mapping) else []
     return sorted({number for ids in each for number in ids if isinstance(number, int)})
 

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from toolkit.adapters.layouts import PREFIX
 from toolkit.adapters.tokens import token_ids
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
@@ -172,7 +173,7 @@ def _factors(
 
 def _pattern(config: Mapping[str, Any], name: str, key: str, patterns: str) -> float:
     """As PEFT looks them up: by module, or by module and parameter for a wrapped one."""
-    module = name.removeprefix("base_model.model.")
+    module = name.removeprefix(PREFIX)
     depth = module.count(".base_layer")
     module = module.replace(".base_layer", "")
     owned = sorted(t for t in config.get("target_parameters") or [] if _owner(t) and module.endswith(_owner(t)))

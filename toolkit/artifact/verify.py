@@ -22,8 +22,8 @@ from peft.utils.other import get_pattern_key, match_target_against_key
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from toolkit.adapters.layouts import MAGNITUDES, ROWS
-from toolkit.adapters.tokens import rows_of, token_ids
+from toolkit.adapters.layouts import MAGNITUDES, PREFIX, ROWS
+from toolkit.adapters.tokens import INDICES, make_room, token_ids
 from toolkit.artifact.manifest import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -176,7 +176,7 @@ def _require_magnitudes(folder: Path, wanted: bool, shapes: Shapes) -> None:
     found = {name.removesuffix(f".{MAGNITUDES}"): shape for name, shape in shapes.items() if name.endswith(MAGNITUDES)}
     tensors = ((_TENSOR.fullmatch(name), shape) for name, shape in shapes.items())
     outputs = {match["module"]: shape[:1] for match, shape in tensors if match and match["side"] == "B"}
-    told = {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
+    told = {name.removeprefix(PREFIX): shape for name, shape in found.items()}
     if told != (outputs if wanted else {}):
         raise ModelError(f"{folder / ADAPTER_WEIGHTS}: its magnitudes are not one of each output, as use_dora says")
 
@@ -184,7 +184,7 @@ def _require_magnitudes(folder: Path, wanted: bool, shapes: Shapes) -> None:
 def _check_tokens(folder: Path, shapes: Shapes) -> str:
     """Rows are those that the configuration names, and the tokenizer beside them has each token."""
     config = load_adapter_config(folder)
-    ids, wanted = token_ids(config), config.get("trainable_token_indices") or {}
+    ids, wanted = token_ids(config), config.get(INDICES) or {}
     rows = {name.removesuffix(f".{ROWS}"): shape[0] for name, shape in shapes.items() if name.endswith(ROWS)}
     named = {name: next((len(of) for end, of in wanted.items() if name.endswith(end)), 0) for name in rows}
     if len(rows) != len(wanted) or rows != named:
@@ -356,8 +356,7 @@ def _stock_shapes(folder: Path, base: str, revision: str) -> Shapes:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of ranks per parameter as unmatched, though it applies them.
             blank = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            if (ids := token_ids(load_adapter_config(folder))) and max(ids) >= rows_of(blank):
-                blank.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+            make_room(blank, token_ids(load_adapter_config(folder)))
             model = PeftModel(blank, lora)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG}: PEFT cannot apply it to {base}: {first_line(error)}") from None

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from toolkit.adapters.layouts import PREFIX, ROWS
-from toolkit.adapters.tokens import rows_of, token_ids
+from toolkit.adapters.tokens import INDICES, rows_of, token_ids
 from toolkit.artifact.manifest import ADAPTER_WEIGHTS, load_adapter_config, write_json
 from toolkit.checkpoint.conversion import Shards, targets
 from toolkit.checkpoint.files import INDEX, headers_in, write_index
@@ -91,7 +91,7 @@ def _rows(artifact: Path) -> dict[str, Tensor]:
     """Parameter to the rows of it [N, H] that an adapter holds, in the order of their ids: the embedding first."""
     config, tensors = load_adapter_config(artifact), load_file(artifact / ADAPTER_WEIGHTS)
     found = {}
-    for module, ids in config["trainable_token_indices"].items():
+    for module, ids in config[INDICES].items():
         key = next(name for name in tensors if name.endswith(f"{module}.{ROWS}"))
         order = torch.tensor(ids).argsort()
         found[f"{key.removeprefix(PREFIX).removesuffix(f'.{ROWS}')}.weight"] = tensors[key][order]

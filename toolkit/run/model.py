@@ -214,7 +214,6 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
     """What is stored rounded, what is adapted and what has moved: each as [done, all], or a plain count."""
     stored, adapted = measure(model.get_base_model(), plan.architecture), adapter_coverage(model)
     kinds = sorted(stored.stacks_stored.items(), key=lambda kind: -kind[1])
-    norms = fused_norms(model)
     return {
         **{f"expert stacks {kind}": [count, stored.stacks] for kind, count in kinds},
         "linears 8-bit": [stored.linears_8bit, stored.linears],
@@ -224,5 +223,5 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
         "adapters moved": [adapted.moved, adapted.adapters],
         **({"new tokens moved": [adapted.tokens_moved, adapted.tokens]} if adapted.tokens else {}),
         "trainable parameters": adapted.parameters,
-        **({"norms fused": list(norms)} if plan.device == "cuda" else {}),
+        **({"norms fused": list(fused_norms(model))} if plan.device == "cuda" else {}),
     }
