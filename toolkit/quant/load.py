@@ -33,6 +33,7 @@ from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.ops.experts import ExpertStack, expert_weights
 from toolkit.quant.kept import kept_stacks
 from toolkit.quant.quantizer import Int8Config
+from toolkit.quant.rounding import first_failure
 from toolkit.quant.stored import EXPERT_KINDS, multiplied_out, rounded_in
 
 __all__ = ["Coverage", "dequantize_state", "load_int8", "measure", "storage"]
@@ -93,21 +94,22 @@ def load_int8(
     if wanted is not None and wanted.source is not None:
         kind, weights = _plain(name_or_path, revision, config, wanted)
     try:
-        model, info = kind.from_pretrained(
-            name_or_path if weights is None else None,
-            config=config,
-            revision=revision,
-            state_dict=weights,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
-            experts_implementation=experts_implementation,
-            quantization_config=wanted,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
+        with first_failure():
+            model, info = kind.from_pretrained(
+                name_or_path if weights is None else None,
+                config=config,
+                revision=revision,
+                state_dict=weights,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+                experts_implementation=experts_implementation,
+                quantization_config=wanted,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         if machine_failed(error):
             raise

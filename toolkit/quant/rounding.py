@@ -8,6 +8,8 @@ expert at a time, over tensors that are still pages of the mapped file, or packe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers.integrations.bitsandbytes import Bnb8bitQuantize
 
 from toolkit.architecture import is_experts
 from toolkit.checkpoint.weights import Unread
-from toolkit.errors import ModelError
+from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.ops.four_bit import quantize_int4, quantize_mxfp4, turned
 from toolkit.ops.int8 import quantize, scratch_for
 from toolkit.quant.ahead import ReadAhead
@@ -27,9 +29,34 @@ from toolkit.quant.requantised import Requantised
 from toolkit.quant.stored import BESIDE, float_shape, input_dim, is_stored, multiplied_out, names_of
 from toolkit.steps import advance
 
-__all__ = ["Round", "Workspace"]
+__all__ = ["Round", "Workspace", "first_failure"]
 
 Tensors = dict[str, Any]
+
+_FAILURES: ContextVar[list[Exception] | None] = ContextVar("failures of roundings", default=None)
+
+
+@contextmanager
+def first_failure() -> Iterator[None]:
+    """Raise what fails first in a rounding inside the block.
+
+    transformers keeps such an error for a report, goes on with the next tensor, and ends with a line that names neither
+    tensor nor cause. Memory that ran out would look like a damaged file.
+
+    Raises:
+        ValueError: the tensor and the cause. A ModelError, and what `machine_failed` says yes to, is raised as it is.
+    """
+    failures: list[Exception] = []
+    token = _FAILURES.set(failures)
+    try:
+        yield
+    except Exception:
+        if not failures:
+            raise
+    finally:
+        _FAILURES.reset(token)
+    if failures:
+        raise failures[0]
 
 
 @dataclass
@@ -142,7 +169,20 @@ class Round(ConversionOps):  # type: ignore[misc]
     @torch.no_grad()
     def convert(self, input_dict: Tensors, **kwargs: Any) -> Tensors:
         """{source pattern: tensors} to {full parameter name: tensor}, with its scales beside each rounded one."""
-        name, model = kwargs["full_layer_name"].replace("*.", "0."), kwargs["model"]
+        failures = _FAILURES.get()
+        if failures:
+            raise failures[0]  # nothing is loaded any more, so the rest is not read
+        name = kwargs["full_layer_name"].replace("*.", "0.")
+        try:
+            return self._convert(input_dict, name, kwargs["model"], kwargs)
+        except Exception as error:
+            is_told = isinstance(error, ModelError) or machine_failed(error)
+            told = error if is_told else ValueError(f"{name}: {first_line(error)}")
+            if failures is not None:
+                failures.append(told)
+            raise told from error
+
+    def _convert(self, input_dict: Tensors, name: str, model: nn.Module, kwargs: dict[str, Any]) -> Tensors:
         self.workspace.used({})
         is_separable = all(_works_on_one_expert(operation) for operation in self.operations)
         if is_separable and len(kwargs["target_patterns"]) == 1 and _is_stored_stack(model, name):

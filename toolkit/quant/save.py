@@ -34,11 +34,12 @@ from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights, shapes_in
 from toolkit.checkpoint.unused import plain_tensor, unused
 from toolkit.durable import staged_folder
-from toolkit.errors import ModelError, RecipeError, ResourceError, first_line
+from toolkit.errors import ModelError, RecipeError, ResourceError, first_line, machine_failed
 from toolkit.quant.gptq.keep import int8_state
 from toolkit.quant.kept import kept_stacks
 from toolkit.quant.load import storage
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+from toolkit.quant.rounding import first_failure
 from toolkit.quant.stored import BESIDE
 from toolkit.steps import advance, part
 
@@ -250,8 +251,11 @@ def _convert(
 ) -> dict[str, torch.Tensor]:
     """What the checkpoint's tensors become, by parameter name; the model is all meta again afterwards."""
     try:
-        info, _ = convert_and_load_state_dict_in_model(model, slices, loading, None)
+        with first_failure():
+            info, _ = convert_and_load_state_dict_in_model(model, slices, loading, None)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        if machine_failed(error):
+            raise
         raise ModelError(f"{name}: {first_line(error)}; download the checkpoint again") from None
     for parameter, there, declared in info.mismatched_keys:
         raise ModelError(

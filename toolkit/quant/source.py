@@ -27,10 +27,11 @@ from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
 from toolkit.checkpoint.unused import plain_tensor, unused
 from toolkit.checkpoint.weights import unread
-from toolkit.errors import ModelError, first_line
+from toolkit.errors import ModelError, first_line, machine_failed
 from toolkit.quant.load import storage
 from toolkit.quant.ours import own_weights
 from toolkit.quant.quantizer import Int8Config, Int8Quantizer
+from toolkit.quant.rounding import first_failure
 
 __all__ = ["SourceWeights"]
 
@@ -131,8 +132,11 @@ class SourceWeights:
             weight_mapping=self._mapping, device_map={"": "cpu"}, dtype=torch.float32, hf_quantizer=self._quantizer
         )
         try:
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+            with first_failure():
+                info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            if machine_failed(error):
+                raise
             raise ModelError(f"{self.name}: {name}: {first_line(error)}; download the checkpoint again") from None
         missing = sorted(key for key in info.missing_keys if key.startswith(f"{name}."))
         if bad := [*missing, *(key for key, *_ in info.mismatched_keys), *info.conversion_errors]:

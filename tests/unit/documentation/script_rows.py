@@ -276,6 +276,11 @@ ROWS = (
         ),
     ),
     Row(
+        "parity/varied_settings.py",
+        "qwen3_moe glm_moe_dsa --seeds 1",
+        (r"^qwen3_moe int\d \{.*: the same$", r"^2 of 2 checkpoints of 2 families$"),
+    ),
+    Row(
         "parity/token_families.py",
         "qwen3_moe",
         (r"^ok +qwen3_moe +3/3 rows moved; ", r"^1 of 1 families take new tokens, 0 refused by name$"),

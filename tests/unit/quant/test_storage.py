@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from toolkit.errors import ModelError
-from toolkit.quant import load_int8
+from toolkit.quant import load_int8, quantize_checkpoint, rounding
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -293,6 +293,33 @@ def test_experts_of_the_wrong_size_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model.layers.0.mlp.experts.down_proj, or has it in another shape") as caught:
         load_int8(str(rewrite(folder, tmp_path / "spoilt", tensors, None)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "words"),
+    [
+        (MemoryError("4 GiB"), MemoryError, "4 GiB"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+        (ArithmeticError("too much"), ModelError, r"float: model.layers.0.mlp.experts.down_proj: too much"),
+    ],
+)
+def test_what_fails_while_rounding_is_told_and_ends_the_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[Exception], words: str
+) -> None:
+    """transformers goes on with the next tensor, and says in the end that there were some issues."""
+    folder, calls = tiny(tmp_path / "float", "qwen3_moe"), []
+
+    def fail(*_: object, name: str = "", **__: object) -> None:
+        calls.append(name)
+        raise error
+
+    monkeypatch.setattr(rounding.Workspace, "round", fail)
+    for read in (load_int8, lambda path: quantize_checkpoint(path, tmp_path / "out")):
+        calls.clear()
+        with pytest.raises(expected, match=words) as caught:
+            read(str(folder))
+        assert "\n" not in str(caught.value)
+        assert len(calls) == 1
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
