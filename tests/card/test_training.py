@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.card.conftest import NANO
 from tests.card.machine import ROOT, Machine, Outcome
@@ -55,6 +56,28 @@ def test_losses_are_near_the_cpus(experts: str, train: Train, tmp_path: Path) ->
     wanted = losses(on_cpu(tmp_path / "cpu", *given))
     assert losses(folder) == pytest.approx(wanted, rel=2**-8)
     assert losses(folder) != wanted
+
+
+def test_an_embedding_in_host_memory_changes_no_bit(train: Train, tmp_path: Path) -> None:
+    model, adapters, peaks = untied(tmp_path / "untied"), [], []
+    for place in ("device", "host"):
+        outcome, folder = train(place, f"model.model_name_or_path={model}", f"placement.embedding={place}")
+        outcome.require()
+        adapters.append(adapter(folder))
+        peaks.append(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["memory"]["measured"])
+    assert adapters[0] == adapters[1]
+    table = load_file(model / "model.safetensors")["lm_head.weight"]
+    assert peaks[0] - peaks[1] >= 0.9 * table.numel() * 2, peaks
+
+
+def untied(folder: Path) -> Path:
+    """The embedded model with a table of its own in its head."""
+    shutil.copytree(ROOT / "recipes/quickstart/nano-qwen3moe-2m", folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
+    return folder
 
 
 def test_a_resumed_run_is_the_same_run(train: Train) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from toolkit.offload.place import spread
 from toolkit.plan.budget import Budget
+from toolkit.plan.memory import has_own_table
 from toolkit.recipe import Recipe
 
 __all__ = ["Change", "cheapest_changes", "nearest_change", "settle"]
@@ -75,7 +76,7 @@ def _candidates(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str, Reci
         words = ["eval.batch_size=1", "training.per_device_eval_batch_size=1"]
         cheap = _with(_with(recipe, "eval", batch_size=1), "training", per_device_eval_batch_size=1)
         yield " ".join(words), "evaluation takes longer", cheap
-    for what, costs, changed in _for_time(recipe):
+    for what, costs, changed in (*_for_time(recipe), *_off_the_card(recipe, budget)):
         yield what, costs, changed
         section, _, rest = what.partition(".")
         key, _, value = rest.partition("=")
@@ -109,6 +110,13 @@ def _for_time(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
     if "8bit" not in recipe.training.optim:
         changed = _with(recipe, "training", optim="paged_adamw_8bit")
         yield "training.optim=paged_adamw_8bit", "optimizer moments in 8 bit", changed
+
+
+def _off_the_card(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str, Recipe]]:
+    is_movable = has_own_table(budget.shapes) and not recipe.model.new_tokens
+    if budget.device.kind == "cuda" and recipe.placement.embedding == "device" and is_movable:
+        changed = _with(recipe, "placement", embedding="host")
+        yield "placement.embedding=host", "one wait for the card each pass", changed
 
 
 def _streamed(recipe: Recipe, budget: Budget, prefix: str) -> Iterator[tuple[str, str, Recipe]]:

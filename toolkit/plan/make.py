@@ -173,6 +173,10 @@ def make_plan(
     stored = what_is_stored(budget)
     kinds = shapes_for(budget, recipe.quantization, is_ours=stored.is_int8, stacks=stacks)
     budget.shapes, choice, held = kinds
+    if recipe.placement.embedding == "host" and device.kind == "cuda":
+        from toolkit.offload.embedding import check_table
+
+        check_table(budget.model)
     recipe, notes = settle(recipe, budget)
     placement = budget.place(recipe)
     sizes, chosen = budget.bytes(recipe, placement), budget.shape_for(recipe)

@@ -18,7 +18,7 @@ from toolkit.plan.stacks import room_for_stacks, rounded_bytes
 from toolkit.plan.steps import StepBytes
 from toolkit.recipe import Recipe
 
-__all__ = ["Bytes", "count_bytes"]
+__all__ = ["Bytes", "count_bytes", "has_own_table"]
 
 _LIBRARIES = {"cuda": 600 << 20, "cpu": 650 << 20}
 """CUDA's context with its libraries, which torch's allocator does not count; on a CPU Python with torch and the rest,
@@ -108,7 +108,7 @@ def count_bytes(
     linears = [(math.prod(parameters[f"{name}.weight"]), parameters[f"{name}.weight"][0]) for name in names]
     rest = sum(map(math.prod, parameters.values())) - stacks - sum(size for size, _ in linears)
     adapter = adapter_parameters(shapes, recipe)
-    rows = token_parameters(shapes, recipe)
+    rows, on_host = token_parameters(shapes, recipe), host_rows(shapes, recipe, device)
     gradients = 4 * adapter
     micro, per_pass = recipe.training.gradient_accumulation_steps, micro_batches_per_pass
     held = _held(step, gradients, micro, per_pass, len(architecture.layers))
@@ -119,12 +119,14 @@ def count_bytes(
         idle = head * _HEAD_WEIGHT // HEAD_BYTES
         head, held = max((idle, held), (head, learning), key=sum)
     activations = max(0, held - gradients)
+    # The table is loaded with the rest; adapter, optimizer and steps come when it is gone.
+    activations = max(activations, on_host * itemsize - adapter * 8 - int(_OPTIMIZER[recipe.training.optim] * adapter))
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
         experts=experts,
         slots=slots,
         linears=rounded_bytes(linears, recipe.quantization.linears, itemsize),
-        other=(rest + 2 * rows) * itemsize,  # new rows of the embedding and head, and PEFT's copy of them
+        other=(rest + 2 * rows - on_host) * itemsize,  # new rows of the embedding and head, and PEFT's copy of them
         adapter=4 * adapter,
         optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
         gradients=gradients,
@@ -185,9 +187,24 @@ def adapter_parameters(model: Shapes, recipe: Recipe) -> int:
 
 def token_parameters(model: Shapes, recipe: Recipe) -> int:
     """Trained numbers in the rows of new tokens: of the embedding, and of a head that is not tied to it."""
+    return len(recipe.model.new_tokens) * max(1, len(_ends(model))) * (model.numbers.get("hidden_size") or 0)
+
+
+def host_rows(model: Shapes, recipe: Recipe, device: str) -> int:
+    """Numbers of an embedding table that stays in host memory beside a card."""
+    is_beside = device == "cuda" and recipe.placement.embedding == "host"
+    return math.prod(_ends(model)[0]) if is_beside and len(_ends(model)) == 2 else 0
+
+
+def has_own_table(model: Shapes) -> bool:
+    """Whether embedding and head are two tables of the same shape."""
+    return len(_ends(model)) == 2
+
+
+def _ends(model: Shapes) -> list[tuple[int, ...]]:
+    """Shapes of the embedding, and of a head that is not tied to it."""
     row = model.numbers.get("vocab_size"), model.numbers.get("hidden_size")
-    ends = sum(shape == row for shape in model.parameters.values())
-    return len(recipe.model.new_tokens) * max(1, ends) * (row[1] or 0)
+    return [tuple(shape) for shape in model.parameters.values() if tuple(shape) == row]
 
 
 def rank(recipe: Recipe) -> int:

@@ -39,6 +39,7 @@ EFFECTS: Mapping[str, Effect] = {
     "lora.*": Effect.BINDS,
     "mtp.*": Effect.BINDS,
     "placement.*": Effect.BINDS,
+    "placement.embedding": Effect.FREE,
     "data.train": Effect.CONTENT,
     "data.validation": Effect.FREE,
     "data.validation_size": Effect.CONTENT,

@@ -348,7 +348,7 @@ class Recipe(Section):
     quantization: QuantizationSection = QuantizationSection()
     """What is stored in 8 bit."""
     placement: PlacementSection = PlacementSection()
-    """Where the expert stacks live."""
+    """Where expert stacks and embedding live."""
     lora: LoraSection = LoraSection()
     """The adapter."""
     mtp: MtpSection = MtpSection()

@@ -45,7 +45,7 @@ class QuantizationSection(Section):
 
 
 class PlacementSection(Section):
-    """Where the frozen expert stacks live while the rest of the model is on the device."""
+    """Where frozen expert stacks and the embedding table live while the rest of the model is on the device."""
 
     experts: Literal["auto", "resident", "host", "disk"] = "auto"
     """`auto` keeps every stack on the device if the plan says that it fits, and otherwise streams the fewest layers
@@ -53,6 +53,9 @@ class PlacementSection(Section):
     an int8 file."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of the MoE layers to stream; without it, as many as the plan needs."""
+    embedding: Literal["device", "host"] = "device"
+    """`host` keeps the embedding table in host memory beside a card, which frees its bytes there and costs one wait for
+    the card each pass. Not for models whose head is the same table. On a CPU it changes nothing."""
 
     @model_validator(mode="after")
     def _something_to_share(self) -> PlacementSection:

@@ -18,6 +18,7 @@ from toolkit.checkpoint.remote import fetch
 from toolkit.data import Batches
 from toolkit.errors import ModelError, RecipeError
 from toolkit.offload.attach import load_streamed
+from toolkit.offload.embedding import keep_on_host
 from toolkit.offload.place import streamed
 from toolkit.ops import BACKENDS
 from toolkit.ops.few_queries import attend_to_few_together
@@ -105,6 +106,8 @@ def load_frozen(plan: Plan) -> PreTrainedModel:
     add_rows(model, _new_tokens(plan))
     if plan.device == "cuda":
         fuse_norms(model)
+        if plan.recipe.placement.embedding == "host":
+            keep_on_host(model, torch.device(plan.device))
     return model
 
 
