@@ -38,8 +38,7 @@ def header(path: Path) -> str:
     """The comment lines that the plan gives."""
     recipe = load(path, note=lambda _: None)
     plans = {size: plan_for(recipe, cards) for size, cards in by_size().items()}
-    whole = [size for size, made in plans.items() if made.fits and not streamed(made.placement)]
-    first = whole[0] if whole else max(plans)
+    first = first_size(plans)
     sentences = [
         f"Fits a {first} GB card ({named(first)}){with_streaming(plans[first])}.",
         planned(recipe, plans[first]),
@@ -47,6 +46,12 @@ def header(path: Path) -> str:
     smaller = [size for size, made in plans.items() if size < first and made.fits and streamed(made.placement)]
     sentences += [f"Planned for {size} GB ({named(size)}){with_streaming(plans[size])}." for size in smaller[-1:]]
     return "\n".join(f"# {line}" for line in textwrap.wrap(" ".join(sentences), 116))
+
+
+def first_size(plans: dict[int, Plan]) -> int:
+    """GB of the smallest cards that hold the recipe whole, or else of the largest there are."""
+    whole = [size for size, made in plans.items() if made.fits and not streamed(made.placement)]
+    return min(whole, default=max(plans))
 
 
 def by_size() -> dict[int, list[Card]]:

@@ -5,9 +5,9 @@
 
 Each record (toolkit/plan/published/records) holds a model's shapes and the bytes of its steps, rehearsed one by one: of
 its recipe and of a recipe of defaults, over lengths and ranks, on a card and on a CPU. It is used only where torch,
-transformers and peft are of versions that it was made with: a record that is found the same with others is of both, and
-one that is not is of the installed ones alone. `--check` rehearses again and compares; `--sample` takes every Nth step
-alone.
+transformers and peft are of versions that it was made with. It is of the installed ones and of those of before: what is
+not the same with all stands under `differing`, by versions. `--check` rehearses again and compares with what is said of
+the installed versions; `--sample` takes every Nth step alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from toolkit.plan.shapes import Shapes, published, rehearsal_versions
+from toolkit.plan.shapes import Shapes, by_versions, published, rehearsal_versions
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.steps import StepBytes, StepShape, StepSpec, rehearsed, step_spec
 from toolkit.recipe import Recipe, load, parse
@@ -103,36 +103,70 @@ def main() -> int:
             continue
         began, record = time.perf_counter(), fresh(name, given.sample)
         path = RECORDS / f"{name.replace('/', '__')}.json"
-        known = _known(path, record, given.sample) if path.is_file() else {}
-        same = known == {**record, "versions": known.get("versions")}
+        known = by_versions(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+        same = _is_said(record, known)
         if given.check:
-            same = same and record["versions"][0] in known["versions"]
             wrong += not same
         else:
             RECORDS.mkdir(exist_ok=True)
-            others = [each for each in known["versions"] if each not in record["versions"]] if same else []
-            path.write_text(_text({**record, "versions": [*others, *record["versions"]]}), encoding="utf-8")
+            path.write_text(_text(joined(record, known)), encoding="utf-8")
         words = "written" if not given.check else "the same" if same else "DIFFERENT"
         print(f"{name}: {len(record['steps'])} steps in {time.perf_counter() - began:.0f} s, {words}", flush=True)
     return 1 if wrong else 0
 
 
-def _known(path: Path, record: dict[str, Any], sample: int) -> dict[str, Any]:
-    """What is written down, of a sample only the same steps."""
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if sample > 1:
-        known["steps"] = {digest: known["steps"].get(digest) for digest in record["steps"]}
-    return known
+def _is_said(record: dict[str, Any], known: list[dict[str, Any]]) -> bool:
+    """Whether the file says the same of the installed versions, of a sample about the same steps."""
+    (installed,) = record["versions"]
+    for each in known:
+        if installed in each["versions"]:
+            steps = {digest: each["steps"].get(digest) for digest in record["steps"]}
+            return each["shapes"] == record["shapes"] and steps == record["steps"]
+    return False
+
+
+def joined(record: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file's content: the record of the installed versions in the place of what was said of them before.
+
+    The versions that stood first stay first.
+    """
+    (installed,) = record["versions"]
+    groups: list[dict[str, Any]] = []
+    wholes = [(versions, each) for each in known for versions in each["versions"]]
+    if not any(versions == installed for versions, _ in wholes):
+        wholes.append((installed, record))
+    for versions, each in wholes:
+        content = record if versions == installed else each
+        for group in groups:
+            if (group["shapes"], group["steps"]) == (content["shapes"], content["steps"]):
+                group["versions"].append(versions)
+                break
+        else:
+            groups.append({"versions": [versions], "shapes": content["shapes"], "steps": content["steps"]})
+    first, *others = groups
+    differing = [_difference(first, other) for other in others]
+    return {**first, "differing": differing} if differing else first
+
+
+def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    missing = dict.fromkeys(first["steps"].keys() - other["steps"].keys())
+    steps = {digest: held for digest, held in other["steps"].items() if first["steps"].get(digest) != held}
+    shapes = {} if other["shapes"] == first["shapes"] else {"shapes": other["shapes"]}
+    return {"versions": other["versions"], **shapes, "steps": dict(sorted({**steps, **missing}.items()))}
 
 
 def _text(record: dict[str, Any]) -> str:
     """JSON with a line for each part."""
-    parts = {
-        "versions": json.dumps(record["versions"]),
-        "shapes": json.dumps(record["shapes"]),
-        "steps": "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record["steps"].items()) + "\n}",
-    }
-    return "{" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items()) + "}\n"
+    parts = [f"{json.dumps(name)}: {_lines(name, value)}" for name, value in record.items()]
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def _lines(name: str, value: Any) -> str:
+    if name == "differing":
+        return "[" + ",\n".join(_text(each).rstrip() for each in value) + "]"
+    if name != "steps":
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"{json.dumps(digest)}: {json.dumps(held)}" for digest, held in value.items()) + "\n}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """A published recipe at its real size on a rehearsed card: loads, trains a few steps, evaluates, is packaged, or not.
 
-    .venv/bin/python scripts/rehearse_card.py recipes/olmoe-1b-7b.yaml --device rtx-3060 [--steps 2] [KEY=VALUE …]
+    .venv/bin/python scripts/rehearse_card.py recipes/olmoe-1b-7b.yaml --device rtx-3060 [--steps 2 | --load-only] …
 
 No card is needed: PyTorch's CUDA build runs over a stand-in for CUDA's runtime (docs/cards.md), whose memory is counted
 and not filled. The checkpoint is a file with holes, made from the model's published config; the data are the
-quickstart's. Values are not computed, so losses mean nothing. `--races` looks for races between streams, `--values`
-computes everything (for small models). Needs 4 GB in .venv-card, which are fetched the first time.
+quickstart's. Values are not computed, so losses mean nothing. `--load-only` ends with the adapter attached. `--races`
+looks for races between streams, `--values` computes everything (for small models). Needs 4 GB in .venv-card, which are
+fetched the first time.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ from toolkit.plan.shapes import published  # noqa: E402
 
 QUICKSTART = ROOT / "recipes" / "quickstart"
 LARGEST_COPY = 1 << 20
+ATTACHED = ("experts", "slots", "linears", "other", "adapter")
+"""What of a plan is on the card before the first step."""
 HEAD = (
     "recipe", "card", "ends with", "steps", "plan MiB", "after load", "load peak", "step peak", "reserved", "races",
     "waits a step", "launches a step", "MB to the card a step", "MB back a step",
 )  # fmt: skip
 
 
-def setting(card: Card, values: bool, races: bool) -> Setting:
+def setting(card: Card, values: bool, races: bool, load_only: bool) -> Setting:
     """Of the card that is rehearsed; its driver takes what a desktop's does not use."""
     name = card.name.upper().replace("RTX-", "NVIDIA GeForce RTX ").replace("-TI", " Ti").replace("-SUPER", " SUPER")
     major, minor = card.capability
@@ -52,6 +55,7 @@ def setting(card: Card, values: bool, races: bool) -> Setting:
         largest_copy=None if values else LARGEST_COPY,
         sizes=None if values else 1,
         races=1 if races else None,
+        until="attach" if load_only else None,
     )
 
 
@@ -86,8 +90,8 @@ def overrides(folder: Path, steps: int, given: list[str]) -> list[str]:
     return [*(f"{name}={value}" for name, value in ours.items() if name not in said), *given]
 
 
-def row(recipe: Path, card: str, outcome: Any, report: dict[str, Any], planned: int | None) -> dict[str, Any]:
-    """One line of the table; bytes."""
+def row(recipe: Path, card: str, outcome: Any, report: dict[str, Any], plan: dict[str, Any] | None) -> dict[str, Any]:
+    """One line of the table; bytes. Of what is planned, what torch allocates."""
     parts: dict[str, dict[str, Any]] = {}
     for part in report.get("parts", []):
         parts.setdefault(part["part"], part)
@@ -100,8 +104,9 @@ def row(recipe: Path, card: str, outcome: Any, report: dict[str, Any], planned: 
         "code": outcome.code,
         "error": error,
         "steps": len(steps),
-        "planned": planned,
+        **(plan_of(plan) if plan else dict.fromkeys(("planned", "planned_attached", "streamed"))),
         "after_load": load.get("allocated"),
+        "attached": parts.get("attach", {}).get("allocated"),
         "load_peak": load.get("allocated_peak"),
         "probe_peak": parts.get("before step 1", {}).get("allocated_peak"),
         "step_peak": max(
@@ -113,6 +118,16 @@ def row(recipe: Path, card: str, outcome: Any, report: dict[str, Any], planned: 
         "launches": last.get("launches"),
         "bytes_to_device": last.get("bytes_to_device"),
         "bytes_to_host": last.get("bytes_to_host"),
+    }
+
+
+def plan_of(plan: dict[str, Any]) -> dict[str, Any]:
+    """What torch is to allocate at the peak, and of that before the first step; how many layers are streamed."""
+    held = plan["bytes"]
+    return {
+        "planned": held["total"] - held["libraries"],
+        "planned_attached": sum(held[name] for name in ATTACHED),
+        "streamed": f"{plan['streamed_layers']} of {plan['moe_layers']}",
     }
 
 
@@ -138,6 +153,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--device", default="rtx-3060", help="a card that `onecard plan --device` knows")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--load-only", action="store_true", help="end with the adapter attached, before the first step")
     parser.add_argument(
         "--other", type=float, default=0.0, metavar="GIB", help="taken by other programs, say a desktop"
     )
@@ -159,16 +175,15 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for made in ("run", "model"):
             shutil.rmtree(folder / made, ignore_errors=True)
-        machine = Machine(folder, setting(card, given.values, given.races))
+        machine = Machine(folder, setting(card, given.values, given.races, given.load_only))
         machine = machine.with_card(other=int(given.other * 2**30))
         began = time.perf_counter()
         recipe = prepared(given.recipe.resolve(), machine, folder)
         outcome = machine.onecard("train", recipe, *overrides(folder, given.steps, given.overrides), timeout=7200)
         (folder / "printed.txt").write_text(outcome.out + outcome.err, encoding="utf-8")
         plan = folder / "run" / "plan.json"
-        planned = json.loads(plan.read_text(encoding="utf-8"))["bytes"] if plan.is_file() else None
-        held = planned["total"] - planned["libraries"] if planned else None  # what torch allocates
-        found = row(given.recipe, given.device, outcome, dict(outcome.report), held)
+        made = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else None
+        found = row(given.recipe, given.device, outcome, dict(outcome.report), made)
         found["seconds"] = round(time.perf_counter() - began)
         found["report"] = dict(outcome.report)
     if given.json:

@@ -1,7 +1,8 @@
 """`onecard` on the rehearsed card: `python -m tests.card.command train RECIPE …`, with what was counted at the end.
 
 The library must be preloaded (`tests.card.machine` says how). REHEARSED_CARD_REPORT names a JSON file for the counts;
-REHEARSED_CARD_RACES=1 looks for races, REHEARSED_CARD_SIZES=1 computes small tensors only.
+REHEARSED_CARD_RACES=1 looks for races, REHEARSED_CARD_SIZES=1 computes small tensors only, REHEARSED_CARD_UNTIL=attach
+ends the program after that part.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def begin() -> Callable[[], dict[str, Any]]:
         sizes.trust_the_fused_head()
     replay.install(sizes.Sizes if _is_on("SIZES") else replay.Card)
     kernels.install(replays=not _is_on("SIZES"), watch=races.launch if races else None)
-    course = Course(sizes.begin_with_zeros) if _is_on("SIZES") else Course()
+    until = os.environ.get("REHEARSED_CARD_UNTIL")
+    course = Course(sizes.begin_with_zeros, until) if _is_on("SIZES") else Course(until=until)
 
     def report() -> dict[str, Any]:
         course.note("the end")

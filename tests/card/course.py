@@ -22,10 +22,10 @@ __all__ = ["Course"]
 class Course:
     """Memory at the end of each part of a verb, and counts around each optimizer step.
 
-    `prepare` is given the model before the first step.
+    `prepare` is given the model before the first step. The program ends well after the part that is called `until`.
     """
 
-    def __init__(self, prepare: Callable[[Any], None] = lambda model: None) -> None:
+    def __init__(self, prepare: Callable[[Any], None] = lambda model: None, until: str | None = None) -> None:
         self.parts: list[dict[str, Any]] = []
         self.steps: list[dict[str, int]] = []
         course = self
@@ -46,8 +46,11 @@ class Course:
         self._end = Steps.end
 
         def end(steps: Steps, *, failed: bool = False) -> None:
-            course.note(steps._open[-1].name)
+            name = steps._open[-1].name
+            course.note(name)
             course._end(steps, failed=failed)
+            if name == until and not failed:
+                raise SystemExit(0)
 
         Steps.end = end  # type: ignore[method-assign]  # the one place that hears of every part, of any verb
 

@@ -42,6 +42,7 @@ class Setting:
     compile: int | None = None
     races: int | None = None
     sizes: int | None = None
+    until: str | None = None
     log: str | None = None
 
     def variables(self) -> dict[str, str]:

@@ -106,7 +106,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"out of memory: {first_line(error)[:160]}; lower training.max_length or lora.r", 5
     if card_failed(error):
         again = "the same command resumes a run from its last checkpoint"
-        return f"the card failed: {first_line(error)}; {again}; CUDA_LAUNCH_BLOCKING=1 with --debug shows where", 5
+        said = first_line(error)[:160]
+        return f"the card failed: {said}; {again}; CUDA_LAUNCH_BLOCKING=1 with --debug shows where", 5
     if type(error).__module__.startswith("triton."):
         way = "python scripts/gpu_check.py tells which; without the package triton experts are computed one by one"
         return f"a kernel does not compile for this card: {first_line(error)[:160]}; {way}", 5

@@ -19,6 +19,7 @@ from toolkit.parts import Architecture, ExpertLayer, Linear
 
 __all__ = [
     "Shapes",
+    "by_versions",
     "fold",
     "is_published",
     "published",
@@ -142,13 +143,29 @@ def rehearsal_versions() -> dict[str, str]:
 
 
 def read_record(name: str) -> dict[str, Any]:
-    """The record of a published model (`scripts/record_plans.py` writes it); empty where it is of other versions.
+    """What the record of a published model says of the installed versions; empty where it says nothing of them.
 
-    Its `versions` are all those that it was found the same with.
+    `scripts/record_plans.py` writes it.
     """
     path = _FOLDER / "records" / _file(name).name
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record if rehearsal_versions() in record.get("versions", []) else {}
+    return next((each for each in by_versions(record) if rehearsal_versions() in each["versions"]), {})
+
+
+def by_versions(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A record for each group of versions that it was found the same with, in full.
+
+    The file has the first of them, and under `differing` what is not the same with others; null is what is not known.
+    """
+    if not record:
+        return []
+    first = {key: record[key] for key in ("versions", "shapes", "steps")}
+    wholes = [first]
+    for each in record.get("differing", []):
+        steps = {**first["steps"], **each["steps"]}
+        known = {digest: held for digest, held in steps.items() if held is not None}
+        wholes.append({**first, **each, "steps": known})
+    return wholes
 
 
 def recorded_shapes(record: Mapping[str, Any]) -> Shapes | None:
