@@ -35,12 +35,15 @@ RANKS = (8, 16, 32, 64)
 
 
 def recipes(name: str) -> Iterator[Recipe]:
-    """The recipe of this repository that names the model, and one that says nothing else."""
+    """The recipe of this repository that names the model, and one that says nothing else, packed where that one is."""
+    packs = True
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         found = load(path, note=lambda _: None)
         if found.model.model_name_or_path == name:
+            packs = found.training.packing
             yield found
-    yield parse(f"model: {{model_name_or_path: {name}}}\ndata: {{train: none}}\n")
+    packing = "" if packs else "training: {packing: false}\n"
+    yield parse(f"model: {{model_name_or_path: {name}}}\ndata: {{train: none}}\n{packing}")
 
 
 def step_specs(name: str) -> dict[str, StepSpec]:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """A published recipe at its real size on a rehearsed card: loads, trains a few steps, evaluates, is packaged, or not.
 
-    .venv/bin/python scripts/rehearse_card.py recipes/olmoe-1b-7b.yaml --device rtx-3060 [--steps 2 | --load-only] …
+    .venv/bin/python scripts/rehearse_card.py recipes/olmoe-1b-7b.yaml --device rtx-3060 [--steps 2] [KEY=VALUE …]
 
 No card is needed: PyTorch's CUDA build runs over a stand-in for CUDA's runtime (docs/cards.md), whose memory is counted
 and not filled. The checkpoint is a file with holes, made from the model's published config; the data are the
-quickstart's. Values are not computed, so losses mean nothing. `--load-only` ends with the adapter attached. `--races`
-looks for races between streams, `--values` computes everything (for small models). Needs 4 GB in .venv-card, which are
-fetched the first time.
+quickstart's. Values are not computed, so losses mean nothing. `--until attach` ends before the first step, `--until
+train` after the last. `--races` looks for races between streams, `--values` computes everything (for small models).
+Needs 4 GB in .venv-card, which are fetched the first time.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from toolkit.plan.shapes import published  # noqa: E402
 
 QUICKSTART = ROOT / "recipes" / "quickstart"
 LARGEST_COPY = 1 << 20
-ATTACHED = ("experts", "slots", "linears", "other", "adapter")
-"""What of a plan is on the card before the first step."""
+ATTACHED = ("experts", "linears", "other", "adapter")
+"""What of a plan is on the card before the first step; slots are made in it."""
 HEAD = (
     "recipe", "card", "ends with", "steps", "plan MiB", "after load", "load peak", "step peak", "reserved", "races",
     "waits a step", "launches a step", "MB to the card a step", "MB back a step",
 )  # fmt: skip
 
 
-def setting(card: Card, values: bool, races: bool, load_only: bool) -> Setting:
+def setting(card: Card, values: bool, races: bool, until: str | None) -> Setting:
     """Of the card that is rehearsed; its driver takes what a desktop's does not use."""
     name = card.name.upper().replace("RTX-", "NVIDIA GeForce RTX ").replace("-TI", " Ti").replace("-SUPER", " SUPER")
     major, minor = card.capability
@@ -55,7 +55,7 @@ def setting(card: Card, values: bool, races: bool, load_only: bool) -> Setting:
         largest_copy=None if values else LARGEST_COPY,
         sizes=None if values else 1,
         races=1 if races else None,
-        until="attach" if load_only else None,
+        until=until,
     )
 
 
@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--device", default="rtx-3060", help="a card that `onecard plan --device` knows")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--load-only", action="store_true", help="end with the adapter attached, before the first step")
+    parser.add_argument("--until", choices=("load", "attach", "train"), help="end after this part of the job")
     parser.add_argument(
         "--other", type=float, default=0.0, metavar="GIB", help="taken by other programs, say a desktop"
     )
@@ -175,7 +175,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for made in ("run", "model"):
             shutil.rmtree(folder / made, ignore_errors=True)
-        machine = Machine(folder, setting(card, given.values, given.races, given.load_only))
+        machine = Machine(folder, setting(card, given.values, given.races, given.until))
         machine = machine.with_card(other=int(given.other * 2**30))
         began = time.perf_counter()
         recipe = prepared(given.recipe.resolve(), machine, folder)

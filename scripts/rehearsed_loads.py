@@ -4,7 +4,7 @@
     .venv/bin/python scripts/rehearsed_loads.py [--recipes NAME …] [--newest PYTHON] [--keep FOLDER]
 
 No card is needed (docs/cards.md). Each recipe is planned by this Python and by that of the newest supported stack, and
-loaded at its real size with the adapter attached (scripts/rehearse_card.py --load-only), on the smallest card that
+loaded at its real size with the adapter attached (scripts/rehearse_card.py --until attach), on the smallest card that
 holds it whole, or else on the largest there is. Minutes each; with `--keep` a rerun does what is not there yet.
 """
 
@@ -52,7 +52,7 @@ def loaded(recipe: str, card: str, folder: Path) -> dict[str, Any]:
     """What the rehearsal found, now or before."""
     kept = folder / f"{recipe}.json"
     if not kept.is_file():
-        words = ["--device", card, "--load-only", "--keep", str(folder / recipe), "--json"]
+        words = ["--device", card, "--until", "attach", "--keep", str(folder / recipe), "--json"]
         command = [sys.executable, "scripts/rehearse_card.py", f"recipes/{recipe}.yaml", *words]
         kept.write_bytes(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False).stdout)
     found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -75,6 +75,8 @@ def main() -> int:
     parser.add_argument("--newest", default=str(ROOT / ".venv-newest" / "bin" / "python"), metavar="PYTHON")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     given, above = parser.parse_args(), 0
+    if not Path(given.newest).is_file():
+        parser.error(f"--newest: there is no {given.newest}; run bash scripts/setup.sh dev newest")
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     with tempfile.TemporaryDirectory(prefix="loads-") as temporary:
         folder = (given.keep or Path(temporary)).resolve()

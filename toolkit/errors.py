@@ -4,6 +4,7 @@ OnecardError
 ├── RecipeError      2   recipe or usage
 ├── DataError        3   rows, templates, masks
 ├── ModelError       4   model, adapter, checkpoint, artifact
+│   └── PackingError     packed examples that the model's layers cannot keep apart
 ├── ResourceError    5   memory, disk, lock
 ├── DivergedError    6   non-finite loss or gradients
 ├── HubError         7   upload, download, permission
@@ -22,9 +23,11 @@ __all__ = [
     "InterruptedRunError",
     "ModelError",
     "OnecardError",
+    "PackingError",
     "PreemptedError",
     "RecipeError",
     "ResourceError",
+    "cannot_pack",
     "card_failed",
     "did_you_mean",
     "first_line",
@@ -55,6 +58,10 @@ class ModelError(OnecardError):
     """The model, adapter, checkpoint or artifact is not what it should be."""
 
     exit_code = 4
+
+
+class PackingError(ModelError):
+    """Layers of the model cannot keep packed examples apart with the packages that are installed."""
 
 
 class ResourceError(OnecardError):
@@ -99,6 +106,11 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's message that says something, for use inside one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def cannot_pack(error: BaseException) -> bool:
+    """Whether transformers says that layers with a running state need another package to keep packed examples apart."""
+    return isinstance(error, ValueError) and "keep packed sequences apart" in str(error)
 
 
 def out_of_memory(error: BaseException) -> bool:

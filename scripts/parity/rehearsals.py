@@ -3,7 +3,8 @@
     .venv/bin/python scripts/parity/rehearsals.py [FAMILY …] [--card]
 
 Each family's default config is shrunk as in the tests, and planned on a CPU (`--card`: on a card), recomputed and kept,
-with what evaluation needs. A family whose step cannot be rehearsed is estimated by rule of thumb, and the plan says so.
+with what evaluation needs; not packed where its layers cannot keep examples apart. A family whose step cannot be
+rehearsed is estimated by rule of thumb, and the plan says so.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.harness.families import families, tiny_config
-from toolkit.errors import ModelError
-from toolkit.plan import Device, StepShape
+from toolkit.errors import ModelError, PackingError
+from toolkit.plan import Bytes, Device, StepShape
 from toolkit.plan.budget import Budget
 from toolkit.recipe import parse
 
@@ -27,7 +28,7 @@ __all__ = ["main", "outcome"]
 RECIPE = """
 model: {{model_name_or_path: '{name}'}}
 data: {{train: none}}
-training: {{max_length: 64, gradient_checkpointing: {checkpointing}}}
+training: {{max_length: 64, gradient_checkpointing: {checkpointing}, packing: {packing}}}
 eval: {{batch_size: 2, max_new_tokens: 4}}
 """
 SHAPE = StepShape(64, 40, 48, 20, 30)
@@ -42,13 +43,22 @@ def outcome(model_type: str, *, on_card: bool) -> str:
                 ("cuda", "bfloat16", "onecard_triton") if on_card else ("cpu", "float32", "onecard_per_expert")
             )
             budget = Budget(folder, "main", Device(kind, kind, 1 << 40), dtype, backend, "auto", True, SHAPE)
-            sizes = [budget.bytes(parse(RECIPE.format(name=folder, checkpointing=how))) for how in ("true", "false")]
+            how = ""
+            try:
+                sizes = _sizes(budget, folder, packing="true")
+            except PackingError:
+                how, sizes = ", not packed", _sizes(budget, folder, packing="false")
         except ModelError as error:
             return f"refused: {str(error).replace(folder, model_type)}"
     if budget.note:
         return f"estimated: {budget.note}"
     activations = ", ".join(f"{size.activations / 2**20:.2f} MiB" for size in sizes)
-    return f"rehearsed: {activations} of activations recomputed and kept"
+    return f"rehearsed: {activations} of activations recomputed and kept{how}"
+
+
+def _sizes(budget: Budget, folder: str, packing: str) -> list[Bytes]:
+    recipes = (parse(RECIPE.format(name=folder, checkpointing=how, packing=packing)) for how in ("true", "false"))
+    return [budget.bytes(recipe) for recipe in recipes]
 
 
 def main() -> int:

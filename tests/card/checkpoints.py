@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tests.harness.published import stored_tensors, write_surroundings
 
-__all__ = ["hollow_checkpoint"]
+__all__ = ["hollow_checkpoint", "hollow_file"]
 
 _PER_FILE = 5 << 30
-_SIZES = {"BF16": 2, "U8": 1}
+_SIZES = {"BF16": 2, "F32": 4, "I8": 1, "U8": 1}
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -42,16 +42,21 @@ def _write(folder: Path, tensors: Tensors) -> None:
     index: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        header, end = {}, 0
-        for key, (dtype, shape) in part.items():
-            start, end = end, end + math.prod(shape) * _SIZES[dtype]
-            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-            index[key] = name
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        content = folder / hashlib.sha256(text).hexdigest()
-        (folder / name).symlink_to(content.name)
-        with content.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+        index |= dict.fromkeys(part, name)
+        digest = hashlib.sha256(json.dumps(part).encode()).hexdigest()
+        (folder / name).symlink_to(digest)
+        hollow_file(folder / digest, part)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}), "utf-8")
+
+
+def hollow_file(path: Path, tensors: Tensors) -> None:
+    """A safetensors file of these dtypes and shapes that takes no room on the disk."""
+    header, end = {}, 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * _SIZES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

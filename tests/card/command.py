@@ -35,6 +35,7 @@ def begin() -> Callable[[], dict[str, Any]]:
         replay.Card.watch = staticmethod(races.operator)
     if _is_on("SIZES"):
         sizes.load_first_experts()
+        sizes.stream_from_holes()
         sizes.know_the_masks()
         sizes.trust_the_fused_head()
     replay.install(sizes.Sizes if _is_on("SIZES") else replay.Card)

@@ -6,6 +6,7 @@ tensors that were not computed are kept finite, so that a run goes on to its end
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "computes",
     "know_the_masks",
     "load_first_experts",
+    "stream_from_holes",
     "trust_the_fused_head",
 ]
 
@@ -57,6 +59,14 @@ class Sizes(Card):
             trained = [Place(each) for each in tree_leaves(args[place])]
             queue(lambda: [each.view().flatten()[:1].fill_(1e-3) for each in trained])
 
+    def copied(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What is counted and not copied to the host is zeros there, whatever that memory was used for before."""
+        real = super().copied(func, name, args, kwargs)
+        source = args[1] if name == "aten::copy_" else args[0]
+        if source.is_cuda and not real.is_cuda and real.nbytes > LARGEST_COPY and not self.converts(source, real):
+            real.zero_()
+        return real
+
     def converts(self, source: torch.Tensor, real: torch.Tensor) -> bool:
         """Whether a copy between host and card is finished by the replay."""
         return computes(source, real) and super().converts(source, real)
@@ -87,6 +97,24 @@ def load_first_experts() -> None:
 
     Workspace.round, PackedSlice.read = rounded, read  # type: ignore[method-assign]  # the job knows nothing of it
     ahead._touch = lambda chunk: None
+
+
+def stream_from_holes() -> None:
+    """The int8 checkpoint from which layers stream is a hole as well, of its own size; no page of it is fetched."""
+    from tests.card.checkpoints import hollow_file
+    from toolkit.offload.store import FromFiles, Piece
+    from toolkit.quant import save
+
+    names = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+    def saved(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        hollow_file(path, {key: (names[value.dtype], tuple(value.shape)) for key, value in sorted(tensors.items())})
+
+    def read(self: FromFiles, memory: memoryview, chunk: Piece) -> int:
+        return chunk.size
+
+    save._save, save._refuse_full_disk = saved, lambda workplace, needed: None
+    FromFiles._read = read  # type: ignore[method-assign]  # the job knows nothing of it
 
 
 def _made_up(result: torch.Tensor) -> None:

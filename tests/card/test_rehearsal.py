@@ -33,6 +33,15 @@ def test_a_recipe_is_rehearsed(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_load_alone_is_rehearsed(tmp_path: Path) -> None:
+    given = ("--device", "rtx-3060", "--until", "attach", "--keep", str(tmp_path))
+    code, found = rehearsed("recipes/quickstart.yaml", *given, *FEW)
+    assert (code, found["steps"], found["streamed"]) == (0, 0, "0 of 4"), found["error"]
+    assert found["after_load"] < found["attached"] <= found["reserved_peak"]
+    assert [part["part"] for part in found["report"]["parts"]][-2:] == ["attach", "the end"]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_a_card_that_is_too_small_is_said(tmp_path: Path) -> None:
     given = ("--device", "rtx-3060", "--other", "11.6", "--keep", str(tmp_path))
     code, found = rehearsed("recipes/quickstart.yaml", *given, *FEW)

@@ -32,7 +32,8 @@ from toolkit.ops.registry import _forward_with
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
 from toolkit.training.adapter_steps import RunContext
-from toolkit.training.train import isolate_documents, sft_config
+from toolkit.training.packing import isolate_documents
+from toolkit.training.train import sft_config
 from toolkit.training.trainer import AdapterTrainer
 
 LENGTHS = (23, 31, 9, 40)

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from toolkit.errors import first_line
+from toolkit.errors import PackingError, cannot_pack, first_line
 from toolkit.mtp.cost import MOST_STATES, drafting_bytes, head_step_bytes, most_answers, own_step_bytes
 from toolkit.offload.place import most_micro_batches_per_pass, share_of, spread, streamed
 from toolkit.plan.devices import Device
@@ -268,6 +268,8 @@ class Budget:
         try:
             held = rehearsed(self._skeleton(), spec)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            if cannot_pack(error):
+                raise PackingError(first_line(error).rstrip(".")) from None
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
             self.note = f"activations estimated: this family's step cannot be simulated ({first_line(error)[:80]})"
             return _estimate(self.shapes.numbers, spec, self.itemsize)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.files import gguf_at
-from toolkit.errors import ModelError, RecipeError, ResourceError, did_you_mean
+from toolkit.errors import ModelError, PackingError, RecipeError, ResourceError, did_you_mean
 from toolkit.offload.place import streamed
 from toolkit.parts import Architecture
 from toolkit.plan.budget import Budget
@@ -51,7 +51,7 @@ class Plan:
     """What a run will do, decided before any weight is read."""
 
     recipe: Recipe
-    """With rank and length decided."""
+    """With rank, length and packing decided."""
     rank: int
     """Of the adapter."""
     max_length: int
@@ -162,9 +162,30 @@ def make_plan(
     Raises:
         ModelError: not an MoE, unknown family, missing folder. RecipeError: a setting that cannot be honoured here.
         ResourceError: the weights alone exceed the memory there is.
+
+    Packing that was not asked for is off where the model's layers cannot keep packed examples apart.
     """
     _check_settings(recipe)
     device = device or this_device(recipe.training.use_cpu)
+    try:
+        return _planned(recipe, device, shape, for_training, stacks)
+    except PackingError as error:
+        if "packing" in recipe.training.model_fields_set:
+            raise RecipeError(f"training.packing: {error}, or set training.packing=false") from None
+        training = recipe.training.model_copy(update={"packing": False})
+        unpacked = recipe.model_copy(update={"training": training})
+        made = _planned(unpacked, device, shape, for_training, stacks)
+        return replace(made, notes=(f"training.packing: false, {error}", *made.notes))
+
+
+def _planned(
+    recipe: Recipe,
+    device: Device,
+    shape: StepShape | None,
+    for_training: bool,
+    stacks: Mapping[str, str] | None,
+) -> Plan:
+    """The plan. Raises what `make_plan` does, and `PackingError` where a step cannot be packed."""
     name, revision = recipe.model.model_name_or_path, recipe.model.revision
     backend = _backend(recipe, device)
     _check_name(name, recipe.model.tokenizer_name_or_path)

@@ -158,11 +158,12 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
         if step.checkpointing:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        known = [*model.parameters(), *model.buffers()]
+        numbers = _documents(step)
+        known = [*model.parameters(), *model.buffers(), *numbers.values()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
         alone = per_document_attention(model, _TOGETHER if step.on_card else _CAUSAL) if _apart(step) else nullcontext()
         with alone, ledger, nullcontext() if step.trains else torch.no_grad():
-            _watch_and_run(model, step, ledger)
+            _watch_and_run(model, step, ledger, numbers)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
     return Counted(ledger.peaks, ledger.bares, max(ledger.opened.get("loss", 0), ledger.waiting))
@@ -183,9 +184,14 @@ def _apart(step: Step) -> bool:
     return step.packed and (not step.on_card or step.dtype in (torch.bfloat16, torch.float16))
 
 
-def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger) -> None:
+def _documents(step: Step) -> dict[str, torch.Tensor]:
+    """The document that each packed token is of, which layers with a running state ask; a few bytes, not counted."""
+    return {"seq_idx": torch.zeros((step.batch, step.length), dtype=torch.int32)} if step.packed and step.trains else {}
+
+
+def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger, numbers: Mapping[str, torch.Tensor]) -> None:
     layers = decoder_layers(model)[2]
-    inputs = _inputs(model, step)
+    inputs = {**_inputs(model, step), **numbers}
     watches = [_Watch(ledger, number, is_last=number == len(layers) - 1) for number in range(len(layers))]
     handles = [layer.register_forward_hook(watch) for layer, watch in zip(layers, watches, strict=True)]
     ledger.left_out = partial(_gradients, model)

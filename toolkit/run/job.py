@@ -126,6 +126,9 @@ def _prepare(recipe: Recipe, fork: bool, other_versions: bool, note: Callable[[s
     shape = step_shape(batches, first)
     found = kept_mixture(RunFolder(first.folder).mixture, first, batches) if first.choice else None
     plan = make_plan(recipe, device=device, shape=shape, stacks=found.stacks if found else None)
+    if plan.recipe.training.packing != first.recipe.training.packing:  # the longest example counts, not a full sequence
+        shape = step_shape(batches, plan)
+        plan = make_plan(recipe, device=device, shape=shape, stacks=found.stacks if found else None)
     check_folder_is_ours(plan.folder)
     join(plan.device)
     replan = partial(make_plan, plan.recipe, device=device, shape=shape)

@@ -1,9 +1,4 @@
-"""Training an adapter: TRL's trainer set up from the recipe, run, and what came of it.
-
-TRL packs by position ids that restart at each document. transformers turns those into a block-diagonal mask, but some
-models do not hand their position ids on to the mask (gpt-oss in transformers 5.23), and recurrent layers carry state
-across. So two documents are run before training, and a leak is mended or refused, never trained on.
-"""
+"""Training an adapter: TRL's trainer set up from the recipe, run, and what came of it."""
 
 from __future__ import annotations
 
@@ -18,14 +13,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.masking_utils import create_masks_for_generate
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from toolkit.architecture import CACHE_NAMES, describe
-from toolkit.errors import ModelError, ResourceError, first_line, out_of_memory
+from toolkit.architecture import describe
+from toolkit.errors import ResourceError, first_line, out_of_memory
 from toolkit.mtp.training import learn_after
 from toolkit.ops import keep_up_outputs
 from toolkit.ops.document_attention import NoMasks, per_document_attention
@@ -35,6 +28,7 @@ from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, Un
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
 from toolkit.training.memory import peak_of
+from toolkit.training.packing import isolate_documents, leaks
 from toolkit.training.preference import Pairs, PreferenceSteps, PreferenceTrainer, dpo_config
 from toolkit.training.reference import take_reference
 from toolkit.training.reference_free import ReferenceFreeTrainer
@@ -42,18 +36,13 @@ from toolkit.training.rollout_steps import rollout_trainer
 from toolkit.training.trainer import AdapterTrainer
 from toolkit.training.unpaired import KtoSteps, answers_of, kto_config, weight_advice
 
-__all__ = ["TrainResult", "isolate_documents", "same_each_time", "sft_config", "train_adapter"]
+__all__ = ["TrainResult", "same_each_time", "sft_config", "train_adapter"]
 
 _NOT_TRL = {
     "method", "loss_type", "label_smoothing_factor", "loraplus_lr_ratio", "packing", "max_length", "use_cpu",
     "max_nonfinite_steps", "load_best_model_at_end", "early_stopping_patience",
 }  # fmt: skip
 """Fields of the recipe's training section that are ours, or decided by what is given beside them."""
-
-_PROBED = 12
-"""Tokens of each of the two documents that are run."""
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest share of the logits' spread that rounding may change: 5e-6 in fp32 with kernels of three kinds. A leak: 1."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +264,7 @@ def _isolated(model: PeftModel, console: Console) -> Iterator[None]:
         console.print(f"packing: no example sees another, checked{how}")
         with NoMasks(model) if alone and not is_mended else nullcontext() as bare:
             if bare is not None and bare.is_on:
-                bare.is_on = not _leaks(model)
+                bare.is_on = not leaks(model)
             yield
 
 
@@ -334,65 +323,3 @@ def common_arguments(context: RunContext, *, train_router: bool, evaluates: bool
         # A stack's adapter is one tensor, so none is left out of a step; looking for such would cost one pass a step.
         "ddp_find_unused_parameters": False,
     }
-
-
-def isolate_documents(model: PeftModel) -> bool:
-    """Make packed documents invisible to each other, and prove it.
-
-    Returns whether masks had to be built here (a forward pre-hook on the decoder then does, for the model's lifetime).
-
-    Raises:
-        ModelError: documents still see each other, so this family cannot be trained packed.
-    """
-    if not _leaks(model):
-        return False
-    decoder = model.get_base_model().base_model
-    hook = decoder.register_forward_pre_hook(_mask_documents, with_kwargs=True)
-    if _leaks(model):
-        hook.remove()
-        raise ModelError(
-            f"{type(model.get_base_model()).__name__}: packed examples would see each other in this family; "
-            "set training.packing=false"
-        )
-    return True
-
-
-def _mask_documents(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    positions = kwargs.get("position_ids")
-    if positions is None or any(kwargs.get(name) is not None for name in ("attention_mask", *CACHE_NAMES)):
-        return args, kwargs
-    shape = torch.empty((*positions.shape, 1), dtype=decoder.dtype, device=positions.device)  # type: ignore[call-overload]
-    masks = create_masks_for_generate(decoder.config, shape, None, None, position_ids=positions)
-    return args, {**kwargs, "attention_mask": masks}
-
-
-@torch.no_grad()
-def _leaks(model: PeftModel) -> bool:
-    """Whether the second of two packed documents changes when the first does."""
-    was_training = model.training
-    model.eval()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    device = model.get_input_embeddings().weight.device
-    ids = (torch.arange(2 * _PROBED, device=device) * 7 + 3)[None] % vocabulary
-    other = ids.clone()
-    other[:, :_PROBED] = (ids[:, :_PROBED] + vocabulary // 2) % vocabulary
-    before, after = (_second_document(model, row) for row in (ids, other))
-    model.train(was_training)
-    return bool((after - before).abs().max() > _TOLERANCE[model.dtype] * before.std())
-
-
-def _second_document(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
-    steps = torch.arange(_PROBED, device=ids.device)
-    bounds = torch.tensor([0, _PROBED, 2 * _PROBED], dtype=torch.int32, device=ids.device)
-    # As TRL's collator has it: position ids for masks, cumulative lengths for FlashAttention, indices for state spaces.
-    logits: torch.Tensor = model(
-        input_ids=ids,
-        position_ids=torch.cat([steps, steps])[None],
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=_PROBED,
-        max_length_k=_PROBED,
-        seq_idx=torch.arange(2, dtype=torch.int32, device=ids.device).repeat_interleave(_PROBED)[None],
-        use_cache=False,
-    ).logits
-    return logits[:, _PROBED:].float()
