@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from toolkit.plan.shapes import published  # noqa: E402
 
 QUICKSTART = ROOT / "recipes" / "quickstart"
 LARGEST_COPY = 1 << 20
+FEWEST = 32
+"""Tokens that an example of the quickstart has at least."""
 ATTACHED = ("experts", "linears", "other", "adapter")
 """What of a plan is on the card before the first step; slots are made in it."""
 HEAD = (
@@ -75,10 +78,25 @@ def prepared(recipe: Path, machine: Machine, folder: Path) -> Path:
     else:
         sections["model"]["model_name_or_path"] = str((recipe.parent / model).resolve())
     rows = {split: str(QUICKSTART / "data" / f"category.{split}.jsonl") for split in ("train", "validation")}
-    sections["data"] = {**rows, "truncation": sections["data"].get("truncation", "drop")}
+    training = sections["training"]
+    if training.get("packing", True):
+        sections["data"] = {**rows, "truncation": sections["data"].get("truncation", "drop")}
+    else:  # examples that are as long by themselves as packed ones are together
+        train = lengthened(rows["train"], training["max_length"] // FEWEST, folder)
+        sections["data"] = {**rows, "train": str(train), "truncation": "keep_start"}
     written = folder / "recipe.yaml"
     with written.open("w", encoding="utf-8") as file:
         yaml.dump(sections, file)
+    return written
+
+
+def lengthened(rows: str, count: int, folder: Path) -> Path:
+    """Conversations that go through so many of these examples, one after another."""
+    turns = [json.loads(line)["messages"] for line in Path(rows).read_text(encoding="utf-8").splitlines()]
+    starts = range(0, len(turns) - count, count)
+    conversations = (list(chain.from_iterable(turns[first : first + count])) for first in starts)
+    written = folder / "train.jsonl"
+    written.write_text("".join(json.dumps({"messages": each}) + "\n" for each in conversations), encoding="utf-8")
     return written
 
 

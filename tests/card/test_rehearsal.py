@@ -29,7 +29,7 @@ def test_a_recipe_is_rehearsed(tmp_path: Path) -> None:
     code, found = rehearsed("recipes/quickstart.yaml", *given, *FEW)
     assert (code, found["steps"], found["races"]) == (0, 2, 0), found["error"]
     assert found["after_load"] < found["step_peak"] < found["reserved_peak"] + 1
-    assert found["launches"] > 1000
+    assert found["launches"] > 500
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
