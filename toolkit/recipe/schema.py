@@ -260,7 +260,7 @@ class TrainingSection(Section):
     """Tokens in a sequence, packed or not. `auto` is the longest that fits the device and data or model can use."""
     packing: bool = True
     """Pack several examples into one sequence by a block-diagonal mask: none sees another. Off with preferences and
-    rewards."""
+    rewards, and, if not asked for, where layers with a running state lack the package that keeps examples apart."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
