@@ -35,11 +35,14 @@ def test_a_recipe_is_rehearsed(tmp_path: Path) -> None:
 
 def test_a_load_alone_is_rehearsed(tmp_path: Path) -> None:
     given = ("--device", "rtx-3060", "--until", "attach", "--keep", str(tmp_path))
-    code, found = rehearsed("recipes/quickstart.yaml", *given, *FEW)
-    assert (code, found["steps"], found["streamed"]) == (0, 0, "0 of 4"), found["error"]
+    half = ("placement.experts=host", "placement.share=0.5")
+    code, found = rehearsed("recipes/quickstart.yaml", *given, *FEW, *half, "training.packing=false")
+    assert (code, found["steps"], found["streamed"]) == (0, 0, "2 of 4"), found["error"]
     assert found["after_load"] < found["attached"] <= found["reserved_peak"]
     assert [part["part"] for part in found["report"]["parts"]][-2:] == ["attach", "the end"]
     assert not (tmp_path / "run" / "adapter").exists()
+    (written,) = (tmp_path / "onecard" / "int8").glob("*/*.safetensors")
+    assert written.stat().st_blocks * 512 < 1 << 16 < written.stat().st_size
 
 
 def test_a_card_that_is_too_small_is_said(tmp_path: Path) -> None:
