@@ -85,8 +85,7 @@ def load_int8(
         stacks: full names of expert stacks to int8 or int4, where they are not all what `experts` says.
 
     Raises:
-        ModelError: not an MoE, a damaged or missing shard, keys that do not fit, a quantised format that cannot be
-            requantised, or a stack left in 16 bit.
+        ModelError: no MoE, a damaged or missing shard, keys that do not fit, an unknown format, a stack left in 16 bit.
     """
     config = read_config(name_or_path, revision)
     wanted = storage(name_or_path, config, experts, linears, stacks)
