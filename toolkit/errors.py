@@ -31,6 +31,7 @@ __all__ = [
     "card_failed",
     "did_you_mean",
     "first_line",
+    "first_sentence",
     "machine_failed",
     "out_of_memory",
 ]
@@ -111,6 +112,11 @@ def first_line(error: BaseException) -> str:
 def cannot_pack(error: BaseException) -> bool:
     """Whether transformers says that layers with a running state need another package to keep packed examples apart."""
     return isinstance(error, ValueError) and "keep packed sequences apart" in str(error)
+
+
+def first_sentence(error: BaseException) -> str:
+    """Of a library's message, without its stop: what is wrong, not what that library would do."""
+    return first_line(error).partition(". ")[0].rstrip(".")
 
 
 def out_of_memory(error: BaseException) -> bool:

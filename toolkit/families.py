@@ -27,6 +27,7 @@ __all__ = [
     "MLX_TAKES_FOR_GRANTED",
     "MTP_LAYOUTS",
     "MTP_WITHOUT_END_NORM",
+    "SEE_EACH_OTHER_PACKED",
 ]
 
 MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
@@ -47,6 +48,10 @@ Source: vLLM's glm4_moe_mtp.py, which `--speculative-config` gets at with a draf
 
 MTP_WITHOUT_END_NORM = re.compile(r"^model\.mtp_linear_proj\.")
 """Key names of heads that go from their block straight to the output head. Source: the same weight map of ERNIE-4.5."""
+
+SEE_EACH_OTHER_PACKED = frozenset({"deepseek_v4", "inkling2_text", "inkling_text", "jamba", "minimax", "zaya"})
+"""Model types of transformers whose layers see over the bounds of packed examples, whatever they are told of these.
+Every family is asked (tests/parity/test_every_family.py), and every model before its first step."""
 
 GGUF_NAMES: Mapping[str, str] = {
     "deepseek_v2": "deepseek2",

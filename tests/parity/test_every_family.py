@@ -22,8 +22,10 @@ from toolkit.adapters import AdapterCoverage, adapter_coverage, attach_lora, loa
 from toolkit.architecture import auto_class, describe
 from toolkit.checkpoint.config import skeleton
 from toolkit.errors import ModelError
+from toolkit.families import SEE_EACH_OTHER_PACKED
 from toolkit.plan import audit
 from toolkit.quant import Coverage, dequantize_state, load_int8
+from toolkit.training.packing import isolate_documents
 
 IDS = torch.randint(3, 80, (3, 24), generator=torch.Generator().manual_seed(5))
 REFUSED = {
@@ -52,6 +54,8 @@ class Evidence:
     experts_hit: dict[str, set[int]]
     folder: Path
     stock: PreTrainedModel
+    packed: str
+    """What is said of packed examples; nothing where they are kept apart."""
 
 
 @pytest.fixture(scope="module", params=SWEPT, ids=lambda family: family.model_type)
@@ -93,7 +97,17 @@ def travel(family: Family, folder: Path) -> Evidence:
         experts_hit=experts_hit,
         folder=folder,
         stock=stock,
+        packed=on_packing(adapted),
     )
+
+
+def on_packing(model: PeftModel) -> str:
+    """Why packed examples of this family cannot be trained on."""
+    try:
+        isolate_documents(model)
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -194,6 +208,10 @@ def test_headers_of_what_was_saved_agree_with_the_config(evidence: Evidence) -> 
     model = skeleton(folder)
     found = audit(folder)
     assert sum(part.tensors for part in found.parts) == len(dict(model.named_parameters()))
+
+
+def test_a_plan_knows_where_packed_examples_would_see_each_other(evidence: Evidence) -> None:
+    assert ("see each other" in evidence.packed) == (evidence.family.model_type in SEE_EACH_OTHER_PACKED)
 
 
 def test_a_saved_adapter_gives_the_same_logits_in_stock_peft(evidence: Evidence) -> None:

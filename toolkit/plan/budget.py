@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from toolkit.errors import PackingError, cannot_pack, first_line
+from toolkit.errors import PackingError, cannot_pack, first_line, first_sentence
 from toolkit.mtp.cost import MOST_STATES, drafting_bytes, head_step_bytes, most_answers, own_step_bytes
 from toolkit.offload.place import most_micro_batches_per_pass, share_of, spread, streamed
 from toolkit.plan.devices import Device
@@ -77,6 +77,14 @@ class Budget:
             return json.dumps(published_config(self.name), sort_keys=True)
         values = {key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_name")}
         return json.dumps(values, sort_keys=True, default=str)
+
+    @property
+    def model_types(self) -> set[str]:
+        """What the config calls itself, and its text part."""
+        if is_published(self.name, self.revision):
+            config = published_config(self.name)
+            return {config["model_type"], config.get("text_config", {}).get("model_type", config["model_type"])}
+        return {self.model.config.model_type, self.model.config.get_text_config().model_type}
 
     @property
     def itemsize(self) -> int:
@@ -269,7 +277,7 @@ class Budget:
             held = rehearsed(self._skeleton(), spec)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             if cannot_pack(error):
-                raise PackingError(first_line(error).rstrip(".")) from None
+                raise PackingError(first_sentence(error)) from None
             # A family whose forward asks tensors for numbers cannot be rehearsed; it can still be trained.
             self.note = f"activations estimated: this family's step cannot be simulated ({first_line(error)[:80]})"
             return _estimate(self.shapes.numbers, spec, self.itemsize)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.files import gguf_at
 from toolkit.errors import ModelError, PackingError, RecipeError, ResourceError, did_you_mean
+from toolkit.families import SEE_EACH_OTHER_PACKED
 from toolkit.offload.place import streamed
 from toolkit.parts import Architecture
 from toolkit.plan.budget import Budget
@@ -171,7 +172,7 @@ def make_plan(
         return _planned(recipe, device, shape, for_training, stacks)
     except PackingError as error:
         if "packing" in recipe.training.model_fields_set:
-            raise RecipeError(f"training.packing: {error}, or set training.packing=false") from None
+            raise RecipeError(f"training.packing: {error}; set training.packing=false") from None
         training = recipe.training.model_copy(update={"packing": False})
         unpacked = recipe.model_copy(update={"training": training})
         made = _planned(unpacked, device, shape, for_training, stacks)
@@ -191,6 +192,8 @@ def _planned(
     _check_name(name, recipe.model.tokenizer_name_or_path)
     dtype = default_dtype(device) if recipe.model.dtype == "auto" else recipe.model.dtype
     budget = Budget(name, revision, device, dtype, backend, recipe.model.attn_implementation, for_training, shape)
+    if recipe.training.packing and for_training and budget.model_types & SEE_EACH_OTHER_PACKED:
+        raise PackingError("packed examples would see each other in this family")
     stored = what_is_stored(budget)
     kinds = shapes_for(budget, recipe.quantization, is_ours=stored.is_int8, stacks=stacks)
     budget.shapes, choice, held = kinds

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
 from toolkit.architecture import CACHE_NAMES
-from toolkit.errors import ModelError, cannot_pack, first_line
+from toolkit.errors import ModelError, cannot_pack, first_sentence
 
 __all__ = ["isolate_documents", "leaks"]
 
@@ -40,10 +40,14 @@ def isolate_documents(model: PeftModel) -> bool:
     except ValueError as error:
         if not cannot_pack(error):
             raise
-        raise ModelError(f"{name}: {first_line(error).rstrip('.')}, or set training.packing=false") from None
+        raise ModelError(f"{name}: {first_sentence(error)}; set training.packing=false") from None
     decoder = model.get_base_model().base_model
     hook = decoder.register_forward_pre_hook(_mask_documents, with_kwargs=True)
-    if leaks(model):
+    try:
+        is_apart = not leaks(model)
+    except (LookupError, TypeError):  # of layers that take other masks than attention's
+        is_apart = False
+    if not is_apart:
         hook.remove()
         raise ModelError(f"{name}: packed examples would see each other in this family; set training.packing=false")
     return True

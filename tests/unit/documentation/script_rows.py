@@ -280,6 +280,11 @@ ROWS = (
         ),
     ),
     Row(
+        "parity/job_families.py",
+        "jamba",
+        (r"^ok +jamba +(\d+)/\1 moved, 3 steps, held-out loss \S+ to \S+", r"^1 of 1 families: .*by a whole job$"),
+    ),
+    Row(
         "parity/varied_settings.py",
         "qwen3_moe glm_moe_dsa --seeds 1",
         (r"^qwen3_moe int\d \{.*: the same$", r"^2 of 2 checkpoints of 2 families$"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard, recipe
 from tests.harness.families import build, tiny_config
 from toolkit.adapters import attach_lora
-from toolkit.errors import ModelError
+from toolkit.errors import ModelError, RecipeError
+from toolkit.plan import make_plan
 from toolkit.quant import load_int8
-from toolkit.recipe import load
+from toolkit.recipe import load, parse
 from toolkit.training.packing import isolate_documents
 
 __all__ = ["onecard", "recipe"]
@@ -58,10 +60,24 @@ def test_packing_that_was_asked_for_is_refused(
     status, _, err = onecard(verb, recipe, *asked(base, tmp_path), "training.packing=true")
     assert status == 2
     assert err.splitlines()[-1].startswith("onecard: training.packing: `")
-    assert err.splitlines()[-1].endswith(", or set training.packing=false")
+    assert err.splitlines()[-1].endswith("; set training.packing=false")
+
+
+@pytest.mark.parametrize("packing", [None, True])
+def test_a_family_that_sees_over_bounds_is_planned_without(packing: bool | None, tmp_path: Path) -> None:
+    build(tiny_config("minimax")).save_pretrained(tmp_path)
+    training = {"use_cpu": True, "max_length": 32} | ({} if packing is None else {"packing": packing})
+    given = {"model": {"model_name_or_path": str(tmp_path)}, "data": {"train": "none"}, "training": training}
+    if packing:
+        with pytest.raises(RecipeError, match=r"^training.packing: .* see each other .*; set training.packing=false$"):
+            make_plan(parse(json.dumps(given)))
+        return
+    made = make_plan(parse(json.dumps(given)))
+    assert not made.recipe.training.packing
+    assert made.notes[0] == "training.packing: false, packed examples would see each other in this family"
 
 
 def test_what_no_plan_could_see_is_refused_before_the_first_step(base: Path) -> None:
     model, _ = load_int8(str(base))
-    with pytest.raises(ModelError, match=r"without `[\w-]+`.*or set training\.packing=false$"):
+    with pytest.raises(ModelError, match=r"without `[\w-]+`.*; set training\.packing=false$"):
         isolate_documents(attach_lora(model, r=2))
