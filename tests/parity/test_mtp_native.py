@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tests.harness.families import build, tiny_config
@@ -15,6 +16,7 @@ from toolkit.errors import ModelError
 from toolkit.mtp.decode import can_speculate
 from toolkit.mtp.head_file import head_of, head_state, load_native, merged_head_state, native_keys, read_head
 from toolkit.quant import load_int8
+from toolkit.run.mtp import as_it_was
 
 # One of each layout and kind of attention; scripts/parity/mtp_families.py goes through all.
 FAMILIES = ("deepseek_v3", "ernie4_5_moe", "exaone_moe", "glm4_moe", "mellum", "mimo_v2_flash", "qwen3_next")
@@ -105,7 +107,23 @@ def test_what_a_checkpoint_lacks_of_its_head_is_named(tmp_path: Path) -> None:
         head_of(model, keys, written)
 
 
-def test_a_checkpoint_without_a_head_has_none(tmp_path: Path) -> None:
-    model = build(tiny_config("qwen3_moe"))
+@pytest.mark.parametrize("family", ["qwen3_moe", "muse_spark"])
+def test_a_checkpoint_without_a_head_has_none(family: str, tmp_path: Path) -> None:
+    """muse_spark's tower for sound has more layers than its decoder."""
+    model = build(tiny_config(family))
     model.save_pretrained(tmp_path)
     assert native_keys(tmp_path, model.config) is None
+
+
+def test_a_head_that_nobody_asked_for_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    native_checkpoint("mellum", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["mtp.fc.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_int8(str(tmp_path))
+    native = native_keys(tmp_path, model.config)
+    assert native is not None
+    assert as_it_was(model, native, is_needed=False, console=Console(width=400)) is None
+    assert "note: the checkpoint's own head is not measured: " in capsys.readouterr().out
+    with pytest.raises(ModelError, match=r"lacks layers\.0\.eh_proj\.weight"):
+        as_it_was(model, native, is_needed=True, console=None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,11 @@ def native_keys(folder: str | Path, config: PretrainedConfig, *, revision: str =
         ModelError: a shard is damaged. HubError: the checkpoint cannot be downloaded.
     """
     text = config.get_text_config()
-    pattern = re.compile(_pattern(text.num_hidden_layers))
     where = fetch(str(folder), revision)
     source = None if quantised_as(where) == METHOD else _source(config)
-    files = {key: tensor.path for key, tensor in headers_in(where).items() if pattern.search(key)}
+    headers = headers_in(where)
+    pattern = re.compile(_pattern(text.num_hidden_layers, headers))
+    files = {key: tensor.path for key, tensor in headers.items() if pattern.search(key)}
     if files and source is not None:
         with Shards(str(folder), where, source) as shards:
             plain = [key for key in shards.keys if pattern.search(key)]
@@ -210,9 +211,16 @@ class _StandIn:
         return getattr(self._model, name)
 
 
-def _pattern(num_hidden_layers: int) -> str:
-    """Keys of a head: under a name of its own, or as a layer after the model's last."""
-    beyond = rf"\.layers\.(?:{'|'.join(str(num_hidden_layers + index) for index in range(8))})\."
+def _pattern(num_hidden_layers: int, keys: Iterable[str]) -> str:
+    """Keys of a head: under a name of its own, or as a layer after the decoder's last.
+
+    `keys` are those of the checkpoint: towers for images and sound may have more layers than the decoder, which is what
+    has experts.
+    """
+    layers = [found for found in map(re.compile(r"^(.*?)\blayers\.\d+\.(.*)").match, keys) if found]
+    decoders = {found[1] for found in layers if "experts." in found[2]} or {found[1] for found in layers}
+    numbers = "|".join(str(num_hidden_layers + index) for index in range(8))
+    beyond = rf"^(?:{'|'.join(map(re.escape, sorted(decoders)))})layers\.(?:{numbers})\."
     return rf"(?:^|\.)mtp\w*\.|{beyond}"
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.artifact import fetch_adapter
 from toolkit.data import Batches
 from toolkit.data.storage import sequence_lengths
-from toolkit.errors import RecipeError
+from toolkit.errors import ModelError, RecipeError
 from toolkit.evaluate import answer_ids
 from toolkit.labels import IGNORED
 from toolkit.mtp.build import new_head
@@ -21,7 +21,7 @@ from toolkit.mtp.cost import MOST_ANSWERS
 from toolkit.mtp.decode import can_speculate
 from toolkit.mtp.drafts import measure_drafts
 from toolkit.mtp.head import MtpHead
-from toolkit.mtp.head_file import HEAD_FILE, load_native, native_keys, read_head
+from toolkit.mtp.head_file import HEAD_FILE, NativeKeys, load_native, native_keys, read_head
 from toolkit.mtp.own_answers import OwnHidden, learn_own_answers
 from toolkit.mtp.training import HeadTraining
 from toolkit.plan import Plan
@@ -30,6 +30,7 @@ from toolkit.recipe import rollout_options
 from toolkit.steps import part
 
 __all__ = [
+    "as_it_was",
     "drafting_head",
     "evaluate_head",
     "make_head",
@@ -190,14 +191,13 @@ def evaluate_head(
     length = max(_DRAFTED_TOKENS, recipe.eval.max_new_tokens)
     count = max(recipe.mtp.depth, len(head.layers) if head else 1)
     measured: dict[str, Any] = {}
-    if native is not None:
-        stale = load_native(base, native).to(model.dtype).eval()
+    if native is not None and (stale := as_it_was(base, native, is_needed=head is not None, console=console)):
         for name, adapted in (("base", False), ("stale", True)):
             found = measure_drafts(model, stale, prompts, count=count, max_new_tokens=length, adapted=adapted)
             measured[name] = found.to_dict()
     if head is not None:
         measured["trained"] = measure_drafts(model, head, prompts, count=count, max_new_tokens=length).to_dict()
-    elif console is not None:
+    elif console is not None and measured:
         before, after = measured["base"], measured["stale"]
         console.print(
             "warning: this checkpoint's multi-token-prediction head no longer fits the adapted model: "
@@ -205,4 +205,16 @@ def evaluate_head(
             f"{after['acceptance'].get('1', 0):.0%} accepted, {before['acceptance'].get('1', 0):.0%} before; "
             "mtp.enabled=true trains it along"
         )
-    return measured
+    return measured or None
+
+
+def as_it_was(base: PreTrainedModel, native: NativeKeys, *, is_needed: bool, console: Console | None) -> MtpHead | None:
+    """The checkpoint's own head; None, with a line, where nobody asked for one and it cannot be built."""
+    try:
+        return load_native(base, native).to(base.dtype).eval()
+    except ModelError as error:
+        if is_needed:
+            raise
+        if console is not None:
+            console.print(f"note: the checkpoint's own head is not measured: {error}", markup=False)
+    return None
