@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 
-from foreign_commands import EXPERTS, SIDE, TOOLKITS, Toolkit, command  # noqa: E402
+from foreign_commands import EXPERTS, LINEARS, SIDE, TOOLKITS, Toolkit, command  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
 from tests.harness.families import build, tiny_config  # noqa: E402
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("toolkits", nargs="*", metavar="TOOLKIT", help="beginnings of their names; all by default")
     parser.add_argument("--families", nargs="+", metavar="FAMILY", default=list(FAMILIES), help="model types")
+    parser.add_argument("--asked", nargs="+", choices=(LINEARS, EXPERTS), default=[LINEARS, EXPERTS], help="for what")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-toolkits", help="folder for them")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
@@ -89,11 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             python = _environment(options.environments / name.partition(" ")[0].lower(), toolkit)
             for family in options.families:
-                for asked in toolkit.asked:
+                for asked in (each for each in toolkit.asked if each in options.asked):
                     rows += _rows(name, family, asked, python, Path(scratch))
                     print(rows[-1], file=sys.stderr, flush=True)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+                    if options.json:
+                        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
     return _printed(rows)
 
 

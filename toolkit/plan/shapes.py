@@ -24,6 +24,7 @@ __all__ = [
     "is_published",
     "published",
     "published_config",
+    "published_from",
     "read_record",
     "recorded_shapes",
     "rehearsal_versions",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _FOLDER = Path(__file__).parent / "published"
-_OURS = ("stated_billions", "quant_method")
+_OURS = ("stated_billions", "revision", "source", "quant_method")
 _STACKED = ("torch", "transformers", "peft")
 
 
@@ -121,6 +122,12 @@ def published_config(name: str) -> dict[str, Any]:
     return {key: value for key, value in _read(name).items() if key not in _OURS}
 
 
+def published_from(name: str) -> tuple[str, str]:
+    """The commit on the Hub that people pin this model by, 40 hex digits; and where its config was read, in words."""
+    values = _read(name)
+    return values["revision"], values["source"]
+
+
 def stated_billions(name: str) -> float:
     """Parameters as the model's card states them, which shows that the config is the right one."""
     return float(_read(name)["stated_billions"])
@@ -134,7 +141,9 @@ def stored_method(name: str) -> str | None:
 
 def is_published(name: str, revision: str) -> bool:
     """Whether no connection is needed for this model's shapes."""
-    return revision == "main" and not Path(name).exists() and _file(name).is_file()
+    if Path(name).exists() or not _file(name).is_file():
+        return False
+    return revision in ("main", published_from(name)[0])
 
 
 def rehearsal_versions() -> dict[str, str]:

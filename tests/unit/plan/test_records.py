@@ -18,8 +18,10 @@ from toolkit.plan import steps
 from toolkit.plan.shapes import (
     by_versions,
     fold,
+    is_published,
     published,
     published_config,
+    published_from,
     read_record,
     recorded_shapes,
     rehearsal_versions,
@@ -73,6 +75,19 @@ def test_recorded_shapes_are_those_of_the_installed_versions(name: str) -> None:
     assert record["steps"].keys() & step_specs(name).keys()
     billions = sum(prod(shape) for shape in fresh.parameters.values()) / 1e9
     assert billions == pytest.approx(stated_billions(name), rel=0.011), "the config is not that of the model's card"
+
+
+@pytest.mark.parametrize("name", published())
+def test_each_config_says_which_revision_it_is_of_and_where_it_was_read(name: str) -> None:
+    revision, source = published_from(name)
+    assert re.fullmatch("[0-9a-f]{40}", revision)
+    assert source
+    config = published_config(name)
+    assert {"revision", "source"}.isdisjoint(config)
+    assert "max_position_embeddings" in config.get("text_config", config), "a class's default is not the model's"
+    assert is_published(name, revision)
+    assert not is_published(name, "0" * 40)
+    assert f"{name}/tree/{revision[:12]}" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
 QUICK = [name for name in published() if not re.search("'(mamba|linear)_", str(published_config(name)))]
