@@ -20,7 +20,7 @@ from typing import Any
 
 from toolkit.data.arrow import ArrowValues, find_padding
 from toolkit.data.problems import InvalidRow, listed
-from toolkit.data.saved import describes_data, is_saved, saved_around, saved_rows
+from toolkit.data.saved import arrow_rows, describes_data, is_saved, lists_saved, saved_around, saved_rows
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = ["Row", "open_source", "read_chat_template", "read_rows"]
@@ -40,7 +40,7 @@ _SPLITS: Mapping[str, str] = {
     "test": "test",
 }
 _LARGEST_TEMPLATE = 1 << 20
-_FOREIGN = (".arrow", ".bz2", ".feather", ".gz", ".md", ".pkl", ".tsv", ".txt", ".xls", ".xlsx", ".xz", ".zip", ".zst")
+_FOREIGN = (".bz2", ".gz", ".md", ".pkl", ".tsv", ".txt", ".xls", ".xlsx", ".xz", ".zip", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -221,11 +221,20 @@ def _read_saved(folder: Path) -> Iterator[Row]:
         yield _arrow_row(f"{folder}:row {index + 1}", values, read)
 
 
+def _read_arrow(path: Path) -> Iterator[Row]:
+    schema, rows = arrow_rows(path)
+    read = ArrowValues(schema, decoded=False)
+    for number, values in enumerate(rows, start=1):
+        yield _arrow_row(f"{path}:row {number}", values, read)
+
+
 _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".json": _unpadded(_read_json),
     ".jsonl": _unpadded(_read_jsonl),
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".feather": _read_arrow,
 }
 """Suffix to reader."""
 
@@ -293,7 +302,7 @@ def _chain(files: list[Path]) -> Iterator[Row]:
 def _known(path: Path) -> Path:
     if is_saved(path):
         return path
-    if whole := saved_around(path):
+    if whole := path.parent if lists_saved(path) else saved_around(path):
         raise DataError(f"{path}: a part of a data set that save_to_disk wrote; give its folder, {whole}")
     if path.suffix.lower() not in _READERS:
         raise DataError(f"{path}: {path.suffix or 'no suffix'}: not a format read here; use {', '.join(_READERS)}")

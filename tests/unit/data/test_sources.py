@@ -293,6 +293,7 @@ def test_a_folder_of_save_to_disk_is_read_by_its_rows(tmp_path: Path) -> None:
         (("dict", "dev"), "no file of the split 'dev'; its file names carry test, train"),
         (("one/state.json",), f"save_to_disk wrote; give its folder, {tmp_path}/one"),
         (("one/data-00000-of-00002.arrow",), f"save_to_disk wrote; give its folder, {tmp_path}/one"),
+        (("dict/dataset_dict.json",), f"save_to_disk wrote; give its folder, {tmp_path}/dict"),
     ):
         with pytest.raises(DataError, match=message) as error:
             read(*wrong)
@@ -300,3 +301,21 @@ def test_a_folder_of_save_to_disk_is_read_by_its_rows(tmp_path: Path) -> None:
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(DataError, match=r"one: not readable as a data set of save_to_disk \(.*; save it again"):
         read("one")
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_files_are_read_as_datasets_caches_them_and_as_feather(kind: str, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{**PAIR, "tools": [{"a": 1}]}, {**PAIR, "tools": [{"b": 2}]}])
+    path = tmp_path / ("rows.arrow" if kind == "stream" else "rows.feather")
+    opened = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with opened(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    rows = list(open_source(path.name, base_folder=tmp_path))
+    assert [row.values for row in rows] == [{**PAIR, "tools": [{"a": 1}]}, {**PAIR, "tools": [{"b": 2}]}]
+    assert rows[1].place == f"{path}:row 2"
+    whole = path.read_bytes()
+    for broken in (b"", whole[:9], whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="not readable as Arrow; write it again") as error:
+            list(open_source(path.name, base_folder=tmp_path))
+        one_line(error)
