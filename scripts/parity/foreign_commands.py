@@ -103,6 +103,9 @@ max_steps: {steps}
 learning_rate: {rate}
 save_strategy: "no"
 optimizer: adamw_torch
+lora_mlp_kernel: false
+lora_qkv_kernel: false
+lora_o_kernel: false
 bf16: false
 fp16: false
 tf32: false
@@ -124,7 +127,8 @@ def command(toolkit: str, python: str, job: Mapping[str, Any], folder: Path) -> 
     name = toolkit.partition(" ")[0]
     if name == "ms-swift":
         experts = ["--target_parameters", *job["experts"]] if job["experts"] else []
-        return [str(programs / "swift"), "sft", *_SWIFT.format(**filled).split(), *experts]
+        told = ["--model_type", "mixtral"] if Path(job["base"]).name == "mixtral" else []  # two of its types look so
+        return [str(programs / "swift"), "sft", *_SWIFT.format(**filled).split(), *told, *experts]
     if name in ("LLaMA-Factory", "Axolotl"):
         recipe = folder / "toolkit.yaml"
         recipe.write_text((_AXOLOTL if name == "Axolotl" else _LLAMA_FACTORY).format(**filled))

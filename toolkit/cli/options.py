@@ -94,7 +94,7 @@ def load_recipe(path: Path, overrides: list[str] | None, console: Console) -> Re
     """The recipe at `path` with overrides; what was translated or corrected is told on the console."""
     from toolkit.recipe import load
 
-    return load(path, overrides or (), note=lambda line: console.print(f"note: {line}"))
+    return load(path, overrides or (), note=lambda line: console.print(f"note: {line}", markup=False))
 
 
 def emit(value: Any, wanted: bool) -> None:
@@ -161,7 +161,7 @@ def reopen(
 
     _refuse_what_was_trained(overrides or [])
     path = _fetched(path)
-    recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}"))
+    recipe = reopen_recipe(path, overrides or [], base, note=lambda line: console.print(f"note: {line}", markup=False))
     made = make_plan(recipe, for_training=False)
     model, tokenizer = job.reopen(made, artifact_of(path), as_trained=as_trained)
     return made, model, tokenizer

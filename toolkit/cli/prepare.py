@@ -45,7 +45,9 @@ def quantize(
         raise RecipeError("--budget: needs --experts int4, and --recipe, on whose examples the loss is measured")
     compensated, stacks = _compensated(recipe, model, revision, console, experts, budget) if recipe else (None, None)
     done = quantize_checkpoint(model, out, revision=revision, compensated=compensated, experts=experts, stacks=stacks)
-    console.print(f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB")
+    console.print(
+        f"{out}: {done.shards} shards, {done.source_bytes / 1e9:.2f} GB became {done.bytes / 1e9:.2f} GB", markup=False
+    )
     for line in unused_lines(done.kept, done.left_out):
         console.print(f"note: {line}", highlight=False, markup=False)
     next_commands(console, ["plan", out, "--audit"], ["train", recipe or "RECIPE", f"model.model_name_or_path={out}"])

@@ -171,7 +171,7 @@ def sweep(
     folder = out or Path(f"{parsed.training.output_dir}-sweep")
     planned = Sweep(recipe.resolve(), tuple(trials), folder.resolve())
     cards = 0 if parsed.training.use_cpu else torch.cuda.device_count()
-    console.print(f"{len(trials)} trials, runs under {folder}")
+    console.print(f"{len(trials)} trials, runs under {folder}", markup=False)
     outcomes = run_trials(
         planned,
         at_once=at_once or max(1, cards),
@@ -184,7 +184,7 @@ def sweep(
     write_text(folder / "sweep.json", json.dumps(found, indent=2))
     draw(outcomes, metric, folder / "sweep.svg")
     table(console, ranked, metric)
-    console.print(f"{folder / 'sweep.json'}, {folder / 'sweep.svg'}")
+    console.print(f"{folder / 'sweep.json'}, {folder / 'sweep.svg'}", markup=False)
     if ranked[0].figures:
         next_commands(console, ["report", ranked[0].run], ["chat", ranked[0].run, "--compare"])
     emit(found, json_)

@@ -86,7 +86,7 @@ def push(
     console = quiet_console()
     folder = artifact_of(artifact)
     if dry_run:
-        console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False)
+        console.print("\n".join(sorted(path.name for path in folder.iterdir())), highlight=False, markup=False)
     rows = training_answers(folder.parent) if folder.name == "adapter" else []
     url = push_artifact(
         folder, repo_id, private=not public, revision=revision, create_pr=create_pr, tag=tag, dry_run=dry_run, rows=rows
@@ -168,10 +168,11 @@ def _say(console: Console, made: Export) -> None:
 
     console.print(
         f"{made.folder}: {made.format}, read back and compared ({made.compared}): off by {made.difference:.3g}, "
-        f"at most {made.bound:.3g}"
+        f"at most {made.bound:.3g}",
+        markup=False,
     )
     if made.merged_into:
-        console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}")
+        console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}", markup=False)
     for line in unused_lines(made.kept, made.left_out):
         console.print(line, highlight=False, markup=False)
     if made.stored:
@@ -229,6 +230,8 @@ def combine(
         except ValueError:
             raise RecipeError(f"{given}: not ADAPTER=WEIGHT, as in runs/a=0.7") from None
     made = combine_adapters(weights, out, rank=rank)
-    console.print(f"{out}: rank {made.rank}, {made.adapters} pairs, off by {made.error:.3g} of the exact sum")
+    console.print(
+        f"{out}: rank {made.rank}, {made.adapters} pairs, off by {made.error:.3g} of the exact sum", markup=False
+    )
     next_commands(console, ["verify", out], ["chat", out, "--base", "BASE"], ["push", out, "OWNER/NAME"])
     emit(made.to_dict(), json_)

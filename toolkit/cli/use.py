@@ -274,7 +274,7 @@ def _drafts(
     artifact = artifact_of(run)
     head = job.reopen_head(model, made, artifact) if (artifact / HEAD_FILE).is_file() else None
     if head is None:
-        console.print(f"{artifact}: no multi-token-prediction head; drafting by prompt lookup")
+        console.print(f"{artifact}: no multi-token-prediction head; drafting by prompt lookup", markup=False)
     count = max(made.recipe.mtp.depth, len(head.layers)) if head else _LOOKED_UP
     return speculator(model, head, count=count, max_new_tokens=max_new_tokens, temperature=temperature)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -94,7 +95,7 @@ def _bar(groups: dict[str, int], memory: int) -> Text:
 
 def show_audit(console: Console, found: Audit) -> None:
     """What a checkpoint is made of, what becomes int8, what is adapted, what is left."""
-    console.print(f"[bold]{found.model}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
+    console.print(f"[bold]{escape(found.model)}[/bold]  {found.moe_layers} MoE layers, {found.experts:,} experts")
     table = table_of("part", "tensors", "parameters", "stored", "rounding", "MiB", "LoRA")
     for part in found.parts:
         error = "" if part.rounding is None else f"{part.rounding:.1%}"

@@ -147,8 +147,8 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
         console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
     artifact = Path(finished["artifact"])
-    console.print(f"[bold]adapter[/bold]  {artifact}")
-    console.print(f"[bold]page[/bold]     {artifact.parent}/report.html")
+    console.print(f"[bold]adapter[/bold]  {escape(str(artifact))}")
+    console.print(f"[bold]page[/bold]     {escape(str(artifact.parent))}/report.html")
 
 
 def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:

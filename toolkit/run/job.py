@@ -36,7 +36,7 @@ from toolkit.run.folder import (
     with_decided,
 )
 from toolkit.run.mixture import Chosen, choose_stacks, kept_mixture
-from toolkit.run.model import attach, check_adapter, compensate, coverage, load, requantised
+from toolkit.run.model import attach, check_adapter, compensate, coverage, left_out_by_start, load, requantised
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run.vocabulary import require_seen
 from toolkit.run_folder import RunFolder
@@ -99,7 +99,10 @@ def run(
         if summary is None:
             summary = _finish(prepared, console, stop, note)
         else:
-            console.print(f"{folder.path}: already finished; set training.output_dir to another folder to train again")
+            console.print(
+                f"{folder.path}: already finished; set training.output_dir to another folder to train again",
+                markup=False,
+            )
     return Finished(folder.path, folder.adapter, summary)
 
 
@@ -167,7 +170,9 @@ def _finish(
     if compensated := compensate(model, batches, plan, folder.compensated):
         show.compensation(console, compensated)
     adapted = attach(model, plan)
-    show.reached(console, coverage(adapted, plan))
+    show.reached(console, counts := coverage(adapted, plan))
+    if left_out := left_out_by_start(counts, plan):
+        note(f"note  {left_out}")
     trained = train(adapted, tokenizer, batches, plan, console, checkpoint, stop)
     judged = judge(trained, batches, plan, console)
     if not is_first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ __all__ = [
     "compensate",
     "coverage",
     "get_ready",
+    "left_out_by_start",
     "load",
     "load_frozen",
     "refuse_streamed_compensation",
@@ -211,6 +213,26 @@ def requantised(model: PreTrainedModel) -> dict[str, Any] | None:
     """What rounding added to weights that others had quantised, as `Requantised.to_dict`; None for plain ones."""
     found = getattr(getattr(model.config, "quantization_config", None), "requantised", None)
     return None if found is None else dict(found)
+
+
+def left_out_by_start(counts: Mapping[str, Any], plan: Plan) -> str | None:
+    """What the recipe asks to adapt and the adapter that the run starts from does not hold; None where that is nothing.
+
+    Args:
+        counts: of `coverage`.
+    """
+    lora = plan.recipe.lora
+    if lora.adapter_name_or_path is None:
+        return None
+    parts = (("experts", lora.experts, "expert stacks adapted"), ("router", lora.router, "routers adapted"))
+    missing = [name for name, asked, count in parts if asked and not counts[count][0]]
+    if not missing:
+        return None
+    fields = " and ".join(f"lora.{name}" for name in missing)
+    return (
+        f"lora.adapter_name_or_path: this adapter has no pairs on what {fields} would train, and the run adds none; "
+        f"set {' '.join(f'lora.{name}=false' for name in missing)} to say so, or start without it"
+    )
 
 
 def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def train_adapter(
     if trainer.beside:
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
-        console.print(f"resuming from {resume.checkpoint.path.name}")
+        console.print(f"resuming from {resume.checkpoint.path.name}", markup=False)
     isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
     with peak_of(context.device) as peak, same_each_time(context.device), isolated, trainer.beside or nullcontext():
         output = _run(trainer, resume.checkpoint)
@@ -217,7 +217,9 @@ def _best(keeper: KeepBest, console: Console, planned: int) -> tuple[int, float]
 
 
 def _newest(context: RunContext) -> Checkpoint | None:
-    return newest_checkpoint(context.folder, lambda why: context.console.print(f"checkpoint skipped: {why}"))
+    return newest_checkpoint(
+        context.folder, lambda why: context.console.print(f"checkpoint skipped: {why}", markup=False)
+    )
 
 
 def _tell_of_balance(trainer: AdapterSteps, context: RunContext) -> None:

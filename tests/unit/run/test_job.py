@@ -118,3 +118,28 @@ def test_under_wsl_a_card_does_not_spill(
     model._forbid_spilling(plan)
     model._forbid_spilling(replace(plan, device="cpu"))
     assert set_to == limits
+
+
+@pytest.mark.parametrize(
+    ("start", "fields", "stacks", "routers", "told"),
+    [
+        ("a", {}, 0, 0, "lora.experts and lora.router would train, and the run adds none; set lora.experts=false lora"),
+        ("a", {}, 8, 0, "what lora.router would train, and the run adds none; set lora.router=false to say so"),
+        ("a", {}, 8, 4, None),
+        ("a", {"experts": False, "router": False}, 0, 0, None),
+        (None, {}, 0, 0, None),
+    ],
+)
+def test_a_start_with_less_than_the_recipe_asks_for_is_told(
+    start: str | None, fields: dict[str, bool], stacks: int, routers: int, told: str | None
+) -> None:
+    lora = toolkit.Recipe.model_validate(
+        {
+            "model": {"model_name_or_path": "m"},
+            "data": {"train": "d"},
+            "lora": {"adapter_name_or_path": start, "target_modules": "attention", **fields},
+        }
+    )
+    counts = {"expert stacks adapted": [stacks, 8], "routers adapted": [routers, 4]}
+    said = model.left_out_by_start(counts, SimpleNamespace(recipe=lora))  # type: ignore[arg-type]
+    assert said is None if told is None else said is not None and told in said
