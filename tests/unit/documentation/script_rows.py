@@ -308,6 +308,10 @@ ROWS = (
         (r"^qwen3_moe: fused 72 of 72, linears 72 of 72, with a hole 71 of 72$", r"^1 of 1 families, 0 refused$"),
     ),
     Row(
+        "parity/foreign_toolkits.py",
+        test="tests/parity/test_foreign_toolkits.py::test_verify_is_judged_by_a_merge_and_a_hole",
+    ),
+    Row(
         "parity/mtp_families.py",
         "exaone_moe",
         (r"trained, same names; stock drafts the same$", r"^1 families come back"),
