@@ -35,9 +35,9 @@ from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
-__all__ = ["SPREAD", "TOKENS", "TOLD", "logits_of", "main", "other_side"]
+__all__ = ["SPREAD", "TOKENS", "TOLD", "logits_of", "loss_of", "main", "other_side", "quantiser"]
 
-LIBRARY, SOURCE = "xllamacpp==2026.10.11549", "llama-cpp-python==0.3.36"
+LIBRARY, QUANTISER, SOURCE = "xllamacpp==2026.10.11549", "cyllama==0.2.18", "llama-cpp-python==0.3.36"
 TOKENS = [int(token) for token in torch.randint(3, 97, (23,), generator=torch.Generator().manual_seed(5))]
 SPREAD = 1e-3
 TOLD: dict[str, dict[str, Any]] = {
@@ -109,6 +109,12 @@ def logits_of(model: torch.nn.Module) -> np.ndarray:
     return found
 
 
+def loss_of(logits: np.ndarray, adapted: np.ndarray) -> float:
+    """Mean loss of the tokens that the adapted model finds likeliest, in nats; both are logits [T, V]."""
+    likeliest = torch.from_numpy(adapted).argmax(-1)
+    return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), likeliest))
+
+
 def _compared(out: Path, name: str, ours: dict[str, np.ndarray], done: Any) -> dict[str, Any]:
     """Largest differences of the logits over their standard deviation, and how far the adapter moves them."""
     row: dict[str, Any] = json.loads((out / f"{name}.json").read_text()) if (out / f"{name}.json").is_file() else {}
@@ -149,7 +155,7 @@ def _cell(value: Any) -> str:
 
 def other_side(folder: Path) -> tuple[str, Path]:
     """The environment's Python, and the folder with llama.cpp's converter."""
-    python = python_with(folder, ("torch", "transformers", "numpy", "sentencepiece", LIBRARY))
+    python = python_with(folder, ("torch", "transformers", "numpy", "sentencepiece", LIBRARY, QUANTISER))
     source = folder / "llama.cpp"
     if not (source / "conversion").is_dir():
         with tempfile.TemporaryDirectory() as scratch:
@@ -170,6 +176,16 @@ def other_side(folder: Path) -> tuple[str, Path]:
             with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
                 _unpack(archive, source)
     return python, source
+
+
+def quantiser(python: str, program: Path) -> str:
+    """A program like llama.cpp's llama-quantize, of that environment's library."""
+    from toolkit.export import llama_quantize
+
+    side = Path(llama_quantize.__file__).with_name("quantiser_side.py")
+    program.write_text(f'#!/bin/sh\nexec "{Path(python).absolute()}" "{side}" "" "$@"\n')
+    program.chmod(0o755)
+    return str(program)
 
 
 def _unpack(archive: tarfile.TarFile, folder: Path) -> None:

@@ -6,8 +6,9 @@ Each family's tiny random checkpoint gets an adapter on experts, router and atte
 in FP8, int8 and int4, and as `merged-mlx` in 8 and 4 bits. The first three are loaded by stock transformers with the
 compressed-tensors package, which vLLM reads such files with, in an environment of its own; the others by mlx-lm on a
 CPU. The largest difference of their logits from ours of the same file is printed, over the logits' standard deviation,
-and beside it how far rounding moved them. What cannot be exported is told with its line. Exits with 1 where a program
-does not load a file, or gets other logits than ours.
+and beside it how far rounding moved them. The second table has the loss of the adapted model's own likeliest tokens: of
+the base, with the adapter in floats, and of each file as we read it and as the program computes it. What cannot be
+exported is told with its line. Exits with 1 where a program does not load a file, or gets other logits than ours.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 
 from format_writers import PACKAGES  # noqa: E402
 from layouts import family_parser, make_adapter  # noqa: E402
-from llama_cpp import TOKENS, logits_of  # noqa: E402
+from llama_cpp import TOKENS, logits_of, loss_of  # noqa: E402
 from second_environment import python_with  # noqa: E402
 
 from toolkit.errors import ModelError  # noqa: E402
@@ -77,6 +78,8 @@ def _exported(family: str, folder: Path, folders: dict[str, dict[str, str]]) -> 
     model, artifact = make_adapter(family, folder, **SETTINGS.get(family, {}))
     model.get_base_model().set_experts_implementation(DEFAULT_BACKEND)
     adapted, (batch, _) = logits_of(model), looked_at([TOKENS])
+    with model.disable_adapter():
+        before = {"base": loss_of(logits_of(model), adapted), "adapter": loss_of(adapted, adapted)}
     rows: dict[str, dict[str, Any]] = {}
     for layout, models in folders.items():
         for quant in FORMATS[layout]:
@@ -87,8 +90,9 @@ def _exported(family: str, folder: Path, folders: dict[str, dict[str, str]]) -> 
                 rows[name] = {"no": str(error)}
                 continue
             ours = streamed_logits(out, batch).numpy()
-            np.savez(folder.parent / f"ours {name}.npz", logits=ours)
-            rows[name] = {"rounded": float(np.abs(ours - adapted).max() / ours.std())}
+            np.savez(folder.parent / f"ours {name}.npz", logits=ours, adapted=adapted)
+            loss = {**before, "ours": loss_of(ours, adapted)}
+            rows[name] = {"rounded": float(np.abs(ours - adapted).max() / ours.std()), "loss": loss}
             models[name] = str(out)
     return rows
 
@@ -110,8 +114,9 @@ def _compared(out: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
         return {"error": (out / f"{name}.txt").read_text()}
     npz = out / f"{name}.npz"
     theirs = np.load(npz)["logits"] if npz.is_file() else load_file(out / f"{name}.safetensors")["logits"]
-    ours = np.load(out / f"ours {name}.npz")["logits"]
-    return {"theirs": float(np.abs(theirs - ours).max() / ours.std())}
+    here = np.load(out / f"ours {name}.npz")
+    off = float(np.abs(theirs - here["logits"]).max() / here["logits"].std())
+    return {"theirs": off, "loss": {**row["loss"], "theirs": loss_of(theirs, here["adapted"])}}
 
 
 def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
@@ -124,12 +129,26 @@ def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
             bad += [name] if row.get("theirs", np.inf) > EXACT else []
             theirs = f"{row['theirs']:.1e}" if "theirs" in row else "–"
             print(f"| {name} | {theirs} | {row['rounded']:.1e} |")
+    _print_losses(rows)
     for name, row in rows.items():
         if why := row.get("no") or row.get("error"):
             print(f"- {name}: {why}")
     made = [name for name, row in rows.items() if "no" not in row]
     print(f"\n{len(made) - len(bad)} of {len(made)} files read alike; not: {', '.join(bad) or 'none'}")
     return int(bool(bad) or not made)
+
+
+def _print_losses(rows: dict[str, dict[str, Any]]) -> None:
+    quants = list(dict.fromkeys(name.split()[1] for name in rows))
+    print(f"\n| family | base | adapter in floats | {' | '.join(quants)} |\n|---|---:|---:|{'---:|' * len(quants)}")
+    for family in dict.fromkeys(name.split()[0] for name in rows):
+        found = {quant: rows.get(f"{family} {quant}", {}).get("loss") for quant in quants}
+        if before := next((loss for loss in found.values() if loss), None):
+            cells = [
+                f"{loss['ours']:.4f} / {loss.get('theirs', np.nan):.4f}" if loss else "–" for loss in found.values()
+            ]
+            print(f"| {family} | {before['base']:.4f} | {before['adapter']:.4f} | {' | '.join(cells)} |")
+    print()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
 
 Each family's tiny random checkpoint gets an adapter on experts, router and attention. It is exported as GGUF over the
 file that llama.cpp's own converter makes of the base (column "over the base's"), and where files of it are written
-without one, also from the checkpoint alone, in F32 and Q8_0. libllama's logits of each are compared with those of the
-adapted model here, and for Q8_0 with ours of the same file, over their standard deviation; the column "base" is how far
-the two programs differ on the base. For Q8_0 it is the middle difference: libllama rounds the inputs too, and a
+without one, also from the checkpoint alone, in F32 and Q8_0. Q4_K_M is made by llama.cpp's own quantiser, over the
+base's file where there is one. libllama's logits of each are compared with those of the adapted model here, and where
+weights are rounded with ours of the same file, over their standard deviation; the column "base" is how far the two
+programs differ on the base. For rounded weights it is the middle difference: libllama rounds the inputs too, and a
 router's near tie then falls the other way. Its tokens of some awkward texts must be the tokenizer's. What has no file
-is told with its line. Exits with 1 where a family has neither file, or one is further off than ten times the base and a
-thousandth.
+is told with its line. The second table has the loss of the adapted model's own likeliest tokens: of the base, with the
+adapter in floats, and of each file as we read it and as libllama computes it. Exits with 1 where a family has neither
+file, or one is further off than ten times the base and a thousandth.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 
 from gguf_source import OLDER  # noqa: E402
 from layouts import NANO, family_parser, make_adapter  # noqa: E402
-from llama_cpp import SPREAD, TOKENS, TOLD, logits_of, other_side  # noqa: E402
+from llama_cpp import SPREAD, TOKENS, TOLD, logits_of, loss_of, other_side, quantiser  # noqa: E402
 
+from tests.harness.families import tiny_config  # noqa: E402
 from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
 from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.survival import looked_at, streamed_logits  # noqa: E402
@@ -56,9 +59,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **TOLD,
     "dots1": {"sliding_window": None, "norm_topk_prob": True, "layer_types": ["full_attention"] * 3},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
+    "granitemoehybrid": {"hidden_size": 32},
     "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
 }
 """What llama.cpp takes for granted of a family. gpt-oss' stretched rotary embedding it computes otherwise, by 2e-2."""
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+"""As long as a K-quant's block, in configs that have the field."""
+LAYOUTS, ROUND = ("f32", "over", "q8_0", "q4_k_m"), ("q8_0", "q4_k_m")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         _run([*side, "convert", str(path)])
         for name in ours:
             folder = Path(scratch) / name
-            rows[name] |= _exported(folder)
-            for layout in ("f32", "q8_0", "over"):
+            rows[name] |= _exported(folder, quantiser(python, Path(scratch) / "llama-quantize"))
+            for layout in LAYOUTS:
                 if (folder / layout / "model.gguf").is_file():
                     files = {"base": None, "merged": str(folder / layout / "model"), "adapter": None}
                     models[f"{name} {layout}"] = files
@@ -100,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepared(name: str, folder: Path) -> dict[str, np.ndarray]:
     """The base and the adapter of one family; our logits."""
     folder.mkdir()
-    model, _ = make_adapter(name, folder, vocab_size=2048, **SETTINGS.get(name, {}))
+    text = tiny_config(name).get_text_config()
+    wide = {field: size for field, size in WIDE.items() if hasattr(text, field)}
+    model, _ = make_adapter(name, folder, vocab_size=2048, **{**wide, **SETTINGS.get(name, {})})
     model.get_base_model().set_experts_implementation(DEFAULT_BACKEND)
     found = {"adapted": logits_of(model)}
     with model.disable_adapter():
@@ -108,19 +117,23 @@ def _prepared(name: str, folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _exported(folder: Path) -> dict[str, str]:
-    """By layout why there is none; the other files lie in folders of their names."""
-    refused = {}
-    for layout, more in (
-        ("f32", {"quant": "f32"}),
-        ("q8_0", {"quant": "q8_0"}),
-        ("over", {"base_gguf": folder / "base.gguf"}),
-    ):
+def _exported(folder: Path, llama_quantize: str) -> dict[str, Any]:
+    """By layout why there is none, and what Q4_K_M is stored as; the files lie in folders of their names."""
+    row, base = dict[str, Any](), folder / "base.gguf"
+    over = base if base.is_file() else None
+    by_llama_cpp = {"quant": "q4_k_m", "llama_quantize": llama_quantize, "base_gguf": over, "force": True}
+    options = {"f32": {"quant": "f32"}, "q8_0": {"quant": "q8_0"}, "over": {"base_gguf": base}, "q4_k_m": by_llama_cpp}
+    for layout, more in options.items():
         try:
-            export_adapter(folder / "adapter", folder / "base", "gguf-merged", folder / layout, **more)
+            made = export_adapter(
+                folder / "adapter", folder / "base", "gguf-merged", folder / layout, texts=[TOKENS], **more
+            )
         except (ModelError, RecipeError) as error:
-            refused[layout] = str(error)
-    return refused
+            row[layout] = str(error)
+            continue
+        if layout == "q4_k_m":
+            row["stored"], row["fell_back"] = dict(made.stored), list(made.fell_back)
+    return row
 
 
 def _run(command: list[str]) -> None:
@@ -133,16 +146,15 @@ def _side(side: list[str], path: Path, verb: str, name: str) -> bool:
 
 
 def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Largest differences over the standard deviation of the base's logits."""
+    """Largest differences over the standard deviation of the base's logits, and losses."""
     row: dict[str, Any] = {}
-    spread = float(ours["base"].std())
-    row["moved"] = float(np.abs(ours["adapted"] - ours["base"]).max()) / spread
+    spread, adapted = float(ours["base"].std()), ours["adapted"]
+    row["moved"] = float(np.abs(adapted - ours["base"]).max()) / spread
+    row["loss"] = {"base": loss_of(ours["base"], adapted), "adapter": loss_of(adapted, adapted)}
     run("run", name)
-    for kind, label, wanted in (
-        ("base", name, ours["base"]),
-        *((layout, f"{name} {layout}", ours["adapted"]) for layout in ("f32", "q8_0", "over")),
-    ):
-        if kind != "base" and not (out / name / kind / "model.gguf").is_file():
+    for kind in ("base", *LAYOUTS):
+        label, file = (name if kind == "base" else f"{name} {kind}"), out / name / kind / "model.gguf"
+        if kind != "base" and not file.is_file():
             continue
         if kind != "base":
             run("run", label)
@@ -150,12 +162,15 @@ def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> di
             row[kind] = "; ".join(json.loads((out / f"{label}.json").read_text()).values())
         elif (out / f"{label}.npz").is_file():
             with np.load(out / f"{label}.npz") as theirs:
-                if (found := theirs.get("base" if kind == "base" else "merged")) is not None:
-                    if kind == "q8_0":
-                        batch, _ = looked_at([TOKENS])
-                        wanted = streamed_logits(out / name / kind / "model.gguf", batch).numpy()
-                    off = np.abs(found - wanted)
-                    row[kind] = float(np.median(off) if kind == "q8_0" else off.max()) / spread
+                found = theirs.get("base" if kind == "base" else "merged")
+            if found is not None and kind == "base":
+                row[kind] = float(np.abs(found - ours["base"]).max()) / spread
+            elif found is not None:
+                batch, _ = looked_at([TOKENS])
+                read = streamed_logits(file, batch).numpy()
+                off = np.abs(found - (read if kind in ROUND else adapted))
+                row[kind] = float(np.median(off) if kind in ROUND else off.max()) / spread
+                row["loss"][kind] = [loss_of(read, adapted), loss_of(found, adapted)]
     if isinstance(row.get("f32"), float) and run("words", f"{name} f32"):
         tokenizer = AutoTokenizer.from_pretrained(NANO)
         wanted_words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -166,17 +181,18 @@ def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> di
 def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
     if path:
         path.write_text(json.dumps(rows, indent=2, sort_keys=True))
-    print("| family | base | F32 | over the base's | Q8_0 | tokens | moved by the adapter |")
-    print("|---|---:|---:|---:|---:|---|---:|")
+    print("| family | base | F32 | over the base's | Q8_0 | Q4_K_M | tokens | moved by the adapter |")
+    print("|---|---:|---:|---:|---:|---:|---|---:|")
     off, alone = [], []
     for name, row in rows.items():
         verdict = _verdict(row)
         off += [name] if verdict == "off" else []
         alone += [name] if verdict == "not run" else []
-        cells = [_cell(row.get(kind)) for kind in ("base", "f32", "over", "q8_0")]
+        cells = [_cell(row.get(kind)) for kind in ("base", *LAYOUTS)]
         print(f"| {name} | {' | '.join(cells)} | {'same' if row.get('words') else '–'} | {_cell(row.get('moved'))} |")
+    _print_losses(rows)
     for name, row in rows.items():
-        for kind in ("base", "f32", "over", "q8_0"):
+        for kind in ("base", *LAYOUTS):
             if isinstance(row.get(kind), str) and "with --base-gguf" not in row[kind]:
                 print(f"- {name}, {kind}: {row[kind]}")
     run = len(rows) - len(alone)
@@ -185,10 +201,25 @@ def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
     return int(bool(off) or not run)
 
 
+def _print_losses(rows: dict[str, dict[str, Any]]) -> None:
+    print("\n| family | base | adapter in floats | F32 | over the base's | Q8_0 | Q4_K_M |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, row in rows.items():
+        if (found := row.get("loss", {})).keys() & LAYOUTS:
+            files = [" / ".join(f"{loss:.4f}" for loss in found[kind]) if kind in found else "–" for kind in LAYOUTS]
+            print(f"| {name} | {found['base']:.4f} | {found['adapter']:.4f} | {' | '.join(files)} |")
+    print()
+    for name, row in rows.items():
+        if "stored" in row:
+            told = ", ".join(f"{count} {kind}" for kind, count in row["stored"].items())
+            print(f"- {name}, q4_k_m: {told}; {len(row['fell_back'])} kinds of tensors have rows of other lengths")
+
+
 def _verdict(row: dict[str, Any]) -> str:
     """ "same", "off", or "not run" where llama.cpp has no logits, or other ones for the base already."""
     base = row["base"] if isinstance(row.get("base"), float) else None
-    bounds = {"f32": 10 * (base or 0.0) + SPREAD, "over": 10 * (base or 0.0) + SPREAD, "q8_0": ROUNDED}
+    exact = 10 * (base or 0.0) + SPREAD
+    bounds = {layout: ROUNDED if layout in ROUND else exact for layout in LAYOUTS}
     found = {kind: row[kind] for kind in bounds if isinstance(row.get(kind), float)}
     if not found or (base is not None and base > OTHERWISE):
         return "not run"

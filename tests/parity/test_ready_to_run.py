@@ -7,6 +7,8 @@ from the files that the scripts export.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +50,19 @@ def test_a_merged_gguf_file_is_judged(
             np.savez(out / f"{name}.npz", merged=computed(Path(f"{files['merged']}.gguf"), job["tokens"], 0.0))
         return True
 
-    monkeypatch.setattr(merged_gguf, "other_side", lambda folder: ("python", folder))
+    monkeypatch.setattr(merged_gguf, "other_side", lambda folder: (sys.executable, folder))
     monkeypatch.setattr(merged_gguf, "_run", convert)
     monkeypatch.setattr(merged_gguf, "_side", side)
     assert merged_gguf.main(["qwen3_moe", "--json", str(tmp_path / "figures.json")]) == 0
     assert "\n1 of 1 families are the same in llama.cpp, off: none\n" in capsys.readouterr().out
     row = json.loads((tmp_path / "figures.json").read_text())["qwen3_moe"]
     assert row["words"] is True
-    for changed in ({"f32": 0.1}, {"over": 0.1}, {"q8_0": 0.2}, {"words": False}, {"over": "no"}):
+    assert row["loss"]["base"] > row["loss"]["adapter"]
+    for layout in ("f32", "over"):
+        assert row["loss"][layout] == pytest.approx([row["loss"]["adapter"]] * 2, abs=1e-4)
+    for changed in ({"f32": 0.1}, {"over": 0.1}, {"q8_0": 0.2}, {"q4_k_m": 0.2}, {"words": False}, {"over": "no"}):
         assert merged_gguf._verdict({**row, **changed}) == "off"
-    for changed in ({"base": 1.0}, {"f32": "no", "q8_0": "no", "over": "no"}):
+    for changed in ({"base": 1.0}, dict.fromkeys(merged_gguf.LAYOUTS, "no")):
         assert merged_gguf._verdict({**row, **changed}) == "not run"
 
 
@@ -77,6 +82,9 @@ def test_merged_checkpoints_are_judged(
     assert merged_checkpoints.main(["qwen3_moe", "gpt_oss", "--json", str(tmp_path / "figures.json")]) == 1
     said = capsys.readouterr().out
     assert "| qwen3_moe fp8 | 0.0e+00 | " in said
+    (losses,) = re.findall(r"\n\| qwen3_moe \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) / ([\d.]+) \| .* / nan \|\n", said)
+    base, adapter, ours, theirs = map(float, losses)
+    assert base > ours == theirs > adapter
     assert "- qwen3_moe 4bit: ValueError: not loaded" in said
     assert "- gpt_oss int8: merged-vllm: this family's files hold all experts of a layer in one tensor" in said
     assert "4 of 7 files read alike; not: qwen3_moe int4, qwen3_moe 4bit, gpt_oss 4bit" in said

@@ -117,10 +117,14 @@ def export(
         Path | None, typer.Option(help="Rows to measure on what is left of the adapter; else what was held out.")
     ] = None,
     quant: Annotated[
-        str | None, typer.Option(help="What weights are stored as: q8_0, bf16 and others; fp8, int8, int4; 8bit, 4bit.")
+        str | None,
+        typer.Option(help="What weights are stored as: q8_0, q4_k_m, bf16 and others; fp8, int8, int4; 8bit, 4bit."),
     ] = None,
     base_gguf: Annotated[
         Path | None, typer.Option(help="A GGUF file of the base: gguf-merged keeps its metadata and tokenizer.")
+    ] = None,
+    llama_quantize: Annotated[
+        str | None, typer.Option(help="llama.cpp's program that makes K-quants, where it is not on PATH.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also where less than 90% of its effect is left.")] = False,
     json_: Json = False,
@@ -137,7 +141,7 @@ def export(
     trained_on, is_merge = base_folder(run, base), format in ("merged", "merged-int8", *TAKES_QUANT)
     if merge_base and not is_merge:
         raise RecipeError(f"--merge-base: --format {format} does not start from the original; leave it out")
-    require_quant(format, quant, base_gguf)
+    require_quant(format, quant, base_gguf, llama_quantize)
     original = merge_base_of(run, base, merge_base) if is_merge else None
     is_needed = data is not None or is_rounded_again(original or trained_on, format, quant)
     wanted = format in TAKES_QUANT
@@ -152,6 +156,7 @@ def export(
         labels=labels,
         quant=quant,
         base_gguf=base_gguf,
+        llama_quantize=llama_quantize,
         force=force,
     )
     _say(console, made)
@@ -177,6 +182,9 @@ def _say(console: Console, made: Export) -> None:
         console.print(line, highlight=False, markup=False)
     if made.stored:
         console.print(f"stored as {', '.join(f'{count} {kind}' for kind, count in made.stored.items())}")
+    if made.fell_back:
+        console.print("rows of no multiple of 256, which no K-quant holds, are of another type:", highlight=False)
+        console.print("".join(f"  {line}\n" for line in made.fell_back), end="", highlight=False, markup=False)
     if made.survival:
         console.print(f"as written: {made.survival}")
         console.print(str(made.survival.losses or "none of these tokens is of an answer, so there is no loss of one"))

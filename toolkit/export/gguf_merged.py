@@ -23,7 +23,7 @@ from toolkit.artifact.tokenizer import read_stops
 from toolkit.checkpoint.files import gguf_at
 from toolkit.checkpoint.formats.gguf import GgufCheckpoint, read_gguf
 from toolkit.checkpoint.formats.gguf_config import config_of
-from toolkit.checkpoint.formats.gguf_file import GgufFile, Stored, library, open_gguf
+from toolkit.checkpoint.formats.gguf_file import GgufFile, Stored, library, open_gguf, read_header
 from toolkit.checkpoint.formats.gguf_metadata import add_metadata, config_differences, metadata_of
 from toolkit.checkpoint.formats.gguf_tensors import GgufNames, InFile
 from toolkit.checkpoint.weights import PackedSlice
@@ -31,6 +31,7 @@ from toolkit.errors import ModelError, RecipeError
 from toolkit.export.gguf_types import ROUNDS_BY, FewBits, as_bytes, few_bits, kind_of, row_bytes
 from toolkit.export.gguf_words import add_words, require_same_words
 from toolkit.export.job import ROUNDED, Job, Made
+from toolkit.export.llama_quantize import K_QUANTS, fell_back, quantise, require_space
 from toolkit.export.merge import merged_parameters
 from toolkit.export.merge_base import require_same_weights
 from toolkit.families import GGUF_NAMES, GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_WITH_EXPERTS, GGUF_WRITTEN
@@ -57,23 +58,25 @@ def merge_into_gguf(job: Job) -> Made:
     """Write `model.gguf` into the job's folder, read it back and compare it; measure it where there are texts.
 
     Raises:
-        RecipeError: neither a type nor a file of the base is given, or the library cannot write that type.
+        RecipeError: neither a type nor a file of the base is given, or nothing here can write that type.
         ModelError: the architecture or the tokenizer cannot be written faithfully, the base's file is of other weights,
             or what was written does not read back.
     """
-    wanted = None if job.quant is None else few_bits(job.quant)
-    path = job.folder / GGUF_FILE
+    by_llama_cpp = job.quant is not None and job.quant.lower() in K_QUANTS
+    wanted = None if job.quant is None else few_bits("bf16" if by_llama_cpp else job.quant)
+    path = job.folder / ("floats.gguf" if by_llama_cpp else GGUF_FILE)
     with tempfile.TemporaryDirectory() as scratch:
         there = _seen(job, Path(scratch))
         if wanted is None and there is None:
             raise RecipeError("--format gguf-merged: give the type of its weights with --quant, such as q8_0 or bf16")
         file = None if there is None else read_gguf(there).file
-        layout = _layout(job, file, wanted)
+        layout = _layout(job, file, wanted, is_whole=by_llama_cpp)
         _write_header(job, layout, file, wanted, path)
+        require_space(path, job.quant if by_llama_cpp else None)
         read = Path(scratch) / "written"
         read.mkdir()
         job.skeleton.config.save_pretrained(read)
-        (read / GGUF_FILE).symlink_to(path.absolute())
+        (read / GGUF_FILE).symlink_to((job.folder / path.name).absolute())
         found = read_gguf(read / GGUF_FILE)
         if file is None:
             _require_same_config(job, found.file)
@@ -81,9 +84,25 @@ def merge_into_gguf(job: Job) -> Made:
             job.skeleton.config.save_pretrained(job.folder)
         worst = _write_tensors(job, layout, file, found)
         _require_read_by_gguf(path, found.file)
-        left = job.measured(read)
-    left_out = _left_out(job) if file is None else ()
-    return Made(ROUNDED, worst, 1.0, left, left_out=left_out, stored=dict(Counter(layout.kinds.values())))
+        left_out = _left_out(job) if file is None else ()
+        made = Made(ROUNDED, worst, 1.0, left_out=left_out, stored=dict(Counter(layout.kinds.values())))
+        if by_llama_cpp:
+            made = _quantised(job, path, made)
+            (read / GGUF_FILE).unlink()
+            (read / GGUF_FILE).symlink_to((job.folder / GGUF_FILE).absolute())
+        return replace(made, survival=job.measured(read))
+
+
+def _quantised(job: Job, floats: Path, made: Made) -> Made:
+    """A K-quant in the place of a file in bf16, which goes."""
+    assert job.quant is not None
+    path = job.folder / GGUF_FILE
+    worst = quantise(floats, path, job.quant, job.llama_quantize)
+    names = fell_back(floats, path)
+    stored = dict(Counter(tensor.kind for tensor in read_header(path).tensors.values()))
+    floats.unlink()
+    told = f"{ROUNDED}; llama.cpp's blocks, in root mean squares"
+    return replace(made, compared=told, difference=max(worst, made.difference), stored=stored, fell_back=names)
 
 
 def _seen(job: Job, scratch: Path) -> Path | None:
@@ -104,10 +123,10 @@ def _seen(job: Job, scratch: Path) -> Path | None:
     return folder
 
 
-def _layout(job: Job, file: GgufFile | None, wanted: FewBits | None) -> _Layout:
+def _layout(job: Job, file: GgufFile | None, wanted: FewBits | None, *, is_whole: bool) -> _Layout:
     """Over a file of the base, or of today's names."""
     if file is not None:
-        return _layout_over(job, file, wanted)
+        return _layout_over(job, file, wanted, is_whole=is_whole)
     architecture = _written_architecture(job)
     names = GgufNames(job.skeleton, architecture, str(job.base))
     shapes = {part.name: tuple(part.value.shape) for _, parts in names.every() for part in parts}
@@ -116,14 +135,17 @@ def _layout(job: Job, file: GgufFile | None, wanted: FewBits | None) -> _Layout:
     return _Layout(architecture, names, shapes, kinds, {})
 
 
-def _layout_over(job: Job, file: GgufFile, wanted: FewBits | None) -> _Layout:
-    """What the adapter changes is written, and the rest goes along, unless its original is to be of another type."""
+def _layout_over(job: Job, file: GgufFile, wanted: FewBits | None, *, is_whole: bool) -> _Layout:
+    """What the adapter changes is written, and the rest goes along, unless its original is to be of another type.
+
+    `is_whole`: every parameter is written, also one that is known in blocks alone.
+    """
     where, architecture = str(job.base_gguf or job.base), str(file.metadata["general.architecture"])
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     names = GgufNames(job.skeleton, architecture, where, shapes)
     placed = {name: [part.name for part in parts] for name, parts in names.every()}
     changed = {factors.parameter for factors in job.adapter}
-    is_all = wanted is not None and gguf_at(job.base) is None
+    is_all = is_whole or (wanted is not None and gguf_at(job.base) is None)
     written = {key for name, keys in placed.items() if is_all or name in changed for key in keys}
     kinds = {name: tensor.kind for name, tensor in file.tensors.items()}
     for name in written:

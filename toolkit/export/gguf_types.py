@@ -1,7 +1,7 @@
 """What each tensor of a merged GGUF file is stored as, its bytes, and the most that a type rounds by.
 
 The `gguf` library writes floats and the block types of one scale by itself. For K-quants and the other types it has a
-reader only; llama.cpp's own program makes those of a file in bf16 or q8_0.
+reader only; llama.cpp's own program makes those of a file in bf16 (`toolkit.export.llama_quantize`).
 """
 
 from __future__ import annotations
@@ -75,12 +75,7 @@ def few_bits(quant: str) -> FewBits:
     if found is None:
         known = {kind.name for kind in library().GGMLQuantizationType}
         why = "the gguf library reads such blocks and cannot write them" if quant.upper() in known else "no such type"
-        if quant.lower().startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")):
-            why = "the gguf library reads such blocks and cannot write them"
-        raise RecipeError(
-            f"--quant {quant}: {why}; take one of {', '.join(QUANTS)}, or make it of a bf16 file with llama.cpp's own "
-            "llama-quantize"
-        )
+        raise RecipeError(f"--quant {quant}: {why}; take one of {', '.join(QUANTS)}, or a K-quant such as q4_k_m")
     return found
 
 

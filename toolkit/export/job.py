@@ -25,7 +25,7 @@ class Job:
 
     Args:
         skeleton: of `base`, on meta. quant: what weights are to be stored as, as the layout calls it.
-        base_gguf: a GGUF file of the base, whose metadata and tokenizer are kept.
+        base_gguf: a GGUF file of the base, whose metadata and tokenizer are kept. llama_quantize: llama.cpp's program.
     """
 
     artifact: Path
@@ -39,6 +39,7 @@ class Job:
     homes: Homes | None = None
     quant: str | None = None
     base_gguf: Path | None = None
+    llama_quantize: str | None = None
 
     def measured(self, written: Path) -> Survival | None:
         """What is left of the adapter in a checkpoint that was written, asked of the texts; None without any."""
@@ -58,3 +59,4 @@ class Made:
     kept: Sequence[str] = ()
     left_out: Sequence[str] = ()
     stored: Mapping[str, int] = field(default_factory=dict)
+    fell_back: Sequence[str] = ()

@@ -92,6 +92,8 @@ class Export:
     left_out: Sequence[str] = ()
     stored: Mapping[str, int] = field(default_factory=dict)
     """How many tensors are of which type, in layouts that have more than one."""
+    fell_back: Sequence[str] = ()
+    """Tensors that could not have the type that was asked for, all layers as one: name, type and how many."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -110,6 +112,7 @@ def export_adapter(
     labels: Sequence[Sequence[int]] = (),
     quant: str | None = None,
     base_gguf: str | Path | None = None,
+    llama_quantize: str | None = None,
     force: bool = False,
 ) -> Export:
     """Write an artifact in another layout to the new folder `out`.
@@ -123,6 +126,7 @@ def export_adapter(
         texts: token ids, of which a few hundred show how much of the adapter is left where weights are rounded again.
         labels: of each text, its ids where an answer was trained on and IGNORED elsewhere.
         quant: what weights are stored as, in layouts of `TAKES_QUANT`. base_gguf: a GGUF file of the base for one.
+        llama_quantize: llama.cpp's program for K-quants, where it is not on PATH.
         force: also write what has lost more than a tenth of the adapter's effect.
 
     Raises:
@@ -133,7 +137,7 @@ def export_adapter(
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
     beside = None if base_gguf is None else Path(base_gguf)
-    _require_asked(format, out, quant, beside)
+    _require_asked(format, out, quant, beside, llama_quantize)
     verify_artifact(artifact, strict=True)
     require_carried(format, artifact)
     require_base(artifact, str(base))
@@ -145,7 +149,9 @@ def export_adapter(
     homes = Homes(start, adapter, skeleton) if format == "merged-source" else None
     try:
         with staged_folder(out) as folder:
-            job = Job(artifact, base, start, adapter, skeleton, folder, texts, labels, homes, quant, beside)
+            job = Job(
+                artifact, base, start, adapter, skeleton, folder, texts, labels, homes, quant, beside, llama_quantize
+            )
             made = _WRITERS[format](job)
             _require_near(format, made, force)
             export = _told(job, format, str(out), made)
@@ -169,12 +175,14 @@ _NO_TEXTS = (
 )
 
 
-def _require_asked(format: str, out: Path, quant: str | None, base_gguf: Path | None) -> None:
+def _require_asked(
+    format: str, out: Path, quant: str | None, base_gguf: Path | None, llama_quantize: str | None
+) -> None:
     if format not in FORMATS:
         raise RecipeError(f"--format {format}: no such layout; known: {', '.join(FORMATS)}")
     if out.exists():
         raise RecipeError(f"{out}: already exists; give another name")
-    require_quant(format, quant, base_gguf)
+    require_quant(format, quant, base_gguf, llama_quantize)
 
 
 def _start(

@@ -150,9 +150,9 @@ def test_what_cannot_be_written_is_one_line(tuned: Path, tmp_path: Path) -> None
     cases: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
         ({}, RecipeError, "give the type of its weights with --quant"),
         (
-            {"quant": "q4_k_m"},
+            {"quant": "iq2_xs"},
             RecipeError,
-            "reads such blocks and cannot write them; take one of f32, .*llama-quantize",
+            "reads such blocks and cannot write them; take one of f32, .* or a K-quant such as q4_k_m",
         ),
         ({"quant": "q9"}, RecipeError, "--quant q9: no such type"),
         ({"quant": "q4_0"}, DataError, "give rows like those it was trained on with --data FILE"),
