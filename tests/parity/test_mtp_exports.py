@@ -69,7 +69,7 @@ def test_a_native_head_is_stitched_into_the_base(family: str, tmp_path: Path) ->
     native_checkpoint(family, tmp_path / "base")
     adapter = artifact_of(tmp_path / "base", tmp_path / "adapter")
     done = export_adapter(adapter, tmp_path / "base", "merged", tmp_path / "merged")
-    assert "own head replaced" in done.compared
+    assert "own head replaced" in done.head
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     head = load_file(adapter / "mtp_head.safetensors")
     assert before.keys() == after.keys()
@@ -89,7 +89,7 @@ def test_a_native_head_is_stitched_into_the_base(family: str, tmp_path: Path) ->
 def test_a_new_head_becomes_a_draft_folder(family: str, tmp_path: Path) -> None:
     """Stock transformers, given the folder as a model of the family it is dressed as, drafts what we draft."""
     done = exported(family, tmp_path)
-    assert "draft/ holds the head" in done.compared
+    assert "draft/ holds the head" in done.head
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert json.loads((tmp_path / "merged" / "draft" / "config.json").read_text())["eos_token_id"] == [2, 5]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -120,9 +120,39 @@ def _drafted(head: MtpModel, hidden: torch.Tensor, tokens: torch.Tensor) -> int:
     return int(head(tokens[None, 1:], hidden, None, torch.arange(1, len(tokens))[None], cache)[0])
 
 
+def test_a_native_head_is_in_a_rounded_merge_too_or_named(tmp_path: Path) -> None:
+    native_checkpoint("glm4_moe", tmp_path / "base")
+    adapter = artifact_of(tmp_path / "base", tmp_path / "adapter")
+    head = load_file(adapter / "mtp_head.safetensors")
+    done = export_adapter(adapter, tmp_path / "base", "merged-vllm", tmp_path / "vllm", quant="fp8")
+    assert f"{len(head)} tensors of the checkpoint's own head replaced" in done.head
+    found = tensors(tmp_path / "vllm")
+    assert all(torch.equal(found[name], tensor) for name, tensor in head.items())
+    config = json.loads((tmp_path / "vllm/config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    linears = {name.removesuffix(".weight") for name, tensor in head.items() if tensor.dim() == 2}
+    assert linears <= set(config["quantization_config"]["ignore"])
+    for layout, quant, why in (
+        ("merged-mlx", "8bit", "mlx-lm reads none"),
+        ("per-expert", None, "servers take none with an adapter"),
+        ("gguf", None, "llama.cpp takes none with an adapter"),
+    ):
+        done = export_adapter(adapter, tmp_path / "base", layout, tmp_path / layout, quant=quant)
+        assert done.head == f"the trained one is left out, in the adapter's folder: {why}"
+
+
+def test_a_new_head_is_a_draft_folder_of_a_rounded_merge_too(tmp_path: Path) -> None:
+    build(tiny_config("qwen3_moe")).save_pretrained(tmp_path / "base")
+    adapter = artifact_of(tmp_path / "base", tmp_path / "adapter")
+    done = export_adapter(adapter, tmp_path / "base", "merged-vllm", tmp_path / "vllm", quant="int8")
+    assert "draft/ holds the head" in done.head
+    assert json.loads((tmp_path / "vllm/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((tmp_path / "vllm/draft/config.json").read_text())["eos_token_id"] == [2, 5]
+
+
 def test_where_no_server_has_a_block_for_it_the_export_says_why(tmp_path: Path) -> None:
     done = exported("granitemoe", tmp_path)
-    assert "no server takes a new head for this family: its attention computes something else" in done.compared
+    assert "no server takes a new head for this family: its attention computes something else" in done.head
     assert not (tmp_path / "merged" / "draft").exists()
 
 

@@ -9,7 +9,7 @@ Shapes: E experts (1 for a linear or router), R rank, O outputs, I inputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,8 @@ ROWS = "token_adapter.trainable_tokens_delta"
 class Factors:
     """The update of one parameter: `scaling · B[e] @ A[e]`, transposed where the parameter is [E, I, O].
 
-    `key` is PEFT's name of the pair, `parameter` the model's name of what it changes.
+    `key` is PEFT's name of the pair, `parameter` the model's name of what it changes. DoRA's `magnitude` [O] is the
+    length of each row of the changed weight: where `weight` reads what is changed [O, I], the update has that, too.
     """
 
     key: str
@@ -61,10 +62,18 @@ class Factors:
     scaling: float
     is_transposed: bool = False
     is_stack: bool = False
+    magnitude: Tensor | None = None
+    weight: Callable[[], Tensor] | None = None
 
     def update(self, expert: int) -> Tensor:
         """[O, I] in fp32."""
-        return self.scaling * (self.B_EOR[expert].float() @ self.A_ERI[expert].float())
+        update = self.scaling * (self.B_EOR[expert].float() @ self.A_ERI[expert].float())
+        if self.magnitude is None or self.weight is None:
+            return update
+        weight = self.weight().float()
+        changed = update.add_(weight)
+        lengths = torch.linalg.vector_norm(changed, dim=1)  # as PEFT's `DoraLinearLayer.get_weight_norm`
+        return changed.mul_((self.magnitude.float() / lengths)[:, None]).sub_(weight)
 
     def full(self) -> Tensor:
         """In the parameter's own shape."""
@@ -98,8 +107,7 @@ class Piece:
 def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]:
     """The pairs of a PEFT adapter, by what they change in `skeleton` (the base on meta, which is left wrapped).
 
-    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of new tokens and DoRA's magnitudes, which
-    are no pairs, are left out.
+    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of new tokens, which are no pairs, are left out.
 
     Raises:
         ModelError: the adapter does not fit this base.
@@ -108,6 +116,7 @@ def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     stored = load_file(Path(folder) / "adapter_model.safetensors")
     tensors = {name: tensor for name, tensor in stored.items() if not name.endswith((ROWS, MAGNITUDES))}
+    magnitudes = {name: tensor for name, tensor in stored.items() if name.endswith(MAGNITUDES)}
     found = []
     for name, module in _lora_layers(folder, skeleton):
         leaf = getattr(module, "parameter_name", None) or "weight"
@@ -118,10 +127,9 @@ def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]
         experts = shapes[parameter][0] if len(shapes[parameter]) == 3 else 1
         A_ERI = A.reshape(experts, -1, A.shape[1])
         B_EOR = B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
-        is_stack = len(shapes[parameter]) == 3
-        found.append(
-            Factors(name, parameter, A_ERI, B_EOR, module.scaling["default"], parameter in transposed, is_stack)
-        )
+        is_stack, magnitude = len(shapes[parameter]) == 3, magnitudes.get(f"{name}.{MAGNITUDES}")
+        scaling, is_transposed = module.scaling["default"], parameter in transposed
+        found.append(Factors(name, parameter, A_ERI, B_EOR, scaling, is_transposed, is_stack, magnitude))
     if tensors:
         raise ModelError(f"{folder}: nothing in this base takes {min(tensors)}: the adapter is for another model")
     return found

@@ -56,11 +56,9 @@ def loading_section(
     if base.name.endswith(".gguf") and not new_tokens:
         return _of_a_gguf(base.name, chat, jinja)
     python = f"### transformers and PEFT\n\n```python\n{_python(base, chat, (new_tokens or {}).get('rows'))}```"
-    if config.get("use_dora"):
-        merge = "None takes DoRA from an adapter. `model.merge_and_unload()` after the lines above gives a plain model."
-        return "\n\n".join(("## How to load it", python, f"### vLLM, SGLang and llama.cpp\n\n{merge}"))
-    if new_tokens:
-        return "\n\n".join(("## How to load it", python, _merged(base, chat)))
+    if config.get("use_dora") or new_tokens:
+        beside = "rows of new tokens" if new_tokens else "DoRA's magnitudes"
+        return "\n\n".join(("## How to load it", python, _merged(base, chat, beside)))
     return "\n\n".join(
         (
             "## How to load it",
@@ -85,11 +83,11 @@ def loading_section(
     )
 
 
-def _merged(base: BaseIdentity, chat: Mapping[str, Any]) -> str:
-    """How servers load an adapter that has rows of new tokens, for which their own layouts have no place."""
+def _merged(base: BaseIdentity, chat: Mapping[str, Any], beside: str) -> str:
+    """How servers load an adapter that has something beside pairs, for which their own layouts have no place."""
     given = "" if base.revision else " --base FOLDER"
     return (
-        "### vLLM, SGLang and llama.cpp\n\nNone of them takes rows of new tokens from an adapter. The merged export is "
+        f"### vLLM, SGLang and llama.cpp\n\nNone of them takes {beside} from an adapter. The merged export is "
         "a plain checkpoint with its tokenizer, which all of them read or convert. ADAPTER is this repository "
         "(`hf://owner/name`) or its folder.\n\n```bash\n"
         f"onecard export ADAPTER --format merged --out merged{given}\n"

@@ -178,6 +178,8 @@ def _say(console: Console, made: Export) -> None:
     )
     if made.merged_into:
         console.print(f"merged into {made.merged_into['name']}, taken as {made.merged_into['as']}", markup=False)
+    if made.head:
+        console.print(f"multi-token-prediction head: {made.head}", highlight=False, markup=False)
     for line in unused_lines(made.kept, made.left_out):
         console.print(line, highlight=False, markup=False)
     if made.stored:

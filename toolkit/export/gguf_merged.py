@@ -32,7 +32,7 @@ from toolkit.export.gguf_types import ROUNDS_BY, FewBits, as_bytes, few_bits, ki
 from toolkit.export.gguf_words import add_words, require_same_words
 from toolkit.export.job import ROUNDED, Job, Made
 from toolkit.export.llama_quantize import K_QUANTS, fell_back, quantise, require_space
-from toolkit.export.merge import merged_parameters
+from toolkit.export.merge import left_beside, merged_parameters
 from toolkit.export.merge_base import require_same_weights
 from toolkit.families import GGUF_NAMES, GGUF_NEEDS_CONFIG, GGUF_READ, GGUF_WITH_EXPERTS, GGUF_WRITTEN
 from toolkit.quant.source import SourceWeights
@@ -84,8 +84,10 @@ def merge_into_gguf(job: Job) -> Made:
             job.skeleton.config.save_pretrained(job.folder)
         worst = _write_tensors(job, layout, file, found)
         _require_read_by_gguf(path, found.file)
-        left_out = _left_out(job) if file is None else ()
-        made = Made(ROUNDED, worst, 1.0, left_out=left_out, stored=dict(Counter(layout.kinds.values())))
+        left_out, stored = _left_out(job) if file is None else (), dict(Counter(layout.kinds.values()))
+        why = "no file of the base is given" if file is None else "what the base's file has for drafts is as it was"
+        head = left_beside(job.artifact, why)
+        made = Made(ROUNDED, worst, 1.0, left_out=left_out, stored=stored, head=head)
         if by_llama_cpp:
             made = _quantised(job, path, made)
             (read / GGUF_FILE).unlink()

@@ -60,3 +60,4 @@ class Made:
     left_out: Sequence[str] = ()
     stored: Mapping[str, int] = field(default_factory=dict)
     fell_back: Sequence[str] = ()
+    head: str = ""

@@ -39,7 +39,7 @@ from toolkit.checkpoint.gguf_source import opened
 from toolkit.checkpoint.unused import unused
 from toolkit.errors import ModelError
 from toolkit.mtp.draft_folder import draft_config, draft_tensors
-from toolkit.mtp.head_file import config_with_head, merged_head_state, native_keys
+from toolkit.mtp.head_file import HEAD_FILE, config_with_head, merged_head_state, native_keys
 from toolkit.quant.load import storage
 from toolkit.quant.source import SourceWeights
 from toolkit.steps import advance
@@ -49,6 +49,7 @@ __all__ = [
     "Merged",
     "copied",
     "key_in_files",
+    "left_beside",
     "merge_checkpoint",
     "merged_difference",
     "merged_parameters",
@@ -261,7 +262,7 @@ def _without(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stitch_head(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> str:
-    """Put an artifact's head where it belongs in a merged checkpoint; gives one line about it.
+    """Put an artifact's head where it belongs in a merged checkpoint; one line about it, "" where there is none.
 
     Args:
         skeleton: the base on meta. folder: the merged checkpoint, whole but for its head.
@@ -274,7 +275,7 @@ def stitch_head(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> str:
     layers = native.layers if native else 0
     if not state:
         _declare(folder, layers)
-        return "no head was trained; the checkpoint's own one is as it was" if native else "no head"
+        return "none was trained; the checkpoint's own one is as it was" if native else ""
     if native and state.keys() <= native.files.keys():
         _write_into(folder, state)
         _declare(folder, layers)
@@ -284,6 +285,11 @@ def stitch_head(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> str:
         return _write_draft(folder, skeleton, state)
     except ModelError as error:
         return f"left out: {error}"
+
+
+def left_beside(artifact: Path, why: str) -> str:
+    """One line about an artifact's head in a layout that has no place for it; "" where there is none."""
+    return f"the trained one is left out, in the adapter's folder: {why}" if (artifact / HEAD_FILE).is_file() else ""
 
 
 def _write_into(folder: Path, state: dict[str, Tensor]) -> None:

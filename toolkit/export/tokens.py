@@ -1,4 +1,6 @@
-"""New tokens in exports: their rows put into a merged checkpoint; other layouts have no place for them and say so.
+"""What an adapter has beside its pairs, in exports: rows of new tokens, and DoRA's magnitudes.
+
+Rows are put into a merged checkpoint, and magnitudes into every merge; other layouts have no place for them and say so.
 
 V vocabulary, H hidden, N new tokens
 """
@@ -6,7 +8,9 @@ V vocabulary, H hidden, N new tokens
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +21,46 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from toolkit.adapters.layouts import PREFIX, ROWS
+from toolkit.adapters.layouts import PREFIX, ROWS, Factors
 from toolkit.adapters.tokens import INDICES, rows_of, token_ids
 from toolkit.artifact.manifest import ADAPTER_WEIGHTS, load_adapter_config, write_json
 from toolkit.checkpoint.conversion import Shards, targets
 from toolkit.checkpoint.files import INDEX, headers_in, write_index
 from toolkit.errors import ModelError
+from toolkit.quant.source import SourceWeights
 
-__all__ = ["put_rows", "require_carried"]
+__all__ = ["put_rows", "require_carried", "with_weights"]
 
 _CARRY = ("peft", "merged")
 """Layouts that have a place for rows."""
+_WITHOUT_LENGTHS = ("per-expert", "gguf", "merged-source")
+"""Layouts of pairs alone, and of weights that are not read."""
 
 
 def require_carried(format: str, artifact: Path) -> None:
     """Raise `ModelError` where a layout has no place for an artifact's rows of new tokens or DoRA's magnitudes."""
     config = load_adapter_config(artifact)
-    if config.get("use_dora") and format != "peft":
-        raise ModelError(
-            f"--format {format}: has no place for DoRA's magnitudes; open the adapter with PEFT on the unquantised "
-            "base, and write a checkpoint with merge_and_unload()"
-        )
+    if config.get("use_dora") and format in _WITHOUT_LENGTHS:
+        raise ModelError(f"--format {format}: has no place for DoRA's magnitudes; take --format merged, or peft")
     count = len(token_ids(config))
     if count and format not in _CARRY:
         raise ModelError(
             f"--format {format}: has no place for the rows of {count} new tokens; take --format merged, whose "
             "checkpoint and tokenizer hold them, and convert or quantise that"
         )
+
+
+def with_weights(adapter: Sequence[Factors], base: Path) -> list[Factors]:
+    """The same updates; those with DoRA's magnitudes read the weight that they change from the base, when asked."""
+    if all(factors.magnitude is None for factors in adapter):
+        return list(adapter)
+    source = SourceWeights(str(base))
+
+    def read(parameter: str) -> Tensor:
+        with source.layer(parameter.rpartition(".")[0]) as layer:
+            return layer[parameter]
+
+    return [replace(factors, weight=partial(read, factors.parameter)) for factors in adapter]
 
 
 def put_rows(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> None:

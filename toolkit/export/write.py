@@ -43,14 +43,14 @@ from toolkit.export.gguf import read_gguf, write_gguf
 from toolkit.export.gguf_merged import GGUF_FILE, merge_into_gguf
 from toolkit.export.into_source import Homes, merge_into_source
 from toolkit.export.job import Job, Made
-from toolkit.export.merge import DRAFT_FOLDER, merge_checkpoint, merged_difference, stitch_head
+from toolkit.export.merge import DRAFT_FOLDER, left_beside, merge_checkpoint, merged_difference, stitch_head
 from toolkit.export.merge_base import require_merge_base
 from toolkit.export.mlx import merge_mlx
 from toolkit.export.ollama import modelfile, turns_of
 from toolkit.export.quants import TAKES_QUANT, is_rounded_again, require_quant
 from toolkit.export.server_rules import server_problems
 from toolkit.export.survival import LEAST_SHARE, Survival, streamed_logits, survival
-from toolkit.export.tokens import put_rows, require_carried
+from toolkit.export.tokens import put_rows, require_carried, with_weights
 from toolkit.steps import part
 
 __all__ = ["FORMATS", "Export", "export_adapter", "is_rounded_again"]
@@ -94,6 +94,8 @@ class Export:
     """How many tensors are of which type, in layouts that have more than one."""
     fell_back: Sequence[str] = ()
     """Tensors that could not have the type that was asked for, all layers as one: name, type and how many."""
+    head: str = ""
+    """What became of the multi-token-prediction head, where the adapter or the checkpoint has one."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -144,6 +146,7 @@ def export_adapter(
     skeleton = skeleton_of(str(base))
     adapter = read_factors(artifact, skeleton)
     start, skeleton = _start(base, merge_base if format in _WHOLE else None, adapter, skeleton)
+    adapter = with_weights(adapter, start) if format in _WHOLE else adapter
     if is_rounded_again(start, format, quant) and not texts:
         raise DataError(_NO_TEXTS.format(format))
     homes = Homes(start, adapter, skeleton) if format == "merged-source" else None
@@ -259,10 +262,10 @@ def _per_expert(job: Job) -> Made:
     save_file({name: tensors[name] for name in sorted(tensors)}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     leaves = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
     write_json(folder / ADAPTER_CONFIG, _plain_config(load_adapter_config(job.artifact), rank, leaves))
-    put_tokenizer(job.artifact, folder)
-    put_stops(job.artifact, folder)
+    _put_words(job, folder)
     back = from_per_expert(load_file(folder / ADAPTER_WEIGHTS), job.adapter, job.skeleton)
-    return Made(_UPDATES, largest_difference(job.adapter, back), _FP32_SUMS)
+    head = left_beside(job.artifact, "servers take none with an adapter")
+    return Made(_UPDATES, largest_difference(job.adapter, back), _FP32_SUMS, head=head)
 
 
 def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[str, Any]:
@@ -273,26 +276,36 @@ def _plain_config(config: dict[str, Any], rank: int, leaves: list[str]) -> dict[
 
 def _merged(job: Job) -> Made:
     merged = merge_checkpoint(job.base, job.adapter, job.skeleton, job.folder)
-    put_tokenizer(job.artifact, job.folder)
-    put_stops(job.artifact, job.folder)
+    head = _put_head_and_words(job)
+    _, steps = merged_difference(job.base, job.folder, job.adapter)
+    put_rows(job.artifact, job.skeleton, job.folder)
+    told = "merged weights, in roundings of the checkpoint's dtype"
+    return Made(told, steps, 1.01, kept=merged.kept, left_out=merged.left_out, head=head)
+
+
+def _put_head_and_words(job: Job) -> str:
+    """What a merged checkpoint has beside its weights; what became of a head."""
+    _put_words(job, job.folder)
     head = stitch_head(job.artifact, job.skeleton, job.folder)
     for checkpoint in (job.folder, job.folder / DRAFT_FOLDER):
         declare_stops(checkpoint, read_stops(job.artifact), files_of(str(job.base)) or job.base)
-    _, steps = merged_difference(job.base, job.folder, job.adapter)
-    put_rows(job.artifact, job.skeleton, job.folder)
-    told = f"merged weights, in roundings of the checkpoint's dtype; multi-token-prediction head: {head}"
-    return Made(told, steps, 1.01, kept=merged.kept, left_out=merged.left_out)
+    return head
+
+
+def _put_words(job: Job, folder: Path) -> None:
+    put_tokenizer(job.artifact, folder)
+    put_stops(job.artifact, folder)
 
 
 def _merged_source(job: Job) -> Made:
     assert job.homes is not None
     merge_into_source(job.homes, job.adapter, job.folder)
-    put_tokenizer(job.artifact, job.folder)
-    put_stops(job.artifact, job.folder)
+    _put_words(job, job.folder)
     declare_stops(job.folder, read_stops(job.artifact), files_of(str(job.base)) or job.base)
     found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, job.folder), job.labels)
     lost = max(0.0, 1 - found.share)
-    return Made("change of the logits, the share that is lost", lost, max(lost, 1 - LEAST_SHARE), found)
+    head = left_beside(job.artifact, "the base's own head is as it was")
+    return Made("change of the logits, the share that is lost", lost, max(lost, 1 - LEAST_SHARE), found, head=head)
 
 
 def _merged_int8(job: Job) -> Made:
@@ -308,13 +321,12 @@ def _merged_int8(job: Job) -> Made:
     found = None
     if is_rounded_again(job.base, "merged-int8"):
         found = survival(job.base, job.adapter, job.texts, partial(streamed_logits, result), job.labels)
-    put_tokenizer(job.artifact, result)
-    put_stops(job.artifact, result)
+    _put_words(job, result)
     for path in [*result.iterdir(), *merged.glob(DRAFT_FOLDER)]:
         path.rename(job.folder / path.name)
     result.rmdir()
     shutil.rmtree(merged)
-    return Made("merged weights, in int8 steps", off, 0.51, found, made.kept, made.left_out)
+    return Made("merged weights, in int8 steps", off, 0.51, found, made.kept, made.left_out, head=made.head)
 
 
 def _int8_steps(merged: Path, int8: Path, adapter: list[Factors]) -> float:
@@ -339,7 +351,8 @@ def _gguf(job: Job) -> Made:
     folder = job.folder
     write_gguf(job.adapter, job.skeleton, folder / "adapter.gguf")
     _put_modelfile(job, ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"])
-    return Made(_UPDATES, read_gguf(folder / "adapter.gguf", job.adapter, job.skeleton), _FP32_SUMS)
+    off = read_gguf(folder / "adapter.gguf", job.adapter, job.skeleton)
+    return Made(_UPDATES, off, _FP32_SUMS, head=left_beside(job.artifact, "llama.cpp takes none with an adapter"))
 
 
 def _put_modelfile(job: Job, begins: Sequence[str]) -> None:
@@ -358,12 +371,16 @@ def _gguf_merged(job: Job) -> Made:
     return made
 
 
-def _merged_checkpoint(merge: Callable[[Job], Made], job: Job) -> Made:
-    made = merge(job)
-    put_tokenizer(job.artifact, job.folder)
-    put_stops(job.artifact, job.folder)
+def _merged_vllm(job: Job) -> Made:
+    made = merge_compressed(job)
+    return replace(made, head=_put_head_and_words(job))
+
+
+def _merged_mlx(job: Job) -> Made:
+    made = merge_mlx(job)
+    _put_words(job, job.folder)
     declare_stops(job.folder, read_stops(job.artifact), files_of(str(job.base)) or job.base)
-    return made
+    return replace(made, head=left_beside(job.artifact, "mlx-lm reads none"))
 
 
 _WRITERS: dict[str, Callable[[Job], Made]] = {
@@ -374,6 +391,6 @@ _WRITERS: dict[str, Callable[[Job], Made]] = {
     "merged-int8": _merged_int8,
     "gguf": _gguf,
     "gguf-merged": _gguf_merged,
-    "merged-vllm": partial(_merged_checkpoint, merge_compressed),
-    "merged-mlx": partial(_merged_checkpoint, merge_mlx),
+    "merged-vllm": _merged_vllm,
+    "merged-mlx": _merged_mlx,
 }

@@ -91,8 +91,8 @@ def test_dora_is_what_stock_peft_opens(tmp_path: Path) -> None:
     check_start(tmp_path / "adapter", skeleton(str(tmp_path / "base")), use_dora=True)
     with pytest.raises(ModelError, match="use_dora: DoRA's magnitudes"):
         check_start(tmp_path / "adapter", skeleton(str(tmp_path / "base")))
-    with pytest.raises(ModelError, match="--format merged: has no place for DoRA's magnitudes"):
-        require_carried("merged", tmp_path / "adapter")
+    with pytest.raises(ModelError, match="--format gguf: has no place for DoRA's magnitudes; take --format merged"):
+        require_carried("gguf", tmp_path / "adapter")
 
 
 def test_what_they_take_is_planned() -> None:
