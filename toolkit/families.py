@@ -28,6 +28,7 @@ __all__ = [
     "MTP_LAYOUTS",
     "MTP_WITHOUT_END_NORM",
     "SEE_EACH_OTHER_PACKED",
+    "VLLM_WANTS_EXPERTS",
 ]
 
 MTP_LAYOUTS: tuple[tuple[str, str], ...] = (
@@ -145,6 +146,20 @@ MLX_TAKES_FOR_GRANTED: Mapping[str, Mapping[str, Any]] = {
     **{name: {"norm_topk_prob": False} for name in ("deepseek_v2", "qwen2_moe")},
     "mixtral": {"sliding_window": None},
 }
+
+VLLM_WANTS_EXPERTS: Mapping[str, str] = {
+    "gpt_oss": "vLLM 0.33 loads them in floats, in MXFP4, and packed under names that nothing else reads "
+    "(experts.N.w13_weight_packed), in no FP8: export as merged, or of a base in MXFP4 as merged-source",
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared"),
+        "vLLM 0.33 wants rounded ones by a key each (experts.N.gate_proj), which transformers does not read of this "
+        "family: export as merged",
+    ),
+    "granitemoehybrid": "vLLM 0.33 takes rounded ones in one tensor in FP8 alone, which transformers does not read: "
+    "export as merged",
+}
+"""Why experts that lie in one tensor cannot be rounded for vLLM and read back: its `models/gpt_oss.py` and
+`granitemoehybrid.py`, and `RoutedExperts.load_weights`."""
 
 GGUF_SPLITS: Mapping[str, bool] = {
     "gpt-2": False,

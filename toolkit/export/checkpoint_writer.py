@@ -23,6 +23,7 @@ from toolkit.checkpoint.files import write_index
 from toolkit.checkpoint.formats.gguf_names import original_names
 from toolkit.errors import ModelError
 from toolkit.export.merge import merged_parameters
+from toolkit.families import VLLM_WANTS_EXPERTS
 from toolkit.quant.source import SourceWeights
 
 __all__ = ["ReadBack", "Shard", "Splits", "difference"]
@@ -31,6 +32,7 @@ _SHARD = 1 << 30
 """Bytes."""
 _AT_ONCE = 16
 """Rows, or experts, that are compared at a time."""
+_NOT_APART = "no loader was seen to take rounded ones apart: export as merged"
 
 
 class Splits:
@@ -48,8 +50,8 @@ class Splits:
                 found = pieces(_empty(name, model.get_parameter(name), layer.is_transposed), model)
                 if not found or any(piece.is_turned for piece in found):
                     raise ModelError(
-                        f"{format}: this family's files hold all experts of a layer in one tensor, {name}, of which no "
-                        "loader takes rounded experts apart: export as merged"
+                        f"{format}: this family's files hold all experts of a layer in one tensor, {name}, and "
+                        f"{VLLM_WANTS_EXPERTS.get(str(model.config.model_type), _NOT_APART)}"
                     )
                 self.stacks[name] = found
         self.is_transposed = {n for layer in describe(model).layers if layer.is_transposed for n in layer.stacks}

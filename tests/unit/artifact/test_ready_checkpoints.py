@@ -133,7 +133,8 @@ def test_types_are_asked_for_by_name(artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "format", "quant", "changed", "why"),
     [
-        ("gpt_oss", "merged-vllm", "fp8", {}, "hold all experts of a layer in one tensor, .*: export as merged"),
+        ("gpt_oss", "merged-vllm", "fp8", {}, "in one tensor, .*, and vLLM 0.33 loads them in floats, .*: export as m"),
+        ("granitemoe", "merged-vllm", "int4", {}, "in one tensor, .*, and vLLM 0.33 wants .*: export as merged"),
         ("jamba", "merged-mlx", "8bit", {}, "jamba is none of the families that mlx-lm was seen to compute alike"),
         (
             "qwen2_moe",
@@ -149,6 +150,6 @@ def test_what_no_program_would_compute_is_refused(
 ) -> None:
     _, artifact = make_adapter(family, tmp_path, **changed)
     with pytest.raises(ModelError, match=why) as caught:
-        export_adapter(artifact, tmp_path / "base", format, tmp_path / "out", quant=quant)
+        export_adapter(artifact, tmp_path / "base", format, tmp_path / "out", quant=quant, texts=TEXTS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
