@@ -121,12 +121,12 @@ def _exported(folder: Path, llama_quantize: str) -> dict[str, Any]:
     """By layout why there is none, and what Q4_K_M is stored as; the files lie in folders of their names."""
     row, base = dict[str, Any](), folder / "base.gguf"
     over = base if base.is_file() else None
-    by_llama_cpp = {"quant": "q4_k_m", "llama_quantize": llama_quantize, "base_gguf": over, "force": True}
+    by_llama_cpp = {"quant": "q4_k_m", "llama_quantize": llama_quantize, "base_gguf": over}
     options = {"f32": {"quant": "f32"}, "q8_0": {"quant": "q8_0"}, "over": {"base_gguf": base}, "q4_k_m": by_llama_cpp}
     for layout, more in options.items():
         try:
             made = export_adapter(
-                folder / "adapter", folder / "base", "gguf-merged", folder / layout, texts=[TOKENS], **more
+                folder / "adapter", folder / "base", "gguf-merged", folder / layout, texts=[TOKENS], force=True, **more
             )
         except (ModelError, RecipeError) as error:
             row[layout] = str(error)
