@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,18 +147,9 @@ def export(
     is_needed = data is not None or is_rounded_again(original or trained_on, format, quant)
     wanted = format in TAKES_QUANT
     texts, labels = texts_for(run, folder, base, data) if is_needed else texts_if_any(run, folder, base, wanted=wanted)
-    made = export_adapter(
-        folder,
-        trained_on,
-        format,
-        target,
-        merge_base=original,
-        texts=texts,
-        labels=labels,
-        quant=quant,
-        base_gguf=base_gguf,
-        llama_quantize=llama_quantize,
-        force=force,
+    merged = partial(export_adapter, merge_base=original, texts=texts, labels=labels)
+    made = merged(
+        folder, trained_on, format, target, quant=quant, base_gguf=base_gguf, llama_quantize=llama_quantize, force=force
     )
     _say(console, made)
     after = [made.folder if word == "{0}" else word for word in _AFTER.get(format, ())]

@@ -138,8 +138,8 @@ def export_adapter(
             be left, or what was written does not give its numbers, tokens or end tokens; nothing is left behind then.
     """
     artifact, base, out = Path(artifact), Path(base), Path(out)
-    beside = None if base_gguf is None else Path(base_gguf)
-    _require_asked(format, out, quant, beside, llama_quantize)
+    told = (quant, None if base_gguf is None else Path(base_gguf), llama_quantize)
+    _require_asked(format, out, *told)
     verify_artifact(artifact, strict=True)
     require_carried(format, artifact)
     require_base(artifact, str(base))
@@ -152,20 +152,22 @@ def export_adapter(
     homes = Homes(start, adapter, skeleton) if format == "merged-source" else None
     try:
         with staged_folder(out) as folder:
-            job = Job(
-                artifact, base, start, adapter, skeleton, folder, texts, labels, homes, quant, beside, llama_quantize
-            )
+            job = Job(artifact, base, start, adapter, skeleton, folder, texts, labels, homes, *told)
             made = _WRITERS[format](job)
             _require_near(format, made, force)
             export = _told(job, format, str(out), made)
-            if export.merged_into is not None:
-                library = _LIBRARIES.get(format, "transformers")
-                put_card(folder, export.merged_into, made.survival, read_manifest(artifact), library)
+            _put_card(export, artifact, folder)
             _record(export, artifact, folder, out.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(f"{out}: cannot be exported: {reason}; free space or give another folder") from None
     return export
+
+
+def _put_card(export: Export, artifact: Path, folder: Path) -> None:
+    if export.merged_into is not None:
+        library = _LIBRARIES.get(export.format, "transformers")
+        put_card(folder, export.merged_into, export.survival, read_manifest(artifact), library)
 
 
 _WHOLE = ("merged", "merged-int8", *TAKES_QUANT)
