@@ -54,7 +54,10 @@ def loaded(recipe: str, card: str, folder: Path) -> dict[str, Any]:
     if not kept.is_file():
         words = ["--device", card, "--until", "attach", "--keep", str(folder / recipe), "--json"]
         command = [sys.executable, "scripts/rehearse_card.py", f"recipes/{recipe}.yaml", *words]
-        kept.write_bytes(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False).stdout)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+        if not done.stdout:
+            raise SystemExit(f"{recipe} on {card}: the rehearsal ended with exit code {done.returncode}")
+        kept.write_bytes(done.stdout)
     found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     if found["code"]:
         raise SystemExit(f"{recipe} on {card}: {found['error']}")
