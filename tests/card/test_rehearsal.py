@@ -34,7 +34,7 @@ def test_a_recipe_is_rehearsed(tmp_path: Path) -> None:
 
 
 def test_a_load_alone_is_rehearsed(tmp_path: Path) -> None:
-    given = ("--device", "rtx-3060", "--until", "attach", "--keep", str(tmp_path))
+    given = ("--device", "rtx-3060", "--steps", "1", "--until", "attach", "--keep", str(tmp_path))
     half = ("placement.experts=host", "placement.share=0.5")
     code, found = rehearsed("recipes/quickstart.yaml", *given, *FEW, *half, "training.packing=false")
     assert (code, found["steps"], found["streamed"]) == (0, 0, "2 of 4"), found["error"]

@@ -27,6 +27,7 @@ TRAIN, HELD_OUT = "{place}/train.jsonl", "{place}/held-out.jsonl"
 ROWS = (
     Row("card_day.py", test="tests/unit/test_card_day.py::test_a_piece_that_fails_is_a_line_and_the_next_one_runs"),
     Row("rehearse_card.py", test="tests/card/test_rehearsal.py::test_a_recipe_is_rehearsed"),
+    Row("rehearse_card.py", test="tests/card/test_rehearsal.py::test_a_load_alone_is_rehearsed"),
     Row(
         "rehearsed_loads.py",
         test="tests/unit/plan/test_rehearsed_loads.py::test_loads_stand_beside_the_plans_of_both_stacks",
