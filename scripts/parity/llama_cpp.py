@@ -35,9 +35,11 @@ from toolkit.errors import ModelError, RecipeError  # noqa: E402
 from toolkit.export.write import export_adapter  # noqa: E402
 from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
-__all__ = ["SPREAD", "TOKENS", "TOLD", "logits_of", "loss_of", "main", "other_side", "quantiser"]
+__all__ = ["PACKAGES", "SPREAD", "TOKENS", "TOLD", "logits_of", "loss_of", "main", "other_side", "quantiser"]
 
 LIBRARY, QUANTISER, SOURCE = "xllamacpp==2026.10.11549", "cyllama==0.2.18", "llama-cpp-python==0.3.36"
+PACKAGES = ("torch", "transformers", "numpy", "sentencepiece", LIBRARY, QUANTISER)
+"""Of the other environment, beside what is taken out of `SOURCE`."""
 TOKENS = [int(token) for token in torch.randint(3, 97, (23,), generator=torch.Generator().manual_seed(5))]
 SPREAD = 1e-3
 TOLD: dict[str, dict[str, Any]] = {
@@ -155,7 +157,7 @@ def _cell(value: Any) -> str:
 
 def other_side(folder: Path) -> tuple[str, Path]:
     """The environment's Python, and the folder with llama.cpp's converter."""
-    python = python_with(folder, ("torch", "transformers", "numpy", "sentencepiece", LIBRARY, QUANTISER))
+    python = python_with(folder, PACKAGES)
     source = folder / "llama.cpp"
     if not (source / "conversion").is_dir():
         with tempfile.TemporaryDirectory() as scratch:

@@ -12,6 +12,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
+from scripts.parity.llama_cpp import PACKAGES
 from scripts.second_environment import STAMP, fingerprint
 
 __all__ = ["PEERS", "STOCK", "llama_stand_in", "stock_environment", "vllm_stand_in"]
@@ -22,7 +23,6 @@ PEERS = ("transformers", "peft", "trl", "bitsandbytes", "experts4bit-qlora==0.58
 OURS = ("toolkit", "onecard", "_editable", "__editable__")
 MORE = {"trl": "trl", "datasets": "trl", "bitsandbytes": "bitsandbytes"}
 """What a stock environment has not, though onecard's has, and the package that brings it."""
-LLAMA = ("torch", "transformers", "numpy", "sentencepiece", "xllamacpp==2026.10.11549")
 HERE = Path(__file__).parent
 
 
@@ -51,7 +51,7 @@ def llama_stand_in(folder: Path) -> Path:
     (folder / "bin").mkdir(parents=True)
     (folder / "llama.cpp" / "conversion").mkdir(parents=True)
     _python(folder / "bin" / "python", f"exec {sys.executable} {HERE / 'stand_ins' / 'llama.py'}")
-    (folder / STAMP).write_text(fingerprint(LLAMA))
+    (folder / STAMP).write_text(fingerprint(PACKAGES))
     return folder
 
 

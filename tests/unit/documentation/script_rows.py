@@ -282,8 +282,8 @@ ROWS = (
     ),
     Row(
         "parity/job_families.py",
-        "jamba",
-        (r"^ok +jamba +(\d+)/\1 moved, 3 steps, held-out loss \S+ to \S+", r"^1 of 1 families: .*by a whole job$"),
+        "qwen3_moe",
+        (r"^ok +qwen3_moe +(\d+)/\1 moved, 3 steps, held-out loss \S+ to \S+", r"^1 of 1 families: .*by a whole job$"),
     ),
     Row(
         "parity/varied_settings.py",
