@@ -46,8 +46,8 @@ from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 __all__ = ["main"]
 
 ROUNDED = 0.1
-"""The middle difference where libllama rounds inputs to 8 bits, over the logits' standard deviation; more only where the
-weights' own rounding moves our logits by more."""
+"""The middle difference where libllama rounds inputs to 8 bits, over the logits' standard deviation. It may be more
+where the rounding of the weights themselves moves our logits by more."""
 OTHERWISE = 0.05
 """A base that llama.cpp computes otherwise by that much shows nothing of an adapter."""
 TEXTS = [
