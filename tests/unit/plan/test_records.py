@@ -87,7 +87,7 @@ def test_each_config_says_which_revision_it_is_of_and_where_it_was_read(name: st
     assert "max_position_embeddings" in config.get("text_config", config), "a class's default is not the model's"
     assert is_published(name, revision)
     assert not is_published(name, "0" * 40)
-    assert f"{name}/tree/{revision[:12]}" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert f"{name}/tree/{revision})" in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
 QUICK = [name for name in published() if not re.search("'(mamba|linear)_", str(published_config(name)))]
