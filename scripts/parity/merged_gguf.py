@@ -46,8 +46,7 @@ from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 __all__ = ["main"]
 
 ROUNDED = 0.1
-"""The middle difference where libllama rounds inputs to 8 bits, over the logits' standard deviation. It may be more
-where the rounding of the weights themselves moves our logits by more."""
+"""The middle difference where libllama rounds inputs to 8 bits, over the logits' standard deviation."""
 OTHERWISE = 0.05
 """A base that llama.cpp computes otherwise by that much shows nothing of an adapter."""
 TEXTS = [
@@ -171,7 +170,6 @@ def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> di
                 read = streamed_logits(file, batch).numpy()
                 off = np.abs(found - (read if kind in ROUND else adapted))
                 row[kind] = float(np.median(off) if kind in ROUND else off.max()) / spread
-                row[f"{kind} rounds by"] = float(np.median(np.abs(read - adapted))) / spread
                 row["loss"][kind] = [loss_of(read, adapted), loss_of(found, adapted)]
     if isinstance(row.get("f32"), float) and run("words", f"{name} f32"):
         tokenizer = AutoTokenizer.from_pretrained(NANO)
@@ -221,7 +219,7 @@ def _verdict(row: dict[str, Any]) -> str:
     """ "same", "off", or "not run" where llama.cpp has no logits, or other ones for the base already."""
     base = row["base"] if isinstance(row.get("base"), float) else None
     exact = 10 * (base or 0.0) + SPREAD
-    bounds = {kind: max(ROUNDED, row.get(f"{kind} rounds by", 0.0)) if kind in ROUND else exact for kind in LAYOUTS}
+    bounds = {layout: ROUNDED if layout in ROUND else exact for layout in LAYOUTS}
     found = {kind: row[kind] for kind in bounds if isinstance(row.get(kind), float)}
     if not found or (base is not None and base > OTHERWISE):
         return "not run"
