@@ -250,10 +250,8 @@ def _linears(model: nn.Module, modules: Mapping[str, nn.Module], layers: tuple[E
     experts = tuple(f"{layer.name}." for layer in layers)
     decoder = tuple({_decoder_of(layer.name) for layer in layers})
     for name, module in modules.items():
-        is_there = is_plain_linear(module) and bool(
-            module.get_parameter("weight").numel()
-        )  # not left out by a width of 0
-        if is_there and name not in routers and not name.startswith(experts):
+        is_left_out = isinstance(module, nn.Linear) and 0 in module.get_parameter("weight").shape
+        if is_plain_linear(module) and not is_left_out and name not in routers and not name.startswith(experts):
             fused = name.rpartition(".")[2] in _FUSED and _is_state_space(modules.get(name.rpartition(".")[0]))
             yield Linear(
                 name, "head" if module is head else "fused" if fused else _role(name, modules, blocks, decoder)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -142,14 +141,14 @@ def export(
     trained_on, is_merge = base_folder(run, base), format in ("merged", "merged-int8", *TAKES_QUANT)
     if merge_base and not is_merge:
         raise RecipeError(f"--merge-base: --format {format} does not start from the original; leave it out")
-    require_quant(format, quant, base_gguf, llama_quantize)
+    stored: dict[str, Any] = {"quant": quant, "base_gguf": base_gguf, "llama_quantize": llama_quantize}
+    require_quant(format, **stored)
     original = merge_base_of(run, base, merge_base) if is_merge else None
     is_needed = data is not None or is_rounded_again(original or trained_on, format, quant)
     wanted = format in TAKES_QUANT
     texts, labels = texts_for(run, folder, base, data) if is_needed else texts_if_any(run, folder, base, wanted=wanted)
-    merged = partial(export_adapter, merge_base=original, texts=texts, labels=labels)
-    made = merged(
-        folder, trained_on, format, target, quant=quant, base_gguf=base_gguf, llama_quantize=llama_quantize, force=force
+    made = export_adapter(
+        folder, trained_on, format, target, merge_base=original, texts=texts, labels=labels, force=force, **stored
     )
     _say(console, made)
     after = [made.folder if word == "{0}" else word for word in _AFTER.get(format, ())]

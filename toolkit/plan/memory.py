@@ -119,8 +119,9 @@ def count_bytes(
         idle = head * _HEAD_WEIGHT // HEAD_BYTES
         head, held = max((idle, held), (head, learning), key=sum)
     activations = max(0, held - gradients)
+    optimizer = int(_OPTIMIZER[recipe.training.optim] * adapter)
     # The table is loaded with the rest; adapter, optimizer and steps come when it is gone.
-    activations = max(activations, on_host * itemsize - adapter * 8 - int(_OPTIMIZER[recipe.training.optim] * adapter))
+    activations = max(activations, on_host * itemsize - 4 * adapter - optimizer - gradients)
     evaluation = max(0, evaluating - gradients - activations)
     return Bytes(
         experts=experts,
@@ -128,7 +129,7 @@ def count_bytes(
         linears=rounded_bytes(linears, recipe.quantization.linears, itemsize),
         other=(rest + 2 * rows - on_host) * itemsize,  # new rows of the embedding and head, and PEFT's copy of them
         adapter=4 * adapter,
-        optimizer=int(_OPTIMIZER[recipe.training.optim] * adapter),
+        optimizer=optimizer,
         gradients=gradients,
         mtp=head,
         activations=activations,
@@ -193,7 +194,7 @@ def token_parameters(model: Shapes, recipe: Recipe) -> int:
 def host_rows(model: Shapes, recipe: Recipe, device: str) -> int:
     """Numbers of an embedding table that stays in host memory beside a card."""
     is_beside = device == "cuda" and recipe.placement.embedding == "host"
-    return math.prod(_ends(model)[0]) if is_beside and len(_ends(model)) == 2 else 0
+    return math.prod(_ends(model)[0]) if is_beside and has_own_table(model) else 0
 
 
 def has_own_table(model: Shapes) -> bool:
