@@ -87,7 +87,7 @@ def _judged(family: str, folder: Path) -> Judged:
     from peft import PeftModel
 
     from tests.harness.families import STOCK_LOSES_KEYS
-    from toolkit.adapters import NewTokens, adapter_coverage, add_rows, attach_lora
+    from toolkit.adapters import TokenRows, adapter_coverage, add_rows, attach_lora
     from toolkit.adapters.tokens import rows_of
     from toolkit.architecture import auto_class
     from toolkit.errors import ModelError
@@ -96,7 +96,7 @@ def _judged(family: str, folder: Path) -> Judged:
     model, _ = load_int8(str(folder / "model"), experts="none", linears="none")
     old = rows_of(model)
     new = tuple(range(old, old + _NEW))
-    tokens = NewTokens(new, tuple((5 + number, 7) for number in range(_NEW)))
+    tokens = TokenRows(new, tuple((5 + number, 7) for number in range(_NEW)))
     add_rows(model, tokens)
     adapted = attach_lora(model, r=2, new_token_ids=new)
     ids = torch.randint(3, min(80, old), (2, 16), generator=torch.Generator().manual_seed(5))

@@ -11,12 +11,12 @@ from toolkit.adapters.attach import (
 )
 from toolkit.adapters.layer import ParamWrapper, factors_from_layout
 from toolkit.adapters.starting import check_start
-from toolkit.adapters.tokens import NewTokens, add_rows
+from toolkit.adapters.tokens import TokenRows, add_rows
 
 __all__ = [
     "AdapterCoverage",
-    "NewTokens",
     "ParamWrapper",
+    "TokenRows",
     "adapter_coverage",
     "add_adapter",
     "add_rows",

@@ -52,7 +52,7 @@ _NEVER = ("selector", "fused")
 class AdapterCoverage:
     """How many of the model's parts carry an adapter, how many adapters have moved, and trainable parameters.
 
-    Of new tokens, how many have trained rows, and how many of those are no longer what they began as.
+    How many tokens have trained rows, and how many of those are no longer what they began as.
     """
 
     stacks: int
@@ -119,7 +119,7 @@ def attach_lora(
         new_token_ids: tokens whose rows of embedding and head are trained; the rows are there (`add_rows`).
 
     Raises:
-        ModelError: something that was asked for is not in the model, or PEFT cannot train its new tokens' rows.
+        ModelError: something that was asked for is not in the model, or PEFT cannot train its tokens' rows.
     """
     architecture = describe(model)
     modules, parameters = targets(architecture, experts=experts, router=router, target_modules=target_modules)
@@ -228,7 +228,7 @@ def load_own_layout(model: PeftModel, tensors: Mapping[str, Tensor], name: str =
 
 
 def _token_rows(model: PeftModel, name: str) -> list[str]:
-    """The state's keys of new tokens' rows; a head that is tied shares those of the embedding, and has none."""
+    """The state's keys of tokens' rows; a head that is tied shares those of the embedding, and has none."""
     layers = ((path, layer) for path, layer in token_layers(model) if layer.tied_adapter is None)
     return [f"{path}.trainable_tokens_delta.{name}" for path, layer in layers if name in layer.trainable_tokens_delta]
 
@@ -272,7 +272,7 @@ def adapter_coverage(model: PeftModel) -> AdapterCoverage:
 
 
 def _tokens(model: PeftModel) -> tuple[int, int]:
-    """New tokens, and those of them whose row of the embedding has moved."""
+    """Tokens with trained rows, and those of them whose row of the embedding has moved."""
     embedding = next((layer for _, layer in token_layers(model)), None)
     if embedding is None:
         return 0, 0

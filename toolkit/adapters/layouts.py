@@ -44,7 +44,7 @@ PREFIX = "base_model.model."
 MAGNITUDES = "lora_magnitude_vector"
 """How a tensor ends that holds DoRA's magnitudes, one of each output of a linear, which are no pair either."""
 ROWS = "token_adapter.trainable_tokens_delta"
-"""How a tensor ends that holds rows of new tokens, which is no pair."""
+"""How a tensor ends that holds trained rows of tokens, which is no pair."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Piece:
 def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]:
     """The pairs of a PEFT adapter, by what they change in `skeleton` (the base on meta, which is left wrapped).
 
-    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of new tokens, which are no pairs, are left out.
+    Ranks, alphas, patterns and rsLoRA are applied by PEFT itself. Rows of tokens, which are no pairs, are left out.
 
     Raises:
         ModelError: the adapter does not fit this base.

@@ -47,26 +47,21 @@ _STARTS_BESIDE = ("gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base's weights alone; others move a part of them into the adapter."""
 
 
-def check_start(
-    folder: Path, model: PreTrainedModel, new_tokens: Sequence[int] = (), *, use_dora: bool = False
-) -> None:
+def check_start(folder: Path, model: PreTrainedModel, tokens: Sequence[int] = (), *, use_dora: bool = False) -> None:
     """Raise `ModelError` unless a LoRA adapter can be trained on from; only the headers of its tensors are read.
 
     Args:
         folder: an adapter in a layout that PEFT opens. model: the base on the meta device, with rows for new tokens; it
-            is changed. new_tokens: the ids of those that the run trains, which the adapter must hold.
+            is changed. tokens: the ids of those whose rows the run trains, which the adapter must hold.
         use_dora: whether the run trains magnitudes, which the adapter must hold.
     """
     check_adapter_files(folder)
     config = read_adapter_config(folder / CONFIG)
-    if new_tokens and token_ids(config) != sorted(new_tokens):
-        raise ModelError(
-            f"{folder / CONFIG}: holds no rows of the tokens in model.new_tokens; start from an adapter that was "
-            "trained with them, or without an adapter"
-        )
+    if token_ids(config) != sorted(tokens):
+        raise ModelError(f"{folder / CONFIG}: {_other_rows(token_ids(config), tokens)}")
     if use_dora and not config.get("use_dora"):
         raise ModelError(f"{folder / CONFIG}: has no magnitudes to train on; remove lora.use_dora, or start without it")
-    wanted = {INDICES: bool(new_tokens), "use_dora": use_dora}
+    wanted = {INDICES: bool(tokens), "use_dora": use_dora}
     for field, what in BEYOND_PAIRS.items():
         if config.get(field) and not wanted.get(field):
             raise ModelError(f"{folder / CONFIG}: {field}: {_refusal(what)}")
@@ -75,13 +70,26 @@ def check_start(
         raise ModelError(f"{folder / CONFIG}: init_lora_weights: {_refusal(f'a base that {start[:20]} has changed')}")
     header = read_header(folder / WEIGHTS, "copy it again")
     for name in sorted(header):
-        is_wanted = (new_tokens and name.endswith(ROWS)) or (use_dora and name.endswith(MAGNITUDES))
+        is_wanted = (tokens and name.endswith(ROWS)) or (use_dora and name.endswith(MAGNITUDES))
         if not _PAIR.fullmatch(name) and not is_wanted:
             raise ModelError(f"{folder / WEIGHTS}: {name[:120]}: {_refusal('a tensor that is no A or B of a linear')}")
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     if head and (found := next((name for name in header if f".{head}.lora_" in name), None)):
         raise ModelError(f"{folder / WEIGHTS}: {found}: {_refusal('an adapter on the output head')}")
     _check_layout(folder, model, {name: tensor.shape for name, tensor in header.items()})
+
+
+def _other_rows(held: Sequence[int], wanted: Sequence[int]) -> str:
+    if not wanted:
+        shown = ", ".join(map(str, held[:5])) + (", …" if len(held) > 5 else "")
+        return (
+            f"holds trained rows of tokens ({shown}): list them in model.trained_tokens, or in model.new_tokens where "
+            "the base lacks them"
+        )
+    return (
+        "does not hold the rows of just the tokens in model.new_tokens and model.trained_tokens; start from an adapter "
+        "that was trained with them, or without an adapter"
+    )
 
 
 def _refusal(what: str) -> str:

@@ -1,4 +1,4 @@
-"""Rows of the embedding and the head for tokens that the base never saw: made, and trained by PEFT alone.
+"""Rows of the embedding and the head for tokens that the base never saw or learnt: made, and trained by PEFT alone.
 
 PEFT's trainable tokens train rows that are there. Making them, setting what they begin as, and finding out which
 models PEFT computes otherwise than their family does is left to whoever calls it.
@@ -24,7 +24,7 @@ from toolkit.errors import ModelError
 
 __all__ = [
     "INDICES",
-    "NewTokens",
+    "TokenRows",
     "add_rows",
     "let_fused_heads_in",
     "make_room",
@@ -38,11 +38,12 @@ __all__ = [
 
 INDICES = "trainable_token_indices"
 """PEFT's field of an adapter's configuration for tokens by module."""
+_FIELDS = "model.new_tokens and model.trained_tokens"
 
 
 @dataclass(frozen=True)
-class NewTokens:
-    """Tokens that were added to a tokenizer: their ids, and the ids that it made of each before."""
+class TokenRows:
+    """Tokens whose rows are trained: their ids, and of each the tokens whose mean it begins as, which may be itself."""
 
     ids: tuple[int, ...] = ()
     pieces: tuple[tuple[int, ...], ...] = ()
@@ -60,8 +61,8 @@ def make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def add_rows(model: PreTrainedModel, tokens: NewTokens) -> None:
-    """Give new tokens their rows, in the embedding and in a head that is not tied to it: the mean of their pieces'.
+def add_rows(model: PreTrainedModel, tokens: TokenRows) -> None:
+    """Give tokens their rows, in the embedding and in a head that is not tied to it: the mean of their pieces'.
 
     Rows that a checkpoint has to spare are taken; where there are too few, both are resized to the last new token.
 
@@ -87,16 +88,14 @@ def refuse_tokens(model: PreTrainedModel) -> None:
     ends = _ends(model)
     for name, layer in ends:
         if (lost := _lost(layer)) is not None:
-            raise ModelError(
-                f"model.new_tokens: {name} of this model has {lost}, which PEFT's trainable tokens leave out"
-            )
+            raise ModelError(f"{_FIELDS}: {name} of this model has {lost}, which PEFT's trainable tokens leave out")
     own = {id(layer.weight) for _, layer in ends}
     tables = (*model.named_parameters(), *model.named_buffers())
     rows = rows_of(model)
     beside = [name for name, table in tables if table.dim() > 1 and len(table) == rows and id(table) not in own]
     if beside:
         raise ModelError(
-            f"model.new_tokens: {beside[0]} of this model has a row for each token as well, which an adapter cannot "
+            f"{_FIELDS}: {beside[0]} of this model has a row for each token as well, which an adapter cannot "
             "carry; write the tokens as text that the tokenizer has"
         )
 
@@ -152,7 +151,7 @@ def _ends(model: PreTrainedModel) -> list[tuple[str, Any]]:
     """The embedding, and the head where it has a weight of its own, each by its name."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        raise ModelError("model.new_tokens: this model has no output head that tokens could be given rows in")
+        raise ModelError(f"{_FIELDS}: this model has no output head that tokens could be given rows in")
     names = {id(module): name for name, module in model.named_modules()}
     layers = [embedding] if head.weight is embedding.weight else [embedding, head]
     return [(names[id(layer)], layer) for layer in layers]

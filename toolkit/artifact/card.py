@@ -172,7 +172,10 @@ def _tokens_section(new_tokens: Mapping[str, Any]) -> str:
         return ""
     shown = ", ".join(f"`` {text} `` ({number})".replace("|", "\\|") for text, number in list(ids.items())[:20])
     shown += f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-    told = "## New tokens\n\n" + f"{shown}: in the tokenizer beside this card, with trained rows of embedding and head."
+    told = (
+        "## Tokens with trained rows\n\n"
+        + f"{shown}: in the tokenizer beside this card; their rows of embedding and head are trained."
+    )
     if rows := new_tokens.get("rows"):
         told += (
             f" The base has too few rows: call `model.resize_token_embeddings({rows})` before the adapter is loaded."

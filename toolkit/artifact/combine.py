@@ -141,7 +141,7 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]
     if config.get("use_dora"):
         raise ModelError(f"{folder}: holds DoRA's magnitudes, which cannot be added up; merge it and train on that")
     if token_ids(config):
-        raise ModelError(f"{folder}: holds rows of new tokens, which cannot be added up; merge it and train on that")
+        raise ModelError(f"{folder}: holds rows of tokens, which cannot be added up; merge it and train on that")
     tensors = load_file(Path(folder) / ADAPTER_WEIGHTS)
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     pairs = {name: (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]) for name in names}

@@ -57,7 +57,7 @@ def loading_section(
         return _of_a_gguf(base.name, chat, jinja)
     python = f"### transformers and PEFT\n\n```python\n{_python(base, chat, (new_tokens or {}).get('rows'))}```"
     if config.get("use_dora") or new_tokens:
-        beside = "rows of new tokens" if new_tokens else "DoRA's magnitudes"
+        beside = "trained rows of tokens" if new_tokens else "DoRA's magnitudes"
         return "\n\n".join(("## How to load it", python, _merged(base, chat, beside)))
     return "\n\n".join(
         (

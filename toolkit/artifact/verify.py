@@ -78,7 +78,7 @@ def verify_artifact(
 ) -> VerifyReport:
     """Check an artifact; with `base` (a folder or a cached Hub repository) also that it fits that base.
 
-    Checks: `files`, `hashes`, `config`, `layout`, `finite`, `moved`, `new tokens` where it has any, and `base weights`,
+    Checks: `files`, `hashes`, `config`, `layout`, `finite`, `moved`, `token rows` where it has any, and `base weights`,
     `base layout`. Where `files`
     fails, nothing else is opened. With `strict`, the first failure is raised as `ModelError`. Reads every byte once or
     twice; the base's weights are hashed, never loaded.
@@ -97,7 +97,7 @@ def verify_artifact(
         else:
             checks += [_finite(facts), _moved(facts)]
             if any(name.endswith(ROWS) for name in facts.shapes):
-                checks.append(_check("new tokens", lambda: _check_tokens(folder, facts.shapes)))
+                checks.append(_check("token rows", lambda: _check_tokens(folder, facts.shapes)))
         if base is not None:
             checks.append(_check("base weights", lambda: _check_base_weights(folder, str(base), revision)))
             checks.append(_check("base layout", lambda: _check_base_layout(folder, str(base), revision)))
@@ -188,7 +188,7 @@ def _check_tokens(folder: Path, shapes: Shapes) -> str:
     rows = {name.removesuffix(f".{ROWS}"): shape[0] for name, shape in shapes.items() if name.endswith(ROWS)}
     named = {name: next((len(of) for end, of in wanted.items() if name.endswith(end)), 0) for name in rows}
     if len(rows) != len(wanted) or rows != named:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: rows of new tokens are not those of {ADAPTER_CONFIG}")
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: rows of tokens are not those of {ADAPTER_CONFIG}")
     texts = token_texts(folder, ids)
     if alone := [number for number, text in zip(ids, texts, strict=True) if text is None]:
         raise ModelError(f"{folder}: token {alone[0]} has a row, and the tokenizer beside it has no such token")

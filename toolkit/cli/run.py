@@ -128,7 +128,7 @@ def preview(
 
     console = quiet_console()
     made = make_plan(parsed, for_training=False)
-    job.check_new_tokens(made)
+    job.check_tokens(made)
     tokenizer = job.load_tokenizer(made)
     batches = job.build_batches(tokenizer, made)
     render_preview(console, batches, tokenizer, count)

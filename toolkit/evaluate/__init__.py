@@ -1,6 +1,7 @@
 """Held-out examples: loss and metrics, base against adapted, generation, and where experts went."""
 
 from toolkit.evaluate.compare import Comparison, Measured, compare, held_out_loss, read_windows, score_now
+from toolkit.evaluate.ends import unsure_end
 from toolkit.evaluate.generate import answer, answer_ids, sampling
 from toolkit.evaluate.harness import require_harness, run_harness
 from toolkit.evaluate.metrics import LOSS, find_metric
@@ -25,4 +26,5 @@ __all__ = [
     "run_harness",
     "sampling",
     "score_now",
+    "unsure_end",
 ]

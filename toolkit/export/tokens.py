@@ -1,8 +1,8 @@
-"""What an adapter has beside its pairs, in exports: rows of new tokens, and DoRA's magnitudes.
+"""What an adapter has beside its pairs, in exports: trained rows of tokens, and DoRA's magnitudes.
 
 Rows are put into a merged checkpoint, and magnitudes into every merge; other layouts have no place for them and say so.
 
-V vocabulary, H hidden, N new tokens
+V vocabulary, H hidden, N tokens
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _WITHOUT_LENGTHS = ("per-expert", "gguf", "merged-source")
 
 
 def require_carried(format: str, artifact: Path) -> None:
-    """Raise `ModelError` where a layout has no place for an artifact's rows of new tokens or DoRA's magnitudes."""
+    """Raise `ModelError` where a layout has no place for an artifact's rows of tokens or DoRA's magnitudes."""
     config = load_adapter_config(artifact)
     if config.get("use_dora") and format in _WITHOUT_LENGTHS:
         raise ModelError(f"--format {format}: has no place for DoRA's magnitudes; take --format merged, or peft")
     count = len(token_ids(config))
     if count and format not in _CARRY:
         raise ModelError(
-            f"--format {format}: has no place for the rows of {count} new tokens; take --format merged, whose "
+            f"--format {format}: has no place for the trained rows of {count} tokens; take --format merged, whose "
             "checkpoint and tokenizer hold them, and convert or quantise that"
         )
 
@@ -87,7 +87,7 @@ def put_rows(artifact: Path, skeleton: PreTrainedModel, folder: Path) -> None:
         if parameter in rows or parameter in tied
     }
     if not rows.keys() <= set(parameters.values()):
-        raise ModelError(f"{folder}: holds no {min(rows)} that new tokens could be given rows in")
+        raise ModelError(f"{folder}: holds no {min(rows)} that tokens could be given rows in")
     places = headers_in(folder)
     for path in {places[key].path for key in wanted}:
         tensors = load_file(path)
@@ -142,4 +142,4 @@ def _require_written(folder: Path, ids: list[int], wanted: Mapping[str, Tensor],
         with safe_open(places[key].path, framework="pt") as opened:
             found = opened.get_tensor(key)
         if len(found) != after or not torch.equal(found[ids], rows_NH.to(found.dtype)):
-            raise ModelError(f"{folder}: {key} does not read back with the rows of new tokens: not exported")
+            raise ModelError(f"{folder}: {key} does not read back with the rows of its tokens: not exported")

@@ -113,7 +113,7 @@ def _for_time(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
 
 
 def _off_the_card(recipe: Recipe, budget: Budget) -> Iterator[tuple[str, str, Recipe]]:
-    is_movable = has_own_table(budget.shapes) and not recipe.model.new_tokens
+    is_movable = has_own_table(budget.shapes) and not recipe.model.row_tokens
     if budget.device.kind == "cuda" and recipe.placement.embedding == "device" and is_movable:
         changed = _with(recipe, "placement", embedding="host")
         yield "placement.embedding=host", "one wait for the card each pass", changed

@@ -187,8 +187,8 @@ def adapter_parameters(model: Shapes, recipe: Recipe) -> int:
 
 
 def token_parameters(model: Shapes, recipe: Recipe) -> int:
-    """Trained numbers in the rows of new tokens: of the embedding, and of a head that is not tied to it."""
-    return len(recipe.model.new_tokens) * max(1, len(_ends(model))) * (model.numbers.get("hidden_size") or 0)
+    """Trained numbers in rows of tokens: of the embedding, and of a head that is not tied to it."""
+    return len(recipe.model.row_tokens) * max(1, len(_ends(model))) * (model.numbers.get("hidden_size") or 0)
 
 
 def host_rows(model: Shapes, recipe: Recipe, device: str) -> int:

@@ -127,7 +127,7 @@ def step_spec(
         packed=trains and training.packing,
         attn=recipe.model.attn_implementation,
         lora=lora.model_dump_json(exclude={"adapter_name_or_path"}),
-        new_tokens=len(recipe.model.new_tokens),
+        new_tokens=len(recipe.model.row_tokens),
         whole_logits=trains and training.label_smoothing_factor > 0,
     )
 

@@ -35,6 +35,7 @@ EFFECTS: Mapping[str, Effect] = {
     "model.dtype": Effect.BINDS,
     "model.attn_implementation": Effect.BINDS,
     "model.new_tokens": Effect.BINDS,
+    "model.trained_tokens": Effect.BINDS,
     "quantization.*": Effect.BINDS,
     "lora.*": Effect.BINDS,
     "mtp.*": Effect.BINDS,

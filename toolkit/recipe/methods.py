@@ -113,10 +113,12 @@ def misfits(recipe: Any) -> Iterator[Misfit]:
         yield Misfit("training.lr_scheduler_kwargs", f"{training.lr_scheduler_type} has no options; remove the line")
     if training.neftune_noise_alpha and recipe.mtp.enabled:
         yield Misfit("training.neftune_noise_alpha", "a head would learn from the noise; set mtp.enabled: false")
-    if recipe.model.new_tokens and recipe.mtp.enabled:
-        yield Misfit("model.new_tokens", "a head cannot be trained beside new tokens; set mtp.enabled: false")
-    if recipe.model.new_tokens and recipe.placement.embedding == "host":
-        yield Misfit("placement.embedding", "model.new_tokens trains rows of the embedding; set it to device")
+    if recipe.model.row_tokens:
+        field = "model.new_tokens" if recipe.model.new_tokens else "model.trained_tokens"
+        if recipe.mtp.enabled:
+            yield Misfit(field, "a head cannot be trained beside rows of tokens; set mtp.enabled: false")
+        if recipe.placement.embedding == "host":
+            yield Misfit("placement.embedding", f"{field} trains rows of the embedding; set it to device")
     if recipe.lora.use_dora and recipe.quantization.linears != "none":
         yield Misfit("lora.use_dora", "PEFT takes the norm of the weights as they are; set quantization.linears: none")
     if training.optim == SCHEDULE_FREE:

@@ -57,14 +57,23 @@ class ModelSection(Section):
     new_tokens: list[NonEmpty] = []
     """Tokens to add to the tokenizer, such as `["<call>", "</call>"]`. Of embedding and head their rows alone are
     trained (PEFT's trainable tokens); each starts as the mean of the pieces that the tokenizer made of it."""
+    trained_tokens: list[NonEmpty] = []
+    """Tokens that the tokenizer has and the base never learnt, such as `["<|im_end|>"]` of a base without chat: of
+    embedding and head their rows are trained as well, from what they are."""
+
+    @property
+    def row_tokens(self) -> list[str]:
+        """All tokens whose rows are trained, new ones first."""
+        return [*self.new_tokens, *self.trained_tokens]
 
     @model_validator(mode="after")
     def _each_token_once(self) -> ModelSection:
-        for token in self.new_tokens:
-            if self.new_tokens.count(token) > 1:
-                raise ValueError(f"new_tokens: {token!r} is there twice; keep one")
-            if not token.strip():
-                raise ValueError(f"new_tokens: {token!r} is white space; give a token that can be seen")
+        for field, tokens in (("new_tokens", self.new_tokens), ("trained_tokens", self.trained_tokens)):
+            for token in tokens:
+                if self.row_tokens.count(token) > 1:
+                    raise ValueError(f"{field}: {token!r} is there twice; keep one")
+                if not token.strip():
+                    raise ValueError(f"{field}: {token!r} is white space; give a token that can be seen")
         return self
 
 

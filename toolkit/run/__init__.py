@@ -1,6 +1,6 @@
 """A run, from a recipe to a finished folder: these are its steps, which `job` calls in order."""
 
-from toolkit.run.data import build_batches, check_new_tokens, dialogue, load_tokenizer, step_shape
+from toolkit.run.data import build_batches, check_tokens, dialogue, load_tokenizer, step_shape
 from toolkit.run.evaluation import evaluate, require_harmless_rounding
 from toolkit.run.mixture import choose_stacks
 from toolkit.run.model import attach, compensate, coverage, load, reopen
@@ -11,7 +11,7 @@ __all__ = [
     "Trained",
     "attach",
     "build_batches",
-    "check_new_tokens",
+    "check_tokens",
     "choose_stacks",
     "compensate",
     "coverage",

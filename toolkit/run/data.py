@@ -31,13 +31,13 @@ from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, REWARD, Recipe, rol
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
 from toolkit.run.rewards import require_rewards
-from toolkit.run.vocabulary import add_tokens, require_known_tokens, require_new_tokens
+from toolkit.run.vocabulary import add_tokens, require_known_tokens, require_trainable
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
 __all__ = [
     "build_batches",
-    "check_new_tokens",
+    "check_tokens",
     "dialogue",
     "general_text",
     "held_out",
@@ -58,10 +58,10 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return _tokenizer_of(plan.recipe)
 
 
-def check_new_tokens(plan: Plan) -> None:
-    """Raise unless the recipe's new tokens can be added and trained; no weights are read (`require_new_tokens`)."""
-    if plan.recipe.model.new_tokens:
-        require_new_tokens(_tokenizer(plan.recipe.model), plan)
+def check_tokens(plan: Plan) -> None:
+    """Raise unless the rows of the recipe's tokens can be trained; no weights are read (`require_trainable`)."""
+    if plan.recipe.model.row_tokens:
+        require_trainable(_tokenizer(plan.recipe.model), plan)
 
 
 def _tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.data import Batches, Dialogue
 from toolkit.data.storage import count_trained, desirable
 from toolkit.durable import write_text
-from toolkit.evaluate import LOSS, Comparison, compare, expert_statistics, held_out_loss, reward_figures
+from toolkit.evaluate import LOSS, Comparison, compare, expert_statistics, held_out_loss, reward_figures, unsure_end
 from toolkit.plan import ROUNDED_ROWS, TRITON, Plan
 from toolkit.recipe import PAIR_METRICS, REFERENCE_FREE, REWARD
 from toolkit.run.data import general_text, held_out, stop_as_trained
@@ -26,7 +26,7 @@ from toolkit.training.preference import Pairs
 from toolkit.training.reference import kept_logps
 from toolkit.training.unpaired import answers_of
 
-__all__ = ["LOOKED_AT", "evaluate", "look_at_experts", "require_harmless_rounding"]
+__all__ = ["LOOKED_AT", "evaluate", "look_at_experts", "require_harmless_rounding", "tell_unsure_end"]
 
 LOOKED_AT = 64
 """Examples on which the experts are watched, and training examples that stand in where none are held out."""
@@ -55,6 +55,21 @@ def evaluate(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batc
     if judged is None:
         return judged_answers(compared, model, tokenizer, batches, plan)
     return _rewarded(compared, judged, plan)
+
+
+def tell_unsure_end(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan) -> str | None:
+    """One line where the trained model ends answers greedily and rarely when they are sampled; else None."""
+    sequences, wanted = held_out(batches, plan), plan.recipe.eval
+    if sequences is None or not wanted.enabled:
+        return None
+    found = unsure_end(model.eval(), sequences, batches.form.stop_token_ids, wanted.batch_size)
+    if found is None:
+        return None
+    text = tokenizer.convert_ids_to_tokens(found[0])
+    return (
+        f"{text!r} has a probability of {found[1]:.2g} where answers end: sampled ones rarely do; its row may never "
+        "have been learnt: list it in model.trained_tokens"
+    )
 
 
 def _rewarded(compared: Comparison, table: Dataset, plan: Plan) -> Comparison:

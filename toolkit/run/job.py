@@ -25,7 +25,7 @@ from toolkit.quant.gptq.calibrate import Compensation
 from toolkit.recipe import Recipe
 from toolkit.report import terminal as show
 from toolkit.report.plans import show_plan
-from toolkit.run.data import build_batches, check_new_tokens, load_tokenizer, record_form, step_shape
+from toolkit.run.data import build_batches, check_tokens, load_tokenizer, record_form, step_shape
 from toolkit.run.folder import (
     check_folder_is_ours,
     check_writable,
@@ -120,7 +120,7 @@ def _prepare(recipe: Recipe, fork: bool, other_versions: bool, note: Callable[[s
     first = make_plan(recipe, for_training=undecided)
     if not fork:  # whose start is the run's own adapter, copied later
         check_adapter(first)
-    check_new_tokens(first)
+    check_tokens(first)
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from toolkit.adapters import NewTokens, adapter_coverage, add_rows, attach_lora, check_start, load_adapter
+from toolkit.adapters import TokenRows, adapter_coverage, add_rows, attach_lora, check_start, load_adapter
 from toolkit.artifact import fetch_adapter, read_manifest, require_base
 from toolkit.checkpoint.identity import identify_base
 from toolkit.checkpoint.remote import fetch
@@ -32,7 +32,7 @@ from toolkit.quant import load_int8, measure
 from toolkit.quant.gptq.calibrate import Compensation, calibration_examples, compensate_model
 from toolkit.quant.gptq.keep import read_compensated, write_compensated
 from toolkit.run.data import build_batches, dialogue, load_tokenizer, stop_as_trained
-from toolkit.run.vocabulary import new_tokens_of
+from toolkit.run.vocabulary import token_rows
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
 
@@ -85,7 +85,7 @@ def get_ready(plan: Plan) -> None:
 
 
 def load_frozen(plan: Plan) -> PreTrainedModel:
-    """The model alone, with rows for new tokens, in this process alone, once all is ready."""
+    """The model alone, with rows for tokens, in this process alone, once all is ready."""
     stored = plan.recipe.quantization
     options: dict[str, Any] = {
         "revision": plan.recipe.model.revision,
@@ -105,7 +105,7 @@ def load_frozen(plan: Plan) -> PreTrainedModel:
     if plan.recipe.model.attn_implementation == "auto":
         attend_with_sinks(model)
         attend_to_few_together(model)
-    add_rows(model, _new_tokens(plan))
+    add_rows(model, _token_rows(plan))
     if plan.device == "cuda":
         fuse_norms(model)
         if plan.recipe.placement.embedding == "host":
@@ -113,9 +113,9 @@ def load_frozen(plan: Plan) -> PreTrainedModel:
     return model
 
 
-def _new_tokens(plan: Plan) -> NewTokens:
-    texts = plan.recipe.model.new_tokens
-    return new_tokens_of(load_tokenizer(plan), texts) if texts else NewTokens()
+def _token_rows(plan: Plan) -> TokenRows:
+    asked = plan.recipe.model
+    return token_rows(load_tokenizer(plan), asked.new_tokens, asked.trained_tokens) if asked.row_tokens else TokenRows()
 
 
 def refuse_streamed_compensation(plan: Plan) -> None:
@@ -161,7 +161,7 @@ def base_hash(plan: Plan) -> str:
 def check_adapter(plan: Plan) -> None:
     """Raise `ModelError` unless the adapter that a run starts from, if it does, can be trained on; needs no weights."""
     if start := plan.recipe.lora.adapter_name_or_path:
-        skeleton, tokens = shape_of(plan.model, plan.recipe.model.revision), _new_tokens(plan)
+        skeleton, tokens = shape_of(plan.model, plan.recipe.model.revision), _token_rows(plan)
         add_rows(skeleton, tokens)
         check_start(fetch_adapter(start), skeleton, tokens.ids, use_dora=plan.recipe.lora.use_dora)
 
@@ -184,7 +184,7 @@ def attach(model: PreTrainedModel, plan: Plan) -> PeftModel:
         start = fetch_adapter(lora.adapter_name_or_path)
         require_base(start, plan.model, plan.recipe.model.revision)
         return load_adapter(model, start, is_trainable=True)
-    ids = _new_tokens(plan).ids
+    ids = _token_rows(plan).ids
     return attach_lora(model, **lora.model_dump(exclude={"adapter_name_or_path"}), new_token_ids=ids)
 
 
@@ -246,7 +246,7 @@ def coverage(model: PeftModel, plan: Plan) -> dict[str, Any]:
         "routers adapted": [adapted.routers, adapted.routers_all],
         "linears adapted": adapted.linears,
         "adapters moved": [adapted.moved, adapted.adapters],
-        **({"new tokens moved": [adapted.tokens_moved, adapted.tokens]} if adapted.tokens else {}),
+        **({"token rows moved": [adapted.tokens_moved, adapted.tokens]} if adapted.tokens else {}),
         "trainable parameters": adapted.parameters,
         **({"norms fused": list(fused_norms(model))} if plan.device == "cuda" else {}),
     }

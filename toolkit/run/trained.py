@@ -29,7 +29,7 @@ from toolkit.plan import ROUNDED_ROWS, Plan, free_memory, nearest_change
 from toolkit.processes import StopRequest, is_first
 from toolkit.recipe import PAIR_METRICS, REWARD, dump, flat
 from toolkit.run.data import held_out, stop_as_trained
-from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding
+from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require_harmless_rounding, tell_unsure_end
 from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tokenizer_sha256, versions
 from toolkit.run.model import coverage
 from toolkit.run.mtp import drafting_head, evaluate_head, make_head, teach_own_answers
@@ -249,6 +249,9 @@ def judge(trained: Trained, batches: Batches, plan: Plan, console: Console | Non
         compared = evaluate(model, trained.tokenizer, batches, plan)
         drafting = evaluate_head(model, trained.head, batches, plan, console)
         look_at_experts(model, batches, plan)
+        unsure = tell_unsure_end(model, trained.tokenizer, batches, plan)
+    if unsure and console:
+        console.print(f"note  {unsure}", highlight=False, markup=False)
     drafting = {**(trained.drafting or {}), **(drafting or {})} or None
     return replace(trained, comparison=compared, drafting=drafting, evaluation_peak=peak.bytes)
 

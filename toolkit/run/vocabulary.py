@@ -1,4 +1,4 @@
-"""New tokens of a run, and whether the model has a row for every token of the data, before it is loaded.
+"""Tokens whose rows a run trains, and whether the model has a row for every token of the data, before it is loaded.
 
 A tokenizer may hold tokens that nobody added to the embedding: looking one up ends a run at whatever step it comes to.
 """
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.adapters.tokens import NewTokens, refuse_tokens, rows_of
+from toolkit.adapters.tokens import TokenRows, refuse_tokens, rows_of
 from toolkit.data import Batches
 from toolkit.data.storage import largest_ids, tokens_in
 from toolkit.errors import DataError, ModelError, RecipeError
 from toolkit.plan import Plan
 from toolkit.plan.skeletons import shape_of
 
-__all__ = ["add_tokens", "new_tokens_of", "require_known_tokens", "require_new_tokens", "require_seen", "told_tokens"]
+__all__ = ["add_tokens", "require_known_tokens", "require_seen", "require_trainable", "token_rows", "told_tokens"]
 
-_FIELD = "model.new_tokens"
+_NEW, _TRAINED = "model.new_tokens", "model.trained_tokens"
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
@@ -32,59 +32,72 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
 
 
-def new_tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewTokens:
-    """Ids of added tokens, and what the tokenizer would make of their texts had they not been added.
+def token_rows(tokenizer: PreTrainedTokenizerBase, new: Sequence[str], known: Sequence[str] = ()) -> TokenRows:
+    """Ids of tokens whose rows are trained; an added one begins as what its text would be without it.
+
+    Args:
+        new: texts of tokens that were added. known: those that the tokenizer had, which begin as they are.
 
     Raises:
         ModelError: the tokenizer is none whose added tokens can be looked at, or makes nothing of a text.
     """
+    words = tokenizer.get_vocab()
+    pieces = [*_pieces(tokenizer, new), *((words[text],) for text in known)]
+    return TokenRows(tuple(words[text] for text in (*new, *known)), tuple(pieces))
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
     if not texts:
-        return NewTokens()
+        return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(
-            f"{_FIELD}: {type(tokenizer).__name__} has no tokenizer.json; use a base with a fast tokenizer"
-        )
+        raise ModelError(f"{_NEW}: {type(tokenizer).__name__} has no tokenizer.json; use a base with a fast tokenizer")
     told = json.loads(backend.to_str())
     told["added_tokens"] = [each for each in told["added_tokens"] if each["content"] not in texts]
     before = Tokenizer.from_str(json.dumps({**told, "padding": None, "truncation": None}))
-    words = tokenizer.get_vocab()
     pieces = [tuple(before.encode(text, add_special_tokens=False).ids) for text in texts]
     if nothing := next((text for text, ids in zip(texts, pieces, strict=True) if not ids), None):
-        raise ModelError(f"{_FIELD}: the tokenizer makes nothing of {nothing!r}; give another text")
-    return NewTokens(tuple(words[text] for text in texts), tuple(pieces))
+        raise ModelError(f"{_NEW}: the tokenizer makes nothing of {nothing!r}; give another text")
+    return pieces
 
 
-def require_new_tokens(untouched: PreTrainedTokenizerBase, plan: Plan) -> None:
-    """Raise unless the recipe's new tokens can be added and trained; asked of a tokenizer that has not got them yet.
+def require_trainable(untouched: PreTrainedTokenizerBase, plan: Plan) -> None:
+    """Raise unless the rows of the recipe's tokens can be trained; asked of a tokenizer that has no new ones yet.
 
     Raises:
-        RecipeError: one is a token already. ModelError: tokens would be left without a row, or the model is of a family
-            that PEFT computes otherwise with trained rows.
+        RecipeError: a new one is a token already, or one that is not new is none. ModelError: tokens would be left
+            without a row, or the model is of a family that PEFT computes otherwise with trained rows.
     """
-    texts = plan.recipe.model.new_tokens
-    if not texts:
+    texts, known = plan.recipe.model.new_tokens, plan.recipe.model.trained_tokens
+    if not texts and not known:
         return
     skeleton = shape_of(plan.model, plan.recipe.model.revision)
     refuse_tokens(skeleton)
     words, rows = untouched.get_vocab(), rows_of(skeleton)
+    for text in known:
+        if words.get(text, rows) >= rows:
+            what = "has no row in the embedding" if text in words else "is no token of this tokenizer"
+            raise RecipeError(f"{_TRAINED}: {text!r} {what}; list it in {_NEW}, or remove it")
     for text in texts:
         if words.get(text, rows) < rows:
             kind = "a special token" if text in untouched.all_special_tokens else "a token"
-            raise RecipeError(f"{_FIELD}: {text!r} is {kind} of this tokenizer already ({words[text]}); remove it")
+            raise RecipeError(
+                f"{_NEW}: {text!r} is {kind} of this tokenizer already ({words[text]}); remove it, or list it in "
+                f"{_TRAINED} to train its row"
+            )
     add_tokens(untouched, texts)
     words = untouched.get_vocab()
-    last = max(words[text] for text in texts)
+    last = max((words[text] for text in texts), default=0)
     bare = sorted(word for word, number in words.items() if rows <= number <= last and word not in texts)
     if bare:
         named = ", ".join(map(repr, bare[:3])) + (", …" if len(bare) > 3 else "")
-        raise ModelError(f"{_FIELD}: {named} of this tokenizer has no row in the embedding either; list it, too")
-    new_tokens_of(untouched, texts)
+        raise ModelError(f"{_NEW}: {named} of this tokenizer has no row in the embedding either; list it, too")
+    token_rows(untouched, texts, known)
 
 
 def told_tokens(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> dict[str, Any] | None:
-    """New tokens as the manifest has them; None where there are none."""
-    texts, words = plan.recipe.model.new_tokens, tokenizer.get_vocab()
+    """Tokens with trained rows as the manifest has them; None where there are none."""
+    texts, words = plan.recipe.model.row_tokens, tokenizer.get_vocab()
     if not texts:
         return None
     before, after = rows_of(shape_of(plan.model, plan.recipe.model.revision)), _rows(tokenizer, plan)
@@ -92,12 +105,13 @@ def told_tokens(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> dict[str, Any
 
 
 def require_seen(tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Plan, say: Callable[[str], None]) -> None:
-    """Say which new tokens no training example has: nothing is learnt of them but that they never come.
+    """Say which tokens with trained rows no training example has: nothing is learnt of them but that they never come.
 
     Raises:
         DataError: that is so of all of them, and the model does not write its examples itself.
     """
-    texts = plan.recipe.model.new_tokens
+    asked = plan.recipe.model
+    texts = asked.row_tokens
     if not texts:
         return
     words = tokenizer.get_vocab()
@@ -105,9 +119,11 @@ def require_seen(tokenizer: PreTrainedTokenizerBase, batches: Batches, plan: Pla
     unseen = [text for text in texts if words[text] not in seen]
     named = ", ".join(map(repr, unseen[:5])) + (", …" if len(unseen) > 5 else "")
     if len(unseen) == len(texts) and not batches.questions:
-        raise DataError(f"{_FIELD}: none of {named} is in a training example; write them into the data, or remove them")
+        field = _NEW if asked.new_tokens else _TRAINED
+        raise DataError(f"{field}: none of {named} is in a training example; write them into the data, or remove them")
     what = f"; not {named}, whose rows learn nothing of use" if unseen else ""
-    say(f"new tokens: {len(texts) - len(unseen)} of {len(texts)} are in the training examples{what}")
+    kind = "tokens with trained rows" if asked.trained_tokens else "new tokens"
+    say(f"{kind}: {len(texts) - len(unseen)} of {len(texts)} are in the training examples{what}")
 
 
 def require_known_tokens(

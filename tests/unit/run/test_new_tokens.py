@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,14 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import toolkit
 from scripts.parity.token_families import judge
 from tests.faults.conftest import MODEL, QUICKSTART, Run, onecard
-from toolkit.adapters import adapter_coverage
+from toolkit.adapters import adapter_coverage, check_start
 from toolkit.artifact import combine_adapters, read_manifest, verify_artifact
+from toolkit.checkpoint.config import skeleton as skeleton_of
 from toolkit.errors import ModelError, RecipeError
+from toolkit.evaluate import unsure_end
 from toolkit.export import export_adapter
+from toolkit.labels import IGNORED
 from toolkit.plan import make_plan
 from toolkit.recipe import Recipe, parse
-from toolkit.run import check_new_tokens, load_tokenizer, reopen
-from toolkit.run.vocabulary import new_tokens_of
+from toolkit.run import check_tokens, load_tokenizer, reopen
+from toolkit.run.vocabulary import token_rows
 
 __all__ = ["onecard"]
 
@@ -68,7 +72,7 @@ def test_they_are_trained_and_every_program_computes_the_same(trained: tuple[Pat
     run, said = trained
     artifact = run / "adapter"
     assert "new tokens: 2 of 3 are in the training examples; not '<odd>'" in said
-    assert read_manifest(artifact)["coverage"]["new tokens moved"] == [3, 3]
+    assert read_manifest(artifact)["coverage"]["token rows moved"] == [3, 3]
     made = make_plan(recipe(run.parent), for_training=False)
     ours, tokenizer = reopen(made, artifact)
     ids = torch.tensor([tokenizer("a <def>word</def> and <odd> one")["input_ids"]])
@@ -94,7 +98,7 @@ def test_the_artifact_says_what_it_holds(trained: tuple[Path, str]) -> None:
     artifact = trained[0] / "adapter"
     checks = {check.name: check for check in verify_artifact(artifact, base=MODEL).checks}
     assert all(check.ok for check in checks.values())
-    assert checks["new tokens"].detail.startswith(
+    assert checks["token rows"].detail.startswith(
         "3 of 3 have rows in embed_tokens and a text in the tokenizer: '<def>'"
     )
     assert read_manifest(artifact)["new_tokens"] == {
@@ -108,10 +112,50 @@ def test_the_artifact_says_what_it_holds(trained: tuple[Path, str]) -> None:
     assert "--format per-expert" not in card
 
 
+def test_a_token_that_the_base_has_is_trained_from_where_it_is(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    told, said = recipe(tmp_path, new_tokens=[], trained_tokens=["<|im_end|>"]), io.StringIO()
+    artifact = toolkit.run_recipe(told, console=Console(file=said, width=300)).adapter
+    assert "tokens with trained rows: 1 of 1 are in the training examples" in said.getvalue()
+    assert read_manifest(artifact)["coverage"]["token rows moved"] == [1, 1]
+    assert read_manifest(artifact)["new_tokens"] == {"ids": {"<|im_end|>": 2}}
+    ours, tokenizer = reopen(make_plan(told, for_training=False), artifact)
+    ids = torch.tensor([tokenizer("one<|im_end|>two")["input_ids"]])
+    stock = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    before = stock.get_input_embeddings().weight.detach().clone()
+    assert torch.allclose(logits(PeftModel.from_pretrained(stock, artifact), ids), logits(ours, ids), atol=1e-4)
+    export_adapter(artifact, MODEL, "merged", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    moved = (merged.get_input_embeddings().weight != before).any(1)
+    assert moved.nonzero().flatten().tolist() == [2]
+    check_start(artifact, skeleton_of(str(MODEL)), [2])
+    for wanted, words in (([], r"tokens \(2\): list them in model.trained_tokens"), ([2, 3], "just the")):
+        with pytest.raises(ModelError, match=words):
+            check_start(artifact, skeleton_of(str(MODEL)), wanted)
+
+
+def test_an_end_that_is_likeliest_and_rarely_drawn_is_told() -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    told = 0
+    for text in ("A word is", "The house", "It was then that he", "one two three"):
+        ids = tokenizer(text)["input_ids"]
+        chances = logits(model, torch.tensor([ids]))[0, -1].float().softmax(-1)
+        likeliest, other = chances.topk(2).indices.tolist()
+        for end in (likeliest, other):
+            row = {"input_ids": [*ids, end], "labels": [IGNORED] * len(ids) + [end]}
+            found = unsure_end(model, Dataset.from_list([row]), [end], 2)
+            assert (found is not None) == (end == likeliest and bool(chances[end] <= 0.2)), (text, end)
+            if found is not None:
+                told += 1
+                assert (found[0], round(found[1], 3)) == (end, round(float(chances[end]), 3))
+    assert told
+    assert unsure_end(model, Dataset.from_list([row]), [], 2) is None
+
+
 def test_where_rows_have_no_place_they_are_refused(trained: tuple[Path, str], tmp_path: Path) -> None:
     artifact = trained[0] / "adapter"
     for layout in ("gguf", "per-expert", "merged-int8"):
-        with pytest.raises(ModelError, match=f"--format {layout}: has no place for the rows of 3 new tokens"):
+        with pytest.raises(ModelError, match=f"--format {layout}: has no place for the trained rows of 3 tokens"):
             export_adapter(artifact, MODEL, layout, tmp_path / "out")
     with pytest.raises(ModelError, match="cannot be added up"):
         combine_adapters({str(artifact): 1.0}, tmp_path / "sum", rank=1)
@@ -120,7 +164,7 @@ def test_where_rows_have_no_place_they_are_refused(trained: tuple[Path, str], tm
 def test_they_begin_as_the_mean_of_their_pieces(trained: tuple[Path, str]) -> None:
     made = make_plan(recipe(trained[0].parent), for_training=False)
     tokenizer = load_tokenizer(made)
-    tokens = new_tokens_of(tokenizer, NEW)
+    tokens = token_rows(tokenizer, NEW)
     assert tokens.pieces[0] == tuple(AutoTokenizer.from_pretrained(MODEL)("<def>", add_special_tokens=False).input_ids)
     model, _ = toolkit.run.load(made)
     weight = model.get_input_embeddings().weight
@@ -150,11 +194,23 @@ def test_their_bytes_are_planned(tmp_path: Path) -> None:
 )
 def test_what_is_no_new_token_is_refused(new: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=words.replace("|", r"\|")):
-        check_new_tokens(make_plan(recipe(tmp_path, new_tokens=new), for_training=False))
+        check_tokens(make_plan(recipe(tmp_path, new_tokens=new), for_training=False))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"new_tokens": [], "trained_tokens": ["<nothing>"]}, "'<nothing>' is no token of this tokenizer; list it in"),
+        ({"new_tokens": ["<a>"], "trained_tokens": ["<a>"]}, "'<a>' is there twice"),
+    ],
+)
+def test_what_is_no_token_of_the_base_is_refused(model: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        check_tokens(make_plan(recipe(tmp_path, **model), for_training=False))
 
 
 def test_a_head_is_not_trained_beside_them() -> None:
-    with pytest.raises(RecipeError, match="a head cannot be trained beside new tokens"):
+    with pytest.raises(RecipeError, match="a head cannot be trained beside rows of tokens"):
         parse("model: {model_name_or_path: a/b, new_tokens: [<a>]}\ndata: {train: x.jsonl}\nmtp: {enabled: true}\n")
 
 
