@@ -7,7 +7,8 @@
 
 A job holds `converter` (a folder with `conversion` and `gguf-py`), `tokens`, `out`, and `models`: by name, the folders
 `base` and `merged` and the file `adapter`, each None where there is none, and perhaps `settings` that go before
-those of the config. Logits go to NAME.npz, failures to NAME.json, blocks to blocks.npz.
+those of the config. Logits go to NAME.npz, failures to NAME.json, blocks to blocks.npz. Where the job has `texts of`,
+a number, the merged file is also given texts of so many tokens each, which do not see each other ("merged apart").
 """
 
 from __future__ import annotations
@@ -129,7 +130,10 @@ def run(job: dict[str, Any], name: str) -> None:
         if folder and (kind != "adapter" or adapter) and Path(f"{folder}.gguf").is_file():
             said.clear()
             try:
-                found[kind] = _logits(lib, f"{folder}.gguf", adapter, job["tokens"])
+                found[kind] = _logits(lib, f"{folder}.gguf", adapter, [job["tokens"]])
+                if kind == "merged" and (size := job.get("texts of")):
+                    texts = [job["tokens"][first : first + size] for first in range(0, len(job["tokens"]), size)]
+                    found["merged apart"] = _logits(lib, f"{folder}.gguf", None, texts)
             except RuntimeError as error:
                 _note(job, name, kind, f"{error}: {' '.join(said)[-300:]}")
     np.savez(Path(job["out"]) / f"{name}.npz", **found)
@@ -166,8 +170,15 @@ def _library() -> Any:
     return lib
 
 
-def _logits(lib: Any, path: str, adapter: str | None, tokens: list[int]) -> np.ndarray:
+def _logits(lib: Any, path: str, adapter: str | None, texts: list[list[int]]) -> np.ndarray:
+    """[T, V] of all tokens of the texts, one after the other."""
     model = _made(lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params()), "model not loaded")
+    result = np.concatenate([_logits_of_one(lib, model, adapter, text) for text in texts])
+    lib.llama_model_free(model)
+    return result
+
+
+def _logits_of_one(lib: Any, model: Any, adapter: str | None, tokens: list[int]) -> np.ndarray:
     context = _made(lib.llama_init_from_model(model, _plain_context(lib)), "no context")
     if adapter:
         lora = _made(lib.llama_adapter_lora_init(model, adapter.encode()), "adapter not loaded")
@@ -184,7 +195,6 @@ def _logits(lib: Any, path: str, adapter: str | None, tokens: list[int]) -> np.n
     count = lib.llama_vocab_n_tokens(ctypes.c_void_p(lib.llama_model_get_vocab(model)))
     result = np.ctypeslib.as_array(lib.llama_get_logits(context), (len(tokens), count)).copy()
     lib.llama_free(context)
-    lib.llama_model_free(model)
     return result
 
 

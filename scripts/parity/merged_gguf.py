@@ -5,13 +5,14 @@
 Each family's tiny random checkpoint gets an adapter on experts, router and attention. It is exported as GGUF over the
 file that llama.cpp's own converter makes of the base (column "over the base's"), and where files of it are written
 without one, also from the checkpoint alone, in F32 and Q8_0. Q4_K_M is made by llama.cpp's own quantiser, over the
-base's file where there is one. libllama's logits of each are compared with those of the adapted model here, and where
-weights are rounded with ours of the same file, over their standard deviation; the column "base" is how far the two
-programs differ on the base. For rounded weights it is the middle difference: libllama rounds the inputs too, and a
-router's near tie then falls the other way. Its tokens of some awkward texts must be the tokenizer's. What has no file
-is told with its line. The second table has the loss of the adapted model's own likeliest tokens: of the base, with the
-adapter in floats, and of each file as we read it and as libllama computes it. Exits with 1 where a family has neither
-file, or one is further off than ten times the base and a thousandth.
+base's file where there is one. libllama's logits of each are compared with those of the adapted model here, over their
+standard deviation; the column "base" is how far the two programs differ on the base. Where weights are rounded, they
+are compared with ours of the same file, of short texts: as onecard reads it ("as read"), and with the inputs of matrix
+products rounded as ggml rounds them (rounded_inputs.py). Both are middle differences: a value at the border of two
+codes falls either way. Its tokens of some awkward texts must be the tokenizer's. What has no file is told with its
+line. The second table has the loss of the adapted model's own likeliest tokens: of the base, with the adapter in
+floats, and of each file as we read it and as libllama computes it. Exits with 1 where a family has neither file, or one
+is further off than ten times the base and a thousandth.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/parity")]
 from gguf_source import OLDER  # noqa: E402
 from layouts import NANO, family_parser, make_adapter  # noqa: E402
 from llama_cpp import SPREAD, TOKENS, TOLD, logits_of, loss_of, other_side, quantiser  # noqa: E402
+from rounded_inputs import rounded_logits  # noqa: E402
 
 from tests.harness.families import tiny_config  # noqa: E402
 from toolkit.checkpoint.formats.gguf_config import model_types  # noqa: E402
@@ -45,8 +47,8 @@ from toolkit.ops import DEFAULT_BACKEND  # noqa: E402
 
 __all__ = ["main"]
 
-ROUNDED = 0.1
-"""The middle difference where libllama rounds inputs to 8 bits, over the logits' standard deviation."""
+TEXT = 4
+"""Tokens of a text where weights are rounded: one whose value falls the other way is seen by few others."""
 OTHERWISE = 0.05
 """A base that llama.cpp computes otherwise by that much shows nothing of an adapter."""
 TEXTS = [
@@ -66,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
 """As long as a K-quant's block, in configs that have the field."""
 LAYOUTS, ROUND = ("f32", "over", "q8_0", "q4_k_m"), ("q8_0", "q4_k_m")
+COLUMNS = ("base", "f32", "over", "q8_0 as read", "q8_0", "q4_k_m as read", "q4_k_m", "moved")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         models: dict[str, dict[str, Any]] = {}
         job = {"converter": str(converter), "tokens": TOKENS, "out": scratch, "texts": TEXTS, "models": models}
+        job["texts of"] = TEXT
         path, side = Path(scratch) / "job.json", [python, str(Path(__file__).with_name("llama_side.py"))]
         ours = {}
         for name in names:
@@ -162,15 +166,14 @@ def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> di
             row[kind] = "; ".join(json.loads((out / f"{label}.json").read_text()).values())
         elif (out / f"{label}.npz").is_file():
             with np.load(out / f"{label}.npz") as theirs:
-                found = theirs.get("base" if kind == "base" else "merged")
+                found, apart = theirs.get("base" if kind == "base" else "merged"), theirs.get("merged apart")
             if found is not None and kind == "base":
                 row[kind] = float(np.abs(found - ours["base"]).max()) / spread
             elif found is not None:
-                batch, _ = looked_at([TOKENS])
-                read = streamed_logits(file, batch).numpy()
-                off = np.abs(found - (read if kind in ROUND else adapted))
-                row[kind] = float(np.median(off) if kind in ROUND else off.max()) / spread
+                read = streamed_logits(file, looked_at([TOKENS])[0]).numpy()
                 row["loss"][kind] = [loss_of(read, adapted), loss_of(found, adapted)]
+                row |= _of_rounded(kind, file, apart / spread, spread) if kind in ROUND else {}
+                row.setdefault(kind, float(np.abs(found - adapted).max()) / spread)
     if isinstance(row.get("f32"), float) and run("words", f"{name} f32"):
         tokenizer = AutoTokenizer.from_pretrained(NANO)
         wanted_words = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -178,19 +181,34 @@ def _compared(run: Any, out: Path, name: str, ours: dict[str, np.ndarray]) -> di
     return row
 
 
+def _of_rounded(kind: str, file: Path, theirs: np.ndarray, spread: float) -> dict[str, Any]:
+    """Middle differences of short texts' logits, and of how many tokens all logits are within a thousandth."""
+    batch, _ = looked_at([TOKENS[first : first + TEXT] for first in range(0, len(TOKENS), TEXT)])
+    as_read, as_ggml = (logits(file, batch).numpy() / spread for logits in (streamed_logits, rounded_logits))
+    off = np.abs(theirs - as_ggml)
+    row = {f"{kind} as read": float(np.median(np.abs(theirs - as_read))), kind: float(np.median(off))}
+    return row | {f"{kind} tokens": int((off.max(-1) <= SPREAD).sum())}
+
+
 def _printed(rows: dict[str, dict[str, Any]], path: Path | None) -> int:
     if path:
         path.write_text(json.dumps(rows, indent=2, sort_keys=True))
-    print("| family | base | F32 | over the base's | Q8_0 | Q4_K_M | tokens | moved by the adapter |")
-    print("|---|---:|---:|---:|---:|---:|---|---:|")
+    rounded = "Q8_0, as read | Q8_0 | Q4_K_M, as read | Q4_K_M"
+    print(f"| family | base | F32 | over the base's | {rounded} | moved by the adapter | tokens |")
+    print(f"|---|{'---:|' * len(COLUMNS)}---|")
     off, alone = [], []
     for name, row in rows.items():
         verdict = _verdict(row)
         off += [name] if verdict == "off" else []
         alone += [name] if verdict == "not run" else []
-        cells = [_cell(row.get(kind)) for kind in ("base", *LAYOUTS)]
-        print(f"| {name} | {' | '.join(cells)} | {'same' if row.get('words') else '–'} | {_cell(row.get('moved'))} |")
+        cells = [_cell(row.get(kind)) for kind in COLUMNS]
+        print(f"| {name} | {' | '.join(cells)} | {'same' if row.get('words') else '–'} |")
     _print_losses(rows)
+    for kind in ROUND:
+        counts = [
+            row[f"{kind} tokens"] for row in rows.values() if f"{kind} tokens" in row and _verdict(row) != "not run"
+        ]
+        print(f"{kind}: in {sum(counts)} of {len(counts) * len(TOKENS)} tokens no logit is a thousandth off")
     for name, row in rows.items():
         for kind in ("base", *LAYOUTS):
             if isinstance(row.get(kind), str) and "with --base-gguf" not in row[kind]:
@@ -218,12 +236,10 @@ def _print_losses(rows: dict[str, dict[str, Any]]) -> None:
 def _verdict(row: dict[str, Any]) -> str:
     """ "same", "off", or "not run" where llama.cpp has no logits, or other ones for the base already."""
     base = row["base"] if isinstance(row.get("base"), float) else None
-    exact = 10 * (base or 0.0) + SPREAD
-    bounds = {layout: ROUNDED if layout in ROUND else exact for layout in LAYOUTS}
-    found = {kind: row[kind] for kind in bounds if isinstance(row.get(kind), float)}
+    found = {kind: row[kind] for kind in LAYOUTS if isinstance(row.get(kind), float)}
     if not found or (base is not None and base > OTHERWISE):
         return "not run"
-    is_near = all(value <= bounds[kind] for kind, value in found.items())
+    is_near = all(value <= 10 * (base or 0.0) + SPREAD for value in found.values())
     return "same" if is_near and row.get("words", True) and (base is None or "over" in found) else "off"
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts.parity import merged_checkpoints, merged_gguf
 from scripts.parity.layouts import NANO
 from scripts.parity.llama_cpp import TOKENS
+from scripts.parity.rounded_inputs import rounded_logits
 from tests.harness.as_gguf import write_gguf
 from toolkit.export.survival import looked_at, streamed_logits
 
@@ -47,7 +48,10 @@ def test_a_merged_gguf_file_is_judged(
         elif files["base"]:
             np.savez(out / f"{name}.npz", base=computed(Path(files["base"]), job["tokens"], 0.0))
         else:
-            np.savez(out / f"{name}.npz", merged=computed(Path(f"{files['merged']}.gguf"), job["tokens"], 0.0))
+            file, (size, tokens) = Path(f"{files['merged']}.gguf"), (job["texts of"], job["tokens"])
+            texts, _ = looked_at([tokens[first : first + size] for first in range(0, len(tokens), size)])
+            apart = rounded_logits(file, texts).numpy()
+            np.savez(out / f"{name}.npz", merged=computed(file, tokens, 0.0), **{"merged apart": apart})
         return True
 
     monkeypatch.setattr(merged_gguf, "other_side", lambda folder: (sys.executable, folder))
@@ -60,7 +64,8 @@ def test_a_merged_gguf_file_is_judged(
     assert row["loss"]["base"] > row["loss"]["adapter"]
     for layout in ("f32", "over"):
         assert row["loss"][layout] == pytest.approx([row["loss"]["adapter"]] * 2, abs=1e-4)
-    for changed in ({"f32": 0.1}, {"over": 0.1}, {"q8_0": 0.2}, {"q4_k_m": 0.2}, {"words": False}, {"over": "no"}):
+    assert row["q8_0"] < 1e-6 < 1e-3 < row["q8_0 as read"]
+    for changed in ({"f32": 0.1}, {"over": 0.1}, {"q8_0": 0.02}, {"q4_k_m": 0.02}, {"words": False}, {"over": "no"}):
         assert merged_gguf._verdict({**row, **changed}) == "off"
     for changed in ({"base": 1.0}, dict.fromkeys(merged_gguf.LAYOUTS, "no")):
         assert merged_gguf._verdict({**row, **changed}) == "not run"
