@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import layer_norm
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from tests.harness.families import tiny_config
@@ -17,6 +18,7 @@ from toolkit.adapters import attach_lora
 from toolkit.architecture import auto_class
 from toolkit.ops.document_attention import per_document_attention
 from toolkit.rehearsal import Step, fake_model, rehearse, run_step
+from toolkit.rehearsal.autocast import NORMS, CardAutocast
 from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.model import decoder_layers, depths_of
@@ -74,6 +76,35 @@ def test_a_card_is_rehearsed_without_one(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_layer_norms_leave_hidden_states_in_fp32_on_a_card() -> None:
+    """What checkpointing keeps of a further layer is as wide, and few layers tell it; a CPU's autocast keeps 16 bit."""
+    pytest.importorskip("triton")
+    config, kept = tiny_config("phimoe"), []
+    config.num_hidden_layers = 6
+    for on_card, backend in ((False, "onecard_per_expert"), (True, "onecard_triton")):
+        step = Step(1, 64, 20, torch.bfloat16, True, False, on_card, backend)
+        with torch.device("meta"):
+            few, all_of_them = (auto_class(config).from_config(config) for _ in range(2))
+        whole = run_step(fake_model(all_of_them, step), step, FakeTensorMode(allow_non_fake_inputs=True))
+        assert rehearse(few, step) == (whole.peak, whole.saved, whole.bare)
+        kept.append((whole.waits["backward 4"] - whole.waits["backward 3"]) / 64 / config.hidden_size)
+    assert kept == [2, 4]
+
+
+def test_norms_are_what_a_card_takes_to_fp32_and_a_cpu_does_not() -> None:
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    with CardAutocast():
+        assert layer_norm(x, (8,)).dtype is torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer_norm(x, (8,), torch.ones(8, dtype=torch.bfloat16)).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer_norm(x, (8,)).dtype is torch.bfloat16
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in NORMS:
+        assert [has(f"aten::{name}", key) for key in ("AutocastCUDA", "AutocastCPU")] == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_fake_experts_hold_what_real_ones_do() -> None:
     """The engine's own storages, with numbers and without, for a layer that autograd keeps."""
     from toolkit.ops import split_int8 as digits
@@ -121,11 +152,11 @@ def test_fake_attention_holds_what_documents_one_by_one_do(family: str) -> None:
         "cu_seq_lens_q": torch.tensor([0, lengths[0], step.length]),
     }
     ledger = Ledger([*adapted.parameters(), *adapted.buffers()])
-    decoder_layers(adapted)[2][-1].register_forward_hook(lambda *_: ledger.mark("over"))
+    decoder_layers(adapted)[2][-1].register_forward_hook(lambda *_: ledger.wait())
     with per_document_attention(adapted) as can, ledger:
         assert can
         adapted(**inputs, use_cache=False)
-    held = ledger.opened["over"]
+    (held,) = ledger.waits.values()
     assert abs(fake.saved - held) <= 0.01 * held
 
 

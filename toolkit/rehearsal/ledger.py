@@ -35,10 +35,8 @@ class Ledger(TorchDispatchMode):
         self.left_out: Callable[[], int] = int
         """Bytes among those alive that a caller counts apart."""
         self._left_out = 0
-        self.waiting = 0
-        """Highest count, without what is left out, at places that the caller asks for."""
-        self.opened: dict[str, int] = {}
-        """Count at each mark."""
+        self.waits: dict[str, int] = {}
+        """Highest count of each stretch, without what is left out, at places that the caller names."""
         self._granule, self._mark = granule, "start"
         self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in known:
@@ -49,7 +47,10 @@ class Ledger(TorchDispatchMode):
         self.peaks[self._mark] = max(self.peak, self.peaks.get(self._mark, 0))
         self.bares[self._mark] = max(self.peak - self._left_out, self.bares.get(self._mark, 0))
         self._mark, self.peak, self._left_out = name, self.live, self.left_out()
-        self.opened.setdefault(name, self.live)
+
+    def wait(self) -> None:
+        """Note what is alive here."""
+        self.waits[self._mark] = max(self.live - self.left_out(), self.waits.get(self._mark, 0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

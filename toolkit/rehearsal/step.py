@@ -29,6 +29,7 @@ from toolkit.ops.document_attention import (
     per_document_attention,
 )
 from toolkit.ops.norms import fuse_norms
+from toolkit.rehearsal.autocast import CardAutocast, run_again
 from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
 from toolkit.rehearsal.loss import fake_loss
@@ -75,13 +76,13 @@ class Step:
 class Counted:
     """Highest count of live bytes in each stretch (before the layers, in each layer forward and backward, the loss).
 
-    `bares`: the same, gradients of parameters from before the stretch left out. `saved`: what a micro-batch holds
-    without them where it may have to wait for its next experts.
+    `bares`: the same, gradients of parameters from before the stretch left out. `waits`: what a micro-batch holds
+    without them where it may have to wait for its next experts, in stretches that have such a place.
     """
 
     peaks: Mapping[str, int]
     bares: Mapping[str, int]
-    saved: int
+    waits: Mapping[str, int]
 
     @property
     def peak(self) -> int:
@@ -92,6 +93,11 @@ class Counted:
     def bare(self) -> int:
         """The highest of all, beside gradients that were there before."""
         return max(self.bares.values())
+
+    @property
+    def saved(self) -> int:
+        """The most that is held where it may have to wait."""
+        return max(self.waits.values())
 
 
 def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
@@ -111,10 +117,8 @@ def rehearse(model: PreTrainedModel, step: Step) -> tuple[int, int, int]:
         return longer.peak, longer.saved, longer.bare
     truncate(peft_model, depths.short)
     short = run_step(peft_model, step, fake_mode)
-    saved = short.saved + depths.repeats * (longer.saved - short.saved)
-    highest, bare = (
-        _extrapolated(*each, depths) for each in ((short.peaks, longer.peaks), (short.bares, longer.bares))
-    )
+    both = (short.peaks, longer.peaks), (short.waits, longer.waits), (short.bares, longer.bares)
+    highest, saved, bare = (_extrapolated(*each, depths) for each in both)
     return highest, saved, bare
 
 
@@ -156,17 +160,20 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
             _empty(model)
         model.train(step.trains)
         if step.checkpointing:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            model.get_base_model().activation_checkpointing_enable(
+                {"use_reentrant": False, **({"context_fn": run_again} if step.on_card else {})}
+            )
             model.enable_input_require_grads()
         numbers = _documents(step)
         known = [*model.parameters(), *model.buffers(), *numbers.values()]
         ledger = Ledger(known, granule=512 if step.on_card else 1)
         alone = per_document_attention(model, _TOGETHER if step.on_card else _CAUSAL) if _apart(step) else nullcontext()
-        with alone, ledger, nullcontext() if step.trains else torch.no_grad():
+        lists = CardAutocast() if step.on_card else nullcontext()
+        with alone, ledger, lists, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger, numbers)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
-    return Counted(ledger.peaks, ledger.bares, max(ledger.opened.get("loss", 0), ledger.waiting))
+    return Counted(ledger.peaks, ledger.bares, ledger.waits)
 
 
 def _empty(model: PeftModel) -> None:
@@ -231,7 +238,7 @@ def _gradients(model: nn.Module) -> int:
 
 def _wait(ledger: Ledger, *_: Any) -> None:
     """A micro-batch may wait before any experts, in forward or where forward is computed again."""
-    ledger.waiting = max(ledger.waiting, ledger.live - ledger.left_out())
+    ledger.wait()
 
 
 class _Watch:
@@ -243,6 +250,8 @@ class _Watch:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         self.ledger.mark("loss" if self.is_last else f"after {self.number}")
+        if self.is_last:
+            self.ledger.wait()
         if hidden.requires_grad:
             hidden.register_hook(lambda _: self.ledger.mark(f"backward {self.number}"))
 
