@@ -11,8 +11,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    conversion_mapping,
+)
+from transformers.core_model_loading import Split, WeightConverter
 
+from scripts.parity.layouts import make_adapter
 from toolkit.adapters import attach_lora
 from toolkit.artifact import read_manifest, write_artifact
 from toolkit.artifact.manifest import write_json
@@ -146,3 +155,45 @@ def test_what_cannot_be_exported_says_so_and_leaves_nothing(adapter: Path, check
     with pytest.raises(RecipeError, match="already exists"):
         export_adapter(adapter, checkpoint, "merged", tmp_path / "there")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "there"]
+
+
+def joined_attention(monkeypatch: pytest.MonkeyPatch) -> str:
+    """OLMoE as a family whose files hold query, key and value in one tensor."""
+    mapping = [*(conversion_mapping.get_checkpoint_conversion_mapping("olmoe") or [])]
+    names = [f"self_attn.{which}_proj" for which in "qkv"]
+    mapping.append(WeightConverter("self_attn.qkv_proj", names, operations=[Split(dim=0)]))
+    known = {**conversion_mapping._checkpoint_conversion_mapping_cache, "olmoe": mapping}
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known)
+    return "olmoe"
+
+
+@pytest.mark.parametrize("family", ["joined", "lara_mini"])
+def test_a_tensor_that_becomes_several_parameters_has_the_update_of_each(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if family not in ("joined", *CONFIG_MAPPING):
+        pytest.skip("a family of the newest stack")
+    name = joined_attention(monkeypatch) if family == "joined" else family
+    model, artifact = make_adapter(name, tmp_path, vocab_size=2048)
+    base, out = tmp_path / "base", tmp_path / "out"
+    tensor = "self_attn.qkv_proj.weight" if family == "joined" else "linear_attn.in_proj.weight"
+    assert f"model.layers.0.{tensor}" in load_file(base / "model.safetensors")
+    assert f"model.layers.0.{tensor}" not in model.get_base_model().state_dict()
+    kinds = {"gguf-merged": "f32", "merged-vllm": "int8", "merged-mlx": "8bit"}
+    for layout in ("peft", "merged", "merged-int8", *(["gguf-merged"] if family == "joined" else [])):
+        made = export_adapter(artifact, base, layout, out / layout, quant=kinds.get(layout))
+        assert 0 <= made.difference <= made.bound
+    model.get_base_model().set_experts_implementation("onecard_per_expert")
+    torch.testing.assert_close(logits(stock(out / "merged")), logits(model.eval()), rtol=0, atol=1e-4)
+    refused = {"per-expert": "the checkpoint stores it fused with others: export as peft or merged"}
+    if family == "lara_mini":
+        refused |= {
+            "gguf": "gguf: llama.cpp has no architecture for lara_mini",
+            "gguf-merged": "gguf-merged: lara_mini is no architecture that is known in GGUF files: export as merged",
+            "merged-vllm": "merged-vllm: this family's files hold all experts of a layer in one tensor",
+            "merged-mlx": "merged-mlx: lara_mini is none of the families that mlx-lm was seen to compute alike",
+            "merged-source": "its weights are floats, which merged-source does not write; export it as merged",
+        }
+    for layout, line in refused.items():
+        with pytest.raises(ModelError, match=re.escape(line)):
+            export_adapter(artifact, base, layout, out / layout, quant=kinds.get(layout), texts=IDS.tolist())

@@ -95,13 +95,15 @@ class Factors:
 class Piece:
     """A 2-D weight of a checkpoint: its key, and the expert and rows of the model's parameter that it holds.
 
-    `is_turned` says that it lies there as [I, O], rows as columns.
+    `is_turned` says that it lies there as [I, O], rows as columns. `place` is where these rows begin, where those of
+    other parameters lie in it too.
     """
 
     key: str
     expert: int
     rows: Tensor
     is_turned: bool = False
+    place: int | None = None
 
 
 def read_factors(folder: str | Path, skeleton: PreTrainedModel) -> list[Factors]:
@@ -152,16 +154,35 @@ def pieces(factors: Factors, skeleton: PreTrainedModel) -> list[Piece] | None:
         expert = int(flat[0]) // outputs
         if not torch.equal(flat // outputs, torch.full_like(flat, expert)):
             return None
-        found.append(Piece(key, expert, flat % outputs, part.shape[0] < part.shape[1]))
+        place = None if factors.is_stack else _place(key, factors.parameter, numbers, skeleton)
+        found.append(Piece(key, expert, flat % outputs, part.shape[0] < part.shape[1], place))
     return found
 
 
-def deltas(factors: Factors, skeleton: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """What the adapter adds to each tensor of the checkpoint, by key, fp32; one expert at a time where it can be."""
+def _place(key: str, parameter: str, numbers: Tensor, skeleton: PreTrainedModel) -> int | None:
+    """Where a linear's rows begin in a tensor that the files make of it and its neighbours; None where it is alone."""
+    path, _, leaf = parameter.rpartition(".")
+    block, _, own = path.rpartition(".")
+    weights = {name: getattr(child, leaf, None) for name, child in skeleton.get_submodule(block).named_children()}
+    matrices = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() == 2}
+    rows = {f"{block}.{name}.{leaf}": torch.full((len(weight), 1), -1) for name, weight in matrices.items()}
+    rows[f"{block}.{own}.{leaf}"] = numbers
+    try:
+        stored = revert_weight_conversion(skeleton, rows)[key].reshape(-1)
+    except (ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+        return None
+    return None if len(stored) == len(numbers) else int((stored >= 0).nonzero()[0])
+
+
+def deltas(factors: Factors, skeleton: PreTrainedModel) -> Iterator[tuple[str, Tensor, int | None]]:
+    """What the adapter adds to each tensor of the checkpoint, by key, fp32; one expert at a time where it can be.
+
+    The number is the row from which on it is added, where other parameters lie in that tensor too.
+    """
     if parts := pieces(factors, skeleton):
         for part in parts:
             update = factors.update(part.expert)[part.rows]
-            yield part.key, update.T if part.is_turned else update
+            yield part.key, update.T if part.is_turned else update, part.place
         return
     try:
         stored = revert_weight_conversion(skeleton, {factors.parameter: factors.full()})
@@ -169,7 +190,7 @@ def deltas(factors: Factors, skeleton: PreTrainedModel) -> Iterator[tuple[str, T
         raise ModelError(
             f"{factors.parameter}: the checkpoint stores it together with others: export as peft or per-expert"
         ) from None
-    yield from stored.items()
+    yield from ((key, delta, None) for key, delta in stored.items())
 
 
 def per_expert(adapter: Sequence[Factors], skeleton: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
@@ -223,7 +244,8 @@ def largest_difference(one: Sequence[Factors], other: Sequence[Factors]) -> floa
 
 def split(factors: Factors, skeleton: PreTrainedModel) -> list[Piece]:
     """As the checkpoint splits the parameter; a stack that it holds whole is named by the projections' plain words."""
-    if (found := pieces(factors, skeleton)) is not None:
+    found = pieces(factors, skeleton)
+    if found is not None and all(piece.place is None for piece in found):
         return found
     if not factors.is_stack:
         raise ModelError(f"{factors.parameter}: the checkpoint stores it fused with others: export as peft or merged")

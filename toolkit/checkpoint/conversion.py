@@ -32,7 +32,7 @@ from toolkit.checkpoint.formats import BESIDE_PACKED, Files, Packed, packed_weig
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["Shards", "refuse_wrong_shapes", "targets"]
+__all__ = ["Shards", "every_target", "refuse_wrong_shapes", "targets"]
 
 
 class Shards:
@@ -113,14 +113,23 @@ def targets(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str])
 
     As `convert_and_load_state_dict_in_model` decides it; a key that no parameter takes keeps the name it would have.
     """
+    return {key: names[0] for key, names in every_target(model, mapping, keys).items()}
+
+
+def every_target(model: PreTrainedModel, mapping: Iterable[Any], keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """As `targets`, with all parameters that a tensor is split into."""
     entries = list(mapping)
     renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
+    parts = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
     state = model.state_dict()
     result = {}
     for key in keys:
-        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        result[key] = key if target not in state and key in state else target
+        target, by = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        target = key if target not in state and key in state else target
+        first, *others = parts.get(by or "", [""])
+        split = [target.replace(first, other) for other in others]
+        result[key] = (target, *(name for name in split if name in state and name != target))
     return result
 
 

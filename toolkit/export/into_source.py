@@ -80,7 +80,11 @@ class Homes:
         if self._is_ours:
             yield stack, factors.full()
             return
-        for key, delta in deltas(factors, self._skeleton):
+        for key, delta, first in deltas(factors, self._skeleton):
+            if first is not None:
+                raise ModelError(
+                    f"{factors.parameter}: the checkpoint stores it together with others: export as merged"
+                )
             yield self._weights[key_in_files(key, keys, factors.parameter)], delta
 
     def _keys(self, factors: Factors) -> list[str]:

@@ -33,7 +33,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from toolkit.adapters.layouts import Factors, deltas
 from toolkit.artifact.manifest import write_json
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.conversion import Shards, targets
+from toolkit.checkpoint.conversion import Shards, every_target
 from toolkit.checkpoint.files import beside, gguf_at, headers_in, shards_of, write_index
 from toolkit.checkpoint.gguf_source import opened
 from toolkit.checkpoint.unused import unused
@@ -87,7 +87,7 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
     if wanted.source is not None:
         return _merge_dequantised(base, adapter, skeleton, folder)
     with Shards(str(base), base) as shards:
-        names = targets(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
+        names = every_target(skeleton, get_model_conversion_mapping(skeleton), shards.keys)
     copied(base, folder)
     places = headers_in(folder)
     changed = 0
@@ -95,14 +95,15 @@ def merge_checkpoint(base: Path, adapter: Sequence[Factors], skeleton: PreTraine
         files = {path: stack.enter_context(path.open("r+b")) for path in {place.path for place in places.values()}}
         originals = {path: stack.enter_context(safe_open(base / path.name, framework="pt")) for path in files}
         for number, factors in enumerate(adapter, 1):
-            group = [key for key, target in names.items() if target == factors.parameter]
-            for key, delta in deltas(factors, skeleton):
+            group = [key for key, reached in names.items() if factors.parameter in reached]
+            for key, delta, first in deltas(factors, skeleton):
                 stored = key_in_files(key, group, factors.parameter)
                 place = places[stored]
-                _add(files[place.path], place.offset, originals[place.path].get_tensor(stored), delta, stored)
+                _add(files[place.path], place.offset, originals[place.path].get_tensor(stored), delta, stored, first)
                 changed += 1
             advance(number, 2 * len(adapter), "tensors")
-    return Merged(changed, tuple(key for keys in unused(names, skeleton.state_dict())[0].values() for key in keys))
+    beside_model, _ = unused({key: reached[0] for key, reached in names.items()}, skeleton.state_dict())
+    return Merged(changed, tuple(key for keys in beside_model.values() for key in keys))
 
 
 def merged_difference(base: Path, merged: Path, adapter: Sequence[Factors]) -> tuple[float, float]:
@@ -164,7 +165,11 @@ def key_in_files(key: str, group: Sequence[str], parameter: str) -> str:
     raise ModelError(f"{parameter}: the checkpoint has no {key} that the adapter could be merged into")
 
 
-def _add(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str) -> None:
+def _add(file: BinaryIO, offset: int, original: Tensor, delta: Tensor, key: str, first: int | None) -> None:
+    """`first` is the row from which on it is added; all of the tensor where it is None."""
+    if first is not None:
+        offset += first * original.shape[1] * original.element_size()
+        original = original[first : first + len(delta)]
     if original.shape != delta.shape or not original.is_floating_point():
         raise ModelError(f"{key}: {tuple(original.shape)} in the checkpoint, {tuple(delta.shape)} in the adapter")
     _overwrite(file, offset, (original.float() + delta).to(original.dtype))

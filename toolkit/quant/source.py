@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.conversion import targets
+from toolkit.checkpoint.conversion import every_target
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
@@ -67,7 +68,8 @@ class SourceWeights:
             self._quantizer: Int8Quantizer | None = _keeps_floats(self.model)
             self._mapping: list[Any] = []
             self._slices: dict[str, Any] = dict(own_weights(fetch(name_or_path, revision), self.model))
-            self._targets = {key: key for key in self._slices}
+            self._targets: dict[str, tuple[str, ...]] = {key: (key,) for key in self._slices}
+            self._split: dict[str, tuple[str, ...]] = {}
             return
         wanted = None if declared == METHOD else storage(name_or_path, config)
         if wanted is None:
@@ -79,7 +81,8 @@ class SourceWeights:
         self._quantizer = _keeps_floats(self.model) if wanted.source is not None else None
         self._mapping = get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
         self._slices = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, self.model)
-        self._targets = targets(self.model, self._mapping, self._slices)
+        self._targets = every_target(self.model, self._mapping, self._slices)
+        self._split = {key: names for key, names in self._targets.items() if len(names) > 1}
 
     @contextmanager
     def layer(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -88,18 +91,27 @@ class SourceWeights:
         Raises:
             ModelError: a tensor is missing, has another shape than the config says, or cannot be read.
         """
-        wanted = {key: self._slices[key] for key, target in self._targets.items() if target.startswith(f"{name}.")}
-        module = self.model.get_submodule(name).to(_dtype(wanted))
+        prefix, beside = f"{name}.", dict[str, torch.nn.Module]()
+        wanted = {key: self._slices[key] for key, names in self._targets.items() if names[0].startswith(prefix)}
+        for key, names in self._split.items():
+            if any(target.startswith(prefix) for target in names):
+                wanted[key] = self._slices[key]
+                owners = (target.rpartition(".")[0] for target in names if not target.startswith(prefix))
+                beside |= {owner: self.model.get_submodule(owner) for owner in owners}
+        module = self.model.get_submodule(name)
+        for each in (module, *beside.values()):
+            each.to(_dtype(wanted))
         try:
             self._read(name, wanted)
             yield dict(module.state_dict(prefix=f"{name}."))
         finally:
-            module.to("meta")
+            for each in (module, *beside.values()):
+                each.to("meta")
 
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Every decoder layer and every module outside of them, in the files' order, and what is stored of each."""
         known, found = self.model.state_dict(), dict[str, list[str]]()
-        for target in dict.fromkeys(self._targets.values()):
+        for target in dict.fromkeys(chain.from_iterable(self._targets.values())):
             if target in known:
                 layer = re.match(r".+?\.\d+(?=\.)", target)
                 found.setdefault(layer[0] if layer else target.rpartition(".")[0], []).append(target)
@@ -107,7 +119,8 @@ class SourceWeights:
 
     def unused(self) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
         """What is no parameter of the model, by layer, and what else is left out: names in the files, as `unused`."""
-        return unused(self._targets, self.model.state_dict().keys())
+        first = {key: names[0] for key, names in self._targets.items()}
+        return unused(first, self.model.state_dict().keys())
 
     def plain(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by their names in the files, as `plain_tensor`."""
@@ -115,7 +128,7 @@ class SourceWeights:
 
     def stored_as(self, parameter: str) -> set[str]:
         """The dtypes, as safetensors calls them, of the tensors that a parameter is made of, in the files."""
-        return {str(self._slices[key].get_dtype()) for key, target in self._targets.items() if target == parameter}
+        return {str(self._slices[key].get_dtype()) for key, names in self._targets.items() if parameter in names}
 
     def stored_dtype(self, parameter: str) -> torch.dtype:
         """The coarsest dtype of the tensors that a parameter is made of, in the files."""
@@ -124,7 +137,7 @@ class SourceWeights:
 
     def bits(self, parameter: str) -> float:
         """Of a value in the files, scales included: 4.5, or 16."""
-        found = [unread(self._slices[key]) for key, target in self._targets.items() if target == parameter]
+        found = [unread(self._slices[key]) for key, names in self._targets.items() if parameter in names]
         return 8 * sum(part.nbytes for part in found) / sum(part.shape.numel() for part in found)
 
     def _read(self, name: str, slices: dict[str, Any]) -> None:
