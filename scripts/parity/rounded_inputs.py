@@ -120,7 +120,7 @@ def rounded_logits(file: Path, batch: Batch) -> Tensor:
     """Logits [T, V] of a GGUF file in fp32, with inputs rounded as ggml rounds them, for the real tokens.
 
     Raises:
-        RuntimeError: a matrix went into no product that is known here.
+        RuntimeError: a matrix went into no product that is known here, or is a stack of types that are not.
     """
     with _whole(file) as model, ExitStack() as stack:
         matrices = _matrices(file, model)
@@ -170,6 +170,8 @@ def _matrices(file: Path, model: PreTrainedModel) -> dict[str, _Matrix]:
         if others:
             parameter.copy_(_of_kinds(file, name, alike))
         minima = _of_kinds(file, name, _WITH_MINIMA, only_minima=True) if kinds & {*_WITH_MINIMA} else None
+        if parameter.dim() > 2 and (others or minima is not None):
+            raise RuntimeError(f"{file}: {name} is a stack of {', '.join(sorted(kinds))}, which is not known here")
         made[name] = _Matrix(first, minima, others)
     return made
 
