@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from toolkit.adapters.layer import ParamWrapper, register
 from toolkit.adapters.layouts import PREFIX
+from toolkit.adapters.older import in_own_names, spell_for_peft
 from toolkit.adapters.tokens import let_fused_heads_in, require_rows, token_layers, token_targets
 from toolkit.adapters.untrusted import CONFIG, check_adapter_files, read_adapter_config
 from toolkit.architecture import Architecture, ExpertLayer, describe, is_of_adapter, strip_index
@@ -123,7 +123,7 @@ def attach_lora(
     """
     architecture = describe(model)
     modules, parameters = targets(architecture, experts=experts, router=router, target_modules=target_modules)
-    modules, parameters = _spell_for_peft(model, modules, parameters)
+    modules, parameters = spell_for_peft(model, modules, parameters)
     names = [name for name, _ in model.named_modules()]
     stacks = [name for name, _ in model.named_parameters()]
     config = LoraConfig(
@@ -139,14 +139,19 @@ def attach_lora(
         trainable_token_indices=token_targets(model, new_token_ids) if new_token_ids else None,
         task_type="CAUSAL_LM",
     )
+    try:
+        peft_model = _wrapped(model, config)
+    except ValueError as error:
+        raise ModelError(f"PEFT refuses this adapter: {first_line(error)}") from None
+    _assert_reached(peft_model, architecture, modules, parameters)
+    return peft_model
+
+
+def _wrapped(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT looks for rank_pattern keys among modules only and calls those of parameters unmatched; they do apply.
         warnings.filterwarnings("ignore", message=".*pattern keys did not match any targeted module")
-        try:
-            peft_model = get_peft_model(model, register(config))
-        except ValueError as error:
-            raise ModelError(f"PEFT refuses this adapter: {first_line(error)}") from None
-    _assert_reached(peft_model, architecture, modules, parameters)
+        peft_model: PeftModel = get_peft_model(model, register(config))
     let_fused_heads_in(peft_model)
     return peft_model
 
@@ -166,8 +171,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     require_rows(model, read_adapter_config(Path(folder) / CONFIG), folder)
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
-        peft_model = get_peft_model(model, register(config))
-        let_fused_heads_in(peft_model)
+        peft_model = _wrapped(model, in_own_names(config, model))
         file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
         if load_own_layout(peft_model, load_file(file)):
             return _freeze(_finite(peft_model, folder), is_trainable)
@@ -296,29 +300,6 @@ def _moved(layers: Mapping[str, LoraLayer]) -> dict[str, list[bool]]:
 
 def _trainable(architecture: Architecture) -> list[ExpertLayer]:
     return [layer for layer in architecture.layers if layer.sees_text]
-
-
-def _spell_for_peft(
-    model: PreTrainedModel, modules: Sequence[str], parameters: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Move modules that PEFT would mistake for experts to `target_parameters`, where it takes names literally.
-
-    PEFT rewrites names that per-expert linears had in older checkpoints (`convert_peft_config_for_transformers`), and
-    with them shared experts and dense layers of the same name. The file layout is the same either way.
-    """
-    mistaken = {leaf for leaf in {name.rpartition(".")[2] for name in modules} if _is_rewritten(model, leaf)}
-    moved = [name for name in modules if name.rpartition(".")[2] in mistaken]
-    kept = [name for name in modules if name not in moved]
-    return tuple(kept), (*parameters, *(f"{name}.weight" for name in moved))
-
-
-def _is_rewritten(model: PreTrainedModel, leaf: str) -> bool:
-    config = LoraConfig(target_modules=[leaf])
-    try:
-        convert_peft_config_for_transformers(config, model, None)
-    except ValueError:
-        return True  # one of several names that PEFT would fuse together
-    return leaf not in (config.target_modules or ())
 
 
 def _match(architecture: Architecture, wanted: str) -> list[str]:
