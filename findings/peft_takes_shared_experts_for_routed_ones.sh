@@ -3,8 +3,9 @@
 # were stacked, and moves them from target_modules to the experts' parameters: for new adapters too, and for "all-linear".
 # In families with shared experts or dense layers (DeepSeek, GLM-4, Qwen3-Next, Ernie …) these have linears of the same
 # names, and nobody targets them any more. So "all-linear" trains no shared expert and no dense layer, the two parts that
-# see every token; and of an adapter that has them, stored expert by expert, they are dropped when it is opened. No
-# message tells: leftover keys are not reported.
+# see every token. Whoever names one such linear in full (model.layers.0.mlp.down_proj) gets the experts of every layer in
+# its place. And of an adapter that has them, stored expert by expert, they are dropped when it is opened. No message
+# tells: leftover keys are not reported.
 # Follows: count what carries an adapter. Name such linears by their weight ("shared_experts.down_proj.weight") in
 # target_parameters; load an adapter's file yourself where it holds them.
 set -euo pipefail
@@ -59,6 +60,9 @@ for wanted in ("all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"]):
     print(wanted, "adapts, beside attention:", got)
     assert "layers.1.mlp.experts" in got and not set(linears) & set(got)
     assert not [one for one in heard if "shared" in str(one.message) or "dense" in str(one.message)]
+got = places(get_peft_model(made(), LoraConfig(target_modules=["model.layers.0.mlp.down_proj"])))
+print("model.layers.0.mlp.down_proj alone, the dense layer's, adapts:", got)
+assert got == ["layers.1.mlp.experts"]
 
 tensors = {}
 for name, module in made().named_modules():
