@@ -171,9 +171,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, is_trainable: bo
     require_rows(model, read_adapter_config(Path(folder) / CONFIG), folder)
     try:
         config.base_model_name_or_path = None  # whatever it was called where it was trained
-        peft_model = _wrapped(model, in_own_names(config, model))
-        file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-        if load_own_layout(peft_model, load_file(file)):
+        tensors = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+        peft_model = _wrapped(model, in_own_names(config, model, tensors))
+        if load_own_layout(peft_model, tensors):
             return _freeze(_finite(peft_model, folder), is_trainable)
         result = peft_model.load_adapter(str(folder), "default", is_trainable=is_trainable)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from toolkit.adapters.attach import load_own_layout, misfit
 from toolkit.adapters.layouts import MAGNITUDES, ROWS
+from toolkit.adapters.older import in_own_names
 from toolkit.adapters.tokens import INDICES, token_ids
 from toolkit.adapters.untrusted import CONFIG, WEIGHTS, check_adapter_files, read_adapter_config
 from toolkit.checkpoint.files import read_header
@@ -107,7 +108,7 @@ def _check_layout(folder: Path, model: PreTrainedModel, shapes: Mapping[str, tup
         config.init_lora_weights, config.base_model_name_or_path = False, None
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ranks per parameter are called unmatched, and meta tensors no-ops
-            peft_model = get_peft_model(model, config)
+            peft_model = get_peft_model(model, in_own_names(config, model, tensors))
             if load_own_layout(peft_model, tensors):
                 return
             result = set_peft_model_state_dict(peft_model, tensors)
