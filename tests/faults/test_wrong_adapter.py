@@ -123,7 +123,7 @@ def test_tensors_that_cannot_be_used_are_no_start(
     ("fields", "extra", "words"),
     [
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight", "modules_to_save: modules saved whole"),
-        ({"trainable_token_indices": [1]}, "model.embed_tokens.token_adapter.trainable_tokens_delta", "rows of the"),
+        ({"trainable_token_indices": [1]}, "model.embed_tokens.token_adapter.trainable_tokens_delta", "rows of tokens"),
         ({"use_dora": True}, "model.layers.0.self_attn.q_proj.lora_magnitude_vector", "use_dora"),
         ({"lora_bias": True}, "model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias"),
         ({"bias": "all"}, "model.layers.0.self_attn.q_proj.bias", "q_proj.bias: a tensor that is no A or B"),
