@@ -85,7 +85,7 @@ def _other_rows(held: Sequence[int], wanted: Sequence[int]) -> str:
         shown = ", ".join(map(str, held[:5])) + (", …" if len(held) > 5 else "")
         return (
             f"holds trained rows of tokens ({shown}): list them in model.trained_tokens, or in model.new_tokens where "
-            "the base lacks them"
+            "the base lacks them; or merge it into its base with the program that made it, and start from that"
         )
     return (
         "does not hold the rows of just the tokens in model.new_tokens and model.trained_tokens; start from an adapter "
