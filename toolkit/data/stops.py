@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from toolkit.data.conversation import CALLS, Message
@@ -47,8 +48,10 @@ class Stops:
         text = template.try_render((_ASKED, *_ANSWERS[:1], _ASKED, *_ANSWERS[1:]))
         runs = [self._run_after(text, word) for word in (_FIRST, _SECOND)]
         self._closes_answers = bool(runs[1])
-        # A token that directly follows earlier and last answers alike, where no declared one does so.
-        if runs[1] and runs[0] == runs[1] and not self.texts & set(runs[1]):
+        # A token that directly follows earlier and last answers alike, where no declared one closes both.
+        spaced = zip(*(self._run_after(text, word, r"\s*") for word in (_FIRST, _SECOND)), strict=False)
+        closing = {token for token, _ in takewhile(lambda pair: pair[0] == pair[1], spaced)}
+        if runs[1] and runs[0] == runs[1] and not self.texts & closing:
             self.texts.add(runs[1][-1])
         self._look_for_texts()
 
@@ -118,11 +121,11 @@ class Stops:
     def _leading(self, text: str, start: int) -> re.Match[str] | None:
         return re.compile(rf"\s*({self.special.pattern})").match(text, start)
 
-    def _run_after(self, text: str, word: str) -> list[str]:
-        """Special tokens side by side right after a word."""
+    def _run_after(self, text: str, word: str, between: str = "") -> list[str]:
+        """Special tokens side by side right after a word, with what matches `between` them."""
         at = text.rfind(word)
-        run = re.compile(rf"\s*((?:{self.special.pattern})+)").match(text, at + len(word)) if at >= 0 else None
-        return self.special.findall(run.group(1)) if run else []
+        run = re.compile(rf"\s*((?:(?:{self.special.pattern}){between})+)").match(text, at + len(word))
+        return self.special.findall(run.group(1)) if run and at >= 0 else []
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -8,6 +8,7 @@ where that cannot be proved the row is refused. transformers' masks mark what a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -29,6 +30,9 @@ __all__ = ["Turn", "TurnReader", "groups"]
 Tools = list[dict[str, Any]] | None
 _CONTENT, _THOUGHT = "onecardprobewords", "onecardprobethought"
 _CLOSED = "the generation prompt opens a thought and the answer has none: an empty one is closed before it"
+_OPENED = "the chat template opens a thought that the generation prompt has opened: it is opened once"
+_OF_THOUGHTS = re.compile(r"</[\w-]*(?:think|thought|reason)[\w-]*>", re.IGNORECASE)
+"""Tags that close a thought."""
 _OTHER_HISTORY = "the chat template renders history differently once answered: training uses inference's prompt"
 _NO_TOOLS = "the chat template leaves out the tools"
 _TRIMMED = "the chat template strips white space around messages"
@@ -122,6 +126,8 @@ class _Reading:
             rest = self._put_together(turn, prompt, rendered)
         elif not thought_of(message) and (_closes_tag(prompt, rest) or self._opens_thought(turn, prompt)):
             self.notices.append(_CLOSED)
+        else:
+            rest = self._in_open_thought(turn, prompt, rest)
         if kind := left_out(rest, message):
             raise self._left_out(turn, kind)
         target, ender = self._stops.through(rest, self._messages, turn, self._tools, self._options)
@@ -196,6 +202,18 @@ class _Reading:
             raise self._left_out(turn, "thought") if thought else _rewritten(turn)
         self.notices.append(_COMPLETED if thought else _CLOSED)
         return thought + closing + whole[begins:]
+
+    def _in_open_thought(self, turn: int, prompt: str, rest: str) -> str:
+        """What follows a prompt that opens a thought, where the template writes answers as if it did not."""
+        tag = end_of_open_tag(prompt)
+        opening = tag.replace("/", "", 1)
+        if tag and rest.lstrip().startswith(opening):
+            self.notices.append(_OPENED)
+            return rest.lstrip()[len(opening) :].lstrip("\n")
+        if not _OF_THOUGHTS.fullmatch(tag) or tag in rest:
+            return rest
+        self.notices.append(_CLOSED)
+        return (self._closing(turn, prompt, prompt) or "") + rest
 
     def _after_thought(self, turn: int, message: Message, prompt: str, thought: str) -> str | None:
         """The answer as the template writes it after a thought that it is given by name."""

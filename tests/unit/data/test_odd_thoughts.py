@@ -13,6 +13,7 @@ from tests.faults.conftest import Run, onecard, recipe
 from tests.faults.test_wrong_input import fails
 from toolkit.data import Batches
 from toolkit.errors import DataError
+from toolkit.labels import IGNORED
 
 __all__ = ["onecard", "recipe"]
 
@@ -24,6 +25,15 @@ SHOWS_THOUGHTS = """\
 {%- endif %}{{- m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
 {%- if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+
+PREFILLS = """\
+{%- for m in messages[:-1] if m.role == 'user' or not loop.last %}{{ '<|im_start|>' + m.role + '\n' }}
+{{- m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}
+{%- set last = messages[-1] %}
+{%- if last.role == 'user' %}{{ '<|im_start|>user\n' + last.content + '<|im_end|>\n' }}{% endif %}
+{%- if add_generation_prompt or last.role == 'assistant' %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}
+{%- if last.role == 'assistant' %}{{ last.content + '<|im_end|>\n' }}{% endif %}"""
+"""It writes a last answer behind the opening of a thought, as it stands."""
 
 
 def row(*turns: dict[str, Any], **columns: Any) -> dict[str, Any]:
@@ -131,3 +141,20 @@ def test_preview_names_what_is_wrong_with_a_template(
     (tmp_path / "chat.jinja").write_text(template)
     overrides = [f"data.train={tmp_path}/rows.jsonl", f"data.chat_template_path={tmp_path}/chat.jinja"]
     fails(onecard("preview", recipe, *overrides), 3, words)
+
+
+@pytest.mark.parametrize(
+    ("answer", "trained", "words"),
+    [
+        ({}, "\n</think>\n\ngood day<|im_end|>", "an empty one is closed before it"),
+        ({"reasoning_content": "because"}, "because\n</think>\n\ngood day<|im_end|>", "it is opened once"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_opened_once_and_closed(
+    build: Callable[..., Batches], tokenizer: Any, answer: dict[str, str], trained: str, words: str
+) -> None:
+    batches = build([row(ASKED, {**ANSWER, **answer})], chat_template=PREFILLS)
+    (example,) = batches.train
+    assert tokenizer.decode([label for label in example["labels"] if label != IGNORED]) == trained
+    assert tokenizer.decode(example["input_ids"]).count("<think>") == 1
+    assert [notice for notice in notices(batches) if words in notice]

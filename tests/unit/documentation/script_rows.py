@@ -324,7 +324,7 @@ ROWS = (
     ),
     Row(
         "parity/templates.py",
-        "trl --only chat_templates/qwen3 --case plain thought",
+        "trl --only chat_templates/qwen3 --case plain thought --side scripts/parity/template_tokens.json",
         (r"^chat_templates/qwen3 +2 exact ", r"^2 exact; 2 renderable; 2 exact of renderable$"),
     ),
     Row("parity/template_masks.py", "qwen3", (r"^\| qwen3 \| 30, 54 \| right \| 30 \| ", r"^\|  \|  \| TRL \| ")),
