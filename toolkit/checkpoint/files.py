@@ -208,6 +208,8 @@ def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, An
     if "quant_method" not in declared and {"bits", "group_size"} <= declared.keys():
         declared["quant_method"] = "mlx"  # which names itself nowhere
     method = declared.get("quant_method")
+    if method == GGUF and gguf_at(name_or_path) is None:  # as GPTQModel writes them
+        raise ModelError(f"{name_or_path}: has blocks of GGUF in safetensors, which is not read; take the GGUF file")
     if method not in (METHOD, *SOURCES):
         raise ModelError(
             f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; read are "

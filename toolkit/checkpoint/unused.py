@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.checkpoint.formats.beside import OF_ACTIVATIONS
 from toolkit.checkpoint.weights import Unread
 
 __all__ = ["plain_tensor", "unused", "unused_lines"]
 
-_OF_ACTIVATIONS = re.compile(r"(?:^|[._])(?:[kqv]|kv|kv_cache|prob|input|output|act)_(?:global_)?(?:scale|zero_point)$")
 _LAYER = re.compile(r".+?\.\d+(?=\.)")
 
 
@@ -33,7 +33,7 @@ def unused(targets: Mapping[str, str], known: Container[str]) -> tuple[dict[str,
     for key, target in targets.items():
         if target in known:
             continue
-        if _OF_ACTIVATIONS.search(key):
+        if OF_ACTIVATIONS.search(key):
             left_out.append(key)
         else:
             layer = _LAYER.match(key)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from toolkit.checkpoint.formats.auto_round import read_auto_round
+from toolkit.checkpoint.formats.beside import BESIDE_PACKED, refuse_changed_inputs, refuse_unknown_parts
 from toolkit.checkpoint.formats.bitsandbytes import read_bitsandbytes
 from toolkit.checkpoint.formats.compressed_tensors import read_compressed_tensors
 from toolkit.checkpoint.formats.gptq import read_gptq
-from toolkit.checkpoint.formats.hqq import BESIDE_HQQ, read_hqq
+from toolkit.checkpoint.formats.hqq import read_hqq
 from toolkit.checkpoint.formats.mlx import read_mlx
 from toolkit.checkpoint.formats.modelopt import read_modelopt
 from toolkit.checkpoint.formats.mxfp4 import read_mxfp4
@@ -40,19 +41,14 @@ _CODES = ("F8_", "F4", "F6_", "I8", "U8", "U4", "I4")
 _WORDS = ("qweight", "qzeros", "weight_packed", "W_q", "_blocks", "_qdata")
 
 
-BESIDE_PACKED = (
-    *("weight_shape", "weight_g_idx", "weight_format", "input_scale", "input_global_scale", "act_scale"),
-    *BESIDE_HQQ,
-)
-"""Tensors of a quantised module that its values do not need."""
-
-
 def packed_weights(files: Files) -> dict[str, Packed]:
     """Every weight that is stored in parts, by its plain name.
 
     Raises:
-        ModelError: a part is missing, a scheme is unknown, or codes are left over whose scales are not known.
+        ModelError: a part is missing, a scheme is unknown, codes are left over whose scales are not known, or there is
+            something about a weight that no reader knows.
     """
+    refuse_changed_inputs(files)
     reader = _READERS.get(str(files.declared.get("quant_method")))
     found = {weight.name: weight for weight in reader(files)} if reader else {}
     taken = {part.key for weight in found.values() for part in weight.parts.values()}
@@ -63,4 +59,5 @@ def packed_weights(files: Files) -> dict[str, Packed]:
                 f"{files.name}: {key} holds codes in {header.dtype}, and nothing says what they are worth; take the "
                 "unquantised checkpoint of this model"
             )
+    refuse_unknown_parts(files, found)
     return found

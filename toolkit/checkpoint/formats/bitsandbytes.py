@@ -41,6 +41,8 @@ def read_bitsandbytes(files: Files) -> Iterator[Packed]:
         scales = files.shape(f"{module}.SCB")
         if files.headers[weight].dtype != "I8" or scales[:1] != (rows,) or math.prod(scales) != rows:
             raise files.wrong(weight, f"{rows} rows in {files.headers[weight].dtype} do not fit their scales")
+        if (order := f"{module}.weight_format") in files.headers and int(files.value(order).flatten()[0]) != 0:
+            raise files.not_read(order, "rows in the tiles of a card's kernel")
         parts = {"codes": Part(weight), "scale": Part(f"{module}.SCB")}
         yield files.packed(weight, (rows, columns), parts, _unpack_int8, "int8, a scale a row")
 

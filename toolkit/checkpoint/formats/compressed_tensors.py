@@ -28,14 +28,18 @@ _MX_GROUP = 32
 _NV_GROUP = 16
 _DENSE_SINCE = [0, 18]
 """From this version on codes of odd widths are packed across words."""
-_SPARSE = ("marlin-24", "sparse-24", "sparse-24-bitmask", "sparse-bitmask")
+_FORMATS = (
+    *("", "dense", "mixed-precision", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized"),
+)
+"""Names of what is read; of the others some are sparse, and one has FP4 with scales in a float of its own."""
 
 
 def read_compressed_tensors(files: Files) -> Iterator[Packed]:
     """Every weight that is stored in parts.
 
     Raises:
-        ModelError: no group says how a module is stored, a sparse format, or parts that do not fit together.
+        ModelError: no group says how a module is stored, an unknown format, or parts that do not fit together.
     """
     for module in files.modules("weight_packed"):
         yield _first_that_fits(files, module, _packed)
@@ -50,6 +54,8 @@ _Reader = Callable[[Files, str, Mapping[str, Any]], Packed]
 def _first_that_fits(files: Files, module: str, read: _Reader) -> Packed:
     error: ModelError | None = None
     for scheme in _schemes(files, module):
+        if scheme["format"] not in _FORMATS:
+            raise files.not_read(module, f"stored as {scheme['format'][:80]}")
         try:
             return read(files, module, scheme)
         except ModelError as why:
@@ -89,8 +95,6 @@ def _is_class(target: str) -> bool:
 
 
 def _packed(files: Files, module: str, scheme: Mapping[str, Any]) -> Packed:
-    if scheme["format"] in _SPARSE:
-        raise files.wrong(module, f"stored as {scheme['format']}, which is not read")
     name, key = f"{module}.weight", f"{module}.weight_packed"
     parts = {"packed": Part(key), "scale": Part(f"{module}.weight_scale")}
     scale = files.shape(f"{module}.weight_scale")

@@ -5,7 +5,8 @@ So overrides by module (`dynamic`, `extra_config`) need not be read: what is not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _BORROWED = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """One in each code of a word: GPTQ's first format took it from the word as a whole, so borrows cross the codes."""
 
+_LAYOUTS = ("gptq", "gptq_v2", "gptq_p")
+"""`checkpoint_format` of what is read."""
 _CODES = tuple(range(16))
 """Of AWQ."""
 _TRUE_ZEROS = ("auto_round", "auto_round:gptqmodel")
@@ -68,10 +71,12 @@ def _gptq(files: Files, module: str) -> Packed:
         raise files.wrong(keys["qzeros"], f"is {'×'.join(map(str, zeros))} for {outputs} outputs in {groups} groups")
     bits = _bits(files, keys["qweight"], fitting)
     inputs = height * 32 // bits
-    size = _group_size(files, inputs, groups)
+    size = _group_size(files, module, inputs, groups)
     # A word of zeros holds some outputs' codes; by planes, or where codes cross words, 32 outputs lie in `bits` words.
     step = Fraction(32 // bits) if 32 % bits == 0 else Fraction(32, bits)
     told = str(files.declared.get("checkpoint_format") or "gptq").lower()
+    if told not in _LAYOUTS:
+        raise files.not_read(keys["qweight"], f"stored as {told[:80]!r}")
     is_first = told == "gptq" and files.declared.get("packing_format") not in _TRUE_ZEROS
     is_planar = told == "gptq_p" or (bits in (5, 6, 7) and not _is_auto_round(files))
     if is_planar and 32 % bits and (inputs % 32 or outputs % 32):
@@ -129,12 +134,35 @@ def _codes(parts: Tensors) -> tuple[Tensor, Tensor]:
     return nibbles(parts["codes"].T.contiguous()), parts["scales"].T
 
 
-def _group_size(files: Files, inputs: int, groups: int) -> int:
-    """Inputs of a group; the last may be cut off."""
-    told = files.declared.get("group_size")
-    if isinstance(told, int) and told > 0 and -(-inputs // told) == groups:
-        return min(told, inputs)
+def _group_size(files: Files, module: str, inputs: int, groups: int) -> int:
+    """Inputs of a group, of which the last may be cut off; where inputs are in order, nothing in the files says it.
+
+    Raises:
+        ModelError: no size that the config says makes so many groups, and they are not all alike.
+    """
+    for told in (*_own_sizes(files, module), files.declared.get("group_size")):
+        if isinstance(told, int) and told > 0 and -(-inputs // told) == groups:
+            return min(told, inputs)
+    if inputs % groups and f"{module}.g_idx" not in files.headers:
+        raise files.wrong(f"{module}.scales", f"no group_size makes {groups} groups of {inputs} inputs")
     return -(-inputs // groups)
+
+
+def _own_sizes(files: Files, module: str) -> Iterator[object]:
+    """What auto-round's config says of a module alone: under its name, then under patterns that it fits."""
+    more = files.declared.get("extra_config")
+    told = more if isinstance(more, Mapping) else {}
+    for is_name in (True, False):
+        for name, own in told.items():
+            if isinstance(own, Mapping) and (name == module) == is_name and (is_name or _fits(name, module)):
+                yield own.get("group_size")
+
+
+def _fits(pattern: str, module: str) -> bool:
+    try:
+        return re.search(pattern, module) is not None
+    except re.error:
+        return False
 
 
 def _unpack_gptq(parts: Tensors, *, bits: int, size: int, is_planar: bool, is_first: bool) -> Tensor:

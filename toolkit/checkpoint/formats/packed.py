@@ -210,6 +210,12 @@ class Files:
         """The error of a weight that cannot be read."""
         return ModelError(f"{self.name}: {key}: {why}; take the unquantised checkpoint, or download this one again")
 
+    def not_read(self, key: str, what: str) -> ModelError:
+        """The error of something that no reader knows."""
+        return ModelError(
+            f"{self.name}: {key}: {what}, which is not read; take the unquantised checkpoint of this model"
+        )
+
     def packed(
         self,
         name: str,
