@@ -8,6 +8,7 @@ the files hold expert by expert is compared as the stack that it becomes.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,7 @@ from toolkit.checkpoint.formats import BESIDE_PACKED, Files, Packed, packed_weig
 from toolkit.checkpoint.weights import PackedSlice
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["Shards", "every_target", "refuse_wrong_shapes", "targets"]
+__all__ = ["Shards", "every_target", "missing", "refuse_wrong_shapes", "targets"]
 
 
 class Shards:
@@ -137,7 +138,7 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
     """Compare the (key, shape) pairs of a checkpoint's plain weights with a model on meta, which stays as it is.
 
     Raises:
-        ModelError: a tensor disagrees with the config, or the tensors of a stack do not fit together.
+        ModelError: a tensor disagrees with the config or is missing, or the tensors of a stack do not fit together.
     """
     declared = declared_format(name, model.config)
     is_ours = declared is not None and declared["quant_method"] == METHOD
@@ -159,11 +160,25 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
             logging.enable_progress_bar()
     for parameter, there, wanted in sorted(info.mismatched_keys):
         raise ModelError(
-            f"{name}: {parameter} is {_times(there)} in the files and {_times(wanted)} by config.json; download the "
-            "checkpoint again or fix config.json"
+            f"{name}: {parameter} is {_times(there)} in the files and {_times(wanted)} by config.json; "
+            f"{_advice(declared)}"
         )
     for parameter in sorted(info.conversion_errors):
         raise ModelError(f"{name}: the tensors for {parameter} do not fit together; download the checkpoint again")
+    if tensors and not is_ours and (lost := missing(model, info.missing_keys)):
+        raise ModelError(f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} tensors in all); {_advice(declared)}")
+
+
+def missing(model: PreTrainedModel, without: Iterable[str]) -> list[str]:
+    """Of the parameters and buffers that a checkpoint says nothing of, those that it has to, sorted."""
+    optional = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
+    return sorted(key for key in without if not any(re.search(pattern, key) for pattern in optional))
+
+
+def _advice(declared: Mapping[str, Any] | None) -> str:
+    if (declared or {}).get("quant_method") == "mlx":
+        return "MLX stores some families otherwise: take the unquantised checkpoint, or fix config.json"
+    return "download the checkpoint again or fix config.json"
 
 
 def _unpacked(

@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from toolkit.architecture import on_meta
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.conversion import refuse_wrong_shapes, targets
+from toolkit.checkpoint.conversion import missing, refuse_wrong_shapes, targets
 from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, gguf_at, write_index
 from toolkit.checkpoint.gguf_source import opened
 from toolkit.checkpoint.identity import license_of, weight_files
@@ -280,9 +280,7 @@ def _forget(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
 
 
 def _refuse_missing(name: str, model: PreTrainedModel, written: dict[str, str]) -> None:
-    optional = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
-    missing = [key for key in model.state_dict() if key not in written]
-    if lost := sorted(key for key in missing if not any(re.search(pattern, key) for pattern in optional)):
+    if lost := missing(model, (key for key in model.state_dict() if key not in written)):
         raise ModelError(
             f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} tensors in all); download it again or fix config.json"
         )
