@@ -209,7 +209,9 @@ def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, An
         declared["quant_method"] = "mlx"  # which names itself nowhere
     method = declared.get("quant_method")
     if method == GGUF and gguf_at(name_or_path) is None:  # as GPTQModel writes them
-        raise ModelError(f"{name_or_path}: has blocks of GGUF in safetensors, which is not read; take the GGUF file")
+        raise ModelError(
+            f"{name_or_path}: has blocks of GGUF in safetensors, which is not read; take the unquantised checkpoint"
+        )
     if method not in (METHOD, *SOURCES):
         raise ModelError(
             f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; read are "

@@ -80,6 +80,17 @@ def test_rows_that_a_kernel_reordered_are_refused() -> None:
         packed_weights(case.files({**case.tensors, key: torch.tensor(2, dtype=torch.uint8)}))
 
 
+def test_scales_that_gptqmodel_divides_by_are_divided_by() -> None:
+    case = Case("transformers-fp8-small-blocks")
+    turned = {key: value.reciprocal() if key.endswith("_inv") else value for key, value in case.tensors.items()}
+    told = {**case.declared, "weight_scale_semantics": "inverse"}
+    found = packed_weights(case.files(turned, told))
+    for name, wanted in case.expected.items():
+        torch.testing.assert_close(as_slice(found[name], turned).read(), wanted.float())
+    with pytest.raises(ModelError, match="says 'forward', which is not read"):
+        packed_weights(case.files(turned, {**told, "weight_scale_semantics": "forward"}))
+
+
 def one_module(inputs: int, groups: int, **declared: Any) -> Any:
     """A module of 4 bits as auto-round writes it, without an order of inputs."""
     generator = torch.Generator().manual_seed(1)
@@ -111,5 +122,5 @@ def test_blocks_of_gguf_in_safetensors_are_named() -> None:
     from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(quantization_config={"quant_method": "gguf", "bits": 4})
-    with pytest.raises(ModelError, match="has blocks of GGUF in safetensors, which is not read; take the GGUF file"):
+    with pytest.raises(ModelError, match="has blocks of GGUF in safetensors, which is not read; take the unquantised"):
         declared_format("folder", config)

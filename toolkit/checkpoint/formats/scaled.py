@@ -29,9 +29,14 @@ _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 def read_fp8(files: Files) -> Iterator[Packed]:
     """What transformers calls fp8, mxfp8 and fbgemm_fp8: a weight, or a stack, with `_scale_inv` or `_scale` beside it.
 
+    GPTQModel's FP8 has the same names and divides by the scales: `weight_scale_semantics` says so.
+
     Raises:
         ModelError: a scale without its weight, or a grid of scales that does not fit.
     """
+    semantics = files.declared.get("weight_scale_semantics")
+    if semantics not in (None, "inverse"):
+        raise files.not_read("weight_scale_semantics", f"the quantization_config says {str(semantics)[:80]!r}")
     declared = files.declared.get("weight_block_size")
     block = None
     if declared is not None:
@@ -43,7 +48,7 @@ def read_fp8(files: Files) -> Iterator[Packed]:
         for scales in [key for key in files.headers if key.endswith(ending)]:
             key = scales.removesuffix(ending)
             if key in files.headers and files.headers[key].dtype.startswith(("F8_", *_NIBBLES)):
-                yield scaled(files, key, scales, block)  # type: ignore[arg-type]
+                yield scaled(files, key, scales, block, is_divided=semantics is not None)  # type: ignore[arg-type]
             elif key.rpartition(".")[2] in ("weight", "gate_up_proj", "down_proj") and key not in files.headers:
                 raise files.wrong(scales, f"there is no {key} that it belongs to")
 
@@ -55,12 +60,14 @@ def scaled(
     block: tuple[int, int] | None = None,
     zero: str | None = None,
     name: str | None = None,
+    is_divided: bool = False,
 ) -> Packed:
     """A weight [rows, columns], or a stack [E, rows, columns], of 8-bit values, or of two FP4 values a byte.
 
     Args:
         block: rows and columns of a block, where the files say it; else what divides evenly.
         zero: the key of zero points, in the form of the scales. name: of the weight, where its key is another.
+        is_divided: values are divided by the scales, not multiplied.
     """
     shape, found, dtype = files.shape(key), files.shape(scales), files.headers[key].dtype
     if len(found) == 4 and found[1] == found[3] == 1:  # square blocks as modelopt writes them
@@ -88,8 +95,8 @@ def scaled(
         parts["zero"] = Part(zero, part.axis, part.rows)
     is_mx = files.headers[scales].dtype in _EXPONENTS
     kind = "MXFP4" if is_fp4 else "MXFP8" if is_mx else "FP8" if dtype.startswith("F8_") else "int8"
-    unpack = partial(_unpack, block=block, is_mx=is_mx, is_fp4=is_fp4)
-    encoder = _encoder(dtype, shape, block, is_mx, is_fp4)
+    unpack = partial(_unpack, block=block, is_mx=is_mx, is_fp4=is_fp4, is_divided=is_divided)
+    encoder = None if is_divided else _encoder(dtype, shape, block, is_mx, is_fp4)
     words = kind + groups_in_words(found, shape, block)
     return files.packed(name or key, shape, parts, unpack, words, encoder=encoder)
 
@@ -147,14 +154,15 @@ def _units(parts: Tensors, *, columns: int, block: tuple[int, int], is_mx: bool)
     return spread[0], -spread[1] * spread[0] if len(spread) > 1 else None
 
 
-def _unpack(parts: Tensors, *, block: tuple[int, int], is_mx: bool, is_fp4: bool) -> Tensor:
+def _unpack(parts: Tensors, *, block: tuple[int, int], is_mx: bool, is_fp4: bool, is_divided: bool = False) -> Tensor:
     stored = parts["weight"]
     weight = fp4(stored) if is_fp4 else stored.float()
     rows, columns = weight.shape[-2:]
     if "zero" in parts:
         weight -= grid(_of_stack(parts["zero"], weight), rows, columns, block)
     scale = powers(parts["scale"]) if is_mx else parts["scale"]
-    return weight * grid(_of_stack(scale, weight), rows, columns, block)
+    spread = grid(_of_stack(scale, weight), rows, columns, block)
+    return weight / spread if is_divided else weight * spread
 
 
 def _of_stack(scale: Tensor, weight: Tensor) -> Tensor:
