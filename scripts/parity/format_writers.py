@@ -83,6 +83,9 @@ PACKAGES = {
         ("autoawq==0.2.9",),
     ),
     "modelopt": Side("modelopt_side.py", ("nvidia-modelopt[hf]==0.47.0", "transformers==5.14.1", "safetensors==0.8.0")),
+    "quark": Side(
+        "quark_side.py", ("amd-quark==0.13", "transformers==5.24.0", "accelerate==1.15.0", "safetensors==0.8.0")
+    ),
     "hqq": Side("hqq_side.py", ("hqq==0.2.8.post1", "transformers==5.24.0", "safetensors==0.8.0")),
     "torchao": Side("torchao_side.py", ("torchao==0.18.0", _TRANSFORMERS, "accelerate==1.15.0", "safetensors==0.8.0")),
     "auto_round": Side("auto_round_side.py", ("auto-round==0.16.1", "transformers==5.24.0", "safetensors==0.8.0")),

@@ -74,7 +74,7 @@ there it refuses, and quotes it.
 
 SOURCES = (
     *("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "intel/auto-round"),
-    *("bitsandbytes", "modelopt", "mlx", "hqq", "torchao", GGUF),
+    *("bitsandbytes", "modelopt", "quark", "mlx", "hqq", "torchao", GGUF),
 )
 """Formats of others that are read: each weight is multiplied out and rounded to int8 at once."""
 _BESIDE_CONFIG = "hf_quant_config.json"

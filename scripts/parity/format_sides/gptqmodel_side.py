@@ -20,8 +20,9 @@ import torch
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own count on two cores is one, which it then refuses
 from gptqmodel import GPTQModel
+from gptqmodel.nn_modules.qlinear.fp8 import TorchFP8Linear
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-from gptqmodel.quantization.config import QuantizeConfig
+from gptqmodel.quantization.config import FP8Config, QuantizeConfig
 from gptqmodel.quantization.quantizer import Quantizer
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
 from gptqmodel.version import __version__
@@ -97,6 +98,26 @@ def _values(module: TorchLinear) -> torch.Tensor:
     return module.eval().dequantize_weight().T.contiguous()
 
 
+def _fp8(source: Source, **how: Any) -> Written:
+    """Its FP8, whose `weight_scale_inv` it divides by, under the name and method that others multiply by."""
+    config = FP8Config(offload_to_disk=False, **how)
+    tensors, expected = {}, {}
+    for name, weight in source.linears.items():
+        linear = nn.Linear(*reversed(weight.shape), bias=False)
+        linear.weight = nn.Parameter(weight)
+        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+        module = TorchFP8Linear(
+            bits=8, group_size=-1, sym=True, desc_act=False, **sizes, **config.quant_linear_init_kwargs()
+        )
+        module.pack_original(linear, None, None)
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        expected[f"{name}.weight"] = module.dequantize_weight(dtype=torch.float32).T.contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        file = json.loads((Path(folder) / "quantize_config.json").read_text())
+    return Written(tensors, expected, file)
+
+
 def _real(source: Source, **how: Any) -> Written:
     """Load, calibrate, save: names, config and tensors are all the package's."""
     config = QuantizeConfig(bits=4, group_size=32, format="gptq", offload_to_disk=False, device="cpu", **how)
@@ -165,6 +186,8 @@ def _variants() -> dict[str, Variant]:
     }
     dynamic = partial(_write, bits=4, group_size=32, sym=True, format="gptq", desc_act=False, dynamic=rules)
     found["dynamic"] = Variant(dynamic, golden=shapes)
+    for name, how in (("row", {}), ("block", {"weight_scale_method": "block", "weight_block_size": [16, 16]})):
+        found[f"fp8-{name}"] = Variant(partial(_fp8, **how), MAIN, {GATE: (16, 64)})
     for name, how, families in (
         ("real-4", {"desc_act": False, "sym": True}, ("qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss")),
         ("real-4-asym-desc-act", {"desc_act": True, "act_group_aware": False, "sym": False}, ("qwen3_moe",)),

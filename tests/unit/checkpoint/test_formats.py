@@ -29,11 +29,11 @@ def agrees(case: Case, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def test_every_case_is_there() -> None:
-    assert len(CASES) == 96
+    assert len(CASES) == 102
     assert {path.stem for path in FOLDER.glob("*.safetensors")} == CASES.keys()
     assert {told["package"] for told in CASES.values()} == {
         *("compressed-tensors", "GPTQModel", "autoawq", "auto-round", "bitsandbytes", "nvidia-modelopt"),
-        *("mlx", "hqq", "torchao", "transformers"),
+        *("mlx", "hqq", "torchao", "transformers", "amd-quark"),
     }
 
 
@@ -105,6 +105,7 @@ def test_what_is_written_in_its_own_format_reads_back_as_it_was() -> None:
             "autoawq": {"int4"},
             "auto-round": {"int4", "int6"},
             "nvidia-modelopt": {"FP8", "NVFP4", "int4"},
+            "amd-quark": {"FP8", "int8", "MXFP4"},
             "transformers": {"FP8", "MXFP4", "MXFP8"},
             "torchao": {"FP8", "int8"},
             **{package: set() for package in ("bitsandbytes", "mlx", "hqq")},

@@ -14,6 +14,7 @@ from toolkit.checkpoint.formats.mlx import read_mlx
 from toolkit.checkpoint.formats.modelopt import read_modelopt
 from toolkit.checkpoint.formats.mxfp4 import read_mxfp4
 from toolkit.checkpoint.formats.packed import Files, Packed, Part
+from toolkit.checkpoint.formats.quark import read_quark
 from toolkit.checkpoint.formats.scaled import read_fp8
 from toolkit.checkpoint.formats.torchao import read_torchao
 from toolkit.errors import ModelError
@@ -32,6 +33,7 @@ _READERS: dict[str, Callable[[Files], Iterator[Packed]]] = {
     "intel/auto-round": read_auto_round,
     "bitsandbytes": read_bitsandbytes,
     "modelopt": read_modelopt,
+    "quark": read_quark,
     "mlx": read_mlx,
     "hqq": read_hqq,
     "torchao": read_torchao,

@@ -18,7 +18,7 @@ from toolkit.checkpoint.formats.bits import FP4_LEVELS, fp4, fp4_codes, grid, ni
 from toolkit.checkpoint.formats.packed import FLOATS, Encoder, Files, FourBit, Packed, Part, Tensors, Unpack
 from toolkit.checkpoint.formats.scaled import scaled
 
-__all__ = ["read_modelopt"]
+__all__ = ["four_bit_floats", "read_modelopt"]
 
 _NV_GROUPS = (16, 32)
 _MX_GROUP = 32
@@ -39,14 +39,21 @@ def read_modelopt(files: Files) -> Iterator[Packed]:
         if files.headers[key].dtype != "U8":
             found = scaled(files, key, scales)
         elif is_stack or len(files.shape(key)) != 2 or files.shape(scales)[:1] == files.shape(key)[:1]:
-            found = _four_bit_floats(files, key, stem, is_stack)
+            found = four_bit_floats(files, key, stem, is_stack)
         else:
             found = _four_bit_integers(files, key, scales)
         yield _for_inputs(files, found, f"{stem}pre_quant_scale")
 
 
-def _four_bit_floats(files: Files, key: str, stem: str, is_stack: bool) -> Packed:
-    """NVFP4 and MXFP4: [O, I/2] bytes with [O, I/G] scales; a stack [E, I/2, O] with [E, I/G, O]."""
+def four_bit_floats(files: Files, key: str, stem: str, is_stack: bool) -> Packed:
+    """NVFP4 and MXFP4: [O, I/2] bytes with [O, I/G] scales; a stack [E, I/2, O] with [E, I/G, O].
+
+    Args:
+        stem: what the names of all parts begin with.
+
+    Raises:
+        ModelError: parts that do not fit together.
+    """
     scales = f"{stem}{_SCALE}"
     stored, found = files.shape(key), files.shape(scales)
     inputs = len(stored) - (2 if is_stack else 1)
