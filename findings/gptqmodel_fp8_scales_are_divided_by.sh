@@ -2,8 +2,8 @@
 # GPTQModel 7.7.0 saves FP8 with quant_method "fp8" and `weight_scale_inv`, names that DeepSeek's and transformers' FP8
 # have. There the scales multiply, in spite of their name; GPTQModel means it: its own reader divides by them. The only
 # hint is `weight_scale_semantics: inverse` in the config, which nothing else knows.
-# Follows: transformers loads such a file without a word, and every weight is larger by the square of its scale, some
-# hundred thousand times. Whoever reads quant_method "fp8" has to look for that key.
+# Follows: transformers loads such a file without a word, and every weight is larger by the square of its scale, here some
+# fifty million times. Whoever reads quant_method "fp8" has to look for that key.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf -- "$folder"' EXIT

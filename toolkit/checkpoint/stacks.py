@@ -30,8 +30,10 @@ _ROLES = {
 }
 _NAME = re.compile(
     rf"\.(\d+)\.(?:[^.]+\.)*?(?:experts|switch_mlp)\.(?:(\d+)\.)?(?:switch_mlp\.)?({'|'.join(_ROLES)})"
-    r"(?:\.(weight|bias)|(_bias))?$"
+    r"(?:s\.(\d+))?(?:\.(weight|bias)|(_bias))?$"
 )
+_INNER = ".router.linear."
+"""A linear that Unsloth has inside gpt-oss' router."""
 
 
 def plain_weights(
@@ -80,15 +82,20 @@ def fitted(
         mapping: the family's key conversions. are_halves: what is called gate and up are the first and the second
             half of the rows, also where the family has them by turns.
     """
-    known, names = model.state_dict().keys(), targets(model, mapping, weights)
+    known, mapping = model.state_dict().keys(), list(mapping)
+    names = targets(model, mapping, weights)
+    if inner := [key for key, target in names.items() if _INNER in key and target not in known]:
+        weights = {key.replace(_INNER, ".router.") if key in inner else key: part for key, part in weights.items()}
+        names = targets(model, mapping, weights)
     unknown = {key: match for key, target in names.items() if target not in known and (match := _NAME.search(key))}
     if not unknown:
         return dict(weights)
     layers = {int(re.findall(r"\.(\d+)\.", layer.name)[-1]): layer for layer in describe(model).layers}
     parts: dict[tuple[int, str], dict[tuple[str, int], str]] = {}
     for key, match in unknown.items():
-        kind = "bias" if match[4] == "bias" or match[5] else "weight"
-        parts.setdefault((int(match[1]), kind), {})[_ROLES[match[3]], int(match[2] or -1)] = key
+        kind = "bias" if match[5] == "bias" or match[6] else "weight"
+        number = match[2] or match[4]  # the second as Unsloth has it for gpt-oss: experts.down_projs.3
+        parts.setdefault((int(match[1]), kind), {})[_ROLES[match[3]], int(number or -1)] = key
     result = dict(weights)
     for (number, kind), found in parts.items():
         if number not in layers or any(stack in names.values() for stack in _names(layers[number], kind)):

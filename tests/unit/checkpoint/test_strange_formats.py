@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tests.harness.families import build, tiny_config
 from tests.harness.formats import Case, as_slice
 from toolkit.checkpoint.files import declared_format
 from toolkit.checkpoint.formats import packed_weights
+from toolkit.checkpoint.stacks import plain_weights
+from toolkit.checkpoint.weights import Unread
 from toolkit.errors import ModelError
 
 CT, ROUND, GPTQ = "compressed-tensors-int4-group", "auto-round-6-asym", "gptqmodel-v1-4-asym"
@@ -124,3 +129,22 @@ def test_blocks_of_gguf_in_safetensors_are_named() -> None:
     config = Qwen3MoeConfig(quantization_config={"quant_method": "gguf", "bits": 4})
     with pytest.raises(ModelError, match="has blocks of GGUF in safetensors, which is not read; take the unquantised"):
         declared_format("folder", config)
+
+
+def test_experts_as_unsloth_takes_gpt_oss_apart_are_put_together(tmp_path: Path) -> None:
+    model = build(tiny_config("gpt_oss"))
+    state, stored = model.state_dict(), {}
+    for name, tensor in state.items():
+        at, _, leaf = name.rpartition(".")
+        if not at.endswith(".experts"):
+            stored[name.replace(".router.", ".router.linear.")] = tensor
+            continue
+        role, kind = leaf.removesuffix("_bias"), "bias" if leaf.endswith("_bias") else "weight"
+        for expert, part in enumerate(tensor):
+            stored[f"{at}.{role}s.{expert}.{kind}"] = (part if kind == "bias" else part.T).contiguous()
+    save_file(stored, tmp_path / "model.safetensors")
+    found = plain_weights("tiny", tmp_path, {"quant_method": "bitsandbytes"}, model)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        part = found[name]
+        assert torch.equal(part.read() if isinstance(part, Unread) else part[...], tensor), name

@@ -1,4 +1,4 @@
-"""auto-round, which writes in the forms of others: GPTQ's, AWQ's, compressed-tensors' MX formats, and FP8 in blocks."""
+"""auto-round, which writes in the forms of others: GPTQ's, AWQ's, MLX's, compressed-tensors' MX, and FP8 in blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from toolkit.checkpoint.formats.compressed_tensors import read_compressed_tensors
 from toolkit.checkpoint.formats.gptq import read_gptq
+from toolkit.checkpoint.formats.mlx import read_mlx
 from toolkit.checkpoint.formats.packed import Files, Packed
 from toolkit.checkpoint.formats.scaled import read_fp8
 
@@ -25,6 +26,9 @@ def read_auto_round(files: Files) -> Iterator[Packed]:
     for kind in _data_types(files):
         if not _KNOWN.fullmatch(kind):
             raise files.not_read("data_type", f"the quantization_config says {kind[:80]!r}")
+    if str(files.declared.get("packing_format")).endswith("mlx"):
+        yield from read_mlx(files)
+        return
     yield from read_gptq(files)
     yield from read_compressed_tensors(files)
     if any(files.modules("weight_scale_inv")):
