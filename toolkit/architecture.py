@@ -84,6 +84,11 @@ def describe(model: nn.Module) -> Architecture:
     recorded = _recorded_routers(modules)
     layers = tuple(_layer(modules, name, recorded) for name, module in modules.items() if is_experts(module))
     if not layers:
+        if any(name.endswith(".experts") for name in modules):  # Llama 4 and LongCat Flash in transformers 5.23
+            raise ModelError(
+                f"{type(model).__name__}: its experts are not behind transformers' interface for experts, which this "
+                "trains; give a checkpoint of another family"
+            )
         raise ModelError(
             f"{type(model).__name__}: not a Mixture-of-Experts model (no experts module in it); "
             "give an MoE checkpoint, e.g. one named in recipes/"

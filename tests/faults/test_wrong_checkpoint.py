@@ -48,6 +48,13 @@ def other_shape(folder: Path) -> None:
     configure(folder, moe_intermediate_size=40)
 
 
+def without_a_tensor(folder: Path) -> None:
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def configure(folder: Path, **values: object) -> None:
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
@@ -58,6 +65,7 @@ FROM_CONFIG_AND_HEADERS = [
     (unknown_format, "quantised as sesame"),
     (unknown_architecture, "sesame_moe"),
     (missing_shard, SHARDS[1]),
+    (without_a_tensor, "lacks model.norm.weight (1 in all)"),
     (other_shape, "experts.down_proj is 8×128×128 in the files and 8×128×40 by config.json"),
 ]
 

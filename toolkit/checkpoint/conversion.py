@@ -166,7 +166,7 @@ def refuse_wrong_shapes(name: str, model: PreTrainedModel, shapes: Iterable[tupl
     for parameter in sorted(info.conversion_errors):
         raise ModelError(f"{name}: the tensors for {parameter} do not fit together; download the checkpoint again")
     if tensors and not is_ours and (lost := missing(model, info.missing_keys)):
-        raise ModelError(f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} tensors in all); {_advice(declared)}")
+        raise ModelError(f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} in all); {_advice(declared)}")
 
 
 def missing(model: PreTrainedModel, without: Iterable[str]) -> list[str]:

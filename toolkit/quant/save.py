@@ -282,7 +282,7 @@ def _forget(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
 def _refuse_missing(name: str, model: PreTrainedModel, written: dict[str, str]) -> None:
     if lost := missing(model, (key for key in model.state_dict() if key not in written)):
         raise ModelError(
-            f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} tensors in all); download it again or fix config.json"
+            f"{name}: the checkpoint lacks {lost[0]} ({len(lost)} in all); download it again or fix config.json"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.faults.conftest import MODEL
 from tests.harness.families import build, tiny_config
-from toolkit.architecture import describe
+from toolkit.architecture import describe, on_meta
 from toolkit.checkpoint.config import skeleton
 from toolkit.errors import HubError, ModelError
 from toolkit.plan import audit
@@ -29,6 +29,11 @@ def test_parts_add_up_and_match_what_is_loaded() -> None:
     assert parts["expert stacks"].tensors == coverage.stacks
     assert parts["attention"].tensors == coverage.linears
     assert parts["routers"].tensors == found.moe_layers == len(describe(model).layers)
+
+
+def test_experts_that_transformers_computes_in_another_way_are_named() -> None:
+    with pytest.raises(ModelError, match="experts are not behind transformers' interface"):
+        describe(on_meta(tiny_config("llama4_text")))
 
 
 def test_every_family_is_accounted_for(family_skeleton: Path) -> None:
