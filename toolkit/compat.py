@@ -139,14 +139,9 @@ SEAMS = (
     ),
     *_at(
         "transformers.modeling_utils.PreTrainedModel",
-        "quant",
+        "checkpoint",
         "to know which keys a checkpoint may lack",
         "_keys_to_ignore_on_load_missing",
-    ),
-    *_at(
-        "transformers.modeling_utils.PreTrainedModel",
-        "checkpoint quant",
-        "to know which keys a checkpoint may lack",
         "all_tied_weights_keys",
     ),
     *_at(

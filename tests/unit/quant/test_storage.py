@@ -240,7 +240,7 @@ def test_no_stack_exists_as_floats_while_it_loads(tmp_path: Path, family: str) -
     assert expert <= largest.numel <= 4 * expert
 
 
-@pytest.mark.parametrize("method", ["sesame", "quark", None])
+@pytest.mark.parametrize("method", ["sesame", "aqlm", None])
 def test_unknown_formats_are_refused_by_name(tmp_path: Path, method: str | None) -> None:
     folder = tiny(tmp_path / "float", "qwen3_moe")
     tensors = load_file(folder / "model.safetensors")
