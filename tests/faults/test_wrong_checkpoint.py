@@ -87,3 +87,24 @@ def test_one_line_before_any_work_whatever_the_verb(
     fails(onecard(*commands[verb]), 4, words)
     assert {path: path.read_bytes() for path in model.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "recipe.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"quantization_config": "sesame"}, "config.json: 'str' object has no attribute"),
+        ({"hidden_size": "x"}, "Field 'hidden_size' expected int, got str"),
+        ({"layer_types": 5}, "config.json: 'int' object is not iterable"),
+        ({"dtype": [1]}, "config.json: list index out of range"),
+        ({"num_attention_heads": 0}, "no qwen3_moe can be built of its config.json"),
+        ({"vocab_size": 0}, "no qwen3_moe can be built of its config.json"),
+        ({"num_experts_per_tok": 99}, "config.json sends each token to 99 of 8 experts"),
+        ({"num_experts_per_tok": 0}, "config.json sends each token to 0 of 8 experts"),
+    ],
+)
+def test_a_config_of_wrong_values_is_one_line(
+    values: dict[str, object], words: str, onecard: Run, recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    configure(tmp_path / "model", **values)
+    fails(onecard("plan", recipe, f"model.model_name_or_path={tmp_path}/model"), 4, words)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import on_meta
 from toolkit.checkpoint.files import GGUF, declared_format, gguf_at
 from toolkit.errors import ModelError, first_line
 
-__all__ = ["quantised_as", "read_config", "read_generation_config", "skeleton"]
+__all__ = ["WRONG_CONFIG", "built", "in_one_line", "quantised_as", "read_config", "read_generation_config", "skeleton"]
+
+WRONG_CONFIG = (
+    *(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, IndexError),
+    StrictDataclassError,
+)
+"""What transformers raises, in one family or another, for values of the wrong type or that make no sense together."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What transformers says of a config, which takes two lines for a field of the wrong type."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
@@ -27,6 +39,26 @@ def read_config(name_or_path: str, revision: str = "main") -> PretrainedConfig:
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+    except WRONG_CONFIG as error:
+        raise ModelError(f"{name_or_path}: config.json: {in_one_line(error)}; {_FIX}") from None
+
+
+_FIX = "fix config.json, or download the checkpoint again"
+
+
+def built(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device.
+
+    Raises:
+        ModelError: none can be built of it.
+    """
+    try:
+        return on_meta(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name}: {first_line(error)}") from None
+    except WRONG_CONFIG as error:
+        said = f"no {config.model_type} can be built of its config.json: {in_one_line(error)}"
+        raise ModelError(f"{name}: {said}; {_FIX}") from None
 
 
 def read_generation_config(name_or_path: str, revision: str = "main") -> GenerationConfig | None:
@@ -45,11 +77,7 @@ def skeleton(name_or_path: str, *, revision: str = "main") -> PreTrainedModel:
     Raises:
         ModelError: no config there, a family this transformers does not know, or one that needs remote code.
     """
-    config = read_config(name_or_path, revision)
-    try:
-        return on_meta(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name_or_path}: {first_line(error)}") from None
+    return built(name_or_path, read_config(name_or_path, revision))
 
 
 def quantised_as(folder: Path) -> str | None:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from toolkit.architecture import describe, on_meta
 from toolkit.checkpoint.config import skeleton
+from toolkit.errors import ModelError
 from toolkit.mtp.cost import config_number, experts_per_token, head_parameters
 from toolkit.ops.sink_attention import attend_with_sinks
 from toolkit.plan.shapes import Shapes, is_published, published_config
@@ -44,7 +45,18 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     architecture, config = describe(model), model.config.get_text_config()
     found = {name: config_number(config, name) for name in (*_NUMBERS, "max_position_embeddings")}
     numbers = {name: value for name, value in found.items() if value is not None}
-    numbers["experts_per_token"] = experts_per_token(config, architecture.layers[0].num_experts)
+    numbers["experts_per_token"] = _chosen(model, architecture.layers[0].num_experts)
     with suppress(AttributeError, IndexError, NotImplementedError):  # a decoder that keeps its layers elsewhere
         numbers["head_parameters"] = head_parameters(model, config, 1)
     return Shapes(architecture, {name: tuple(p.shape) for name, p in model.named_parameters()}, numbers)
+
+
+def _chosen(model: PreTrainedModel, experts: int) -> int:
+    """Experts of a token."""
+    chosen = experts_per_token(model.config.get_text_config(), experts)
+    if not 1 <= chosen <= experts:
+        raise ModelError(
+            f"{type(model).__name__}: config.json sends each token to {chosen} of {experts} experts; fix it, or "
+            "download the checkpoint again"
+        )
+    return chosen

@@ -23,9 +23,8 @@ from toolkit.architecture import (
     bare_modules,
     describe,
     is_of_adapter,
-    on_meta,
 )
-from toolkit.checkpoint.config import read_config, read_generation_config
+from toolkit.checkpoint.config import built, read_config, read_generation_config
 from toolkit.checkpoint.files import METHOD, declared_format
 from toolkit.checkpoint.remote import fetch
 from toolkit.checkpoint.stacks import plain_weights
@@ -145,7 +144,7 @@ def _plain(
     name_or_path: str, revision: str, config: PretrainedConfig, wanted: Int8Config
 ) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """The model's class, and every weight of a checkpoint that others quantised, unread, as a plain one has it."""
-    model = on_meta(config)
+    model = built(name_or_path, config)
     weights = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, model)
     if wanted.experts == "source":
         wanted.stacks = kept_stacks(name_or_path, model, weights)

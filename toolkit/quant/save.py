@@ -19,13 +19,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from toolkit.architecture import on_meta
-from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.config import built, read_config
 from toolkit.checkpoint.conversion import missing, refuse_wrong_shapes, targets
 from toolkit.checkpoint.files import INDEX, REQUIRES, SINGLE, beside, gguf_at, write_index
 from toolkit.checkpoint.gguf_source import opened
@@ -123,7 +122,7 @@ def quantize_checkpoint(
     try:
         with staged_folder(target) as workplace:
             rounded = {} if compensated is None else int8_state(compensated)
-            skeleton = _skeleton(name_or_path, config)
+            skeleton = built(name_or_path, config)
             slices = plain_weights(name_or_path, source, wanted.source, skeleton)
             shapes = ((key, shape) for key, (shape, _) in shapes_in(slices).items())
             refuse_wrong_shapes(name_or_path, skeleton, shapes)
@@ -158,13 +157,6 @@ class _WriterQuantizer(Int8Quantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None: as in the file."""
         return super().get_new_dtype(converter, param, self.dtype)
-
-
-def _skeleton(name: str, config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        return on_meta(config)
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{name}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from types import MappingProxyType
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from toolkit.architecture import on_meta
-from toolkit.checkpoint.formats.gguf_config import WRONG_CONFIG, config_of, in_one_line, is_named, model_types
+from toolkit.checkpoint.config import WRONG_CONFIG, in_one_line
+from toolkit.checkpoint.formats.gguf_config import config_of, is_named, model_types
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Slice, open_gguf
 from toolkit.checkpoint.formats.gguf_names import parameters
 from toolkit.checkpoint.formats.packed import Packed

@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,11 +22,12 @@ from transformers import (
     PretrainedConfig,
 )
 
+from toolkit.checkpoint.config import WRONG_CONFIG, in_one_line
 from toolkit.checkpoint.formats.gguf_file import GgufFile, Strings
 from toolkit.errors import ModelError
 from toolkit.families import GGUF_NAMES, GGUF_TAKES_FOR_GRANTED, GGUF_WITH_EXPERTS
 
-__all__ = ["FIELDS", "ROPE", "WRONG_CONFIG", "config_of", "in_one_line", "is_named", "model_types"]
+__all__ = ["FIELDS", "ROPE", "config_of", "is_named", "model_types"]
 
 
 @cache
@@ -272,17 +272,6 @@ def _rope(facts: _Facts, known: Mapping[str, Any], fields: Mapping[str, Any]) ->
 def _bare(name: str) -> str:
     return name.replace("-", "").replace("_", "")
 
-
-def in_one_line(error: Exception) -> str:
-    """What transformers says of a config, which takes two lines for a field of the wrong type."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-WRONG_CONFIG = (
-    *(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, IndexError),
-    StrictDataclassError,
-)
-"""What transformers raises, in one family or another, for numbers that make no sense together."""
 
 _COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 """Fields that count experts; a config without one is of a family that has none."""
