@@ -45,7 +45,7 @@ def require_carried(format: str, artifact: Path) -> None:
     count = len(token_ids(config))
     if count and format not in _CARRY:
         raise ModelError(
-            f"--format {format}: has no place for the trained rows of {count} tokens; take --format merged, whose "
+            f"--format {format}: has no place for trained rows of tokens ({count}); take --format merged, whose "
             "checkpoint and tokenizer hold them, and convert or quantise that"
         )
 
