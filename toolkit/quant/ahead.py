@@ -56,4 +56,5 @@ def _chunks(sources: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _touch(chunk: torch.Tensor) -> None:
-    chunk[:: mmap.PAGESIZE].max()
+    """By numpy: in a forked process torch makes its thread pool anew, which two threads must not do at once."""
+    chunk.numpy()[:: mmap.PAGESIZE].max()
