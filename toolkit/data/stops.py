@@ -123,9 +123,10 @@ class Stops:
 
     def _run_after(self, text: str, word: str, between: str = "") -> list[str]:
         """Special tokens side by side right after a word, with what matches `between` them."""
-        at = text.rfind(word)
+        if (at := text.rfind(word)) < 0:
+            return []
         run = re.compile(rf"\s*((?:(?:{self.special.pattern}){between})+)").match(text, at + len(word))
-        return self.special.findall(run.group(1)) if run and at >= 0 else []
+        return self.special.findall(run.group(1)) if run else []
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

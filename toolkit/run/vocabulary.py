@@ -69,8 +69,6 @@ def require_trainable(untouched: PreTrainedTokenizerBase, plan: Plan) -> None:
             without a row, or the model is of a family that PEFT computes otherwise with trained rows.
     """
     texts, known = plan.recipe.model.new_tokens, plan.recipe.model.trained_tokens
-    if not texts and not known:
-        return
     skeleton = shape_of(plan.model, plan.recipe.model.revision)
     refuse_tokens(skeleton)
     words, rows = untouched.get_vocab(), rows_of(skeleton)
