@@ -140,6 +140,30 @@ def test_the_reference_is_the_adapter_switched_off(tmp_path: Path) -> None:
     assert held["eval_kl"] > 10 * ROUNDING
 
 
+@pytest.mark.parametrize("from_start", [True, False])
+def test_the_reference_is_the_adapter_that_training_starts_from(from_start: bool, tmp_path: Path) -> None:
+    model = fresh()
+    trained = [each for each in model.parameters() if each.requires_grad]
+    torch.manual_seed(0)
+    for each in trained:
+        each.data.normal_(std=0.05)
+    first = [each.detach().clone() for each in trained]
+    given = context(tmp_path / "run", model, {"beta": 0.1}, max_steps=3)
+    assert given.rollouts is not None
+    learn(replace(given, rollouts=replace(given.rollouts, from_start=from_start)), model)
+    lines = logged(tmp_path / "run")
+    if from_start:
+        assert lines[0]["kl"] == pytest.approx(0.0, abs=ROUNDING)
+    else:
+        assert lines[0]["kl"] > 10 * ROUNDING
+    assert lines[2]["kl"] > 10 * ROUNDING
+    held = next(line for line in lines if "eval_kl" in line)
+    assert held["eval_kl"] > 10 * ROUNDING
+    assert all(not torch.equal(now, before) for now, before in zip(trained, first, strict=True)), (
+        "trained, not put back"
+    )
+
+
 def test_streamed_experts_change_no_bit(tmp_path: Path) -> None:
     adapters = []
     for name, cache in (("resident", None), ("streamed", tmp_path / "int8")):

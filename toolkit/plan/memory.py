@@ -16,7 +16,7 @@ from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.shapes import Shapes
 from toolkit.plan.stacks import room_for_stacks, rounded_bytes
 from toolkit.plan.steps import StepBytes
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, keeps_start
 
 __all__ = ["Bytes", "count_bytes", "has_own_table"]
 
@@ -128,7 +128,7 @@ def count_bytes(
         slots=slots,
         linears=rounded_bytes(linears, recipe.quantization.linears, itemsize),
         other=(rest + 2 * rows - on_host) * itemsize,  # new rows of the embedding and head, and PEFT's copy of them
-        adapter=4 * adapter,
+        adapter=4 * adapter * (2 if keeps_start(recipe) else 1),
         optimizer=optimizer,
         gradients=gradients,
         mtp=head,

@@ -4,7 +4,7 @@ from toolkit.recipe.aliases import ALIASES
 from toolkit.recipe.binding import Change, Effect, changes, flat
 from toolkit.recipe.methods import PAIR_METRICS, PREFERENCE_METHODS, REFERENCE_FREE, SCHEDULE_FREE
 from toolkit.recipe.preference import KtoSection, OrpoSection, SimpoSection
-from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions, rollout_options
+from toolkit.recipe.rollouts import REWARD, ROLLOUTS, RewardFunction, RolloutOptions, keeps_start, rollout_options
 from toolkit.recipe.schema import (
     DataSection,
     DpoSection,
@@ -62,6 +62,7 @@ __all__ = [
     "field_named",
     "field_words",
     "flat",
+    "keeps_start",
     "load",
     "parse",
     "rollout_options",

@@ -20,6 +20,7 @@ __all__ = [
     "RewardsSection",
     "RlooSection",
     "RolloutOptions",
+    "keeps_start",
     "rollout_misfits",
     "rollout_options",
     "with_rollouts",
@@ -144,7 +145,7 @@ class RolloutOptions(Section):
     num_iterations: Positive = 1
     """How often the same answers are learnt from."""
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """How close the model stays to its reference, the base; at 0 there is none."""
+    """How close the model stays to its reference: the base or, with grpo, the adapter it starts from; 0 for none."""
     epsilon: Annotated[float, Field(gt=0)] = 0.2
     """How far the probability of an answer may move before it is clipped."""
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
@@ -200,6 +201,11 @@ def rollout_options(recipe: Any) -> RolloutOptions | None:
         return None
     found: RolloutOptions = getattr(recipe, recipe.training.method)
     return found
+
+
+def keeps_start(recipe: Any) -> bool:
+    """Whether the reference is the adapter that training starts from, which is then held beside what it becomes."""
+    return bool(recipe.training.method == "grpo" and recipe.grpo.beta and recipe.lora.adapter_name_or_path)
 
 
 def with_rollouts(values: Any) -> Any:

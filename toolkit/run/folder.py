@@ -68,6 +68,7 @@ _WHAT: Mapping[str, str] = {
     "compensated": "the base's compensated integers differ",
     "stacks": "the layers in int8 differ",
     "rewards": "the rewards' files or the columns that they see differ",
+    "start": "the adapter that training started from, its reference, differs",
     "tokenizer": "the tokenizer or its chat template differs",
     "device": "the device differs",
     "dtype": "the dtype differs",

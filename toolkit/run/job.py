@@ -37,6 +37,7 @@ from toolkit.run.folder import (
 )
 from toolkit.run.mixture import Chosen, choose_stacks, kept_mixture
 from toolkit.run.model import attach, check_adapter, compensate, coverage, left_out_by_start, load, requantised
+from toolkit.run.rewards import require_fork_of_base
 from toolkit.run.trained import Trained, find_checkpoint, judge, package, require_packageable, train
 from toolkit.run.vocabulary import require_seen
 from toolkit.run_folder import RunFolder
@@ -113,7 +114,9 @@ def _prepare(recipe: Recipe, fork: bool, other_versions: bool, note: Callable[[s
     source = RunFolder(Path(recipe.training.output_dir))
     check_writable(source.path)
     recipe = with_decided(recipe)
-    recipe = fork_recipe(recipe) if fork else recipe
+    if fork:
+        require_fork_of_base(recipe)
+        recipe = fork_recipe(recipe)
     if recipe.hub.push_to_hub:
         check_token(recipe.hub.hub_token)
     undecided = "auto" in (recipe.lora.r, recipe.training.max_length)

@@ -13,18 +13,20 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.artifact import fetch_adapter
+from toolkit.artifact.manifest import file_entry
 from toolkit.data import Batches, Dialogue
 from toolkit.errors import RecipeError
 from toolkit.evaluate import Comparison, Measured
 from toolkit.evaluate.generate import AnswerWriter
 from toolkit.mtp.head import MtpHead
 from toolkit.plan import Plan
-from toolkit.recipe import Recipe, rollout_options
+from toolkit.recipe import Recipe, keeps_start, rollout_options
 from toolkit.rewards import Judge, Reward
 from toolkit.run_folder import RunFolder
 from toolkit.training.rollouts import Rollouts
 
-__all__ = ["judged_answers", "require_rewards", "rewards_sha256", "rollouts_of"]
+__all__ = ["judged_answers", "require_fork_of_base", "require_rewards", "rewards_sha256", "rollouts_of", "start_sha256"]
 
 
 def _judge(recipe: Recipe) -> Judge:
@@ -42,18 +44,47 @@ def require_rewards(recipe: Recipe) -> None:
     options = rollout_options(recipe)
     if options is None:
         return
-    start = recipe.lora.adapter_name_or_path
-    forked = start is not None and Path(start) == RunFolder(Path(recipe.training.output_dir)).start.absolute()
-    if options.beta and start is not None and not forked:
+    if options.beta and recipe.lora.adapter_name_or_path and recipe.training.method == "rloo" and not _forked(recipe):
         raise RecipeError(
-            f"{recipe.training.method}.beta: the reference is the base, and this run starts from an adapter: it would "
-            "be drawn back to what the model was before that; set it to 0"
+            "rloo.beta: the reference is the base, and this run starts from an adapter: it would be drawn back to what "
+            "the model was before that; set it to 0, or use training.method: grpo, which stays near the adapter"
         )
     judge = _judge(recipe)
     try:
         judge.start()
     finally:
         judge.close()
+
+
+def require_fork_of_base(recipe: Recipe) -> None:
+    """Of a fork that has a reference, require that the run's own one can still be asked.
+
+    Raises:
+        RecipeError: it was another adapter than the fork starts from.
+    """
+    if keeps_start(recipe):
+        raise RecipeError(
+            "grpo.beta: the run's reference is the adapter that it began from, and a fork begins from another; start a "
+            "new run with lora.adapter_name_or_path set to the run's adapter, which is then the reference"
+        )
+
+
+def start_sha256(recipe: Recipe) -> str | None:
+    """A hash of the adapter that training starts from, where it is the reference of rewards; else None."""
+    if not _from_start(recipe):
+        return None
+    weights = fetch_adapter(str(recipe.lora.adapter_name_or_path)) / "adapter_model.safetensors"
+    return str(file_entry(weights)["sha256"])
+
+
+def _forked(recipe: Recipe) -> bool:
+    start, run = recipe.lora.adapter_name_or_path, RunFolder(Path(recipe.training.output_dir))
+    return start is not None and Path(start) == run.start.absolute()
+
+
+def _from_start(recipe: Recipe) -> bool:
+    """Whether the reference is the adapter that training starts from; that of a fork is the base."""
+    return keeps_start(recipe) and not _forked(recipe)
 
 
 def rewards_sha256(recipe: Recipe, batches: Batches) -> str | None:
@@ -101,6 +132,7 @@ def rollouts_of(
             read=Dialogue(tokenizer, batches.form).judged,
             decode=partial(tokenizer.decode, skip_special_tokens=True),
             figures=writer.figures,
+            from_start=_from_start(plan.recipe),
         )
     finally:
         judge.close()

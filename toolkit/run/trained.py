@@ -33,7 +33,7 @@ from toolkit.run.evaluation import LOOKED_AT, evaluate, look_at_experts, require
 from toolkit.run.folder import bind, data_sha256, find_resume, require_disk, tokenizer_sha256, versions
 from toolkit.run.model import coverage
 from toolkit.run.mtp import drafting_head, evaluate_head, make_head, teach_own_answers
-from toolkit.run.rewards import rewards_sha256, rollouts_of
+from toolkit.run.rewards import rewards_sha256, rollouts_of, start_sha256
 from toolkit.run.vocabulary import told_tokens
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
@@ -169,7 +169,7 @@ def train(
         require_packageable(tokenizer, plan)
         resumed = find_checkpoint(plan, tokenizer, batches, note)
     base = _base_facts(plan)
-    bind(resumed, note, **base, rewards=rewards_sha256(plan.recipe, batches))
+    bind(resumed, note, **base, rewards=rewards_sha256(plan.recipe, batches), start=start_sha256(plan.recipe))
     if plan.backend == ROUNDED_ROWS:
         looked_at = held_out(batches, plan) or batches.train.select(range(min(len(batches.train), LOOKED_AT)))
         require_harmless_rounding(model, looked_at, plan.recipe.eval.batch_size)

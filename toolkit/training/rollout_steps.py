@@ -3,14 +3,15 @@
 TRL writes answers inside the first forward of a step, which a layer-major pass over streamed experts does not allow;
 here they are written when the step begins. TRL saves neither the answers that wait nor its count of passes: a run that
 resumes within a window of `steps_per_generation` and `num_iterations` would write anew and learn otherwise. It copies
-the adapter to have a reference; here that is the base, the adapter switched off.
+the adapter to have a reference; here that is the base, the adapter switched off, or the adapter's first weights.
 
     B answers, P tokens of the longest prompt, C of the longest answer
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ class RolloutSteps(ScoredSteps):
         output["failed"] = ["; ".join(self._failures)] * len(inputs)
         if self.model.training:
             return output
-        if self.beta == 0.0:
+        if self.rollouts.options["beta"] == 0.0:
             self._metrics["eval"]["kl"].append(self._distance(output))
         if output["failed"][0]:
             self.say(f"step {self.state.global_step}: {output['failed'][0]}; these held-out answers have no reward")
@@ -238,8 +239,56 @@ class RolloutSteps(ScoredSteps):
         }  # fmt: skip
 
 
+class _Start:
+    """The trained tensors as they are now, held to be put in the place of what they become."""
+
+    def __init__(self, model: nn.Module) -> None:
+        trained = (each for each in model.parameters() if each.requires_grad)
+        self._held = [(each, each.detach().clone()) for each in trained]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """For the block, the model as it was."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for now, held in self._held:
+            other = now.detach().clone()
+            now.copy_(held)  # in place, so that whatever was computed of the tensor is known to be old
+            held.copy_(other)
+
+
 class GroupTrainer(RolloutSteps, GRPOTrainer):  # type: ignore[misc]
     """TRL's GRPO; answers without an advantage, whose gradient is 0, are not passed through the model."""
+
+    def __init__(self, context: RunContext, **trl: Any) -> None:
+        """As there."""
+        super().__init__(context, **trl)
+        self.start = _Start(self.model) if self.rollouts.from_start else None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """As there; TRL's reference is the base, and it is not asked for where the adapter's first weights are it."""
+        if self.start is None:
+            return super()._generate_and_score_completions(inputs)
+        beta, self.beta = self.beta, 0.0
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+        with self.start.in_place(), torch.no_grad():
+            output["ref_per_token_logps"] = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].shape[1],
+                self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size,
+            )[0]
+        return output
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's, of the answers that differ from others to their prompt, where no term counts the rest."""

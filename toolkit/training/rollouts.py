@@ -29,6 +29,7 @@ class Rollouts:
         judge: computes rewards. train, held_out: what is asked.
         write: answers' tokens of prompts' tokens, sampled. read: what is judged of an answer's tokens, its prompt's
             given. decode: an answer's plain text, special tokens removed. figures: of the last writing, for the log.
+        from_start: the reference is the adapter that training starts from, not the base.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Rollouts:
     read: Callable[[Sequence[int], Sequence[int]], str]
     decode: Callable[[Sequence[int]], str]
     figures: Callable[[], Mapping[str, float]] = dict
+    from_start: bool = False
 
     def numbers(self, *, held_out: bool) -> Dataset:
         """The rows that a trainer draws: n for a training question, -1 - n for a held-out one."""

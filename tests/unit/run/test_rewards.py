@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,38 @@ def test_a_run_has_its_figures_page_and_artifact(onecard: Run, place: Path) -> N
     assert "the rewards' files or the columns that they see differ" in err.splitlines()[-1]
 
 
+def test_a_run_near_the_adapter_it_starts_from_resumes_to_the_same_bits(onecard: Run, place: Path) -> None:
+    run, start = place / "near", place / "start"
+    shutil.copytree(place / "run" / "adapter", start)
+    asked = [f"training.output_dir={run}", f"lora.adapter_name_or_path={start}", "grpo.beta=0.1"]
+    asked += ["training.save_steps=1", "training.load_best_model_at_end=false"]
+    status, _, err = onecard("train", place / "recipe.yaml", *asked)
+    assert status == 0, err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert next(line["kl"] for line in lines if "kl" in line) == pytest.approx(0.0, abs=1e-4)
+    whole = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for path in (run / "adapter", max((run / "checkpoints").iterdir(), key=lambda path: path.name)):
+        shutil.rmtree(path)
+    (run / "summary.json").unlink()
+    status, _, err = onecard("train", place / "recipe.yaml", *asked)
+    assert status == 0, err
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    (run / "summary.json").unlink()
+    shutil.rmtree(start)
+    shutil.copytree(run / "adapter", start)
+    status, _, err = onecard("train", place / "recipe.yaml", *asked)
+    assert status == 4
+    assert "the adapter that training started from, its reference, differs" in err.splitlines()[-1]
+
+
+def test_the_plan_counts_the_adapter_that_is_the_reference(place: Path) -> None:
+    start = f"lora.adapter_name_or_path={place}/run/adapter"
+    plain, near = (
+        make_plan(load_recipe(place / "recipe.yaml", [start, f"grpo.beta={beta}"])).bytes for beta in (0, 0.1)
+    )
+    assert near.adapter == 2 * plain.adapter
+
+
 def test_the_plan_counts_a_head_and_what_it_adds_to_writing(place: Path) -> None:
     kept = {"lora.r": 2, "grpo.max_completion_length": 64, "training.max_length": 256}
     plain, drafted, further = (
@@ -94,8 +127,13 @@ def test_what_cannot_be_rewarded_is_one_line_before_any_work(onecard: Run, place
         found, out, err = onecard("train", place / "recipe.yaml", elsewhere, override)
         assert (found, out) == (status, ""), err
         assert words in err.splitlines()[-1]
-    start = ["grpo.beta=0.1", f"lora.adapter_name_or_path={place}/run/adapter"]
-    found, _, err = onecard("train", place / "recipe.yaml", elsewhere, *start)
+    start = f"lora.adapter_name_or_path={place}/run/adapter"
+    recipe = (place / "recipe.yaml").read_text().replace("grpo", "rloo")
+    (place / "rloo.yaml").write_text(recipe)
+    found, _, err = onecard("train", place / "rloo.yaml", elsewhere, "rloo.beta=0.1", start)
     assert found == 2
-    assert "grpo.beta: the reference is the base, and this run starts from an adapter" in err.splitlines()[-1]
+    assert "rloo.beta: the reference is the base, and this run starts from an adapter" in err.splitlines()[-1]
+    found, _, err = onecard("train", place / "recipe.yaml", elsewhere, "grpo.beta=0.1", start, "--fork")
+    assert found == 2
+    assert "grpo.beta: the run's reference is the adapter that it began from" in err.splitlines()[-1]
     assert not (place / "other").exists()
