@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scripts.parity.template_renderer import thought_of
+
 __all__ = ["Need", "losses"]
 
 Message = dict[str, Any]
@@ -69,7 +71,7 @@ def _history(prompt: str, turn: Message) -> Iterator[Need]:
 
 def _answer(target: str, turn: Message) -> Iterator[Need]:
     inline = _THOUGHT.match(_text(turn))
-    thought = str(turn.get("reasoning_content") or "") + (inline[1] if inline else "")
+    thought = thought_of(turn) + (inline[1] if inline else "")
     yield from _unless(_words(thought), target, Need("the thought", "think|thought|reason"))
     yield from _unless(
         _words(_THOUGHT.sub("", _text(turn))), target, Need("words of the answer", "content|answer|words")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.parity.template_losses import Need, losses
-from scripts.parity.template_renderer import WORD, Message, NoForm, Renderer, forms
+from scripts.parity.template_renderer import WORD, Message, NoForm, Renderer, forms, thought_of
 
 __all__ = ["Exact", "Reference", "Turn", "reference_for"]
 
@@ -183,7 +183,7 @@ def _answers(
     """
     opener = _OPENER.search(prompt)
     turn = messages[-1]
-    thinks = str(turn.get("reasoning_content") or "").strip() or "</think>" in str(turn.get("content") or "")
+    thinks = thought_of(turn).strip() or "</think>" in str(turn.get("content") or "")
     if whole.startswith(prompt):
         return [whole[len(prompt) :]], [_CLOSED] if opener and not thinks else []
     base = prompt[: opener.start()] if opener else prompt

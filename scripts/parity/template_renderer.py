@@ -22,7 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from transformers.utils import chat_template_utils
 
-__all__ = ["TODAY", "WORD", "Message", "NoForm", "Renderer", "forms", "frozen_day"]
+__all__ = ["TODAY", "WORD", "Message", "NoForm", "Renderer", "forms", "frozen_day", "thought_of"]
 
 Message = dict[str, Any]
 WORD = "ZEPHYR"
@@ -191,10 +191,25 @@ _TOOLS = [{"type": "function", "function": {"name": "probe", "description": "d",
           "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}}}]  # fmt: skip
 
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
+
+def thought_of(turn: Message) -> str:
+    """The thought of a turn that has a field for it."""
+    return str(next((turn[name] for name in _THOUGHTS if turn.get(name)), ""))
+
+
 def forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The conversation in forms that say the same: arguments as an object or text, contents of each accepted kind."""
-    for parts, text, content in itertools.product((False, True), (False, True), ("given", "", None, "absent")):
-        yield [_formed(turn, parts=parts, text=text, content=content) for turn in messages]
+    """The conversation in forms that say the same: arguments as an object or text, contents of each accepted kind.
+
+    Thoughts stand under the names that templates read them by.
+    """
+    names = _THOUGHTS if any(turn.get(_THOUGHTS[0]) for turn in messages) else _THOUGHTS[:1]
+    for name, parts, text, content in itertools.product(
+        names, (False, True), (False, True), ("given", "", None, "absent")
+    ):
+        named = [{name if key == _THOUGHTS[0] else key: value for key, value in turn.items()} for turn in messages]
+        yield [_formed(turn, parts=parts, text=text, content=content) for turn in named]
 
 
 def _formed(turn: Message, *, parts: bool, text: bool, content: str | None) -> Message:

@@ -75,6 +75,8 @@ class TurnReader:
         self.drops_thoughts = thoughts == "drop"
         self.openers: dict[str, bool] = {}
         """Whether the text that asks for an answer opens a thought, by that text."""
+        self.trimmed: dict[tuple[str, str, str], bool] = {}
+        """Whether white space around words is left out, by role and what stands before and after them."""
         self._notices: list[str] = []
 
     def take_notices(self) -> list[str]:
@@ -112,7 +114,8 @@ class _Reading:
     """One conversation being read."""
 
     def __init__(self, reader: TurnReader, messages: Sequence[Message], tools: Tools, options: Options) -> None:
-        self._template, self._stops, self._openers = reader.template, reader.stops, reader.openers
+        self._template, self._stops = reader.template, reader.stops
+        self._openers, self._trimmed = reader.openers, reader.trimmed
         self._messages, self._tools, self._options = messages, tools, options
         self._rendered: dict[tuple[int, bool], str] = {}
         self.notices: list[str] = []
@@ -148,10 +151,29 @@ class _Reading:
             if turn not in wanted:
                 raise self._left_out(turn, kind)
             self.notices.append("the chat template shortens earlier answers, in training as it does at inference")
-        for message in self._messages[: last + 1]:
-            content = without_thought(message).get("content")
-            if isinstance(content, str) and content != content.strip() and content not in whole:
-                self.notices.append(_TRIMMED)
+        if any(self._is_trimmed(turn, last) for turn in range(last + 1)):
+            self.notices.append(_TRIMMED)
+
+    def _is_trimmed(self, turn: int, last: int) -> bool:
+        """Whether white space around a message's words is not rendered: with less of it the rendering is the same."""
+        message, whole = self._messages[turn], self._render(last + 1)
+        content = without_thought(message).get("content")
+        if not isinstance(content, str) or content == content.strip():
+            return False
+        if content not in whole or content != message["content"]:
+            return content not in whole
+        before, _, after = content.partition(content.strip() or content)
+        edges = (message["role"], before, after)
+        if edges not in self._trimmed:  # what stands around the words may be the template's own white space
+            fewer = {content[before != "" :], content[: len(content) - (after != "")]} - {content}
+            self._trimmed[edges] = any(self._with_content(turn, less, last) == whole for less in fewer)
+        return self._trimmed[edges]
+
+    def _with_content(self, turn: int, content: str, last: int) -> str:
+        """The rendering with other words in a turn; nothing where the template refuses it."""
+        told = {**self._messages[turn], "content": content}
+        messages = (*self._messages[:turn], told, *self._messages[turn + 1 : last + 1])
+        return self._template.try_render(messages, self._tools, options=self._options)
 
     def _render(self, upto: int, *, generation_prompt: bool = False) -> str:
         key = (upto, generation_prompt)

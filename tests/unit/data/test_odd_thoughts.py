@@ -158,3 +158,21 @@ def test_a_thought_that_the_prompt_opens_is_opened_once_and_closed(
     assert tokenizer.decode([label for label in example["labels"] if label != IGNORED]) == trained
     assert tokenizer.decode(example["input_ids"]).count("<think>") == 1
     assert [notice for notice in notices(batches) if words in notice]
+
+
+TRIMS = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' + m.content.lstrip('\\n') }}
+{%- else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"""
+"""What it cuts before an answer it writes itself, as the end of an empty thought."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"), [("\n\nlate", True), ("\nlate ", True), ("  late", False), ("late ", False)]
+)
+def test_white_space_that_only_seems_to_be_rendered_is_told(
+    build: Callable[..., Batches], answer: str, told: bool
+) -> None:
+    batches = build([row(ASKED, {**ANSWER, "content": answer})], chat_template=TRIMS)
+    assert ("the chat template strips white space around messages" in notices(batches)) is told
