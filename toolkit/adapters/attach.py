@@ -341,6 +341,8 @@ def _patterns(pattern: Mapping[str, Any], architecture: Architecture, wanted: Se
         names = sorted(parts.get(key, {key}))
         for name in names:
             if not any(w == name or w.endswith(f".{name}") for w in wanted):
+                if key in parts:
+                    raise ModelError(f"lora.rank_pattern/alpha_pattern: {key}: not adapted here; remove the line")
                 near = did_you_mean(key, ["experts", "router", *sorted({strip_index(w) for w in wanted})], most=3)
                 raise ModelError(f"lora.rank_pattern/alpha_pattern: {key} is not adapted in this model{near}")
             result[name] = value

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.problems import InvalidRow
+from toolkit.data.problems import JSON, InvalidRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -216,7 +216,7 @@ def _parse(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return JSON.decode(value)
     except (ValueError, RecursionError):
         raise InvalidRow("not JSON", "a JSON column holds text that is not JSON; write the file again") from None
 

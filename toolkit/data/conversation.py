@@ -7,12 +7,11 @@ text, marks of training. What a turn carries beyond that is kept.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from toolkit.data.problems import InvalidRow
+from toolkit.data.problems import JSON, InvalidRow
 from toolkit.errors import did_you_mean
 
 __all__ = [
@@ -260,7 +259,7 @@ def _from_text(raw: Any, what: str, reason: str) -> Any:
     if not isinstance(raw, str):
         return raw
     try:
-        return json.loads(raw)
+        return JSON.decode(raw)
     except (ValueError, RecursionError):
         raise InvalidRow(reason, f"{what}: text that is not JSON ({_short(raw)})") from None
 
@@ -319,7 +318,7 @@ def turns_in(raw: Any) -> Any:
     if not isinstance(raw, str) or not raw.lstrip().startswith("["):
         return raw
     try:
-        return json.loads(raw)
+        return JSON.decode(raw)
     except (ValueError, RecursionError):
         return raw
 
@@ -352,7 +351,7 @@ def _of_speaker(turn: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        calls = JSON.decode(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         calls = None
     calls = [calls] if isinstance(calls, dict) else calls

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.data.conversation import Message, as_turns, check_messages, check_tools, text_of, trim
-from toolkit.data.problems import InvalidRow, listed, printable
+from toolkit.data.problems import JSON, InvalidRow, listed, printable
 from toolkit.data.template import NOT_OPTIONS
 from toolkit.errors import DataError, did_you_mean
 
@@ -178,7 +178,9 @@ def _no_fit(declared: str, wanted: Mapping[str, Shape], columns: Set[str], avail
         return f"{where}: no column {missing[0]!r}{hint}; it has {has}; {needs}; rename with data.columns: {example}"
     names = sorted({name for shape in wanted.values() for name in shape.required})
     near = [
-        (theirs, ours[0]) for theirs in sorted(columns) if (ours := difflib.get_close_matches(theirs, names, 1, 0.8))
+        (theirs, ours[0])
+        for theirs in sorted(columns - set(names))
+        if (ours := difflib.get_close_matches(theirs, names, 1, 0.8))
     ]
     hint = f"; is {near[0][0]!r} meant to be {near[0][1]!r}?" if near else ""
     return f"{where}: its columns ({has}) fit no format{hint}; accepted: {choices}; rename with data.columns"
@@ -193,17 +195,22 @@ def text_column(values: Mapping[str, Any], column: str) -> str:
     """The text of a column. Raises `InvalidRow` where there is none, or something else."""
     value = values.get(column)
     if value is None:
-        raise InvalidRow("missing column", f"no {column}; the row has {listed(map(str, values)) or 'nothing'}")
+        raise InvalidRow("missing column", _missing(values, column))
     if not isinstance(value, str):
         kind = type(value).__name__
         raise InvalidRow("not text", f"{column} is a {kind}; text is expected")
     return value
 
 
+def _missing(values: Mapping[str, Any], column: str) -> str:
+    has = listed(map(str, values)) or "nothing"
+    return f"{column} is null; fill it in" if column in values else f"no {column}; the row has {has}"
+
+
 def present(values: Mapping[str, Any], column: str) -> Any:
     """The value of a column. Raises `InvalidRow` where there is none."""
     if values.get(column) is None:
-        raise InvalidRow("missing column", f"no {column}; the row has {listed(map(str, values)) or 'nothing'}")
+        raise InvalidRow("missing column", _missing(values, column))
     return values[column]
 
 
@@ -303,7 +310,7 @@ def _template_kwargs(raw: Any) -> dict[str, Any]:
 
 def _json_or_itself(raw: Any) -> Any:
     try:
-        return json.loads(raw) if isinstance(raw, str) else raw
+        return JSON.decode(raw) if isinstance(raw, str) else raw
     except (ValueError, RecursionError):
         return raw
 

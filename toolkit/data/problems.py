@@ -6,14 +6,17 @@ travels beside its row instead of ending the run where it is found.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from toolkit.errors import DataError
 
-__all__ = ["InvalidRow", "Problems", "listed", "printable"]
+__all__ = ["JSON", "KEY_TWICE", "InvalidRow", "Problems", "listed", "printable"]
+
+KEY_TWICE = "a key twice"
 
 
 class InvalidRow(Exception):
@@ -73,3 +76,15 @@ def printable(text: str, most: int = 60) -> str:
     """`text` in one line without control characters, at most `most` characters: it comes from somebody's file."""
     shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise InvalidRow(KEY_TWICE, f"the key {printable(twice)!r} stands twice in one object; keep one of them")
+    return made
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_unique)
+"""Reads JSON as `json.loads` does, and raises `InvalidRow` where a key stands twice: Python keeps the last one."""

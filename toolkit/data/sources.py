@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data.arrow import ArrowValues, find_padding
-from toolkit.data.problems import InvalidRow, listed
+from toolkit.data.problems import JSON, KEY_TWICE, InvalidRow, listed
 from toolkit.data.saved import arrow_rows, describes_data, is_saved, lists_saved, saved_around, saved_rows
 from toolkit.errors import DataError, did_you_mean
 
@@ -74,7 +74,9 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _parse_json(raw: bytes | str) -> dict[str, Any] | InvalidRow:
     """One JSON object, or the problem that it is not one."""
     try:
-        value = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
+        value = JSON.decode(raw if isinstance(raw, str) else raw.decode("utf-8"))
+    except InvalidRow as problem:
+        return problem
     except UnicodeDecodeError as error:
         return InvalidRow("not UTF-8", f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8")
     except json.JSONDecodeError as error:
@@ -136,18 +138,18 @@ def _read_json(path: Path) -> Iterator[Row]:
         return
     whole = _parse_json(text) if text.strip() else None
     if not isinstance(whole, dict):
-        yield from _read_jsonl(path)
-        return
-    key = next((name for name in _CONTAINERS if isinstance(whole.get(name), list)), None)
-    if key is None:
+        if whole is not None and whole.reason == KEY_TWICE and "\n{" not in text.rstrip():  # no object a line
+            yield Row(f"{path}:1", whole)
+        else:
+            yield from _read_jsonl(path)
+    elif key := next((name for name in _CONTAINERS if isinstance(whole.get(name), list)), None):
+        yield from (Row(f"{path}:{key}[{index}]", _object(item)) for index, item in enumerate(whole[key]))
+    else:
         yield Row(f"{path}:1", whole)
-        return
-    for index, item in enumerate(whole[key]):
-        yield Row(f"{path}:{key}[{index}]", _object(item))
 
 
 def _read_list(path: Path, text: str, position: int) -> Iterator[Row]:
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    line, counted = 1, 0
     for number in itertools.count(1):
         while position < len(text) and text[position] in " \t\r\n,":
             position += 1
@@ -155,7 +157,11 @@ def _read_list(path: Path, text: str, position: int) -> Iterator[Row]:
         if text[position : position + 1] == "]":
             return
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = JSON.raw_decode(text, position)
+        except InvalidRow as problem:
+            yield Row(f"{path}:{line} (item {number})", problem)
+            position = json.JSONDecoder().raw_decode(text, position)[1]
+            continue
         except (ValueError, RecursionError) as error:
             message = error.msg if isinstance(error, json.JSONDecodeError) else "a value out of bounds"
             at = line + text.count("\n", counted, error.pos) if isinstance(error, json.JSONDecodeError) else line

@@ -325,6 +325,8 @@ def _explain(error: ValidationError, lines: _Lines, where: str) -> str:
     path = _path(problem)
     # A problem of a whole section (two fields that disagree) is reported where the section begins.
     place = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), where)
+    if place == where and any(key[:1] == path[:1] for key in lines):
+        place = _COMMAND_LINE  # the file has no such section
     name = ".".join(path[:_DEPTH]) + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[_DEPTH:])
     if problem["type"] == "extra_forbidden":
         known = _fields(path[0]) if len(path) > 1 else list(Recipe.model_fields)
@@ -358,7 +360,7 @@ def _path(problem: Any) -> tuple[str, ...]:
 
 def _lower(message: str) -> str:
     message = message.removeprefix("Value error, ").removeprefix("Input ")
-    return message[:1].lower() + message[1:]
+    return message if message[1:2].isupper() else message[:1].lower() + message[1:]  # PEFT stays PEFT
 
 
 def _short(value: Any) -> str:

@@ -43,7 +43,7 @@ from toolkit.run.vocabulary import require_seen
 from toolkit.run_folder import RunFolder
 from toolkit.steps import listening, seconds_by_part
 from toolkit.training.memory import anonymous_memory
-from toolkit.training.schedule import require_schedule
+from toolkit.training.schedule import require_rate, require_schedule
 
 __all__ = ["Finished", "run"]
 
@@ -127,6 +127,7 @@ def _prepare(recipe: Recipe, fork: bool, other_versions: bool, note: Callable[[s
     tokenizer = load_tokenizer(first)
     require_packageable(tokenizer, first)
     batches = build_batches(tokenizer, first)
+    require_rate(recipe.training.model_dump(), 0 if batches.questions else len(batches.train))
     require_seen(tokenizer, batches, first, note)
     device = choose_device(use_cpu=recipe.training.use_cpu)
     shape = step_shape(batches, first)

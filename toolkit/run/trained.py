@@ -260,7 +260,7 @@ def _require_moved(model: PeftModel, counts: Mapping[str, Any], training: TrainR
     moved, adapters = counts["adapters moved"]
     if moved == adapters:
         return
-    if training.best_step is not None:
+    if training.best_step is not None and training.best_step < training.steps:
         raise ModelError(
             f"the best evaluation is that of step {training.best_step}, where {moved} of {adapters} adapters had "
             "moved: training made it worse; lower training.learning_rate or look at eval.metric"

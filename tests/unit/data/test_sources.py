@@ -48,8 +48,31 @@ BROKEN = [
     (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ud800"}]}', r"surrogate"),
     (b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}', r"a tool call needs"),
     (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}', r"tools: text that is not JSON"),
+    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', r":2: the key 'content' stands twice"),
+    (b'{"messages": "[{\\"role\\": \\"user\\", \\"role\\": \\"tool\\"}]"}', r":2: the key 'role' stands twice"),
+    (b'{"messages": null}', r":2: messages is null; fill it in"),
     (b'{"text": "other columns"}', r":2: no messages; the row has text"),
 ]
+
+
+def test_a_key_twice_leaves_the_other_rows_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": "d"}]')
+    first, twice, last = read_rows(path)
+    assert (first.values, last.values) == ({"text": "a"}, {"text": "d"})
+    assert "'text' stands twice" in str(twice.values)
+    assert twice.place == f"{path}:2 (item 2)"
+
+
+def test_a_key_twice_in_lines_and_in_one_object_of_a_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"text": "b", "text": "c"}\n{"text": "d"}\n')
+    twice, last = read_rows(path)
+    assert "'text' stands twice" in str(twice.values)
+    assert last.values == {"text": "d"}
+    path.write_text('{\n "data": [{"text": "b"}],\n "data": []\n}')
+    (only,) = read_rows(path)
+    assert "'data' stands twice" in str(only.values)
 
 
 @pytest.mark.parametrize(("line", "message"), BROKEN)

@@ -33,6 +33,12 @@ def test_overrides_replace_and_add_and_are_yaml() -> None:
     assert parse(BASE, overrides=["data.train=other.jsonl"]).data.train == "other.jsonl"
 
 
+@pytest.mark.parametrize("override", ["lora.use_dora=true", "training.optim=schedule_free_adamw"])
+def test_a_section_that_only_overrides_fill_is_placed_on_the_command_line(override: str) -> None:
+    with pytest.raises(RecipeError, match=r"^command line: "):
+        parse(BASE, overrides=[override])
+
+
 @pytest.mark.parametrize("override", ["training.learning_rate", "=3", ".r=3", "model.a.b=2"])
 def test_an_override_that_is_none_is_refused(override: str) -> None:
     with pytest.raises(RecipeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ from toolkit.ops.label_logits import summed_loss
 from toolkit.plan import make_plan
 from toolkit.quant import load_int8
 from toolkit.recipe import parse
-from toolkit.training.schedule import require_schedule
+from toolkit.training.schedule import require_rate, require_schedule
 
 
 def losses(folder: Path, **knobs: Any) -> list[float]:
@@ -127,6 +128,23 @@ def attention_linears() -> list[Any]:
     return [model.get_submodule(name) for name in describe(model).linear_names("attention")]
 
 
+@pytest.mark.parametrize(
+    ("line", "examples", "refused"),
+    [
+        ("max_steps: 1", 60, True),
+        ("max_steps: 1, warmup_steps: 0", 60, False),
+        ("max_steps: 1, lr_scheduler_type: constant", 60, False),
+        ("max_steps: 2", 1, False),
+        ("num_train_epochs: 0.1, per_device_train_batch_size: 4", 40, True),
+        ("num_train_epochs: 0.1, per_device_train_batch_size: 4", 41, False),
+    ],
+)
+def test_a_run_whose_only_step_has_no_rate_is_refused(line: str, examples: int, refused: bool) -> None:
+    recipe = parse(f"model: {{model_name_or_path: a/b}}\ndata: {{train: x.jsonl}}\ntraining: {{{line}}}\n")
+    with pytest.raises(RecipeError, match="the only step would be 0") if refused else nullcontext():
+        require_rate(recipe.training.model_dump(), examples)
+
+
 def test_a_schedule_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
     require_schedule("cosine_with_min_lr", {"min_lr_rate": 0.1})
     for name, options, words in (
@@ -153,6 +171,7 @@ def test_a_schedule_that_cannot_be_is_refused_before_anything_is_loaded() -> Non
         ),
         ("lora: {init_lora_weights: pissa}", "move a part of the base's weights into the adapter"),
         ("lora: {use_dora: true}", "DoRA for linears alone; set experts: false and router: false"),
+        ("lora: {use_dora: true, experts: false, router: false}", "lora.use_dora: PEFT takes the norm"),
         ("lora: {use_dora: true, experts: false, router: false}", "set quantization.linears: none"),
     ],
 )
