@@ -264,8 +264,16 @@ class _Reading:
 
     def _only_adds(self, turn: int, prompt: str, header: str) -> bool:
         """Whether the prompt is the header of an answer and what an option adds: an empty thought, closed."""
-        asked = (self._prompt_with(turn, {option: True}) for option in self._template.switches)
-        return any(bare.strip() and bare.strip() == header.strip() and prompt.startswith(bare) for bare in asked)
+        before = self._render(turn)
+        header, prompt = (text[_agreed(before, text) :] for text in (header, prompt))
+        for option in self._template.switches:  # which may write a mark into the history as well
+            options = {**self._options, option: True}
+            other = self._template.try_render(self._messages[:turn], self._tools, options=options)
+            bare = self._prompt_with(turn, {option: True})
+            bare = bare[_agreed(other, bare) :]
+            if bare.strip() and bare.strip() == header.strip() and prompt.startswith(bare):
+                return True
+        return False
 
     def _words_begin(self, turn: int, message: Message, prompt: str) -> int | None:
         """Where an answer's words begin in its rendering; None where what stands before them is not the header."""

@@ -352,3 +352,20 @@ def test_held_out_prompts_are_a_prefix_where_the_template_writes_more(build: Any
     [one] = batches.held_out
     assert list(one.prompt_ids) == batches.validation[1]["input_ids"][: len(one.prompt_ids)]
     assert one.answer == "d", "what is judged is the answer, not the empty thought before it"
+
+
+def test_a_switch_that_also_marks_the_history_shows_what_its_absence_adds_to_the_prompt(
+    build: Any, trained: Any, tokenizer: Any
+) -> None:
+    """Gemma 4: without thinking, the prompt holds an empty thought that no rendering of an answer has."""
+    template = (
+        "{% if enable_thinking %}<|im_start|>system\nTHINK<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    batches = build(rows, chat_template=template)
+    whole = tokenizer.decode(batches.train[0]["input_ids"])
+    assert whole.endswith("<|im_start|>assistant\n<|channel>thought\n<channel|>a<|im_end|>")
+    assert trained(batches) == ["a<|im_end|>"]
