@@ -23,6 +23,7 @@ __all__ = [
     "GGUF_TILED_VALUE_HEADS",
     "GGUF_WITH_EXPERTS",
     "GGUF_WRITTEN",
+    "MLX_ADDS_ONE",
     "MLX_EXPERTS",
     "MLX_TAKES_FOR_GRANTED",
     "MTP_LAYOUTS",
@@ -136,6 +137,8 @@ same of them."""
 GGUF_SIGMOID = frozenset({"deepseek_v3", "dots1", "glm4_moe", "glm4_moe_lite", "minimax_m2", "solar_open"})
 """Model types whose experts are chosen by sigmoids, which a file says (`expert_gating_func`)."""
 
+MLX_ADDS_ONE = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Model types of whose norms mlx-lm's converter stores one more, since they are held as a distance from one."""
 MLX_EXPERTS: Mapping[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe", "mixtral", "olmoe"), "switch_mlp"),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe"), "switch_mlp"),

@@ -74,11 +74,13 @@ there it refuses, and quotes it.
 
 SOURCES = (
     *("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "intel/auto-round"),
-    *("bitsandbytes", "modelopt", "quark", "mlx", "hqq", "torchao", GGUF),
+    *("bitsandbytes", "modelopt", "quark", "mlx", "metal", "hqq", "torchao", GGUF),
 )
 """Formats of others that are read: each weight is multiplied out and rounded to int8 at once."""
 _BESIDE_CONFIG = "hf_quant_config.json"
 """Where modelopt says what it did, if not in config.json."""
+_OF_QUANTO = "quanto_qmap.json"
+"""What optimum-quanto writes of the types of weights; its config.json says nothing."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,13 @@ def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, An
     declared = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     declared = declared or next((found for part in parts if (found := getattr(part, "quantization", None))), None)
     if declared is None:
-        beside = _beside_config(name_or_path, config)
-        return None if beside is None else {**beside, "quant_method": "modelopt"}
+        if (folder := _folder(name_or_path, config)) is None:
+            return None
+        if (folder / _OF_QUANTO).is_file():
+            raise _unread(name_or_path, "quanto")
+        if (told := _beside_config(folder)) is not None:
+            return {**told, "quant_method": "modelopt"}
+        return {"quant_method": "mlx"} if _is_of_mlx(folder) else None  # whose floats have names of their own
     declared = dict(declared) if isinstance(declared, Mapping) else {}
     if "quant_method" not in declared and {"bits", "group_size"} <= declared.keys():
         declared["quant_method"] = "mlx"  # which names itself nowhere
@@ -213,21 +220,24 @@ def declared_format(name_or_path: str, config: PretrainedConfig) -> dict[str, An
             f"{name_or_path}: has blocks of GGUF in safetensors, which is not read; take the unquantised checkpoint"
         )
     if method not in (METHOD, *SOURCES):
-        raise ModelError(
-            f"{name_or_path}: its weights are quantised as {method or 'something without a quant_method'}; read are "
-            f"{', '.join(SOURCES)}; take the unquantised checkpoint of this model"
-        )
+        raise _unread(name_or_path, method or "something without a quant_method")
     return declared
 
 
-def _beside_config(name_or_path: str, config: PretrainedConfig) -> dict[str, Any] | None:
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None)
-        cached = whole_snapshot(name_or_path, commit) if commit else None
-        if cached is None:
-            return None
-        folder = cached
+def _unread(name: str, method: Any) -> ModelError:
+    said = f"its weights are quantised as {method}; read are {', '.join(SOURCES)}"
+    return ModelError(f"{name}: {said}; take the unquantised checkpoint of this model")
+
+
+def _folder(name_or_path: str, config: PretrainedConfig) -> Path | None:
+    """Where a checkpoint is on this machine, None where it is not."""
+    if (folder := Path(name_or_path)).is_dir():
+        return folder
+    commit = getattr(config, "_commit_hash", None)
+    return whole_snapshot(name_or_path, commit) if commit else None
+
+
+def _beside_config(folder: Path) -> dict[str, Any] | None:
     path = folder / _BESIDE_CONFIG
     if not path.is_file():
         return None
@@ -235,6 +245,16 @@ def _beside_config(name_or_path: str, config: PretrainedConfig) -> dict[str, Any
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON that says how weights are stored ({first_line(error)[:120]})") from None
+
+
+def _is_of_mlx(folder: Path) -> bool:
+    """Whether mlx-lm wrote a folder's weights: it says so in the header of each file, and of floats nowhere else."""
+    try:
+        path = next(folder.glob("*.safetensors"), None)
+        told = json.loads(raw_header(path)).get("__metadata__") if path else None
+    except _WRONG:  # whoever reads the file says what is wrong with it
+        return False
+    return isinstance(told, Mapping) and told.get("format") == "mlx"
 
 
 def gguf_at(name_or_path: str | Path) -> Path | None:

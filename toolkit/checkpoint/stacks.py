@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from toolkit.architecture import describe
 from toolkit.checkpoint.conversion import Shards, targets
 from toolkit.checkpoint.files import GGUF
+from toolkit.checkpoint.mlx_layout import published
 from toolkit.checkpoint.weights import StackSlice, unread
 from toolkit.parts import ExpertLayer
 
@@ -58,6 +59,8 @@ def plain_weights(
         slices = {key: shards.slice(key) for key in shards.keys}
         if keyed:
             slices = {key: unread(part, key) for key, part in slices.items()}
+    if (declared or {}).get("quant_method") == "mlx":
+        slices = published(slices, model)
     return fitted(slices, model, get_model_conversion_mapping(model), are_halves=_are_halves(declared or {}))
 
 

@@ -64,6 +64,9 @@ class Homes:
             self._names = targets(skeleton, get_model_conversion_mapping(skeleton), self._weights)
         for factors in adapter:
             for piece in self._pieces(factors):
+                if not isinstance(piece, PackedSlice):  # put together from what another layout holds apart
+                    said = f"{factors.parameter} is not stored as one weight by {kind}"
+                    raise ModelError(f"{base}: {said}, which merged-source does not write; {_INSTEAD['other']}")
                 if piece.packed.encoder is None and piece.packed.stored not in _FLOATS:
                     stored = f"{piece.packed.name} is stored as {piece.packed.stored} by {kind}"
                     raise ModelError(f"{base}: {stored}, which merged-source does not write; {_INSTEAD['other']}")
@@ -93,7 +96,7 @@ class Homes:
             raise ModelError(f"{self.base}: holds no {factors.parameter} that the adapter could be merged into")
         return found
 
-    def _pieces(self, factors: Factors) -> Iterator[PackedSlice]:
+    def _pieces(self, factors: Factors) -> Iterator[Any]:
         for key in self._keys(factors):
             whole = self._weights[key]
             if isinstance(whole, StackSlice):

@@ -90,7 +90,7 @@ def load_int8(
     wanted = storage(name_or_path, config, experts, linears, stacks)
     kind, weights = auto_class(config), None
     if wanted is not None and wanted.source is not None:
-        kind, weights = _plain(name_or_path, revision, config, wanted)
+        kind, config, weights = _plain(name_or_path, revision, config, wanted)
     try:
         with first_failure():
             model, info = kind.from_pretrained(
@@ -142,13 +142,14 @@ def _covered(name_or_path: str, coverage: Coverage, experts: str, linears: str) 
 
 def _plain(
     name_or_path: str, revision: str, config: PretrainedConfig, wanted: Int8Config
-) -> tuple[type[PreTrainedModel], dict[str, Any]]:
-    """The model's class, and every weight of a checkpoint that others quantised, unread, as a plain one has it."""
+) -> tuple[type[PreTrainedModel], PretrainedConfig, dict[str, Any]]:
+    """The model's class, what it takes of the config, and every weight as a plain checkpoint has it, unread."""
     model = built(name_or_path, config)
     weights = plain_weights(name_or_path, fetch(name_or_path, revision), wanted.source, model)
     if wanted.experts == "source":
         wanted.stacks = kept_stacks(name_or_path, model, weights)
-    return type(model), weights
+    is_part = type(model).config_class is config.sub_configs.get("text_config")
+    return type(model), config.get_text_config() if is_part else config, weights
 
 
 def _as_if_from(model: PreTrainedModel, name_or_path: str, revision: str) -> None:

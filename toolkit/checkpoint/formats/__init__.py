@@ -35,6 +35,7 @@ _READERS: dict[str, Callable[[Files], Iterator[Packed]]] = {
     "modelopt": read_modelopt,
     "quark": read_quark,
     "mlx": read_mlx,
+    "metal": read_mlx,
     "hqq": read_hqq,
     "torchao": read_torchao,
 }

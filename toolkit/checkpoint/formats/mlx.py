@@ -1,5 +1,6 @@
 """MLX: dense streams of codes with a scale and a bias a group, or the MX and NVIDIA formats without biases.
 
+transformers' Metal files hold the first of them, under the name `qbiases`.
 Files of mlx-lm say group, bits and mode once, with an entry for each module that differs. Bits follow from the shapes.
 """
 
@@ -45,11 +46,12 @@ def read_mlx(files: Files) -> Iterator[Packed]:
             raise files.wrong(key, f"holds {bits} bits a value, and the config says {declared['bits']}")
         parts = {"codes": Part(key), "scales": Part(f"{module}.scales")}
         if mode == "affine":
-            parts["biases"] = Part(f"{module}.biases")
-            for part in ("scales", "biases"):
+            biases = "qbiases" if files.declared.get("quant_method") == "metal" else "biases"
+            parts["biases"] = Part(f"{module}.{biases}")
+            for part in ("scales", biases):
                 files.check_dtype(f"{module}.{part}", *FLOATS)
-            if files.shape(f"{module}.biases") != scales:
-                raise files.wrong(f"{module}.biases", "does not fit the scales beside it")
+            if files.shape(f"{module}.{biases}") != scales:
+                raise files.wrong(f"{module}.{biases}", "does not fit the scales beside it")
         elif (bits, mode) not in ((4, "mxfp4"), (8, "mxfp8"), (4, "nvfp4")):
             raise files.wrong(key, f"{bits} bits in mode {mode}")
         if (whole := f"{module}.global_scale") in files.headers or declared.get("global_scale"):
