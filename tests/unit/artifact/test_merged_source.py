@@ -33,9 +33,33 @@ from toolkit.quant.source import SourceWeights
 pytestmark = pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")
 TEXTS = torch.randint(1, 40, (4, 24), generator=torch.Generator().manual_seed(2)).tolist()
 Pair = Callable[[Path], tuple[Path, Path]]
+
+
+def quark_pair(folder: Path) -> tuple[Path, Path]:
+    """FP8 with a scale a tensor, under Quark's names, and the floats."""
+    plain, stored = tiny(folder / "float", "qwen3_moe"), dict[str, torch.Tensor]()
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if ".layers." in name and "proj" in name:
+            scale = weight.abs().max() / 448
+            stored |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+        else:
+            stored[name] = weight
+    return rewrite(plain, folder / "quark", stored, {"quant_method": "quark"}), plain
+
+
+def divided_pair(folder: Path) -> tuple[Path, Path]:
+    """FP8 blocks whose scales divide, as GPTQModel stores them, and the values in floats."""
+    blocks, exact, declared = fp8_pair(folder, "qwen3_moe")
+    stored = load_file(blocks / "model.safetensors")
+    turned = {name: value.reciprocal() if name.endswith("_inv") else value for name, value in stored.items()}
+    return rewrite(blocks, folder / "divided", turned, {**declared, "weight_scale_semantics": "inverse"}), exact
+
+
 PAIRS: dict[str, Pair] = {
     **{layout: (lambda folder, layout=layout: pair(folder, layout, shards=2)) for layout in LAYOUTS if layout != "MLX"},
     "fp8 blocks": lambda folder: fp8_pair(folder, "deepseek_v3")[:2],
+    "quark fp8": quark_pair,
+    "gptqmodel fp8": divided_pair,
     "mxfp4 stacks": lambda folder: mxfp4_pair(folder, shards=3)[:2],
 }
 
@@ -78,7 +102,11 @@ def test_only_codes_change_and_they_change_along_the_adapter(
         key: (value.dtype, value.shape) for key, value in after.items()
     }
     assert (tmp_path / "merged/config.json").read_bytes() == (source / "config.json").read_bytes()
-    changed = {key for key in before if not torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8))}
+    changed = {
+        key
+        for key in before
+        if not torch.equal(*(found[key].reshape(-1).view(torch.uint8) for found in (before, after)))
+    }
     assert changed
     assert not [key for key in changed if key.endswith(("scale", "scales", "scale_inv", "zeros", "norm.weight"))]
     share, off = along(source, tmp_path / "merged", artifact)

@@ -101,7 +101,7 @@ def test_what_is_written_in_its_own_format_reads_back_as_it_was() -> None:
             by_package.setdefault(CASES[name]["package"], set()).update(found)
         assert by_package == {
             "compressed-tensors": {*(f"int{bits}" for bits in range(2, 9)), "FP8", "NVFP4", "MXFP4", "MXFP8"},
-            "GPTQModel": {"int2", "int3", "int4", "int8"},
+            "GPTQModel": {"int2", "int3", "int4", "int8", "FP8"},
             "autoawq": {"int4"},
             "auto-round": {"int4", "int6"},
             "nvidia-modelopt": {"FP8", "NVFP4", "int4"},

@@ -96,13 +96,15 @@ def scaled(
     is_mx = files.headers[scales].dtype in _EXPONENTS
     kind = "MXFP4" if is_fp4 else "MXFP8" if is_mx else "FP8" if dtype.startswith("F8_") else "int8"
     unpack = partial(_unpack, block=block, is_mx=is_mx, is_fp4=is_fp4, is_divided=is_divided)
-    encoder = None if is_divided else _encoder(dtype, shape, block, is_mx, is_fp4)
+    encoder = _encoder(dtype, shape, block, is_mx, is_fp4, is_divided)
     words = kind + groups_in_words(found, shape, block)
     return files.packed(name or key, shape, parts, unpack, words, encoder=encoder)
 
 
-def _encoder(dtype: str, shape: tuple[int, ...], block: tuple[int, int], is_mx: bool, is_fp4: bool) -> Encoder | None:
-    units = partial(_units, columns=shape[-1], block=block, is_mx=is_mx)
+def _encoder(
+    dtype: str, shape: tuple[int, ...], block: tuple[int, int], is_mx: bool, is_fp4: bool, is_divided: bool
+) -> Encoder | None:
+    units = partial(_units, columns=shape[-1], block=block, is_mx=is_mx, is_divided=is_divided)
     if is_fp4 and dtype != "F4":  # of which a header counts values, and a tensor holds pairs
         return Encoder(FP4_LEVELS, units, _store_pairs)
     if dtype == "I8":
@@ -143,7 +145,9 @@ def _store_pairs(levels: Tensor, parts: Tensors) -> dict[str, Tensor]:
     return {"weight": pairs(fp4_codes(levels)).view(parts["weight"].dtype)}
 
 
-def _units(parts: Tensors, *, columns: int, block: tuple[int, int], is_mx: bool) -> tuple[Tensor, Tensor | None]:
+def _units(
+    parts: Tensors, *, columns: int, block: tuple[int, int], is_mx: bool, is_divided: bool
+) -> tuple[Tensor, Tensor | None]:
     stored = parts["weight"]
     rows = stored.shape[-2]
     spread = [
@@ -151,6 +155,8 @@ def _units(parts: Tensors, *, columns: int, block: tuple[int, int], is_mx: bool)
         for part in (powers(parts["scale"]) if is_mx else parts["scale"].float(), parts.get("zero"))
         if part is not None
     ]
+    if is_divided:
+        spread[0] = spread[0].reciprocal()
     return spread[0], -spread[1] * spread[0] if len(spread) > 1 else None
 
 
