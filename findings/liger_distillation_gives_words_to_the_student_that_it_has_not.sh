@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # liger-kernel 0.8.5's distillation losses (LigerFusedLinearJSDLoss and its kin) take a teacher whose vocabulary is longer
-# than the student's, padded for speed as Qwen's larger models are, and then pad the student's logits with zeros. A logit of zero is
-# not "no such word": it has the weight exp(0), as much as any word of logit zero. So the student's probabilities are
-# diluted by words that it has not, and how much depends on how high its logits happen to be, to which a softmax is blind. A
-# student that equals its teacher has a loss and a gradient; with logits ten lower, which are the same model, a loss of
-# 3.4 in place of 0.002. With padding of -inf it would be 0 each time. No message tells.
+# than the student's, padded for speed as Qwen's larger models are, and then pad the student's logits with zeros. A logit
+# of zero is not "no such word": it has the weight exp(0), as much as any word of logit zero. So the student's
+# probabilities are diluted by words that it has not, and how much depends on how high its logits happen to be, to which
+# a softmax is blind. A student that equals its teacher has a loss and a gradient; with logits ten lower, which are the
+# same model, a loss of 3.4 in place of 0.002. With padding of -inf it would be 0 each time. No message tells.
 # Follows: a part of the training goes into lifting all logits above zero. Cut the teacher's head to the student's rows.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# liger-kernel 0.8.5's LigerFusedLinearJSDLoss takes the cross-entropy in fp32 and the divergence in the dtype of the model: its
-# log-probabilities are rounded to bf16, where numbers near 10 are 0.06 apart, and then subtracted. The divergence
-# between two models that are near to each other is smaller than that. What is reported is -0.005 in place of 0.0001, and
-# a divergence cannot be below zero; the gradient's direction has a cosine of 0.78 and 0.85 with the right one. Of models
-# that are far from each other it is right. No message tells. (The same bf16 states and weights, computed in fp32, are what is compared with.)
+# liger-kernel 0.8.5's LigerFusedLinearJSDLoss takes the cross-entropy in fp32 and the divergence in the dtype of the
+# model: its log-probabilities are rounded to bf16, where numbers near 10 are 0.06 apart, and then subtracted. The
+# divergence between two models that are near to each other is smaller than that. What is reported is -0.005 in place of
+# 0.0001, and a divergence cannot be below zero; the gradient's direction has a cosine of 0.78 and 0.85 with the right
+# one. Of models that are far from each other it is right. No message tells. (The same bf16 states and weights, computed
+# in fp32, are what is compared with.)
 # Follows: with a teacher that the student comes near, as in self-distillation, the last part of the training follows
 # rounding. Hand the loss states and weights in fp32.
 set -euo pipefail

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# lm-eval 0.4.13's MGSM (mgsm_direct, mgsm_cot_native, mgsm_en_cot; sums from school in eleven languages, and AfriMGSM) compares
-# the number that a model gave after taking out all punctuation (ignore_punctuation: true). Minus signs and decimal points are
-# punctuation: -18 and 1.8 are taken for 18 and score as right; 18.0 becomes 180 and $18.00 1800, which score as wrong. The
-# English original, gsm8k, takes out commas, dollars and a full stop at the end alone, and takes neither -18 nor 1.8 for
-# right (18.0 is wrong there too). Nothing is said.
+# lm-eval 0.4.13's MGSM (mgsm_direct, mgsm_cot_native, mgsm_en_cot; sums from school in eleven languages, and AfriMGSM)
+# compares the number that a model gave after taking out all punctuation (ignore_punctuation: true). Minus signs and
+# decimal points are punctuation: -18 and 1.8 are taken for 18 and score as right; 18.0 becomes 180 and $18.00 1800,
+# which score as wrong. The English original, gsm8k, takes out commas, dollars and a full stop at the end alone, and
+# takes neither -18 nor 1.8 for right (18.0 is wrong there too). Nothing is said.
 # Follows: MGSM counts errors of sign and of a factor of ten as right, and its scores are not those of gsm8k. Score the
 # logged samples again, as numbers.
 set -euo pipefail

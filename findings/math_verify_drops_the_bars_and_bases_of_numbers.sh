@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # math-verify 0.9.0 reads three common ways to write a number as another number, and says nothing:
-# - a repeating decimal loses its repeating part: 0.\overline{3} is 0, so the right answer 1/3 is wrong and 0 is right, and
-#   so is any other repeating decimal such as 0.\overline{72};
+# - a repeating decimal loses its repeating part: 0.\overline{3} is 0, so the right answer 1/3 is wrong and 0 is right,
+# and so is any other repeating decimal such as 0.\overline{72};
 # - a number in another base loses its base: 1011_2 (eleven) equals 1011_8 (five hundred and twenty-one) and 1011;
 # - degrees inside of a function are radians: \sin 30^\circ is sin(30), about -0.988, and not 1/2.
 # Follows: where the answers of a dataset hold these, a reward pays the wrong answer and not the right one. Write such

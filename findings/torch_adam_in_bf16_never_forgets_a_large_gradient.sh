@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # torch 2.13's AdamW keeps its averages in the parameters' dtype. Its average of squares falls by a thousandth a step
-# (betas=(0.9, 0.999), the defaults). A number in bf16 has 8 bits: a thousandth of it is less than half of its last one, so
-# v - v/1000 rounds to v, and the average does not fall at all. One large gradient, as on a first batch, is remembered
+# (betas=(0.9, 0.999), the defaults). A number in bf16 has 8 bits: a thousandth of it is less than half of its last one,
+# so v - v/1000 rounds to v, and the average does not fall at all. One large gradient, as on a first batch, is remembered
 # for ever, and each later step is divided by it. Nor does the average rise to where it belongs: of a gradient that is
-# always 1 it stays at half, for 1/1000 of what lacks is too little to add. All three implementations (a loop, foreach, fused) do
-# so, fused too, which computes in fp32 but stores in bf16. Nothing is raised; the loss falls, slowly.
+# always 1 it stays at half, for 1/1000 of what lacks is too little to add. All three implementations (a loop, foreach,
+# fused) do so, fused too, which computes in fp32 but stores in bf16. Nothing is raised; the loss falls, slowly.
 # Follows: a model loaded in bf16 and trained whole takes steps that are many times too small after a spike, in all of
 # the run. Keep parameters (or the optimizer's state) in fp32, or set beta2 to 0.95, whose steps bf16 can hold.
 set -euo pipefail
