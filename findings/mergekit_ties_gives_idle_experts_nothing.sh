@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # mergekit 0.1.5 merges the experts of a layer as one tensor, as transformers 5 holds them in memory (Qwen3-MoE, GLM-4.5
-# …), also where the checkpoints have them one by one. TIES, and each other method with a `density`, keeps the largest
-# changes of a tensor: so it keeps those of the experts that training changed most. An expert whose changes are a tenth
-# as large, since a tenth as many tokens went there, keeps next to nothing of them, and one at a hundredth nothing. The
-# same density keeps its share of each matrix of attention. No message tells.
+# …), also where the checkpoints have them one by one. TIES keeps a share (`density`) of a tensor's changes, the largest:
+# so it keeps those of the experts that training changed most. An expert whose changes are a tenth as large keeps next
+# to nothing of them, and one at a hundredth nothing. Each matrix of attention keeps its share. No message tells.
 # (transformers 5.23.0.)
 # Follows: the experts for rare topics come out of a merge as the base has them. Use a method without `density`
 # (linear, task_arithmetic), or a density of 1, or merge experts yourself, one by one.

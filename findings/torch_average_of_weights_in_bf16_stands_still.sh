@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13's moving average of weights (torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn(0.999)) is kept in
 # the weights' dtype, though each update adds a thousandth of the difference. In bf16 a number has 8 bits, so what is
-# added is rounded away unless the weight has moved by more than it is large itself: the average stays what it was at the
+# added is rounded away unless the weight has moved by two to four times its own size: the average stays what it was at the
 # first update, for ever. Weights that went from 1 to 1.5 and stayed there for 5,000 updates have an average of 1, not
 # 1.497. Nothing is raised, and the averaged model works: it is the untrained one.
 # Follows: an evaluation of the average of a bf16 model measures its start. Average a copy in fp32.
