@@ -170,9 +170,6 @@ def test_preferences_wrong_answers_are_the_models_best_other_categories(script: 
     best = {3: ["plant", "animal"], 4: ["none of them", "person"], 5: ["animal", "none of them"]}
 
     class Tokenizer:
-        def apply_chat_template(self, turns: Any, add_generation_prompt: bool) -> dict[str, list[int]]:
-            return {"input_ids": [9] * turns}
-
         def pad(self, given: dict[str, list[list[int]]], **how: Any) -> dict[str, torch.Tensor]:
             assert how["padding_side"] == "left"
             width = max(map(len, given["input_ids"]))
@@ -189,13 +186,34 @@ def test_preferences_wrong_answers_are_the_models_best_other_categories(script: 
             return torch.cat([input_ids.repeat_interleave(num_return_sequences, 0), told], 1)
 
     right = ["animal", "plant", "person"]
-    assert module.wrong_answers(Model(), Tokenizer(), [5, 3, 4], right) == [None, "animal", None]
+    assert module.wrong_answers(Model(), Tokenizer(), [[9] * 5, [9] * 3, [9] * 4], right) == [None, "animal", None]
 
 
-def test_preferences_are_judged_beside_the_adapter_that_they_start_from(script: Any) -> None:
+def test_preferences_are_judged_beside_the_adapter_that_they_start_from(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = script("preferences")
     table = type("Table", (), {"column_names": ["input_ids", "labels"], "__len__": lambda self: 4})()
     first = module.Judged(table, [-1.0, -2.0, -3.0, -2.0], 0.25)
     after = module.Judged(table, [-2.0, -4.0, -2.5, -2.0], 0.5)
     assert after.told(first) == "right answer more probable 50.0%, gained more 100.0%, exact match 50.0% (2 pairs)"
     assert "gained more -, exact match 25.0%" in first.told(first)
+
+    begun: list[tuple[str, Path, list[str]]] = []
+
+    def finished(recipe: str, folder: Path, overrides: list[str]) -> Any:
+        begun.append((recipe, folder, overrides))
+        return type("Run", (), {"adapter": folder / "adapter"})()
+
+    monkeypatch.setattr(module, "finished", finished)
+    monkeypatch.setattr(module, "write_pairs", lambda *given: None)
+    monkeypatch.setattr(module, "judged", lambda *given: module.Judged(None, [-1.0], 0.5))
+    monkeypatch.setattr(module.Judged, "told", lambda self, first: "judged")
+    asked = [str(tmp_path), "dpo.beta=0.3", "--base", "smollm2", "--methods", "dpo", "--seeds", "2"]
+    assert module.main(asked) == 0
+    assert capsys.readouterr().out.splitlines() == ["seed 2  sft    judged", "seed 2  dpo    judged"]
+    (recipe, folder, _), (other, _, told) = begun
+    assert (recipe, other) == ("smollm2-moe.yaml", "quickstart-dpo.yaml")
+    assert told[-1] == "dpo.beta=0.3"
+    assert f"lora.adapter_name_or_path={folder / 'adapter'}" in told
+    assert "model.model_name_or_path=models/smollm2-moe" in told
