@@ -167,6 +167,9 @@ class Encoder:
         special = self._dialogue.reader.stops.control if example.messages else self._special
         if any(special.search(content) for content in said):
             self.notices["the data contain a special token's text, which becomes that token"] += 1
+        parts = [part for turn in example.messages if isinstance(told := turn.get("content"), list) for part in told]
+        if any(part.keys() - {"type", "text"} for part in parts):
+            self.notices["text parts hold more than their text, such as cache_control: it is not trained"] += 1
         keeps = bool(example.messages) and not self._dialogue.reader.drops_thoughts
         self.notices.update({odd for turn in example.messages for odd in odd_thoughts(turn)} if keeps else ())
 

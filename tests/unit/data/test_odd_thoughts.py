@@ -176,3 +176,10 @@ def test_white_space_that_only_seems_to_be_rendered_is_told(
 ) -> None:
     batches = build([row(ASKED, {**ANSWER, "content": answer})], chat_template=TRIMS)
     assert ("the chat template strips white space around messages" in notices(batches)) is told
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_control": {"type": "ephemeral"}}, {"citations": []}])
+def test_what_a_text_part_says_beside_its_text_is_told(build: Callable[..., Batches], more: dict[str, Any]) -> None:
+    parts = [{"type": "text", "text": "hi there", **more}]
+    found = notices(build([row({**ASKED, "content": parts}, ANSWER)]))
+    assert any(text.startswith("text parts hold more than their text") for text in found) is bool(more)
