@@ -178,7 +178,7 @@ def test_answers_are_judged_one_by_one(build: Any, write: Any, tokenizer: Any, t
 def test_what_is_no_judged_answer_is_refused_with_its_place(build: Any, write: Any) -> None:
     for row, words in (
         ({**JUDGED[0], "label": "maybe"}, "label is 'maybe'; true (a good answer) or false (a bad one) is expected"),
-        ({"prompt": ASK, "completion": GOOD, "label": None}, "no label"),
+        ({"prompt": ASK, "completion": GOOD, "label": None}, "label is null; fill it in"),
         ({**JUDGED[0], "completion": ASK}, "no assistant turn"),
     ):
         with pytest.raises(DataError) as refused:
