@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from toolkit.architecture import shared_length
 from toolkit.plan.shapes import Shapes, by_versions, published, rehearsal_versions
 from toolkit.plan.skeletons import shape_of, shapes_of
 from toolkit.plan.steps import StepBytes, StepShape, StepSpec, rehearsed, step_spec
@@ -49,6 +50,7 @@ def recipes(name: str) -> Iterator[Recipe]:
 def step_specs(name: str) -> dict[str, StepSpec]:
     """All that the record answers, by digest."""
     found: dict[str, StepSpec] = {}
+    shared = shared_length(shape_of(name))
     for recipe in recipes(name):
         for length, r, kept, device in _choices(recipe):
             spec = step_spec(
@@ -57,6 +59,7 @@ def step_specs(name: str) -> dict[str, StepSpec]:
                 device=device,
                 dtype="bfloat16" if device == "cuda" else "float32",
                 backend="onecard_triton" if device == "cuda" else "onecard_per_expert",
+                shared_length=shared,
             )
             found[spec.digest()] = spec
     return found

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.modeling_layers import MtpLayer
 
 from toolkit.errors import ModelError
+from toolkit.families import SEE_EACH_OTHER_PACKED
 from toolkit.parts import LINEAR_ROLES, Architecture, ExpertLayer, Linear
 
 __all__ = [
@@ -46,10 +47,17 @@ __all__ = [
     "is_experts",
     "is_of_adapter",
     "is_plain_linear",
+    "keeps_running_state",
     "on_meta",
+    "shared_length",
     "strip_index",
     "unwrapped",
 ]
+
+_STATES = frozenset({"linear_attention", "mamba", "hybrid", "conv"})
+"""Kinds of layers, by transformers' names, that keep a running state."""
+_WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")
+"""How many tokens a layer may see at most: the last ones, those of a chunk, those that an indexer chooses."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -127,6 +135,24 @@ def can_replace_sdpa(model: PreTrainedModel) -> bool:
     """
     config = model.config
     return config._attn_implementation in ("sdpa", FEW_QUERIES) and not config.sub_configs and not _names(model, "sdpa")
+
+
+def keeps_running_state(model: PreTrainedModel) -> bool:
+    """Whether some layer's output depends on all tokens before by a state, not by attention to them."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or not _STATES.isdisjoint(kinds)
+
+
+def shared_length(model: PreTrainedModel) -> int:
+    """Tokens of a prompt and an answer up to which several answers may stand behind one prompt; 0 where they never may.
+
+    Each answer is then told to see the prompt and itself alone, which a window or a chunk counted along the row is not.
+    """
+    config = model.config.get_text_config()
+    if keeps_running_state(model) or config.model_type in SEE_EACH_OTHER_PACKED:
+        return 0
+    sizes = [getattr(config, name, None) for name in ("max_position_embeddings", *_WINDOWS)]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=0)
 
 
 def balancing_loss(model: PreTrainedModel) -> Callable[..., torch.Tensor] | None:

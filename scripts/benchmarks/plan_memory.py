@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def _plan(case: Case, name: str) -> tuple[Any, Any, Any, str]:
         + (f"placement: {{experts: disk, share: {case.share}}}\n" if case.share else "")
         + (f"mtp: {{enabled: true, depth: {case.drafts}, {_learns(case)}}}\n" if case.drafts else "")
     )
-    budget = Budget(
-        name, "main", this_device(use_cpu=True), "float32", "onecard_per_expert", "auto", True,
-        StepShape(case.length, case.answered, prompt=PROMPT if case.answers else 0),
-    )  # fmt: skip
+    shape = StepShape(case.length, case.answered, prompt=PROMPT if case.answers else 0)
+    if recipe.training.sides == 2:
+        shape = replace(shape, pair=case.length + case.answered + 1, pair_labelled=2 * case.answered)
+    device = this_device(use_cpu=True)
+    budget = Budget(name, "main", device, "float32", "onecard_per_expert", "auto", True, shape)
     placement = budget.place(recipe) if case.share else None
     return recipe, budget.bytes(recipe, placement), placement, budget.note
 
@@ -93,6 +95,8 @@ def _measure(case: Case, folder: str, recipe: Any, placement: Any) -> tuple[int,
     generator = torch.Generator().manual_seed(1)
     count = 2 * case.batch * case.accumulation * recipe.training.sides
     ids = torch.randint(3, 2000, (count, case.length), generator=generator)
+    if recipe.training.sides == 2:  # of one prompt
+        ids[1::2, : case.length - case.answered] = ids[::2, : case.length - case.answered]
     labels = ids.masked_fill(torch.arange(case.length) < case.length - case.answered - (case.method == "sft"), IGNORED)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)

@@ -5,7 +5,7 @@
 Builds a tiny random checkpoint of each family in the installed transformers (as tests/parity does), loads it in int8,
 attaches the default adapter, and trains it through the run's own trainer on rewards of the answers that it writes.
 Printed for each: adapters that moved, the first distance from the base (it is the same model then, so it is 0 but for
-rounding), and the mean reward of the first answers.
+rounding), the mean reward of the first answers, and whether answers shared their prompts.
 """
 
 from __future__ import annotations
@@ -32,10 +32,16 @@ _PROMPTS, _MOST = 24, 6
 
 
 def rollouts(
-    model: Any, tokenizer: Any, method: str = "grpo", options: Mapping[str, Any] = {}, head: Any = None
+    model: Any,
+    tokenizer: Any,
+    method: str = "grpo",
+    options: Mapping[str, Any] = {},
+    head: Any = None,
+    share: int = 1,
 ) -> Rollouts:
     """Counting prompts of the tiny vocabulary, of several lengths; the reward of an answer is how many of its tokens
-    are even, and half a point if it does not begin with a letter. `head` drafts two tokens a pass."""
+    are even, and half a point if it does not begin with a letter. `head` drafts two tokens a pass; `share` answers may
+    have one prompt in a pass that learns."""
     from toolkit.data import Question
     from toolkit.evaluate.generate import AnswerWriter
     from toolkit.recipe import GrpoSection, RlooSection
@@ -64,6 +70,7 @@ def rollouts(
         read=lambda ids, prompt: str(tokenizer.decode(ids)),
         decode=lambda ids: str(tokenizer.decode(ids)),
         figures=writer.figures,
+        share=share,
     )
 
 
@@ -84,16 +91,19 @@ def _trained(family: str, steps: int, method: str, folder: Path) -> Row:
 
     adapted, section = start(folder, method, steps, batch=8)
     tokenizer = tiny_tokenizer()
-    told = rollouts(adapted, tokenizer, method, {"beta": 0.01})
+    told = rollouts(adapted, tokenizer, method, {"beta": 0.01}, share=2)
+    given = run_context(folder, section, rollouts=told)
     try:
-        train_adapter(adapted, tokenizer, table(told), None, run_context(folder, section, rollouts=told))
+        train_adapter(adapted, tokenizer, table(told), None, given)
     finally:
         told.judge.close()
     first = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     reached = adapter_coverage(adapted)
     if first["reward"] is None:
         return Row(family, failed="a reward failed")
+    shared = "prompts: passed through the model once" in given.console.file.getvalue()
     said = f"first distance {first['kl']:+.1e}, first reward {first['reward']:.2f}"
+    said += f", {'prompts shared' if shared else 'prompts read for each answer'}"
     return Row(family, reached.moved, reached.adapters, first["kl"], said)
 
 

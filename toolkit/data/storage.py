@@ -42,6 +42,7 @@ __all__ = [
     "desirable",
     "first_trained",
     "largest_ids",
+    "prompts_and_answers",
     "scratch_folder",
     "scratch_parent",
     "sequence_lengths",
@@ -352,3 +353,9 @@ def _of_each(rows: datasets.Dataset, name: str, count: Any) -> NDArray[np.int64]
     tables = rows.with_format("arrow").select_columns([name]).iter(10_000) if len(rows) else ()
     found = [count(chunk) for table in tables for chunk in table.column(name).chunks]
     return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+
+
+def prompts_and_answers(pairs: datasets.Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens of each pair's prompt, and of both answers together (pairs,); rows 2n and 2n+1 are a pair."""
+    prompts = first_trained(pairs).reshape(-1, 2).min(1)
+    return prompts, sequence_lengths(pairs).reshape(-1, 2).sum(1) - 2 * prompts

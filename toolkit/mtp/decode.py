@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from toolkit.architecture import cache_name
+from toolkit.architecture import cache_name, keeps_running_state
 from toolkit.errors import ModelError
 from toolkit.mtp.head import capture_hidden
 
@@ -89,10 +89,7 @@ class Counts:
 
 def can_speculate(model: PreTrainedModel) -> str | None:
     """Why this model cannot take tokens back once it has read them, or None where it can."""
-    config = model.config.get_text_config()
-    if getattr(model, "_is_stateful", False) or any(
-        kind in {"linear_attention", "mamba", "hybrid", "conv"} for kind in getattr(config, "layer_types", None) or ()
-    ):
+    if keeps_running_state(model):
         return "its layers keep a running state, which cannot be taken back after a rejected draft"
     return None
 

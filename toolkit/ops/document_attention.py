@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.architecture import can_replace_sdpa
 from toolkit.ops.few_queries import attention_of_few
+from toolkit.ops.shared_prompts import attend_to_parts, parts_of
 
 __all__ = [
     "NoMasks",
@@ -149,6 +150,9 @@ def _attention(
         window = _window(known, module, attention_mask, lengths, kwargs)
         if window is not None:
             return attend_together(query, key, value, bounds, max(lengths), window, kwargs.get("scaling")), None
+    parts = parts_of(attention_mask)
+    if parts and attention_mask is not None and kwargs.get("position_bias") is None:
+        return attend_to_parts(module, query, key, value, attention_mask, parts, **kwargs)
     return attention_of_few(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -18,7 +18,10 @@ from torch.nn.functional import cross_entropy
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import forward_inputs, label_logits
 
-__all__ = ["TokenScores", "sequence_logps", "token_scores"]
+__all__ = ["PER_TOKEN", "TokenScores", "sequence_logps", "token_scores"]
+
+PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+"""The fields of `TokenScores` that have a value for each token."""
 
 
 @dataclass(frozen=True)

@@ -212,8 +212,7 @@ class Budget:
             stacks,
             placement,
             sizes.adapter // 4,
-            shape.length,
-            shape.labelled,
+            shape,
             per_pass,
         )
 
@@ -251,11 +250,17 @@ class Budget:
         assert isinstance(length, int)
         if self.shape is None:
             return StepShape(length, length - 1 if length > 1 else 1)
-        return StepShape(*(min(size, length) for size in vars(self.shape).values()))
+        return self.shape.within(length)
 
     def _answer(self, recipe: Recipe, kind: str) -> StepBytes:
         spec = step_spec(
-            recipe, self.shape_for(recipe), device=self.device.kind, dtype=self.dtype, backend=self.backend, kind=kind
+            recipe,
+            self.shape_for(recipe),
+            device=self.device.kind,
+            dtype=self.dtype,
+            backend=self.backend,
+            kind=kind,
+            shared_length=self.shapes.numbers.get("shared_length", 0),
         )
         answers = [self._held_by(replace(spec, experts=kind), recipe) for kind in self._kinds(recipe)]
         return StepBytes(*(max(sizes) for sizes in zip(*map(astuple, answers), strict=True)))

@@ -16,6 +16,7 @@ from toolkit.parts import LINEAR_ROLES
 from toolkit.plan.cards import Card
 from toolkit.plan.memory import Bytes
 from toolkit.plan.shapes import Shapes
+from toolkit.plan.steps import StepShape, trained_rows
 from toolkit.recipe import Recipe, rollout_options
 from toolkit.recipe.sizes import BATCHES_PER_PASS, CALIBRATION_BATCH, MOST_CALIBRATION_TOKENS
 
@@ -70,26 +71,26 @@ def step_duration(
     stacks: Mapping[str, int],
     placement: Mapping[str, str],
     adapter: int,
-    length: int,
-    labelled: int,
+    shape: StepShape,
     micro_batches_per_pass: int = 1,
 ) -> Duration:
     """Of all micro-batches of one optimizer step.
 
     Args:
-        stacks: MoE layer to bytes. adapter: trained parameters. labelled: positions of a sequence with a target.
+        stacks: MoE layer to bytes. adapter: trained parameters. shape: of the longest sequence.
         micro_batches_per_pass: micro-batches that share a streamed layer.
     """
     training = recipe.training
     passes = 4 if training.gradient_checkpointing else 3  # forward, again, input gradients; factors' in 3 all the same
     mismatched = int(training.method == "kto" and recipe.kto.loss_type == "kto")  # forward alone
     passes += mismatched
-    micro, batch = training.gradient_accumulation_steps, training.per_device_train_batch_size * training.sides
-    tokens = micro * batch * length
+    micro, batch, length = training.gradient_accumulation_steps, training.per_device_train_batch_size, shape.length
+    rows, width, targets, _ = trained_rows(recipe, shape, shapes.numbers.get("shared_length", 0))
+    tokens = micro * rows * width
     frozen = _active(shapes) * tokens * 2 * (passes - 1)
     attention = _attention(shapes, length) * tokens * (passes - 0.5)
     low_rank = adapter * _share(shapes) * tokens * 2 * passes
-    head = _head(shapes, recipe, sizes, tokens, micro * batch * labelled)
+    head = _head(shapes, recipe, sizes, tokens, micro * rows * targets)
     arithmetic = (frozen + attention + low_rank + head) / (card.bf16_tflops * 1e12)
     weights = sizes.linears + sizes.other + sum(stacks.values())
     moved = micro * (passes - 1) * weights + 2 * (sizes.adapter + sizes.gradients + sizes.optimizer)

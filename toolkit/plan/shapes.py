@@ -45,7 +45,8 @@ class Shapes:
     Args:
         parameters: name to shape, in the model's order.
         numbers: of its text config: hidden_size, num_hidden_layers, vocab_size, num_attention_heads, head_dim,
-            max_position_embeddings, experts_per_token; head_parameters: of one multi-token-prediction layer.
+            max_position_embeddings, experts_per_token; shared_length: tokens up to which answers share their prompt in
+            a row; head_parameters: of one multi-token-prediction layer.
         stacks: what an expert stack is in, where that is not what the recipe says of all.
         budget: bytes of all stacks, where it is still open which layers of int4 are int8.
     """

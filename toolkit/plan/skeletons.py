@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from transformers import AutoConfig, PreTrainedModel
 
-from toolkit.architecture import describe, on_meta
+from toolkit.architecture import describe, on_meta, shared_length
 from toolkit.checkpoint.config import skeleton
 from toolkit.errors import ModelError
 from toolkit.mtp.cost import config_number, experts_per_token, head_parameters
@@ -46,6 +46,7 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     found = {name: config_number(config, name) for name in (*_NUMBERS, "max_position_embeddings")}
     numbers = {name: value for name, value in found.items() if value is not None}
     numbers["experts_per_token"] = _chosen(model, architecture.layers[0].num_experts)
+    numbers["shared_length"] = shared_length(model)
     with suppress(AttributeError, IndexError, NotImplementedError):  # a decoder that keeps its layers elsewhere
         numbers["head_parameters"] = head_parameters(model, config, 1)
     return Shapes(architecture, {name: tuple(p.shape) for name, p in model.named_parameters()}, numbers)

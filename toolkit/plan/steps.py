@@ -24,11 +24,20 @@ from toolkit.recipe import Recipe, rollout_options
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["StepBytes", "StepShape", "StepSpec", "cache_bytes", "cached_bytes", "rehearsed", "step_spec"]
+__all__ = [
+    "StepBytes",
+    "StepShape",
+    "StepSpec",
+    "cache_bytes",
+    "cached_bytes",
+    "rehearsed",
+    "step_spec",
+    "trained_rows",
+]
 
 _REHEARSED = ("rehearsal", "ops", "adapters", "quant", "architecture.py", "parts.py", "labels.py")
 """Our sources that a rehearsal runs."""
-_LATER = ("new_tokens", "whole_logits")
+_LATER = {"new_tokens": 0, "whole_logits": False, "share": 1}
 _SCALES = ("lora_alpha", "alpha_pattern", "use_rslora")
 """Of the adapter: no byte depends on them."""
 
@@ -38,7 +47,7 @@ class StepShape:
     """What of a step the data decide: tokens in the longest sequence, and how many of them carry a label.
 
     Where they were looked at, also what evaluation meets: tokens in the longest held-out sequence, its labels, and
-    tokens in the longest prompt that is answered.
+    tokens in the longest prompt that is answered; and of pairs, tokens and labels of both answers behind one prompt.
     """
 
     length: int
@@ -46,6 +55,13 @@ class StepShape:
     held_out: int = 0
     held_out_labelled: int = 0
     prompt: int = 0
+    pair: int = 0
+    pair_labelled: int = 0
+
+    def within(self, length: int) -> StepShape:
+        """No more than sequences of this length have."""
+        sizes = {name: min(size, 2 * length if "pair" in name else length) for name, size in vars(self).items()}
+        return StepShape(**sizes)
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,8 @@ class StepSpec:
     """Tokens whose rows are trained."""
     whole_logits: bool = False
     """Whether the loss takes each label's whole row of logits."""
+    share: int = 1
+    """Answers behind one prompt in each sequence."""
 
     def digest(self, *more: str) -> str:
         """16 hex digits of the spec, and of what else it depends on."""
@@ -88,19 +106,47 @@ class StepSpec:
         told = {**asdict(self), "lora": lora}
         if not lora.get("use_dora"):
             lora.pop("use_dora", None)
-        for name in _LATER:  # what was decided before these were there is still right without them
-            if not told[name]:
+        for name, usual in _LATER.items():  # what was decided before these were there is still right without them
+            if told[name] == usual:
                 del told[name]
         return sha256(json.dumps([told, *more], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def trained_rows(recipe: Recipe, shape: StepShape, shared_length: int) -> tuple[int, int, int, int]:
+    """Sequences of a forward pass in training, their tokens, labels among them, and answers behind one prompt in each.
+
+    `shared_length`: tokens up to which the model may have several answers behind a prompt.
+    """
+    sides, length, labelled = recipe.training.sides, shape.length, shape.labelled
+    batch, options = recipe.training.per_device_train_batch_size, rollout_options(recipe)
+    if length > shared_length:
+        return batch * sides, length, labelled, 1
+    if sides == 2 and shape.pair:
+        return batch, shape.pair, shape.pair_labelled, 2
+    if options and (share := options.sharing(recipe.training)) > 1:
+        answer = min(labelled, options.max_completion_length)
+        return batch // share, length - answer - 1 + share * (answer + 1), share * answer, share
+    return batch * sides, length, labelled, 1
+
+
 def step_spec(
-    recipe: Recipe, shape: StepShape, *, device: str, dtype: str, backend: str, kind: str = "train"
+    recipe: Recipe,
+    shape: StepShape,
+    *,
+    device: str,
+    dtype: str,
+    backend: str,
+    kind: str = "train",
+    shared_length: int = 0,
 ) -> StepSpec:
-    """What a recipe with rank and length decided asks. `device` is cuda or cpu; `kind` as in a spec, or rollouts, which
-    is to generate in training."""
+    """What a recipe with rank and length decided asks.
+
+    Args:
+        device: cuda or cpu. kind: as in a spec, or rollouts, which is to generate in training.
+        shared_length: tokens up to which answers to a prompt share it.
+    """
     training, lora = recipe.training, recipe.lora
-    batch, length, labelled = training.per_device_train_batch_size * training.sides, shape.length, shape.labelled
+    batch, length, labelled, share = trained_rows(recipe, shape, shared_length)
     if kind == "loss":
         batch = training.per_device_eval_batch_size * training.sides
         batch = max(batch, recipe.eval.batch_size if recipe.eval.enabled else 1)
@@ -129,6 +175,7 @@ def step_spec(
         lora=lora.model_dump_json(exclude={"adapter_name_or_path"}),
         new_tokens=len(recipe.model.row_tokens),
         whole_logits=trains and training.label_smoothing_factor > 0,
+        share=share if trains else 1,
     )
 
 

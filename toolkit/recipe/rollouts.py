@@ -4,6 +4,7 @@ names and meanings."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import gcd
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -167,6 +168,11 @@ class RolloutOptions(Section):
         """Answers that are written together."""
         steps = self.steps_per_generation or training.gradient_accumulation_steps
         return int(training.per_device_train_batch_size * steps)
+
+    def sharing(self, training: Any) -> int:
+        """Answers of a forward pass that surely have one prompt: those of an optimizer step are dealt out by it."""
+        whole_steps = training.gradient_accumulation_steps % (self.steps_per_generation or 1) == 0
+        return gcd(training.per_device_train_batch_size, self.num_generations) if whole_steps else 1
 
 
 class GrpoSection(RolloutOptions):

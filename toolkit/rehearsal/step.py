@@ -6,8 +6,8 @@ run, and the whole follows: every stretch of a step grows by the same bytes with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from toolkit.ops.document_attention import (
     per_document_attention,
 )
 from toolkit.ops.norms import fuse_norms
+from toolkit.ops.shared_prompts import attend_by_sight, attends_by_parts, with_sight
 from toolkit.rehearsal.autocast import CardAutocast, run_again
 from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
@@ -63,6 +64,8 @@ class Step:
     """Tokens whose rows of embedding and head are trained."""
     whole_logits: bool = False
     """Whether the loss takes each label's whole row of logits, on a card too."""
+    share: int = 1
+    """Answers behind one prompt in each sequence."""
     kind: str = "train"
     """train; or loss or generate: of held-out sequences, or of prompts with the answer's room in the cache."""
 
@@ -169,7 +172,7 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
         ledger = Ledger(known, granule=512 if step.on_card else 1)
         alone = per_document_attention(model, _TOGETHER if step.on_card else _CAUSAL) if _apart(step) else nullcontext()
         lists = CardAutocast() if step.on_card else nullcontext()
-        with alone, ledger, lists, nullcontext() if step.trains else torch.no_grad():
+        with alone, _sharing(model, step), ledger, lists, nullcontext() if step.trains else torch.no_grad():
             _watch_and_run(model, step, ledger, numbers)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
@@ -189,6 +192,16 @@ def _empty(model: PeftModel) -> None:
 def _apart(step: Step) -> bool:
     """Whether packed documents are attended to on their own: on a card in 16 bit alone."""
     return step.packed and (not step.on_card or step.dtype in (torch.bfloat16, torch.float16))
+
+
+@contextmanager
+def _sharing(model: PeftModel, step: Step) -> Iterator[None]:
+    """Answers see their prompt and themselves alone, as in the trainer."""
+    with ExitStack() as stack:
+        if step.share > 1:
+            stack.enter_context(per_document_attention(model))
+            stack.enter_context(attend_by_sight(model))
+        yield
 
 
 def _documents(step: Step) -> dict[str, torch.Tensor]:
@@ -260,10 +273,15 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
     shape = (step.batch, step.length)
     ids = torch.zeros(shape, dtype=torch.long)
     inputs = {"input_ids": ids, **({} if step.kind == "generate" else {"labels": ids.clone()})}
-    if step.packed:
+    if step.packed or step.share > 1:
         inputs["position_ids"] = torch.arange(step.length).expand(shape).contiguous()
-    else:
+    if not step.packed:
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    if step.share > 1:
+        answers = [step.labelled // step.share + 1] * step.share
+        sees = torch.ones((step.batch, 1, step.length, step.length), dtype=torch.bool)
+        parts = [[step.length - sum(answers), *answers]] * step.batch
+        with_sight(inputs["attention_mask"], sees, parts if attends_by_parts(step.length) else ())
     return inputs
 
 

@@ -22,7 +22,7 @@ from toolkit.checkpoint.config import read_config, read_generation_config
 from toolkit.checkpoint.files import gguf_at
 from toolkit.data import Batches, ChatForm, Dialogue, read_chat_template
 from toolkit.data import build_batches as build_from_rows
-from toolkit.data.storage import count_trained, first_trained, sequence_lengths
+from toolkit.data.storage import count_trained, first_trained, prompts_and_answers, sequence_lengths
 from toolkit.durable import write_text
 from toolkit.errors import DataError, ModelError, first_line
 from toolkit.evaluate import LOSS, find_metric, read_windows
@@ -166,9 +166,17 @@ def step_shape(batches: Batches, plan: Plan) -> StepShape:
         labels = lengths - first_trained(batches.train)
     if not training.packing:
         one = training.per_device_train_batch_size == 1
-        return StepShape(longest, int(labels.max()) if one else longest, *beside)
+        shape = StepShape(longest, int(labels.max()) if one else longest, *beside)
+        return replace(shape, **_behind_one_prompt(batches.train)) if training.sides == 2 else shape
     length = min(plan.max_length, int(lengths.sum()))
     return StepShape(length, _most_labels(lengths, labels, length), *beside)
+
+
+def _behind_one_prompt(pairs: Dataset) -> dict[str, int]:
+    """Most tokens that pairs have with their prompt once, each answer after the prompt's last token, and most labels:
+    in a batch of the longest of each."""
+    prompts, answers = (int(tokens.max()) for tokens in prompts_and_answers(pairs))
+    return {"pair": prompts - 1 + answers + 2, "pair_labelled": answers}
 
 
 def _written(batches: Batches, plan: Plan, room: int, beside: tuple[int, ...]) -> StepShape:

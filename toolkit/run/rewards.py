@@ -133,6 +133,7 @@ def rollouts_of(
             decode=partial(tokenizer.decode, skip_special_tokens=True),
             figures=writer.figures,
             from_start=_from_start(plan.recipe),
+            share=options.sharing(plan.recipe.training),
         )
     finally:
         judge.close()

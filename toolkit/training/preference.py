@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from toolkit.data.storage import sequence_lengths
+from toolkit.data.storage import prompts_and_answers, sequence_lengths
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import padded
+from toolkit.ops.token_scores import PER_TOKEN, TokenScores
 from toolkit.training.adapter_steps import RunContext
 from toolkit.training.scores import ScoredSteps
 
@@ -68,9 +69,11 @@ class Pairs:
         found: NDArray[np.int64] = sequence_lengths(self.table).reshape(-1, 2).max(1)
         return found
 
-    def longest(self, count: int) -> list[int]:
-        """Numbers of the `count` pairs that take most tokens, each answer padded to the longer."""
-        found: list[int] = np.argsort(-self.lengths, kind="stable")[:count].tolist()
+    def longest(self, count: int, share: int = 1) -> list[int]:
+        """Numbers of the `count` pairs that take most tokens: each answer padded to the longer, or `share` of them
+        behind one prompt."""
+        widths = self.lengths if share == 1 else sum(prompts_and_answers(self.table))
+        found: list[int] = np.argsort(-widths, kind="stable")[:count].tolist()
         return found
 
     def groups(self, numbers: Sequence[int], tokens: int) -> list[list[int]]:
@@ -148,7 +151,7 @@ class PreferenceSteps(ScoredSteps):
         return dataset
 
     def _longest_batch(self) -> dict[str, Any]:
-        longest = self.pairs.longest(self.args.per_device_train_batch_size)
+        longest = self.pairs.longest(self.args.per_device_train_batch_size, self.share)
         return self.data_collator([{"pair": number, "held_out": False} for number in longest])
 
     def _head_probe(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +197,25 @@ class PreferenceTrainer(PreferenceSteps, DPOTrainer):  # type: ignore[misc]
 
     def _count(self, inputs: Mapping[str, Any], figure: str) -> int:
         return len(inputs["input_ids"]) // 2
+
+    def may_share(self) -> int:
+        """As there."""
+        return 2
+
+    def longest_to_share(self) -> tuple[int, list[list[int]]]:
+        """As there."""
+        found = (self.pairs.sequence(number, 0) for number in (0, len(self.pairs) - 1))
+        prompts = [row["input_ids"][: int(np.argmax(np.asarray(row["labels"]) != IGNORED))] for row in found]
+        return int(self.pairs.lengths.max()), [list(map(int, prompt)) for prompt in prompts]
+
+    def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
+        """As there; a pair's answers are put beside each other while their prompt is shared."""
+        if self.share == 1:
+            return super().scores(model, inputs, labels, balanced=balanced)
+        order = torch.arange(len(labels), device=labels.device).view(2, -1).T.flatten()
+        paired = {name: value[order] for name, value in inputs.items()}
+        found, back = super().scores(model, paired, labels[order], balanced=balanced), order.argsort()
+        return TokenScores(**{name: getattr(found, name)[back] for name in PER_TOKEN}, aux_loss=found.aux_loss)
 
     def _loss_of_answers(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         loss: torch.Tensor = DPOTrainer.compute_loss(self, Scored(self, model), inputs)

@@ -25,7 +25,7 @@ from toolkit.processes import processes
 from toolkit.training.adapter_steps import AdapterSteps, RunContext
 from toolkit.training.preference import without_noise
 from toolkit.training.resumable import STATE
-from toolkit.training.rollouts import Rollouts
+from toolkit.training.rollouts import Rollouts, by_prompt, rows_of
 from toolkit.training.scores import ScoredSteps, answers_first
 
 __all__ = ["RolloutSteps", "rollout_trainer"]
@@ -87,7 +87,8 @@ class RolloutSteps(ScoredSteps):
             for ahead, rows in enumerate(self._asked):
                 self._step = first + ahead
                 prepared.append(self._prepare_inputs(rows))
-            self._step, self._samples = first, prepared
+            self._step = first
+            self._samples = by_prompt(prepared, self.args.steps_per_generation) if self.share > 1 else prepared
         loss: torch.Tensor = super().training_step(model, self._samples[number], *args, **kwargs)
         return loss
 
@@ -169,8 +170,12 @@ class RolloutSteps(ScoredSteps):
             rows = slice(start, start + (batch_size or len(input_ids)))
             ids, mask, labels, places = answers_first(input_ids[rows], attention_mask[rows], logits_to_keep)
             with self.accelerator.autocast():
-                found = self.scores(
-                    model, {"input_ids": ids, "attention_mask": mask}, labels, balanced=compute_aux_loss
+                found = self._scores_behind_prompts(
+                    model,
+                    {"input_ids": ids, "attention_mask": mask},
+                    labels,
+                    balanced=compute_aux_loss,
+                    share=self.share if model.training else 1,
                 )
             counted = attention_mask[rows, -logits_to_keep:] != 0
             logps.append(found.log_probs.gather(1, places).masked_fill(~counted, 0.0))
@@ -186,6 +191,15 @@ class RolloutSteps(ScoredSteps):
             self.guard.refuse(inputs, next(filter(None, inputs["failed"])))
             return loss.new_zeros((), requires_grad=True)
         return super()._guarded(result, inputs, loss, count)
+
+    def may_share(self) -> int:
+        """As there."""
+        return self.rollouts.share
+
+    def longest_to_share(self) -> tuple[int, Sequence[Sequence[int]]]:
+        """As there."""
+        prompts = [question.prompt_ids for question in (self.rollouts.train[0], self.rollouts.train[-1])]
+        return int(self.rollouts.lengths.max()) + self.max_completion_length, prompts
 
     # Kept
 
@@ -224,7 +238,7 @@ class RolloutSteps(ScoredSteps):
     def _longest_batch(self) -> dict[str, Any]:
         """A batch of the longest prompts with answers of full length, as if they were written."""
         count, room = self.args.per_device_train_batch_size, self.max_completion_length
-        numbers = np.argsort(-self.rollouts.lengths, kind="stable")[:count]
+        numbers = np.argsort(-self.rollouts.lengths, kind="stable").repeat(self.share)
         prompts = [self.rollouts.train[int(number)].prompt_ids for number in np.resize(numbers, count)]
         width, device = max(map(len, prompts)), self.args.device
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -296,7 +310,8 @@ class GroupTrainer(RolloutSteps, GRPOTrainer):  # type: ignore[misc]
         if plain and self.loss_type in _COUNTED_BEFORE and self.model.training:
             told = inputs["advantages"] != 0.0
             told[0] |= not told.any()
-            inputs = {name: _rows(value, told) for name, value in inputs.items()}
+            told = told.view(-1, self.share).any(1).repeat_interleave(self.share)
+            inputs = {name: rows_of(value, told) for name, value in inputs.items()}
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         return loss
 
@@ -370,17 +385,6 @@ def _named(name: str) -> Any:
 
 def _as_they_are(rows: list[Any]) -> Any:
     return rows
-
-
-def _rows(value: Any, told: torch.Tensor) -> Any:
-    """Of a batch's tensor or list the rows that `told` marks; anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        return value[told] if value.ndim and len(value) == len(told) else value
-    return (
-        [each for each, wanted in zip(value, told.tolist(), strict=True) if wanted]
-        if isinstance(value, list)
-        else value
-    )
 
 
 def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

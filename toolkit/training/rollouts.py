@@ -11,13 +11,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
 from toolkit.data import Question
 from toolkit.rewards import Asked, Judge
 
-__all__ = ["Rollouts"]
+__all__ = ["Rollouts", "by_prompt", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Rollouts:
         write: answers' tokens of prompts' tokens, sampled. read: what is judged of an answer's tokens, its prompt's
             given. decode: an answer's plain text, special tokens removed. figures: of the last writing, for the log.
         from_start: the reference is the adapter that training starts from, not the base.
+        share: answers of a forward pass that have one prompt for certain.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Rollouts:
     decode: Callable[[Sequence[int]], str]
     figures: Callable[[], Mapping[str, float]] = dict
     from_start: bool = False
+    share: int = 1
 
     def numbers(self, *, held_out: bool) -> Dataset:
         """The rows that a trainer draws: n for a training question, -1 - n for a held-out one."""
@@ -82,3 +85,36 @@ def _columns(questions: Sequence[Question]) -> dict[str, list[Any]]:
     """The questions' further columns, by name."""
     names = dict.fromkeys(name for question in questions for name in question.columns)
     return {name: [question.columns.get(name) for question in questions] for name in names}
+
+
+def by_prompt(batches: Sequence[Mapping[str, Any]], together: int) -> list[dict[str, Any]]:
+    """The same rows in batches of the same sizes, those that are `asked` the same next to each other.
+
+    Args:
+        batches: of equal sizes; rows are items of tensors and lists. together: batches that were shuffled as one.
+    """
+    dealt: list[dict[str, Any]] = []
+    for start in range(0, len(batches), together):
+        few = batches[start : start + together]
+        order = torch.cat([batch["asked"] for batch in few]).argsort(stable=True)
+        whole = {name: _joined([batch[name] for batch in few]) for name in few[0]}
+        dealt += [{name: rows_of(value, rows) for name, value in whole.items()} for rows in order.chunk(len(few))]
+    return dealt
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Rows of several batches, one after the other; what is no rows is that of the first."""
+    first = values[0]
+    if isinstance(first, torch.Tensor) and first.ndim:
+        return torch.cat(list(values))
+    return [item for each in values for item in each] if isinstance(first, list) else first
+
+
+def rows_of(value: Any, wanted: torch.Tensor) -> Any:
+    """Rows of a tensor or a list by their numbers, or those that are marked; what has none, as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[wanted] if value.ndim else value
+    if not isinstance(value, list):
+        return value
+    numbers = wanted.nonzero().flatten() if wanted.dtype == torch.bool else wanted
+    return [value[number] for number in numbers.tolist()]

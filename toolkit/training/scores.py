@@ -6,21 +6,40 @@ its logits, and on a CPU it computes those of every token; on a card it saves th
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from toolkit.architecture import shared_length
+from toolkit.errors import out_of_memory
 from toolkit.labels import IGNORED
-from toolkit.ops.label_logits import pays_to_keep_logits
-from toolkit.ops.token_scores import token_scores
+from toolkit.ops.document_attention import per_document_attention
+from toolkit.ops.label_logits import padded, pays_to_keep_logits
+from toolkit.ops.shared_prompts import attend_by_sight, share_prompts
+from toolkit.ops.token_scores import PER_TOKEN, TokenScores, token_scores
 from toolkit.training.adapter_steps import AdapterSteps
 
 __all__ = ["ScoredSteps", "answers_first"]
 
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Root mean square of what rounding may change, as a share of the log-probabilities' spread."""
+_TRIED = 4
+"""Answers to each prompt, and tokens of the longest, that are tried."""
+
 
 class ScoredSteps(AdapterSteps):
-    """Steps whose loss asks for scores; put before a trainer of TRL's that has its fused head."""
+    """Steps whose loss asks for scores; put before a trainer of TRL's that has its fused head.
+
+    Where sequences that follow each other have one prompt, and the model allows it, that is passed through it once.
+    """
+
+    shares = False
+    """Whether the model allows it."""
+    share = 1
+    """Sequences that have one prompt, in `sharing`."""
 
     def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
         """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
@@ -28,6 +47,21 @@ class ScoredSteps(AdapterSteps):
         It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss;
         and nowhere if its logits are not the family's own.
         """
+        return self._scores_behind_prompts(model, inputs, labels, balanced=balanced, share=self.share)
+
+    def _scores_behind_prompts(
+        self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool, share: int
+    ) -> Any:
+        rows = share_prompts(inputs["input_ids"], inputs["attention_mask"], labels, share) if share > 1 else None
+        if rows is None:
+            return self._scores(model, inputs, labels, balanced=balanced)
+        found, told = self._scores(model, rows.inputs, rows.labels, balanced=balanced), labels[:, 1:] != IGNORED
+        values = {name: rows.of_sequences(getattr(found, name)) for name in PER_TOKEN}
+        return TokenScores(
+            **{name: value.masked_fill(~told, 0) for name, value in values.items()}, aux_loss=found.aux_loss
+        )
+
+    def _scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
         positions = int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.device.type == "cpu" else 0
         pays = positions and not self.wants_trls_balance and pays_to_keep_logits(self.model, len(labels), positions)
         if pays or not self.trusts_fused_head:
@@ -37,6 +71,70 @@ class ScoredSteps(AdapterSteps):
             self.wants_trls_balance = True
         router = {"output_router_logits": True} if balanced else {}
         return model(**inputs, **router, use_cache=False, labels=labels, fused_lm_head=True)
+
+    def may_share(self) -> int:
+        """Sequences that follow each other to the same prompt, if the model allows it."""
+        return 1
+
+    def longest_to_share(self) -> tuple[int, Sequence[Sequence[int]]]:
+        """Tokens of the longest prompt with its answer, and some prompts to try it with."""
+        raise NotImplementedError
+
+    def look_for_shared_prompts(self) -> None:
+        """Try whether sequences may share their prompts, in `sharing`."""
+        if self.may_share() == 1 or self.beside is not None:
+            return
+        longest, prompts = self.longest_to_share()
+        room = shared_length(self.model.get_base_model())
+        why = "this family's layers see more than they are told to"
+        if longest <= room:
+            with per_document_attention(self.model), attend_by_sight(self.model):
+                why = self._why_not_the_same(prompts)
+        elif room:
+            why = f"its layers see {room} tokens back, and the longest has {longest}"
+        self.shares = not why
+        found = f"once for {self.may_share()} answers, checked" if self.shares else f"again for each answer: {why}"
+        self.say(f"prompts: passed through the model {found}")
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within the block prompts are shared, where they may be."""
+        if not self.shares:
+            yield
+            return
+        with per_document_attention(self.model), attend_by_sight(self.model):
+            self.share = self.may_share()
+            try:
+                yield
+            finally:
+                self.share = 1
+
+    @torch.no_grad()
+    def _why_not_the_same(self, prompts: Sequence[Sequence[int]]) -> str:
+        """What is wrong with scores of answers behind one prompt, against each with its own; empty where nothing is."""
+        rows = []
+        for prompt in prompts:
+            for number in range(_TRIED):
+                answer = [prompt[(number + step) % len(prompt)] for step in range(number + 1)]
+                rows.append({"input_ids": [*prompt, *answer], "labels": [*[IGNORED] * len(prompt), *answer]})
+        ids, mask, labels = padded(rows, device=self.args.device)
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                alone, together = (
+                    self._scores_behind_prompts(
+                        self.model, {"input_ids": ids, "attention_mask": mask}, labels, balanced=False, share=share
+                    ).log_probs
+                    for share in (1, _TRIED)
+                )
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        told = labels[:, 1:] != IGNORED
+        off = (alone - together)[told].square().mean().sqrt() / alone[told].std()
+        same = bool(off <= _TOLERANCE[self.model.dtype])
+        return "" if same else f"their scores differ by {float(off):.0%} of their spread"
 
 
 def answers_first(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,13 @@ from toolkit.training.adapter_steps import AdapterSteps, RunContext
 from toolkit.training.callbacks import KeepBest, MetricsLog, ProgressDisplay, UnmovedAdapters
 from toolkit.training.checkpoint import Checkpoint, Resume, every_checkpoint, newest_checkpoint
 from toolkit.training.divergence import StepGuard, name_examples
-from toolkit.training.memory import peak_of
+from toolkit.training.memory import peak_of, within_memory
 from toolkit.training.packing import isolate_documents, leaks
 from toolkit.training.preference import Pairs, PreferenceSteps, PreferenceTrainer, dpo_config
 from toolkit.training.reference import take_reference
 from toolkit.training.reference_free import ReferenceFreeTrainer
 from toolkit.training.rollout_steps import rollout_trainer
+from toolkit.training.scores import ScoredSteps
 from toolkit.training.trainer import AdapterTrainer
 from toolkit.training.unpaired import KtoSteps, answers_of, kto_config, weight_advice
 
@@ -98,8 +99,7 @@ def train_adapter(
         trainer.add_callback(trainer.beside)
     if resume.checkpoint:
         console.print(f"resuming from {resume.checkpoint.path.name}", markup=False)
-    isolated = _isolated(model, console) if context.arguments["packing"] else nullcontext()
-    with peak_of(context.device) as peak, same_each_time(context.device), isolated, trainer.beside or nullcontext():
+    with peak_of(context.device) as peak, _around_steps(trainer, context):
         output = _run(trainer, resume.checkpoint)
         trainer.take_average()
         if head is not None and context.head_stage == "after":
@@ -119,6 +119,20 @@ def train_adapter(
         skipped=guard.skipped,
         planned_steps=trainer.state.max_steps,
     )
+
+
+@contextmanager
+def _around_steps(trainer: AdapterSteps, context: RunContext) -> Iterator[None]:
+    """What holds while steps are taken."""
+    with ExitStack() as stack:
+        stack.enter_context(same_each_time(context.device))
+        if context.arguments["packing"]:
+            stack.enter_context(_isolated(trainer.model, context.console))
+        if isinstance(trainer, ScoredSteps):
+            stack.enter_context(trainer.sharing())
+        if trainer.beside:
+            stack.enter_context(trainer.beside)
+        yield
 
 
 @contextmanager
@@ -235,8 +249,12 @@ def _look_first(trainer: AdapterSteps, context: RunContext, resume: Resume) -> N
         trainer.say(
             "logits: TRL's fused head passes over what this family does to its own; the family's are computed instead"
         )
+    if isinstance(trainer, ScoredSteps):
+        with within_memory("a look at two examples", trainer.advice):
+            trainer.look_for_shared_prompts()
     if isinstance(trainer, PreferenceSteps) and trainer.needs_reference and context.preference:
-        take_reference(trainer, context.preference, resume, trainer.say)
+        with trainer.sharing():
+            take_reference(trainer, context.preference, resume, trainer.say)
 
 
 def _run(trainer: AdapterSteps, checkpoint: Checkpoint | None) -> Any:

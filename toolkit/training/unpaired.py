@@ -93,7 +93,7 @@ class Answers(Pairs):
         found: NDArray[np.int64] = np.maximum(lengths, np.minimum(mismatched, lengths.max()))
         return found
 
-    def longest(self, count: int) -> list[int]:
+    def longest(self, count: int, share: int = 1) -> list[int]:
         """Numbers of the `count` rows that take most memory: the mismatched sequences have no gradients."""
         found: list[int] = np.argsort(-self._sizes[0][self.order], kind="stable")[:count].tolist()
         return found

@@ -27,7 +27,7 @@ from toolkit.plan.budget import Budget
 from toolkit.plan.cards import CARDS
 from toolkit.plan.duration import Duration
 from toolkit.plan.shapes import published
-from toolkit.plan.steps import StepBytes, step_spec
+from toolkit.plan.steps import StepBytes, step_spec, trained_rows
 from toolkit.recipe import Recipe, parse
 
 MODEL = "allenai/OLMoE-1B-7B-0924-Instruct"
@@ -313,3 +313,17 @@ def test_published_shapes_need_no_connection_and_no_path_is_told(name: str) -> N
     assert "/work" not in told
     assert str(made.folder) not in told
     assert json.loads(told)["bytes"]["total"] == made.bytes.total
+
+
+def test_prompts_are_counted_once_where_answers_share_them() -> None:
+    training = {"method": "grpo", "per_device_train_batch_size": 8, "packing": False, "max_length": 600}
+    rewards, options = {"functions": ["exact_match"]}, {"num_generations": 4, "max_completion_length": 100}
+    told = recipe(training=training, rewards=rewards, grpo=options)
+    shape = StepShape(300, 100)
+    assert trained_rows(told, shape, 4096) == (2, 199 + 4 * 101, 400, 4)
+    assert trained_rows(told, shape, 299) == (8, 300, 100, 1)
+    apart = recipe(training=training, rewards=rewards, grpo={**options, "steps_per_generation": 2})
+    assert trained_rows(apart, shape, 4096) == (8, 300, 100, 1)
+    pairs = recipe(training={"method": "dpo", "per_device_train_batch_size": 2})
+    assert trained_rows(pairs, shape, 4096) == (4, 300, 100, 1)
+    assert trained_rows(pairs, StepShape(300, 100, pair=380, pair_labelled=180), 4096) == (2, 380, 180, 2)
