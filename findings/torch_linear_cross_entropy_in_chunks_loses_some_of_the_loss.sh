@@ -4,8 +4,9 @@
 # say: in bf16, which has 8 bits, each chunk's small share is rounded, or away. The number of chunks is by default about the
 # vocabulary divided by the width, 148 for Qwen3-0.6B. With 128 chunks a loss of 10.89 is reported as 10.25, with 256
 # ("aspect_ratio:2", the default on a card) as 9.38, with 1,024 as 4.0; reduction="sum" does the same. Gradients are nearly
-# right (the head's by 2 to 4 percent off), so training works. The plain path (options=None) gives 10.94 and fp32 10.89. Its documentation calls both paths
-# equivalent and acc_dtype the "dtype for internal accumulation". Nothing is raised. (Seen on a CPU.)
+# right (the head's by 2 to 4 percent off), so training works. The plain path (options=None) gives 10.94 and fp32 10.89.
+# Its documentation calls both paths equivalent and acc_dtype the "dtype for internal accumulation". Nothing is raised.
+# (Seen on a CPU.)
 # Follows: losses and perplexities come out too low, the lower the smaller the chunks; runs with other settings cannot be
 # compared. Use reduction="none" and take the mean in fp32, which is right.
 set -euo pipefail
