@@ -2,7 +2,7 @@
 # lighteval 0.13.0's two F1 scores of classes are not the F1 that their benchmarks define, and both are too high:
 # - `loglikelihood_f1` (GLUE's MRPC and QQP) asks scikit-learn for the F1 of each class and reports the largest. GLUE's is
 #   that of class 1, "the same meaning". A model that never says 1 has an F1 of 0 there; here it has that of class 0, which
-#   is the more common class in QQP, so that saying "no" to everything scores higher than most real models.
+#   is the more common class in QQP: saying "no" to everything scores 0.77.
 # - `mf1` (SuperGLUE's CB), which should be the mean of the F1s of three classes, takes for each class the micro average
 #   over the class and all that is not the class: that is an accuracy, in which a class that is never named and not there
 #   is right each time. Always one answer scores 0.556 instead of 0.167; a model that is wrong on every row scores 0.333.
