@@ -23,6 +23,7 @@ from toolkit.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from toolkit.recipe import Recipe
     from toolkit.sweep import Outcome
 
 __all__ = ["plan", "preview", "sweep", "train"]
@@ -146,20 +147,21 @@ def sweep(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for the runs; default: training.output_dir-sweep.")] = None,
-    metric: Annotated[str, typer.Option(help="The figure that ranks the trials.")] = "loss",
+    metric: Annotated[str | None, typer.Option(help="The figure that ranks the trials; else loss, or reward.")] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="Trials together; else one a card, or one.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, or ray://HOST:10001); else here.")] = None,
     json_: Json = False,
 ) -> None:
     """Train a recipe with every combination of some values. Rerun the same command to finish the rest."""
-    from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS
+    from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, REWARD, ROLLOUTS
     from toolkit.sweep.grid import expand
 
     trials = expand(overrides)
     parsed = load_recipe(recipe, list(trials[0].overrides), plain_console())
     judges = parsed.training.method in PREFERENCE_METHODS
     pairs = ["preference_accuracy", *PAIR_METRICS] if judges else []
-    _check_metric(metric, parsed.eval.metric, parsed.eval.regression, pairs)
+    metric = metric or (REWARD if parsed.training.method in ROLLOUTS else "loss")
+    _check_metric(metric, parsed, pairs)
     import torch
 
     from toolkit.durable import write_text
@@ -198,14 +200,26 @@ def sweep(
 _FIGURES = ["loss", "exact_match", "token_f1", "rouge_l", "json_valid"]
 
 
-def _check_metric(metric: str, chosen: str, regression: str | None, pairs: list[str]) -> None:
+def _check_metric(metric: str, recipe: Recipe, pairs: list[str]) -> None:
     """Raise `RecipeError` unless trials will have this figure."""
     from toolkit.errors import RecipeError, did_you_mean
 
-    known = [*_FIGURES, *pairs, chosen.rpartition(":")[2], *(["perplexity"] if regression else [])]
+    known = [
+        *_FIGURES,
+        *pairs,
+        recipe.eval.metric.rpartition(":")[2],
+        *(["perplexity"] if recipe.eval.regression else []),
+    ]
     if metric not in known:
         hint = did_you_mean(metric, known) or f"; known: {', '.join(dict.fromkeys(known))}"
         raise RecipeError(f"--metric {metric}: no trial will have that figure{hint}")
+    data = recipe.data
+    holds_out = data.validation or data.validation_size or data.validation_split
+    if metric != "loss" and not (holds_out and recipe.eval.enabled):
+        lacks = (
+            "the recipe holds out no examples; add data.validation_size=0.1" if not holds_out else "set eval.enabled"
+        )
+        raise RecipeError(f"--metric {metric}: is measured on held-out examples: {lacks}")
 
 
 def _tell(console: Console, outcome: Outcome, metric: str) -> None:

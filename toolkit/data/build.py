@@ -119,7 +119,7 @@ def build_batches(
     train_split: str = "train",
     validation_split: str | None = None,
     format: Literal[
-        "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired"
+        "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired", "prompt"
     ] = "auto",
     columns: Mapping[str, str] = {},
     system_prompt: str | None = None,
@@ -202,7 +202,8 @@ def build_batches(
     training.drops += not_drawn
     order = _order(len(drawn), drawn=shuffle or max_samples is not None, seed=seed)
     done = _encode(training, encoder, on_invalid, drawn, order, most=max_samples, keep_order=not shuffle)
-    _refuse_endless(done, training.where, dialogue)
+    if room is None or done.summary.trained_tokens:
+        _refuse_endless(done, training.where, dialogue)
     held_done = None
     if held is not None:
         every = np.arange(len(held.examples))

@@ -65,6 +65,8 @@ class Example:
     desirable: bool | None = None
     """Whether the answer is called good or bad, where rows are of single answers that are."""
 
+    unanswered: bool = False
+    """The row is a prompt alone; its last turn, or what follows `prompt`, only stands where the answer would."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the row that rewards see."""
 

@@ -59,7 +59,8 @@ def render_preview(console: Console, batches: Batches, tokenizer: PreTrainedToke
         title = f"example {index + 1}{place}{called}: {len(row['input_ids'])} tokens, {_counted(row)} trained"
         if batches.questions:
             prompt = len(batches.questions[index].prompt_ids)
-            title = f"question {index + 1}{place}: prompt {prompt} tokens; the answer in «…» is what rewards see"
+            told = "; the answer in «…» is what rewards see" if _counted(row) else "; it has no answer"
+            title = f"question {index + 1}{place}: prompt {prompt} tokens{told}"
         console.print(Text(_visible(title), style="bold"))
         console.print(_tokens(row["input_ids"], row["labels"], dialogue, marked))
         console.print()

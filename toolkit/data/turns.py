@@ -25,11 +25,11 @@ from toolkit.data.template import ChatTemplate, Options, end_of_open_tag
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Turn", "TurnReader", "groups"]
+__all__ = ["CLOSED", "Turn", "TurnReader", "groups"]
 
 Tools = list[dict[str, Any]] | None
 _CONTENT, _THOUGHT = "onecardprobewords", "onecardprobethought"
-_CLOSED = "the generation prompt opens a thought and the answer has none: an empty one is closed before it"
+CLOSED = "the generation prompt opens a thought and the answer has none: an empty one is closed before it"
 _OPENED = "the chat template opens a thought that the generation prompt has opened: it is opened once"
 _OF_THOUGHTS = re.compile(r"</[\w-]*(?:think|thought|reason)[\w-]*>", re.IGNORECASE)
 """Tags that close a thought."""
@@ -128,7 +128,7 @@ class _Reading:
         if not rendered.startswith(prompt):
             rest = self._put_together(turn, prompt, rendered)
         elif not thought_of(message) and (_closes_tag(prompt, rest) or self._opens_thought(turn, prompt)):
-            self.notices.append(_CLOSED)
+            self.notices.append(CLOSED)
         else:
             rest = self._in_open_thought(turn, prompt, rest)
         if kind := left_out(rest, message):
@@ -210,7 +210,7 @@ class _Reading:
         """What has to follow a prompt that the rendering does not begin with, in the template's own words."""
         message, thought = without_thought(self._messages[turn]), thought_of(self._messages[turn]).strip()
         if (written := self._after_thought(turn, message, prompt, thought or _THOUGHT)) is not None:
-            self.notices.append(_REWRITTEN if thought else _CLOSED)
+            self.notices.append(_REWRITTEN if thought else CLOSED)
             return written if thought else written.replace(_THOUGHT, "")
         if followed := self._after_header(turn, prompt, rendered):
             self.notices.append(_OTHER_HISTORY)
@@ -222,7 +222,7 @@ class _Reading:
         closing = None if begins is None else self._closing(turn, prompt, whole[:begins])
         if closing is None:
             raise self._left_out(turn, "thought") if thought else _rewritten(turn)
-        self.notices.append(_COMPLETED if thought else _CLOSED)
+        self.notices.append(_COMPLETED if thought else CLOSED)
         return thought + closing + whole[begins:]
 
     def _in_open_thought(self, turn: int, prompt: str, rest: str) -> str:
@@ -234,7 +234,7 @@ class _Reading:
             return rest.lstrip()[len(opening) :].lstrip("\n")
         if not _OF_THOUGHTS.fullmatch(tag) or tag in rest:
             return rest
-        self.notices.append(_CLOSED)
+        self.notices.append(CLOSED)
         return (self._closing(turn, prompt, prompt) or "") + rest
 
     def _after_thought(self, turn: int, message: Message, prompt: str, thought: str) -> str | None:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.data import HeldOut
+from toolkit.data.storage import count_trained
 from toolkit.errors import DataError
 from toolkit.evaluate.generate import answer, answer_ids, read_answers, writing
 from toolkit.evaluate.metrics import LOSS, find_metric, metrics_for, score
@@ -32,13 +33,13 @@ _MOST_WINDOWS = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """Loss in nats per answer token, share of exact answers (None where nothing is asked), and the answers.
+    """Loss in nats per answer token and share of exact answers (None where no answer is wanted), and the answers.
 
     `figures` are the other metrics' means by name and `perplexity` of general text; `scores` are those of each answer,
     by the metric that was chosen.
     """
 
-    loss: float
+    loss: float | None
     exact_match: float | None
     answers: tuple[str, ...]
     figures: dict[str, float] = field(default_factory=dict)
@@ -153,15 +154,24 @@ def measure(
     written = answer_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers = read_answers(tokenizer, written, prompts, read)
     scores = {name: score(name, function, answers, wanted) for name, function in metrics.items()}
-    figures = {name: sum(each) / len(each) for name, each in scores.items() if each}
+    figures = _means(scores, wanted, metric)
     exact = figures.pop("exact_match", None)
     if general is not None:
         figures["perplexity"] = math.exp(held_out_loss(model, general, batch_size))
     logps = () if judged is None else tuple(answer_logps(model, judged, batch_size))
     figures |= {} if judged is None else answer_figures(logps, judged)
     ranks = scores["exact_match" if metric == LOSS else find_metric(metric)[0]]
-    loss = held_out_loss(model, sequences, batch_size)
+    loss = held_out_loss(model, sequences, batch_size) if count_trained(sequences).any() else None
     return Measured(loss, exact, tuple(answers), figures, tuple(ranks), logps, tuple(written))
+
+
+def _means(scores: Mapping[str, Sequence[float]], wanted: Sequence[str], metric: str) -> dict[str, float]:
+    """The metrics' means over the questions that have an answer; of the chosen one over all, where none has."""
+    answered = [index for index, answer in enumerate(wanted) if answer]
+    if answered:
+        return {name: sum(each[index] for index in answered) / len(answered) for name, each in scores.items()}
+    chosen = None if metric == LOSS else find_metric(metric)[0]
+    return {name: sum(each) / len(each) for name, each in scores.items() if each and name == chosen}
 
 
 def score_now(

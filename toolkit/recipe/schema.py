@@ -149,7 +149,7 @@ class MtpSection(Section):
 
 
 _Format = Literal[
-    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired",
+    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "unpaired", "prompt",
 ]  # fmt: skip
 
 

@@ -206,7 +206,9 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]], finished: Mapping[str
     told = _OF_PAIRS if of_pairs else titles_of_answers(metrics)
     if lines["training"]:
         results = {} if told else finished.get("results", {})
-        levels = {who: results[who]["loss"] for who in ("base", "adapted") if who in results}
+        levels = {
+            who: results[who]["loss"] for who in ("base", "adapted") if (results.get(who) or {}).get("loss") is not None
+        }
         unit = "of preference" if of_pairs else "of rewards" if told else "nats per token"
         yield _curve_chart("Loss", unit, given, "loss", levels)
     for name, (title, unit) in told.items():

@@ -145,7 +145,7 @@ def summary(console: Console, finished: Mapping[str, Any]) -> None:
     for sample in _telling(finished):
         console.print(_line(sample["prompt"]), style="dim", markup=False)
         wanted, base, adapted = (_line(sample[who]) for who in ("wanted", "base", "adapted"))
-        console.print(f"  wanted {wanted!r}, base {base!r}, adapted {adapted!r}", markup=False)
+        console.print(f"  {f'wanted {wanted!r}, ' * bool(wanted)}base {base!r}, adapted {adapted!r}", markup=False)
     artifact = Path(finished["artifact"])
     console.print(f"[bold]adapter[/bold]  {escape(str(artifact))}")
     console.print(f"[bold]page[/bold]     {escape(str(artifact.parent))}/report.html")
@@ -161,7 +161,8 @@ def _telling(finished: Mapping[str, Any]) -> list[dict[str, str]]:
 def comparison(console: Console, results: Mapping[str, Any]) -> None:
     """Base against adapted on held-out examples."""
     table = table_of(f"{results['examples']} held-out examples", "base", "adapted")
-    table.add_row("loss", *(f"{results[who]['loss']:.4f}" for who in ("base", "adapted")))
+    if results["adapted"]["loss"] is not None:
+        table.add_row("loss", *(f"{results[who]['loss']:.4f}" for who in ("base", "adapted")))
     for name, value in results["adapted"].items():
         if name != "loss" and value is not None:
             both = (results[who][name] for who in ("base", "adapted"))

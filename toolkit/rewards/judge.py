@@ -46,7 +46,8 @@ class Asked:
 
     Args:
         prompts: lists of messages, or texts. completions: likewise. completion_ids: their tokens.
-        texts: what is judged of a completion: without thought and special tokens. answer: what was wanted.
+        texts: what is judged of a completion: without thought and special tokens. answer: what was wanted; None:
+            the row has none.
         trainer_state: `global_step`, `max_steps` and `epoch`. columns: further columns of the rows, by name.
     """
 
@@ -54,7 +55,7 @@ class Asked:
     completions: Sequence[Any]
     completion_ids: Sequence[Sequence[int]]
     texts: Sequence[str]
-    answer: Sequence[str]
+    answer: Sequence[str | None]
     trainer_state: Mapping[str, float | None]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
@@ -78,11 +79,13 @@ class Judge:
 
     Args:
         rewards: at least one. seconds: that one reward may take for one batch. memory: bytes that their process may
-            have.
+            have. columns: of the rows, which functions will be given; without them their arguments are not checked.
     """
 
-    def __init__(self, rewards: Sequence[Reward], *, seconds: float, memory: int) -> None:
-        self.rewards, self.seconds, self.memory = tuple(rewards), seconds, memory
+    def __init__(
+        self, rewards: Sequence[Reward], *, seconds: float, memory: int, columns: Sequence[str] | None = None
+    ) -> None:
+        self.rewards, self.seconds, self.memory, self.columns = tuple(rewards), seconds, memory, columns
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Judge] | None = None
         self._unread = bytearray()
@@ -160,7 +163,7 @@ class Judge:
         self._end = weakref.finalize(self, _end, process)
         rewards = [{"function": each.function, "options": dict(each.options)} for each in self.rewards]
         try:
-            self._write({"rewards": rewards, "memory": self.memory})
+            self._write({"rewards": rewards, "memory": self.memory, "columns": self.columns})
             reply = self._read(_LOADING, f"rewards.functions: importing took longer than {_LOADING:g} s")
         except _Failed:
             self.close()

@@ -17,13 +17,13 @@ from typing import Any
 from toolkit.errors import RecipeError
 from toolkit.rewards.programs import require_confinement, share_that_passes
 
-__all__ = ["BUILT_IN", "TESTS", "Measure", "exact_match", "json_valid", "last_number"]
+__all__ = ["BUILT_IN", "COMPARING", "TESTS", "Measure", "exact_match", "json_valid", "last_number"]
 
 TESTS = "tests"
 """The reward that runs an answer's code."""
 
-Measure = Callable[[str, str, int, Mapping[str, Any]], "float | None"]
-"""(answer, wanted answer, the answer's tokens, options) to a reward."""
+Measure = Callable[[str, "str | None", int, Mapping[str, Any]], "float | None"]
+"""(answer, wanted answer or None, the answer's tokens, options) to a reward."""
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?|(?<!\w)-?\.\d+")
 
@@ -47,27 +47,27 @@ def last_number(text: str) -> Decimal | None:
         return None
 
 
-def _exact(answer: str, wanted: str, tokens: int, options: Mapping[str, Any]) -> float:
-    return exact_match(answer, wanted)
+def _exact(answer: str, wanted: str | None, tokens: int, options: Mapping[str, Any]) -> float | None:
+    return None if wanted is None else exact_match(answer, wanted)
 
 
-def _number(answer: str, wanted: str, tokens: int, options: Mapping[str, Any]) -> float | None:
-    due = last_number(wanted)
+def _number(answer: str, wanted: str | None, tokens: int, options: Mapping[str, Any]) -> float | None:
+    due = None if wanted is None else last_number(wanted)
     return None if due is None else float(last_number(answer) == due)
 
 
-def _json(answer: str, wanted: str, tokens: int, options: Mapping[str, Any]) -> float:
+def _json(answer: str, wanted: str | None, tokens: int, options: Mapping[str, Any]) -> float:
     parsed = _parsed(answer)
     if parsed is None or not options.get("json_schema"):
         return float(parsed is not None)
     return float(_validator(options["json_schema"]).is_valid(parsed[0]))
 
 
-def _pattern(answer: str, wanted: str, tokens: int, options: Mapping[str, Any]) -> float:
+def _pattern(answer: str, wanted: str | None, tokens: int, options: Mapping[str, Any]) -> float:
     return float(re.search(options["pattern"], answer) is not None)
 
 
-def _length(answer: str, wanted: str, tokens: int, options: Mapping[str, Any]) -> float:
+def _length(answer: str, wanted: str | None, tokens: int, options: Mapping[str, Any]) -> float:
     most = int(options["tokens"])
     return min(1.0, max(0.0, (2 * most - tokens) / most))
 
@@ -111,6 +111,8 @@ def prepare(function: str, options: Mapping[str, Any]) -> None:
         require_confinement()
 
 
+COMPARING = ("exact_match", "number")
+"""Those that need the wanted answer."""
 BUILT_IN: Mapping[str, Measure] = {
     "exact_match": _exact,
     "number": _number,

@@ -31,6 +31,10 @@ _HIDDEN = ("texts", "columns")
 """What functions of the user's are not given as it stands."""
 
 
+_GIVEN = ("prompts", "completions", "completion_ids", "answer", "solution", "trainer_state", "log_metric", "log_extra")
+"""What they are given beside columns."""
+
+
 class _Unusable(Exception):
     """A reward's answer that is no list of numbers."""
 
@@ -53,6 +57,8 @@ def main() -> None:
     for number, wanted in enumerate(given["rewards"]):
         try:
             loaded.append(_Loaded(**wanted))
+            if given["columns"] is not None:
+                loaded[-1].require_given(given["columns"])
         except BaseException as error:
             reply({"error": _said(error), "reward": number})
             return
@@ -83,12 +89,24 @@ class _Loaded:
         else:
             _, self.own = function_of(function, "rewards.functions")
 
+    def require_given(self, columns: Sequence[str]) -> None:
+        """Raise `RecipeError` where the function has to be given what is neither ours nor one of these columns."""
+        known = {*_GIVEN, *columns}
+        try:
+            parameters = inspect.signature(self.own).parameters.values() if self.own else ()
+        except (TypeError, ValueError):
+            return
+        named = (each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL))
+        if lacks := next((each.name for each in named if each.default is each.empty and each.name not in known), None):
+            raise RecipeError(f"rewards.functions: {self.name} needs {lacks}; name that column in rewards.columns")
+
     def call(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Rewards by completion, and what the function logged."""
         if self.own is None:
             return {"values": measured(self.name, self.options, batch)}
         logged: dict[str, list[float]] = {}
         given = {**batch["columns"], **{key: value for key, value in batch.items() if key not in _HIDDEN}}
+        given["answer"] = batch["columns"].get("answer", batch["answer"])  # as it stands in a column that is asked for
         given.setdefault("solution", batch["answer"])  # TRL's own rewards call it so
         given["trainer_state"] = SimpleNamespace(**batch["trainer_state"])
         given["log_metric"] = lambda name, value: logged.setdefault(str(name), []).append(float(value))

@@ -30,7 +30,7 @@ from toolkit.plan import Plan, StepShape
 from toolkit.recipe import PAIR_METRICS, PREFERENCE_METHODS, REWARD, Recipe, rollout_options
 from toolkit.recipe.schema import ModelSection
 from toolkit.run.mtp import own_prompts
-from toolkit.run.rewards import require_rewards
+from toolkit.run.rewards import require_answers, require_rewards
 from toolkit.run.vocabulary import add_tokens, require_known_tokens, require_trainable
 from toolkit.run_folder import RunFolder
 from toolkit.steps import part
@@ -94,13 +94,14 @@ def build_batches(tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Batches:
 
     Raises:
         DataError: the examples or the general text cannot be used, or the model has no row for a token.
-        RecipeError: there is no such metric.
+        RecipeError: there is no such metric, or the rows have no answers that it, or a reward, could compare with.
     """
     general = general_text(tokenizer, plan)
     if plan.recipe.eval.metric not in (LOSS, REWARD, *PAIR_METRICS):
         find_metric(plan.recipe.eval.metric)
     require_rewards(plan.recipe)
     batches = _batches_of(plan.recipe, tokenizer, plan.max_length, _recorded_form(plan.folder))
+    require_answers(plan.recipe, batches)
     require_known_tokens(tokenizer, batches, general, plan)
     return batches
 

@@ -160,8 +160,8 @@ def step_tokens(plan: Plan) -> int:
 
 
 def _prompt(row: Mapping[str, list[int]]) -> list[int]:
-    """What stands before the first trained token; of text without a prompt, its first tokens."""
-    first = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+    """What stands before the first trained token, all where none is; of text without a prompt, its first tokens."""
+    first = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
     return row["input_ids"][: first or _OPENING]
 
 

@@ -22,17 +22,25 @@ from toolkit.evaluate.generate import AnswerWriter
 from toolkit.mtp.head import MtpHead
 from toolkit.plan import Plan
 from toolkit.recipe import Recipe, keeps_start, rollout_options
-from toolkit.rewards import Judge, Reward
+from toolkit.rewards import COMPARING, Judge, Reward
 from toolkit.run_folder import RunFolder
 from toolkit.training.rollouts import Rollouts
 
-__all__ = ["judged_answers", "require_fork_of_base", "require_rewards", "rewards_sha256", "rollouts_of", "start_sha256"]
+__all__ = [
+    "judged_answers",
+    "require_answers",
+    "require_fork_of_base",
+    "require_rewards",
+    "rewards_sha256",
+    "rollouts_of",
+    "start_sha256",
+]
 
 
 def _judge(recipe: Recipe) -> Judge:
     section = recipe.rewards
     rewards = [Reward(each.label, each.function, each.weight, each.options) for each in section.functions]
-    return Judge(rewards, seconds=section.time_limit, memory=section.memory)
+    return Judge(rewards, seconds=section.time_limit, memory=section.memory, columns=section.columns)
 
 
 def require_rewards(recipe: Recipe) -> None:
@@ -54,6 +62,27 @@ def require_rewards(recipe: Recipe) -> None:
         judge.start()
     finally:
         judge.close()
+
+
+def require_answers(recipe: Recipe, batches: Batches) -> None:
+    """Of rows that are prompts alone, require that nothing compares answers with a wanted one.
+
+    Raises:
+        RecipeError: a reward or the metric does.
+    """
+    if not batches.questions or batches.report.splits["train"].trained_tokens:
+        return
+    names = {f"rewards.functions: {each.function}": each.function in COMPARING for each in recipe.rewards.functions}
+    names[f"eval.metric: {recipe.eval.metric}"] = recipe.eval.metric in _COMPARING
+    for name in (name for name, compares in names.items() if compares):
+        raise RecipeError(
+            f"{name} compares with a wanted answer, and the rows are prompts alone; name your column of answers with "
+            "data.columns: {answer: COLUMN}, or take another"
+        )
+
+
+_COMPARING = ("exact_match", "token_f1", "rouge_l")
+"""Metrics that do."""
 
 
 def require_fork_of_base(recipe: Recipe) -> None:

@@ -48,6 +48,25 @@ def test_plain_text_has_a_prompt_and_no_template(tmp_path: Path) -> None:
     assert (made.questions[0].prompt, made.questions[0].answer) == ("2 + 2 =", "4")
 
 
+@pytest.mark.parametrize("prompt", [[ASK], "2 + 2 ="])
+def test_a_row_may_be_a_prompt_alone(prompt: Any, tmp_path: Path) -> None:
+    whole = {"prompt": prompt, "completion": [{"role": "assistant", "content": "x"}] if prompt == [ASK] else "x"}
+    made, plain = build(tmp_path, [{"prompt": prompt, "level": 3}], kept=["level"]), build(tmp_path, [whole])
+    (question,) = made.questions
+    assert (question.prompt, question.answer, question.columns) == (prompt, None, {"level": 3})
+    assert question.prompt_ids == plain.questions[0].prompt_ids == tuple(made.train[0]["input_ids"])
+    assert made.report.splits["train"].trained_tokens == 0
+    assert made.form == plain.form
+
+
+def test_an_answer_beside_a_prompt_is_text_or_a_number(tmp_path: Path) -> None:
+    rows = [{"prompt": [ASK], "answer": answer} for answer in ("plant", 4, None, ["plant", "tree"])]
+    made = build(tmp_path, rows, kept=["answer"])
+    assert [question.answer for question in made.questions] == ["plant", "4", None, None]
+    assert made.questions[3].columns == {"answer": ["plant", "tree"]}
+    assert sum(count for notice, count in made.report.notices.items() if "neither text nor a number" in notice) == 1
+
+
 def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "oak " * 30}, {"role": "assistant", "content": "plant"}]}
     made = build(tmp_path, [ROWS[0], long], room=60)
@@ -58,6 +77,7 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(tmp_path: Path) ->
     ("rows", "changes", "words"),
     [
         ([{"prompt": "", "completion": "4"}], {}, "rows.jsonl:1: nothing stands before the answer"),
+        ([{"prompt": [ASK, {"role": "assistant", "content": "a"}]}], {}, "prompt ends in an assistant turn"),
         ([{"text": "a text"}], {}, "its columns (text) fit no format"),
         (ROWS, {"kept": ["levle"]}, "rewards.columns: no column 'levle'; did you mean level?"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,26 @@ def test_what_cannot_be_loaded_is_told_at_the_start(
         judge(tmp_path, Reward("own", place, options=options)).start()
     assert words in str(failed.value)
     assert "\n" not in str(failed.value)
+
+
+def test_an_argument_that_nothing_gives_is_told_at_the_start(tmp_path: Path) -> None:
+    own = tmp_path / "needs.py"
+    own.write_text("def level(completions, answer, level, note=None): return [float(each) for each in level]\n")
+    reward = Reward("level", f"{own}:level")
+    with pytest.raises(RecipeError, match=r"needs.py:level needs level; name that column in rewards.columns"):
+        judge(tmp_path, reward, columns=["lvl"]).start()
+    made = judge(tmp_path, reward, columns=["level"])
+    made.start()
+    made.close()
+
+
+def test_without_a_wanted_answer_nothing_compares_with_it(tmp_path: Path) -> None:
+    asked = replace(ASKED, answer=[None, "c"], texts=["ab", "c"])
+    made = judge(
+        tmp_path,
+        Reward("exact", "exact_match"),
+        Reward("number", "number"),
+        Reward("any", "regex", options={"pattern": "b"}),
+    )
+    assert made.score(asked).values == ((None, 1.0), (None, None), (1.0, 0.0))
+    made.close()

@@ -117,11 +117,32 @@ def test_the_plan_counts_a_head_and_what_it_adds_to_writing(place: Path) -> None
     assert drafting_bytes(128, 2048, rows=4, length=100, count=3) >= asked
 
 
+def test_prompts_alone_are_learnt_from_and_have_no_loss(onecard: Run, place: Path) -> None:
+    rows = (QUICKSTART / "data" / "category.train.jsonl").read_text().splitlines()[:12]
+    asked = [{"prompt": json.loads(row)["messages"][:-1], "task": "category"} for row in rows]
+    (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    given = [
+        "data.train=prompts.jsonl",
+        "data.validation=null",
+        "data.validation_size=4",
+        f"training.output_dir={place}/alone",
+    ]
+    status, _, err = onecard("train", place / "recipe.yaml", *given)
+    assert status == 2
+    assert "rewards.functions: exact_match compares with a wanted answer" in err.splitlines()[-1]
+    status, _, err = onecard("train", place / "recipe.yaml", *given, "rewards.functions=[own.py:vowels]")
+    assert status == 0, err
+    results = json.loads((place / "alone" / "summary.json").read_text())["results"]
+    assert results["adapted"]["loss"] is results["adapted"]["exact_match"] is None
+    assert "reward" in results["adapted"]
+    assert "wanted" not in err
+
+
 def test_what_cannot_be_rewarded_is_one_line_before_any_work(onecard: Run, place: Path) -> None:
     elsewhere = f"training.output_dir={place}/other"
     for status, override, words in (
         (2, "rewards.functions=[own.py:vowel]", "own.py has no function vowel; did you mean vowels?"),
-        (3, "rewards.columns=[tsk]", "rewards.columns: no column 'tsk'; did you mean task?"),
+        (3, "rewards.columns=[task, tsk]", "rewards.columns: no column 'tsk'; did you mean task?"),
         (2, "grpo.num_generations=3", "grpo.num_generations: 4 answers are written at once"),
     ):
         found, out, err = onecard("train", place / "recipe.yaml", elsewhere, override)

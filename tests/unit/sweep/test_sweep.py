@@ -52,6 +52,16 @@ def test_a_wrong_trial_costs_nothing(onecard: Run, recipe: Path, tmp_path: Path)
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_figure_of_examples_that_are_not_held_out_is_refused(onecard: Run, recipe: Path) -> None:
+    asked = ["data.validation=null", "lora.r=4,8"]
+    assert onecard("sweep", recipe, *asked, "--metric", "exact_match")[0] == 2
+    rewarded = ["training.method=grpo", "rewards.functions=[exact_match]", "grpo.num_generations=2"]
+    rewarded += ["training.per_device_train_batch_size=2", "grpo.max_completion_length=4"]
+    status, _, err = onecard("sweep", recipe, *asked, *rewarded)
+    assert status == 2
+    assert err.splitlines()[-1].startswith("onecard: --metric reward: is measured on held-out examples"), err
+
+
 def test_without_ray_one_line_says_what_to_install(onecard: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolkit.sweep.run.find_spec", lambda name: None)
     status, _, err = onecard("sweep", recipe, "lora.r=4,8")
