@@ -20,6 +20,8 @@ from tests.parity.conftest import EMBEDDED
 from tests.parity.test_preference import adapter_of, fresh, logged
 from toolkit.adapters import adapter_coverage
 from toolkit.errors import DataError, DivergedError
+from toolkit.evaluate.generate import answer_ids
+from toolkit.evaluate.sampler import Sampler
 from toolkit.recipe import TrainingSection
 from toolkit.rewards import Asked, Judge, Scores
 from toolkit.training import RunContext, train_adapter
@@ -205,6 +207,16 @@ def test_a_reward_that_never_works_ends_the_run(tmp_path: Path) -> None:
     given = failing_at(context(tmp_path / "run", model, max_steps=3, max_nonfinite_steps=2), 0, 1, 2)
     with pytest.raises(DivergedError, match=r"reward even: took .* 2 steps in a row .*: mend the reward"):
         learn(given, model)
+
+
+def test_answers_that_cannot_be_drawn_end_the_run_in_one_line() -> None:
+    model, tokenizer = fresh(), AutoTokenizer.from_pretrained(EMBEDDED)
+    with torch.no_grad():
+        next(tensor for name, tensor in model.named_parameters() if name.endswith("model.norm.weight")).fill_(torch.inf)
+    with pytest.raises(DivergedError, match="no answer can be drawn; start again with a lower"):
+        Sampler(model, {"temperature": 1.0}, 2).write([[5, 6]])
+    with pytest.raises(DivergedError, match="no answer can be drawn"):
+        answer_ids(model, tokenizer, [[5, 6]], max_new_tokens=2, temperature=1.0)
 
 
 def test_too_few_prompts_are_refused(tmp_path: Path) -> None:

@@ -150,3 +150,11 @@ def test_public_verbs_stay_verbs_once_their_rooms_are_imported() -> None:
         "assert verbs and all(callable(getattr(toolkit, n)) for n in verbs), verbs\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_python_without_docstrings_is_told_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-OO", "-m", "toolkit", "doctor"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "PYTHONOPTIMIZE=2" in done.stderr

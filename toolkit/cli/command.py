@@ -84,6 +84,8 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if not debug:
         _hush()
+    if sys.flags.optimize > 1:
+        _fail("Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers reads; unset it", 2, debug)
     try:
         code = app(arguments, prog_name="onecard", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

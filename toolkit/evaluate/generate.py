@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit.evaluate.sampler import Sampler, why_not_shared
+from toolkit.evaluate.sampler import Sampler, require_drawable, why_not_shared
 from toolkit.mtp.head import MtpHead
 from toolkit.steps import advance
 
@@ -74,6 +74,7 @@ def answer_ids(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     ends, done = _ends(model), 0
+    drawn = drawn if drawn is not None else sampling(temperature) if temperature > 0 else None
     for batch in _similar_lengths(prompts, batch_size):
         width = max(len(prompts[index]) for index in batch)
         ids = torch.full((len(batch), width), _pad(tokenizer), device=model.device)
@@ -86,7 +87,11 @@ def answer_ids(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad(tokenizer),
-            **(sampling(temperature) if drawn is None else {"do_sample": True, **drawn}),
+            **(
+                {"do_sample": False}
+                if drawn is None
+                else {"do_sample": True, "logits_processor": [_Drawable()], **drawn}
+            ),
         )
         for index, tokens in zip(batch, output[:, width:].tolist(), strict=True):
             stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
@@ -96,6 +101,15 @@ def answer_ids(
         done += len(batch)
         advance(done, len(prompts), "answers")
     return answers
+
+
+class _Drawable(LogitsProcessor):
+    """Raises `DivergedError` where no token could be drawn."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores [B, V] as they are."""
+        require_drawable(scores)
+        return scores
 
 
 @contextmanager

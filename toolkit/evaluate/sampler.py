@@ -19,13 +19,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.architecture import cache_name
-from toolkit.errors import out_of_memory
+from toolkit.errors import DivergedError, out_of_memory
 from toolkit.mtp.batch_drafts import BatchDrafter, trunk_for
 from toolkit.mtp.decode import Drawing
 from toolkit.mtp.head import MtpHead, capture_hidden
 from toolkit.mtp.row_cache import RowCache, shifted
 
-__all__ = ["Sampler", "why_not_shared"]
+__all__ = ["Sampler", "require_drawable", "why_not_shared"]
 
 _PROBED = (5, 3)
 """Tokens of two prompts that are read together to see whether a family goes on from a shared cache as from its own."""
@@ -197,12 +197,26 @@ class _Writing:
         scores_BV = self.processors(torch.cat([self.text_BL, more_Bj], 1), logits_BV.float())
         if self.owner.is_greedy:
             return torch.nn.functional.one_hot(scores_BV.argmax(-1), scores_BV.shape[-1]).float()
-        shares_BV: torch.Tensor = scores_BV.softmax(-1)
+        shares_BV: torch.Tensor = require_drawable(scores_BV).softmax(-1)
         return shares_BV
 
     def _draw(self, more_Bj: torch.Tensor, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shares_BV = self._shares(more_Bj, logits_BV)
         return torch.multinomial(shares_BV, 1)[:, 0], shares_BV
+
+
+def require_drawable(scores_BV: torch.Tensor) -> torch.Tensor:
+    """The scores, where they can be drawn from; torch's own refusal is a fault of the card that ends all work on it.
+
+    Raises:
+        DivergedError: one is NaN or infinitely high.
+    """
+    if bool(scores_BV.isnan().any() | scores_BV.isposinf().any()):
+        raise DivergedError(
+            "the probabilities of the next token are not finite, so no answer can be drawn; start again with a lower "
+            "training.learning_rate, or with model.dtype: bfloat16 where it is float16"
+        )
+    return scores_BV
 
 
 @torch.no_grad()

@@ -332,7 +332,9 @@ def _check_name(name: str, tokenizer: str | None) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{name}: no config.json in this folder; give a transformers checkpoint")
+            kept = sorted(path.glob("snapshots/*/config.json"))
+            instead = f"this snapshot of it: {kept[-1].parent}" if kept else "a transformers checkpoint"
+            raise ModelError(f"{name}: no config.json in this folder; give {instead}")
         return
     if path.exists():
         raise ModelError(f"{name}: a file; give the checkpoint's folder, or a .gguf file")

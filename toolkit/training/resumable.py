@@ -43,6 +43,8 @@ __all__ = ["Resumable", "SavedPart"]
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, TRAINER_STATE = "optimizer", "state", "trainer_state.json"
 
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
+
 
 class SavedPart(Protocol):
     """Something beside the adapter that is trained and saved with it, such as a `torch.nn.Module`."""
@@ -139,7 +141,9 @@ class Resumable(Trainer):  # type: ignore[misc]
         adapter = {key: value.detach().cpu().contiguous() for key, value in self._adapter().items()}
         _refuse_broken(adapter, self.state.global_step)
         tensors: dict[str, dict[str, torch.Tensor]] = {ADAPTER: adapter}
-        texts = {CONFIG: _adapter_config(self.model), TRAINER_STATE: json.dumps(asdict(self.state), sort_keys=True)}
+        # transformers stores shares of the steps as steps, and warns that they differ when the run resumes.
+        state = {**asdict(self.state), **{name: getattr(self.args, name) for name in _INTERVALS}}
+        texts = {CONFIG: _adapter_config(self.model), TRAINER_STATE: json.dumps(state, sort_keys=True)}
         for name, value in self._state().items():
             found: dict[str, torch.Tensor] = {}
             tensors[f"{name}.safetensors"] = found
