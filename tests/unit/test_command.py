@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from tests.faults.conftest import MODEL, Run, onecard, recipe
 from toolkit import __version__
+from toolkit.cli.command import _explain
 
 __all__ = ["onecard", "recipe"]
 
@@ -158,3 +161,21 @@ def test_python_without_docstrings_is_told_in_one_line() -> None:
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "PYTHONOPTIMIZE=2" in done.stderr
+
+
+def test_a_full_disk_that_a_library_meets_is_one_line() -> None:
+    with pytest.raises(Exception, match="os error 28") as failed:
+        Tokenizer(BPE()).save("/dev/full")
+    said, code = _explain(failed.value)
+    assert code == 5
+    assert said.startswith("the system: No space left on device")
+    assert "free space" in said
+
+
+def test_a_run_that_is_not_finished_is_told_from_a_damaged_artifact(onecard: Run, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert "run is not a complete artifact" in onecard("verify", tmp_path / "run")[2]
+    (tmp_path / "run" / "recipe.yaml").write_text("model: {}")
+    status, _, err = onecard("verify", tmp_path / "run")
+    assert status == 4
+    assert "run is a run that is not finished; the same onecard train goes on" in err

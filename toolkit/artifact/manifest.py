@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.adapters.untrusted import check_patterns
 from toolkit.errors import ModelError
+from toolkit.run_folder import RunFolder
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -195,7 +196,9 @@ def _read_json(path: Path) -> dict[str, Any]:
             )
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelError(f"{path}: missing: {path.parent} is not a complete artifact") from None
+        begun = RunFolder(path.parent).recipe.is_file()
+        why = "is a run that is not finished; the same onecard train goes on" if begun else "is not a complete artifact"
+        raise ModelError(f"{path}: missing: {path.parent} {why}") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):

@@ -5,9 +5,11 @@ Every error is one line with the exit code of its class (`toolkit.errors`); `--d
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +24,10 @@ __all__ = ["app", "main"]
 _GARBAGE_AT = 10_000
 """Objects more than before at which Python looks for garbage. Libraries make millions that stay; with Python's own 700
 a sixth of a start is looking among them."""
+
+_FROM_RUST = re.compile(r"\(os error (\d+)\)")
+"""In what safetensors and tokenizers raise for an error of the system: exceptions that are no OSError."""
+_FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 app = typer.Typer(
     name="onecard",
@@ -115,6 +121,9 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"a kernel does not compile for this card: {first_line(error)[:160]}; {way}", 5
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}", 5
+    if found := _FROM_RUST.search(str(error)):
+        advice = "; free space, or give a folder on another disk" if int(found[1]) in _FULL else ""
+        return f"the system: {first_line(error)[:160]}{advice}", 5
     return f"unexpected: {type(error).__name__}: {first_line(error)}; --debug shows where", 1
 
 

@@ -86,7 +86,7 @@ def require_space(floats: Path, quant: str | None) -> None:
     needed = size - floats.stat().st_blocks * 512 + size * bits // 16
     if needed > (free := shutil.disk_usage(floats.parent).free):
         raise ResourceError(
-            f"{floats.parent.parent}: {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f} GB; give a folder "
+            f"{floats.parent.parent}: {free / 1e9:.3g} GB free, the export needs {needed / 1e9:.3g} GB; give a folder "
             "on another disk"
         )
 

@@ -282,7 +282,7 @@ def _refuse_full_disk(workplace: Path, needed: int) -> None:
     free = shutil.disk_usage(workplace).free
     if needed > free:
         raise ResourceError(
-            f"{workplace.parent}: {free / 1e9:.1f} GB free, the int8 checkpoint needs {needed / 1e9:.1f} GB; give a "
+            f"{workplace.parent}: {free / 1e9:.3g} GB free, the int8 checkpoint needs {needed / 1e9:.3g} GB; give a "
             "folder on another disk"
         )
 
