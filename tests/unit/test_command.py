@@ -104,6 +104,22 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_numbers(onecard: Run, recipe
     assert weights[0] == weights[1]
 
 
+def test_a_run_that_was_cut_off_after_its_last_step_keeps_its_figures(
+    onecard: Run, recipe: Path, tmp_path: Path
+) -> None:
+    rare = ["training.logging_steps=100", "training.save_steps=1", "data.validation=null"]
+
+    def last_line() -> dict[str, float]:
+        assert onecard("train", recipe, *rare)[0] == 0
+        line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        return {name: line[name] for name in line if "mean_token_accuracy" in name or name in ("entropy", "train_loss")}
+
+    whole = last_line()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert last_line() == whole
+    assert len(whole) == 3
+
+
 def test_the_same_recipe_gives_the_same_bytes(onecard: Run, recipe: Path, tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("one", "two")]
     for run in runs:

@@ -185,7 +185,12 @@ def _no_fit(declared: str, wanted: Mapping[str, Shape], columns: Set[str], avail
         if (ours := difflib.get_close_matches(theirs, names, 1, 0.8))
     ]
     hint = f"; is {near[0][0]!r} meant to be {near[0][1]!r}?" if near else ""
+    if fits := [how for name, (how, needs) in _ELSEWHERE.items() if name not in wanted and needs <= available]:
+        hint = f"; such rows are for training.method: {fits[0]}"
     return f"{where}: its columns ({has}) fit no format{hint}; accepted: {choices}; rename with data.columns"
+
+
+_ELSEWHERE = {"preference": ("dpo", {"chosen", "rejected"}), "prompt": ("grpo", {"prompt"})}
 
 
 def _example_column(missing: str, columns: Set[str]) -> str:

@@ -239,6 +239,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         self._globalstep_last_logged = found["last_logged"]
         self._initial_global_step = 0  # the mean loss is that of the whole run
         self._metrics["train"].update(found["metrics"])
+        self.model.train()  # else, where no step is left, the run's last line lacks them
         self.tokens_trained = found["tokens"]
         self._total_train_tokens = found.get("trl_tokens", found["tokens"])  # older checkpoints have one count
         self.guard.restore(found["guard"])
