@@ -103,7 +103,7 @@ def answer_ids(
     return answers
 
 
-class _Drawable(LogitsProcessor):
+class _Drawable(LogitsProcessor):  # type: ignore[misc]
     """Raises `DivergedError` where no token could be drawn."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
