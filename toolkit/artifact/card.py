@@ -17,12 +17,12 @@ from ruamel.yaml import YAML
 from toolkit.artifact.manifest import PICTURES
 from toolkit.artifact.usage import form_of, loading_section
 from toolkit.checkpoint.identity import BaseIdentity
+from toolkit.data.sources import looks_local
 
 __all__ = ["model_card"]
 
 _NOT_PUBLISHED = "a data set that is not published"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_LOCAL_FILE = re.compile(r"\.(jsonl?|csv|parquet|gz|zst)$")
 _TASK = "text-generation"
 
 
@@ -99,7 +99,7 @@ def _hub_datasets(recipe: Mapping[str, Any]) -> list[str | None]:
 
 
 def _is_on_hub(name: Any) -> bool:
-    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not _LOCAL_FILE.search(name)
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not looks_local(name)
 
 
 def _eval_results(results: Mapping[str, Any], dataset: str | None) -> list[EvalResult]:

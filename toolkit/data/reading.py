@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.data.files import Row
 from toolkit.data.formats import SHAPES, Example, Shape, add_system, carries, choose_shape, rename
 from toolkit.data.problems import InvalidRow, Problems, listed, printable
-from toolkit.data.sources import Row, open_source
+from toolkit.data.sources import open_source
 from toolkit.data.storage import Spool
 from toolkit.errors import DataError, did_you_mean
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from toolkit.data.files import read_rows
 from toolkit.data.formats import SHAPES
 from toolkit.data.reading import Reading
-from toolkit.data.sources import read_rows
 from toolkit.errors import DataError
 
 VALUES = st.recursive(

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Json, List, Value
 
+from toolkit.data.files import read_rows
 from toolkit.data.formats import NULL_ARGUMENTS, NULL_PROPERTIES
 from toolkit.data.reading import Reading
-from toolkit.data.sources import open_source, read_rows
+from toolkit.data.sources import open_source
 
 PADDED = "nulls added by Arrow were removed from tool calls and schemas"
 

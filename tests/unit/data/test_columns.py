@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from toolkit.data.conversation import ROLES
+from toolkit.data.files import read_rows
 from toolkit.data.formats import SHAPES, TWO_SYSTEMS
 from toolkit.data.problems import InvalidRow
 from toolkit.data.reading import Reading
-from toolkit.data.sources import read_rows
 from toolkit.errors import DataError
 
 ASKED, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

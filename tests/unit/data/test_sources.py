@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from toolkit.data import build_batches, read_chat_template
-from toolkit.data.sources import open_source, read_rows
+from toolkit.data.files import read_rows
+from toolkit.data.sources import open_source
 from toolkit.errors import DataError
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -237,6 +238,10 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
         ("./nothing", r"no such file or folder"),
         ("absent/deep/train.jsonl", r"the folder .*absent/deep does not exist either"),
         ("notes.txt", r"\.txt: not a format read here; use \.csv"),
+        ("rows.gz", r"\.gz: not a format read here; use \.csv, .*; text also as \.bz2, \.gz, \.zst"),
+        ("rows.parquet.gz", r"\.parquet\.gz: not a format read here"),
+        ("rows.jsonl.xz", r"\.xz: not a format read here"),
+        ("*.jsonl", r"patterns are not read: give the folder /"),
         ("empty", r"no data file in it"),
         ("trian", r"no such file .*and the Hub gave no such dataset"),
         ("owner/no-such-data-set", r"owner/no-such-data-set\[train\]: .*the Hub gave no such dataset"),
@@ -244,7 +249,8 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
 )
 def test_a_missing_source_is_one_line(source: str, message: str, tmp_path: Path, write: Any) -> None:
     write([GOOD], "train.jsonl")
-    (tmp_path / "notes.txt").write_text("a")
+    for name in ("notes.txt", "rows.gz", "rows.parquet.gz", "rows.jsonl.xz"):
+        (tmp_path / name).write_text("a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=message) as error:
         list(open_source(source, base_folder=tmp_path))
