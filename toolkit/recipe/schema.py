@@ -188,9 +188,8 @@ class DataSection(Section):
     """Where the examples come from, what they look like, and which of their tokens are trained."""
 
     train: NonEmpty | Annotated[list[TrainSource], Field(min_length=1)]
-    """A `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow` or `.feather` file, text perhaps compressed
-    (`.jsonl.gz`), a folder of them, or a Hub dataset `owner/name`; or a list of several, each a name or an item with a
-    `path` and the fields below."""
+    """A file such as `.jsonl`, `.csv`, `.parquet` or `.jsonl.gz`, a folder of them, or a Hub dataset
+    `owner/name`; or a list of several, each a name or an item with a `path` and the fields below."""
     validation: NonEmpty | None = None
     """Held-out examples, given like `train`."""
     validation_size: Annotated[float, Field(gt=0.0, lt=1.0)] | Positive | None = None
