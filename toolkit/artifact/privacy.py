@@ -20,9 +20,10 @@ from typing import Any
 
 from toolkit.artifact.manifest import file_entry
 from toolkit.checkpoint.files import gguf_at, raw_header
-from toolkit.data.conversation import as_turns
+from toolkit.data.envelopes import unwrapped
 from toolkit.data.problems import InvalidRow
 from toolkit.data.sources import open_source
+from toolkit.data.speakers import as_turns
 from toolkit.errors import DataError, ModelError
 from toolkit.recipe import load
 
@@ -267,7 +268,9 @@ def training_answers(run: Path) -> list[str]:
 
 def _answers(row: Mapping[str, Any]) -> Iterator[str]:
     """What the assistant says in a conversation, or the fields that a plain example keeps its answer in."""
-    for column in ("messages", "conversations", "completion"):
+    with contextlib.suppress(InvalidRow):
+        row = unwrapped(row, pairs=True, judged=False)
+    for column in ("messages", "conversations", "completion", "chosen", "rejected"):
         with contextlib.suppress(InvalidRow):
             turns = as_turns(row.get(column), column)
             turns = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []

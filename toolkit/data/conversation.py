@@ -1,14 +1,13 @@
-"""A list of messages as chat templates want it: other tools' turns carried over, and every turn checked.
+"""A list of messages as chat templates want it, every turn checked.
 
 Templates render a misspelt role or a missing content silently into training text, so everything a template would not
-refuse by itself is refused here. What other tools write beside role and content is read here, too: speakers, calls as
-text, marks of training. What a turn carries beyond that is kept.
+refuse by itself is refused here. What a turn carries beyond that is kept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from toolkit.data.problems import JSON, InvalidRow
@@ -20,7 +19,6 @@ __all__ = [
     "ROLES",
     "THOUGHT_FIELDS",
     "Message",
-    "as_turns",
     "check_messages",
     "check_tools",
     "is_trained",
@@ -28,7 +26,6 @@ __all__ = [
     "text_of",
     "thought_of",
     "trim",
-    "turns_in",
     "without_thought",
 ]
 
@@ -42,35 +39,6 @@ FLAGS = ("train", "weight", "loss")
 """Whether a turn is trained, as Axolotl, OpenAI and ms-swift say it."""
 # A prompt that opens the thought leaves its opening out of the answer; then its end stands on a line of its own.
 _INLINE = re.compile(r"\s*(?:<think>(.*?)</think>|(.*?)(?:\n</think>|</think>[ \t]*\n))\s*", re.DOTALL)
-
-_CALL = "function_call"
-_SPEAKERS: Mapping[str, str] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function_call": _CALL,
-    "tool_call": _CALL,
-}
-_ROLES = ("function_call", "tool_call", "observation", "function_response", "tool_response")
-"""Speakers that also stand as roles of messages, and that no chat template knows."""
-
-_OTHER_MARKS: Mapping[str, str] = {
-    "loss_weight": "weight",
-    "loss_scale": "weight",
-    "loss_mask": "train",
-    "mask": "train",
-}
-"""Other names of the marks of a turn, each with ours; `mask: true` leaves a turn out."""
-_FOREIGN = frozenset({*_OTHER_MARKS, "train_detail"})
 
 
 def check_messages(raw: Any, column: str = "messages") -> list[Message]:
@@ -213,10 +181,14 @@ def _check_part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kept = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
-    if isinstance(kept.get("text"), str) and kept.get("type", "text") == "text":
-        return {"type": "text", **kept}
+    if isinstance(kept.get("text"), str) and kept.get("type", "text") in _TEXT:
+        return {**kept, "type": "text"}
     what = kept.get("type") or _kind(part)
     raise InvalidRow("content is not text", f"{where}: content has a part of type {_short(what)}; only text is trained")
+
+
+_TEXT = ("text", "input_text", "output_text")
+"""Types of parts that are text."""
 
 
 def _check_flags(turn: Message, where: str) -> None:
@@ -275,114 +247,3 @@ def _kind(value: Any) -> str:
 def _short(value: Any) -> str:
     shown = ascii(value) if not isinstance(value, str) else repr(value.encode("utf-8", "replace").decode())
     return shown if len(shown) <= 40 else shown[:39] + "…"
-
-
-def as_turns(raw: Any, column: str) -> Any:
-    """A conversation with `role` and `content` in every turn, or `raw` where it is none, which others refuse.
-
-    Args:
-        raw: a list of turns, or JSON text of one (as CSV holds it).
-        column: its name, for messages to people.
-
-    Raises:
-        InvalidRow: an unknown speaker, a call that is no call, or a mark of training that cannot be followed.
-    """
-    turns = turns_in(raw)
-    if not isinstance(turns, list):
-        return raw
-    found: list[Any] = []
-    for index, turn in enumerate(turns):
-        where = f"{column}[{index}]"
-        one = _turn(turn, where) if isinstance(turn, dict) else turn
-        if found and _is_call(turn) and _goes_on(found[-1], one):
-            found[-1] = {**found[-1], CALLS: [*(found[-1].get(CALLS) or []), *one[CALLS]]}
-        else:
-            found.append(one)
-    return found
-
-
-def _is_call(turn: Any) -> bool:
-    """Whether a turn, as it stands in the file, is calls alone, which belong to the assistant's turn before them."""
-    return isinstance(turn, dict) and _SPEAKERS.get(str(turn.get("from", turn.get("role")))) == _CALL
-
-
-def _goes_on(before: Any, call: dict[str, Any]) -> bool:
-    if not isinstance(before, dict) or before.get("role") != "assistant":
-        return False
-    alike = all(before.get(mark) == call.get(mark) for mark in FLAGS)
-    return alike and isinstance(before.get(CALLS) or [], list)
-
-
-def turns_in(raw: Any) -> Any:
-    """What JSON text of a list holds, as CSV has it; anything else as it is."""
-    if not isinstance(raw, str) or not raw.lstrip().startswith("["):
-        return raw
-    try:
-        return JSON.decode(raw)
-    except (ValueError, RecursionError):
-        return raw
-
-
-def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    if "from" in turn:
-        turn = _of_speaker(turn, where)
-    elif turn.get("role") in _ROLES:
-        turn = {**turn, "role": _SPEAKERS[turn["role"]]}
-    if turn.get("role") == _CALL:
-        calls = _calls(turn.get("content"), where)
-        turn = {**turn, "role": "assistant", "content": "", CALLS: calls}
-    elif turn.get("function_call") is not None and turn.get("role") == "assistant":
-        if turn.get(CALLS):
-            raise InvalidRow("bad tool call", f"{where}: has both function_call and tool_calls; keep one")
-        rest = {key: item for key, item in turn.items() if key != "function_call"}
-        turn = {**rest, CALLS: _calls(turn["function_call"], where)}
-    return turn if turn.keys().isdisjoint(_FOREIGN) else _marked(turn, where)
-
-
-def _of_speaker(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    speaker = turn["from"]
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        near = did_you_mean(str(speaker), list(_SPEAKERS)) or f"; known: {', '.join(_SPEAKERS)}"
-        raise InvalidRow("unknown role", f"{where}: unknown speaker {ascii(speaker)[:40]}{near}")
-    rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
-    return {"role": role, "content": turn.get("value", turn.get("content")), **rest}
-
-
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    try:
-        calls = JSON.decode(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        calls = None
-    calls = [calls] if isinstance(calls, dict) else calls
-    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
-        raise InvalidRow("bad tool call", f"{where}: a call is an object with name and arguments, or JSON text of one")
-    return [call if "function" in call else {"type": "function", "function": _arguments(call)} for call in calls]
-
-
-def _arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A call with its arguments under their usual name."""
-    if "arguments" in call or "parameters" not in call:
-        return call
-    return {("arguments" if key == "parameters" else key): item for key, item in call.items()}
-
-
-def _marked(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    """The turn with its marks under our names.
-
-    Raises:
-        InvalidRow: a mark that is no yes or no, two that differ, or one for a part of the turn.
-    """
-    if turn.get("train_detail"):
-        raise InvalidRow("bad weight", f"{where}: train_detail: a turn is trained whole or not at all; split the turn")
-    kept = {key: item for key, item in turn.items() if key not in _FOREIGN}
-    for name, ours in _OTHER_MARKS.items():
-        if (value := turn.get(name)) is None:
-            continue
-        if name == "mask" and not isinstance(value, bool):
-            raise InvalidRow("bad weight", f"{where}: mask is {ascii(value)[:40]}; write train: true or train: false")
-        value = not value if name == "mask" else value
-        if kept.get(ours) is not None and bool(kept[ours]) != bool(value):
-            raise InvalidRow("bad weight", f"{where}: {name} and {ours} say different things; keep one")
-        kept[ours] = value
-    return kept

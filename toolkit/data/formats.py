@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toolkit.data.conversation import Message, as_turns, check_messages, check_tools, text_of, trim
+from toolkit.data.conversation import Message, check_messages, text_of, trim
+from toolkit.data.envelopes import advice, instructed
 from toolkit.data.problems import JSON, InvalidRow, listed, printable
+from toolkit.data.speakers import as_turns
 from toolkit.data.template import NOT_OPTIONS
+from toolkit.data.tools import tools_in
 from toolkit.errors import DataError, did_you_mean
 
 __all__ = [
@@ -187,7 +190,8 @@ def _no_fit(declared: str, wanted: Mapping[str, Shape], columns: Set[str], avail
     hint = f"; is {near[0][0]!r} meant to be {near[0][1]!r}?" if near else ""
     if fits := [how for name, (how, needs) in _ELSEWHERE.items() if name not in wanted and needs <= available]:
         hint = f"; such rows are for training.method: {fits[0]}"
-    return f"{where}: its columns ({has}) fit no format{hint}; accepted: {choices}; rename with data.columns"
+    told = advice(columns) or f"{hint}; accepted: {choices}; rename with data.columns"
+    return f"{where}: its columns ({has}) fit no format{told}"
 
 
 _ELSEWHERE = {"preference": ("dpo", {"chosen", "rejected"}), "prompt": ("grpo", {"prompt"})}
@@ -232,16 +236,16 @@ def conversation(values: Mapping[str, Any], messages: list[Message], given: int 
         InvalidRow: nothing is answered, or a column beside them cannot be read.
     """
     notes = []
-    if values.get("system"):
+    if carries(values.get("system")) and text_of((told := _system(values))["content"]):
         if messages[0]["role"] in _SYSTEM:
-            notes += [TWO_SYSTEMS] if messages[0].get("content") != values["system"] else []
+            notes += [TWO_SYSTEMS] if text_of(messages[0].get("content")) != text_of(told["content"]) else []
         else:
-            messages = [{"role": "system", "content": text_column(values, "system")}, *messages]
+            messages = [told, *messages]
             given += 1 if given else 0
     kept = trim(messages)
     if len(kept) <= given:
         raise InvalidRow("no assistant turn", "no assistant turn in the completion; there is nothing to learn from")
-    tools, filled = _tools(values)
+    tools, filled = tools_in(values)
     notes += [NULL_PROPERTIES] if filled else []
     notes += [NULL_ARGUMENTS] if any(_has_null_argument(turn) for turn in kept if turn.get("tool_calls")) else []
     return Example(
@@ -255,41 +259,11 @@ def conversation(values: Mapping[str, Any], messages: list[Message], given: int 
     )
 
 
-def _tools(values: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, bool]:
-    """The tools of a row, from `tools` or the older `functions`, and whether null properties were taken out."""
-    tools = check_tools(values.get("tools"))
-    try:
-        functions = check_tools(values.get("functions"))
-    except InvalidRow as problem:
-        raise InvalidRow(problem.reason, f"functions, read as {problem.detail}") from None
-    if tools and functions:
-        raise InvalidRow("bad tools", "the row has both tools and functions; keep one")
-    if functions:
-        tools = [one if "function" in one else {"type": "function", "function": one} for one in functions]
-    if not tools:
-        return None, False
-    taken: list[str] = []
-    return [_schema(tool, taken) for tool in tools], bool(taken)
-
-
-def _schema(value: Any, taken: list[str]) -> Any:
-    """A JSON schema without properties that are null: no such schema exists, so a table's padding left them."""
-    if isinstance(value, list):
-        return [_schema(item, taken) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key, item in value.items():
-        if key == "properties" and isinstance(item, dict):
-            taken += [name for name, schema in item.items() if schema is None]
-            found[key] = {name: _schema(schema, taken) for name, schema in item.items() if schema is not None}
-        else:
-            found[key] = item if key in _VALUES else _schema(item, taken)
-    return found
-
-
-_VALUES = ("default", "const", "enum", "example", "examples")
-"""Keywords of a schema that hold values, in which `properties` is a word like any other."""
+def _system(values: Mapping[str, Any]) -> Message:
+    """The system turn of the column, which is text or a list of text parts."""
+    if isinstance(told := values["system"], list):
+        return check_messages([{"role": "system", "content": told}], "system")[0]
+    return {"role": "system", "content": text_column(values, "system")}
 
 
 def _has_null_argument(turn: Message) -> bool:
@@ -348,9 +322,8 @@ def _parse_pair(values: Mapping[str, Any]) -> Example:
 
 
 def _parse_alpaca(values: Mapping[str, Any]) -> Example:
-    asked = text_column(values, "instruction")
-    if values.get("input"):
-        asked = f"{asked}\n\n{text_column(values, 'input')}"
+    given = text_column(values, "input") if values.get("input") else ""
+    asked = instructed(text_column(values, "instruction"), given)
     turns = [*_history(values.get("history")), ("user", asked), ("assistant", text_column(values, "output"))]
     return conversation(values, [{"role": role, "content": content} for role, content in turns])
 

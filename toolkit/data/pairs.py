@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.conversation import Message, as_turns, check_messages, turns_in
+from toolkit.data.conversation import Message, check_messages
 from toolkit.data.encode import Encoded, EncodedRow, Encoder
 from toolkit.data.formats import CHAT, SHAPES, Example, Shape, carries, conversation, present, text_column
 from toolkit.data.problems import InvalidRow
+from toolkit.data.speakers import as_turns, turns_in
 
 __all__ = ["EQUAL_WHEN_CUT", "JUDGED_SHAPES", "PAIRS", "PAIR_SHAPES", "UNPAIRED", "encode_examples"]
 
 PAIRS, UNPAIRED = "preference", "unpaired"
 """The formats' names."""
-_WORDS = {"true": True, "false": False, "1": True, "0": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 EQUAL_WHEN_CUT = "chosen and rejected are the same up to max_length"
 _SIDES = ("chosen", "rejected")
 
@@ -100,8 +101,9 @@ def _prompt(example: Encoded) -> Any:
 
 
 def _parse(values: Mapping[str, Any]) -> Example:
-    chosen, rejected, prompt = present(values, "chosen"), present(values, "rejected"), values.get("prompt")
-    texts = [_is_text(answer) for answer in (chosen, rejected)]
+    sides = {side: [said] if isinstance(said := present(values, side), dict) else said for side in _SIDES}
+    values, prompt = {**values, **sides}, values.get("prompt")
+    texts = [_is_text(answer) for answer in sides.values()]
     if all(texts):
         return _text_pair(values)
     if any(texts):
@@ -171,7 +173,7 @@ def _is_text(value: Any) -> bool:
 
 def _parse_unpaired(values: Mapping[str, Any]) -> Example:
     label = present(values, "label")
-    word = _WORDS.get(str(label).strip().lower()) if isinstance(label, (str, bool, int)) else None
+    word = _WORDS.get(str(label).strip().lower()) if isinstance(label, (str, bool, int, float)) else None
     if word is None:
         raise InvalidRow(
             "bad label", f"label is {label!r}; true (a good answer) or false (a bad one) is expected"[:200]

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.data.envelopes import unwrapped
 from toolkit.data.files import Row
 from toolkit.data.formats import SHAPES, Example, Shape, add_system, carries, choose_shape, rename
+from toolkit.data.pairs import PAIRS, UNPAIRED
 from toolkit.data.problems import InvalidRow, Problems, listed, printable
 from toolkit.data.sources import open_source
 from toolkit.data.storage import Spool
@@ -99,7 +101,7 @@ class Reading:
             DataError: the columns fit no format, a row is invalid and invalid rows are not to be dropped, or none
                 is valid; there is no column `group_by`.
         """
-        rows = map(self._without_columns, rows) if self.remove_columns else rows
+        rows = map(self._under_our_names, map(self._without_columns, rows) if self.remove_columns else rows)
         peeked = list(itertools.islice(rows, _PEEK))
         examples = Spool[Example](Example.memory) if into is None else into
         split, problems, before = Split(name, where, examples=examples), Problems(), len(examples)
@@ -132,6 +134,17 @@ class Reading:
             return row
         self.removed |= row.values.keys() & set(self.remove_columns)
         return replace(row, values={k: v for k, v in row.values.items() if k not in self.remove_columns})
+
+    def _under_our_names(self, row: Row) -> Row:
+        if isinstance(row.values, InvalidRow):
+            return row
+        try:
+            found = unwrapped(row.values, pairs=PAIRS in self.shapes, judged=UNPAIRED in self.shapes)
+        except InvalidRow as problem:
+            return replace(row, values=problem)
+        # A column that the recipe names is read under that name.
+        named = {*self.columns.values(), *self.kept, *([self.group_by] if self.group_by else [])}
+        return row if row.values.keys() & named - found.keys() else replace(row, values=dict(found))
 
     def _shape(self, columns: Set[str], where: str) -> str:
         shape = choose_shape(self.format, columns, self.columns, where, self.shapes)
