@@ -194,7 +194,7 @@ def _no_fit(declared: str, wanted: Mapping[str, Shape], columns: Set[str], avail
     return f"{where}: its columns ({has}) fit no format{told}"
 
 
-_ELSEWHERE = {"preference": ("dpo", {"chosen", "rejected"}), "prompt": ("grpo", {"prompt"})}
+_ELSEWHERE = {"prompt": ("grpo", {"prompt"})}
 
 
 def _example_column(missing: str, columns: Set[str]) -> str:

@@ -13,10 +13,11 @@ from typing import Any, overload
 
 import numpy as np
 
-from toolkit.data.conversation import as_turns, check_messages
+from toolkit.data.conversation import check_messages
 from toolkit.data.encode import TOO_LONG, EncodedRow, Encoder
 from toolkit.data.formats import CHAT, SHAPES, Example, Shape, carries, conversation, present
 from toolkit.data.problems import InvalidRow
+from toolkit.data.speakers import as_turns
 from toolkit.data.turns import CLOSED
 
 __all__ = ["QUESTION_SHAPES", "Question", "QuestionEncoder", "Questions"]

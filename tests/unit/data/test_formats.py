@@ -122,7 +122,11 @@ def test_columns_are_renamed(build: Any, trained: Any) -> None:
     ("row", "options", "message"),
     [
         ({"question": "q", "answer": "a"}, {}, r"its columns \(answer, question\) fit no format; accepted: messages"),
-        ({"prompt": "q"}, {}, r"its columns \(prompt\) fit no format; accepted: messages"),
+        (
+            {"prompt": "q"},
+            {},
+            r"its columns \(prompt\) fit no format; such rows are for training.method: grpo; accepted: messages",
+        ),
         ({"message": []}, {}, r"; is 'message' meant to be 'messages'\?"),
         (
             {"prompts": "q", "completion": "a"},

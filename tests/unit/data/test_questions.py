@@ -80,7 +80,7 @@ def test_a_prompt_that_leaves_no_room_is_left_out_and_counted(tmp_path: Path) ->
         ([{"prompt": [ASK, {"role": "assistant", "content": "a"}]}], {}, "prompt ends in an assistant turn"),
         ([{"text": "a text"}], {}, "its columns (text) fit no format"),
         ([{"prompt": [ASK]}], {"room": None}, "such rows are for training.method: grpo; accepted:"),
-        ([{"chosen": [ASK], "rejected": [ASK]}], {"room": None}, "such rows are for training.method: dpo; accepted:"),
+        ([{"chosen": [ASK], "rejected": [ASK]}], {"room": None}, "learn from both with training.method: dpo"),
         (ROWS, {"kept": ["levle"]}, "rewards.columns: no column 'levle'; did you mean level?"),
     ],
 )
