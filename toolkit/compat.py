@@ -135,7 +135,10 @@ SEAMS = (
         "_can_record_outputs",
     ),
     *_at(
-        "transformers.modeling_utils.PreTrainedModel", "mtp", "to refuse speculation on a running state", "_is_stateful"
+        "transformers.modeling_utils.PreTrainedModel",
+        "architecture",
+        "to know layers that keep a running state",
+        "_is_stateful",
     ),
     *_at(
         "transformers.modeling_utils.PreTrainedModel",
@@ -233,6 +236,13 @@ SEAMS = (
         "create_masks_for_generate",
     ),
     *_at("transformers.masking_utils", "ops rehearsal", "to attend to documents apart", "sdpa_mask"),
+    *_at(
+        "transformers.masking_utils",
+        "ops",
+        "to know which masks are added",
+        "ALL_MASK_ATTENTION_FUNCTIONS",
+        "eager_mask",
+    ),
     *_at(
         "trl.trainer.sft_trainer",
         "evaluate ops training",

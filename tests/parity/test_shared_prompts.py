@@ -19,7 +19,6 @@ from tests.parity.test_preference import context, fresh, logged, rows
 from toolkit.adapters import attach_lora
 from toolkit.architecture import shared_length
 from toolkit.labels import IGNORED
-from toolkit.ops import shared_prompts
 from toolkit.ops.document_attention import per_document_attention
 from toolkit.ops.label_logits import padded
 from toolkit.ops.shared_prompts import attend_by_sight, share_prompts
@@ -46,12 +45,14 @@ def answers(prompts: int = 2, shortest: int = 4) -> tuple[torch.Tensor, torch.Te
     return padded(found)
 
 
-def both(model: PeftModel, *rows: torch.Tensor, balanced: bool = True) -> tuple[TokenScores, TokenScores, torch.Tensor]:
+def both(
+    model: PeftModel, *rows: torch.Tensor, balanced: bool = True, wide: int | None = None
+) -> tuple[TokenScores, TokenScores, torch.Tensor]:
     """Scores with a prompt for each answer, scores behind one, and the latter's log-probabilities by sequence."""
     ids, mask, labels = rows
     alone = token_scores(model, {"input_ids": ids, "attention_mask": mask}, labels, balanced=balanced)
     with per_document_attention(model), attend_by_sight(model):
-        shared = share_prompts(ids, mask, labels, 3)
+        shared = share_prompts(ids, mask, labels, 3, wide=wide)
         assert shared is not None
         together = token_scores(model, shared.inputs, shared.labels, balanced=balanced)
     return alone, together, shared.of_sequences(together.log_probs)
@@ -71,12 +72,9 @@ def test_a_row_is_the_prompt_and_then_each_answer_after_its_last_token() -> None
     assert share_prompts(ids[::2], mask[::2], labels[::2], 2) is None
 
 
-@pytest.mark.parametrize("whole", [256, 1])
-def test_scores_gradients_and_balance_are_those_of_each_answer_with_its_own_prompt(
-    whole: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("wide", [None, 0])
+def test_scores_gradients_and_balance_are_those_of_each_answer_with_its_own_prompt(wide: int | None) -> None:
     """In one product with all of a row, and answer by answer."""
-    monkeypatch.setattr(shared_prompts, "_WHOLE", whole)
     model = fresh()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,7 +82,7 @@ def test_scores_gradients_and_balance_are_those_of_each_answer_with_its_own_prom
                 parameter.normal_(std=0.1)
     ids, mask, labels = answers(shortest=9)
     told, gradients = labels[:, 1:] != IGNORED, []
-    alone, together, log_probs = both(model, ids, mask, labels)
+    alone, together, log_probs = both(model, ids, mask, labels, wide=wide)
     torch.testing.assert_close(log_probs[told], alone.log_probs[told], rtol=0, atol=ROUNDING)
     torch.testing.assert_close(together.aux_loss, alone.aux_loss)
     for scores, values in ((alone, alone.log_probs), (together, log_probs)):

@@ -150,9 +150,8 @@ def _attention(
         window = _window(known, module, attention_mask, lengths, kwargs)
         if window is not None:
             return attend_together(query, key, value, bounds, max(lengths), window, kwargs.get("scaling")), None
-    parts = parts_of(attention_mask)
-    if parts and attention_mask is not None and kwargs.get("position_bias") is None:
-        return attend_to_parts(module, query, key, value, attention_mask, parts, **kwargs)
+    if parts := parts_of(attention_mask):
+        return attend_to_parts(module, query, key, value, parts, **kwargs)
     return attention_of_few(module, query, key, value, attention_mask, **kwargs)
 
 

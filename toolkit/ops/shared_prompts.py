@@ -25,10 +25,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from toolkit.labels import IGNORED
 
 __all__ = [
+    "WIDE",
     "SharedPrompts",
     "attend_by_sight",
     "attend_to_parts",
-    "attends_by_parts",
     "parts_of",
     "share_prompts",
     "with_sight",
@@ -37,9 +37,11 @@ __all__ = [
 _SIGHT = "onecard_sight"
 """Attribute of a mask [G, R]: which of its row's tokens each token sees [G, 1, R, R]."""
 _PARTS = "onecard_parts"
-"""Attribute of what tokens see: of each row, how many are the prompt's, and each answer's; padding follows."""
-_WHOLE = 256
-"""Tokens of a row up to which one product with all of them is cheaper than one for each answer."""
+"""Attribute of what tokens see, whose values then say nothing: the parts of each row, as in `with_sight`."""
+WIDE = 256
+"""Tokens of a row above which a product for each answer is cheaper than one with all of them."""
+_MOST_SEEN = 1 << 26
+"""Bytes that a table of what each token sees may take."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,16 @@ class SharedPrompts:
 
 
 def share_prompts(
-    ids_BL: torch.Tensor, mask_BL: torch.Tensor, labels_BL: torch.Tensor, share: int
+    ids_BL: torch.Tensor, mask_BL: torch.Tensor, labels_BL: torch.Tensor, share: int, *, wide: int | None = None
 ) -> SharedPrompts | None:
-    """Rows in which `share` sequences that follow each other have what they begin with once; None if one has nothing.
+    """Rows in which `share` sequences that follow each other have what they begin with once.
+
+    None where a group has nothing in common, or where what tokens see would take too much memory.
 
     Args:
         ids_BL, mask_BL, labels_BL: padded on the right; IGNORED where a token is not predicted.
+        wide: tokens of a row above which it is attended to part by part, by an attention function that asks `parts_of`.
+            Without it, none is.
     """
     length, device = ids_BL.shape[1], ids_BL.device
     ids_GSL, labels_GSL = (each.view(-1, share, length) for each in (ids_BL, labels_BL))
@@ -95,12 +101,16 @@ def share_prompts(
     positions = torch.cat([slots, answers(places_GSK)], dim=1)
 
     size = ids.shape[1]
-    shared_or_own = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
-    itself = torch.eye(size, dtype=torch.bool, device=device)  # padding, too, has to see something
-    sees = (torch.ones_like(itself).tril() & shared_or_own & there[:, None, :]) | itself
-    parts = [[width, *each] for each in (sizes_GS - before_G1).tolist()] if attends_by_parts(size) else []
-    mask = with_sight(torch.where(owner == 0, share, 1) * there, sees[:, None], parts)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    mask, parts = torch.where(owner == 0, share, 1) * there, list[list[int]]()
+    if wide is not None and size > wide:
+        sizes = torch.cat([before_G1, sizes_GS - before_G1], dim=1).tolist()
+        parts = [[width, *each] for each in sizes]
+        sees = there.new_ones(1, 1, 1, 1).expand(rows, 1, size, size)
+    elif rows * size**2 > _MOST_SEEN:
+        return None
+    else:
+        sees = _seen(owner, there)[:, None]
+    inputs = {"input_ids": ids, "attention_mask": with_sight(mask, sees, parts), "position_ids": positions}
 
     slots_GSK = width + order_GA.argsort(dim=1).view(rows, share, most)
     asked_GSP = (torch.arange(length - 1, device=device) - before_G1).clamp(min=0)[:, None].expand(-1, share, -1)
@@ -115,16 +125,18 @@ def _shared_tokens(ids_GSL: torch.Tensor, labels_GSL: torch.Tensor, sizes_GS: to
     return torch.minimum(same_GL.long().cumprod(1).sum(1), sizes_GS.min(1).values)
 
 
-def attends_by_parts(width: int) -> bool:
-    """Whether rows of so many tokens are attended to part by part, where the attention function can."""
-    return width > _WHOLE
+def _seen(owner_GR: torch.Tensor, there_GR: torch.Tensor) -> torch.Tensor:
+    """Which of its row's tokens each token sees [G, R, R]. Padding, too, has to see something: itself."""
+    shared_or_own = (owner_GR[:, None, :] == 0) | (owner_GR[:, None, :] == owner_GR[:, :, None])
+    itself = torch.eye(owner_GR.shape[1], dtype=torch.bool, device=owner_GR.device)
+    return (torch.ones_like(itself).tril() & shared_or_own & there_GR[:, None, :]) | itself
 
 
 def with_sight(mask_GR: torch.Tensor, sees_G1RR: torch.Tensor, parts: Sequence[Sequence[int]] = ()) -> torch.Tensor:
     """The mask, which a decoder with `attend_by_sight` replaces by what each token sees.
 
-    `parts` [G][1 + S]: tokens of the prompt, the same in all rows, and of each answer, where these are to be attended
-    to one by one by attention functions that ask `parts_of`.
+    `parts` [G][2 + S], where rows are to be attended to part by part: the prompt's width, the same in all rows, how
+    many tokens of it there are, and each answer's. What tokens see is then not looked at.
     """
     if parts:
         setattr(sees_G1RR, _PARTS, parts)
@@ -143,28 +155,30 @@ def attend_to_parts(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    sees: torch.Tensor,
     parts: Sequence[Sequence[int]],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' SDPA function: the prompt for itself, then each answer to the prompt and to itself.
 
     Args:
-        query, key, value: [G, heads, R, d]. sees: [G, 1, R, R]. parts: as in `with_sight`.
+        query, key, value: [G, heads, R, d]. parts: as in `with_sight`.
     """
     outputs = []
-    for row, (prompt, *answers) in enumerate(parts):
-        q, k, v, seen = (each[row : row + 1] for each in (query, key, value, sees))
-        ends = [prompt + sum(answers[:count]) for count in range(len(answers) + 1)]
+    for row, (width, held, *answers) in enumerate(parts):
+        q, k, v = (each[row : row + 1] for each in (query, key, value))
+        ends = [width + sum(answers[:count]) for count in range(len(answers) + 1)]
         ends[-1] = q.shape[2]  # padding is computed with the last answer
-        bounds = [(0, prompt), *pairwise(ends)] if prompt else list(pairwise(ends))
+        longest = max(width, *(end - start for start, end in pairwise(ends)))
+        causal = torch.ones(1, 1, longest, longest, dtype=torch.bool, device=q.device).tril()
+        prompt = (torch.arange(width, device=q.device) < held).expand(1, 1, longest, -1)
         done = []
-        for start, end in bounds:
-            own = slice(start, end)
-            shared = min(prompt, start)
-            parts_k, parts_v = (torch.cat([each[:, :, :shared], each[:, :, own]], dim=2) for each in (k, v))
-            mask = torch.cat([seen[..., own, :shared], seen[..., own, own]], dim=3)
-            done.append(sdpa_attention_forward(module, q[:, :, own], parts_k, parts_v, mask, **kwargs)[0])
+        if width:
+            own = (each[:, :, :width] for each in (q, k, v))
+            done.append(sdpa_attention_forward(module, *own, causal[..., :width, :width], **kwargs)[0])
+        for start, end in pairwise(ends):
+            own_k, own_v = (torch.cat([each[:, :, :width], each[:, :, start:end]], dim=2) for each in (k, v))
+            sees = torch.cat([prompt[..., : end - start, :], causal[..., : end - start, : end - start]], dim=3)
+            done.append(sdpa_attention_forward(module, q[:, :, start:end], own_k, own_v, sees, **kwargs)[0])
         outputs.append(torch.cat(done, dim=1))
     return torch.cat(outputs), None
 

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.adapters.tokens import token_layers
-from toolkit.architecture import describe
+from toolkit.architecture import can_replace_sdpa, describe
 from toolkit.ops.document_attention import (
     attend_to_documents,
     attend_together,
@@ -29,7 +29,7 @@ from toolkit.ops.document_attention import (
     per_document_attention,
 )
 from toolkit.ops.norms import fuse_norms
-from toolkit.ops.shared_prompts import attend_by_sight, attends_by_parts, with_sight
+from toolkit.ops.shared_prompts import WIDE, attend_by_sight, with_sight
 from toolkit.rehearsal.autocast import CardAutocast, run_again
 from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
@@ -279,9 +279,11 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     if step.share > 1:
         answers = [step.labelled // step.share + 1] * step.share
-        sees = torch.ones((step.batch, 1, step.length, step.length), dtype=torch.bool)
-        parts = [[step.length - sum(answers), *answers]] * step.batch
-        with_sight(inputs["attention_mask"], sees, parts if attends_by_parts(step.length) else ())
+        prompt = step.length - sum(answers)
+        by_parts = step.length > WIDE and can_replace_sdpa(model.get_base_model())
+        few = (1, 1, 1, 1) if by_parts else (step.batch, 1, step.length, step.length)
+        sees = torch.ones(few, dtype=torch.bool).expand(step.batch, 1, step.length, step.length)
+        with_sight(inputs["attention_mask"], sees, [[prompt, prompt, *answers]] * step.batch if by_parts else ())
     return inputs
 
 

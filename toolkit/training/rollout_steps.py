@@ -176,6 +176,7 @@ class RolloutSteps(ScoredSteps):
                     labels,
                     balanced=compute_aux_loss,
                     share=self.share if model.training else 1,
+                    wide=self.wide,
                 )
             counted = attention_mask[rows, -logits_to_keep:] != 0
             logps.append(found.log_probs.gather(1, places).masked_fill(~counted, 0.0))

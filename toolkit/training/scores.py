@@ -18,7 +18,7 @@ from toolkit.errors import out_of_memory
 from toolkit.labels import IGNORED
 from toolkit.ops.document_attention import per_document_attention
 from toolkit.ops.label_logits import padded, pays_to_keep_logits
-from toolkit.ops.shared_prompts import attend_by_sight, share_prompts
+from toolkit.ops.shared_prompts import WIDE, attend_by_sight, share_prompts
 from toolkit.ops.token_scores import PER_TOKEN, TokenScores, token_scores
 from toolkit.training.adapter_steps import AdapterSteps
 
@@ -40,6 +40,8 @@ class ScoredSteps(AdapterSteps):
     """Whether the model allows it."""
     share = 1
     """Sequences that have one prompt, in `sharing`."""
+    wide: int | None = None
+    """Tokens above which such a row is attended to part by part, where the model's attention can."""
 
     def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
         """Each labelled token's scores, as `TokenScores` has them; TRL's fused head computes them on a card.
@@ -47,12 +49,20 @@ class ScoredSteps(AdapterSteps):
         It does so on a CPU too where the logits would be too many, or where the family gives no load-balancing loss;
         and nowhere if its logits are not the family's own.
         """
-        return self._scores_behind_prompts(model, inputs, labels, balanced=balanced, share=self.share)
+        return self._scores_behind_prompts(model, inputs, labels, balanced=balanced, share=self.share, wide=self.wide)
 
     def _scores_behind_prompts(
-        self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool, share: int
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        labels: torch.Tensor,
+        *,
+        balanced: bool,
+        share: int,
+        wide: int | None,
     ) -> Any:
-        rows = share_prompts(inputs["input_ids"], inputs["attention_mask"], labels, share) if share > 1 else None
+        given = inputs["input_ids"], inputs["attention_mask"], labels, share
+        rows = share_prompts(*given, wide=wide) if share > 1 else None
         if rows is None:
             return self._scores(model, inputs, labels, balanced=balanced)
         found, told = self._scores(model, rows.inputs, rows.labels, balanced=balanced), labels[:, 1:] != IGNORED
@@ -85,11 +95,14 @@ class ScoredSteps(AdapterSteps):
         if self.may_share() == 1 or self.beside is not None:
             return
         longest, prompts = self.longest_to_share()
+        if not all(prompts):
+            return
         room = shared_length(self.model.get_base_model())
         why = "this family's layers see more than they are told to"
         if longest <= room:
-            with per_document_attention(self.model), attend_by_sight(self.model):
+            with per_document_attention(self.model) as takes_parts, attend_by_sight(self.model):
                 why = self._why_not_the_same(prompts)
+                self.wide = WIDE if takes_parts and not self._why_not_the_same(prompts, wide=0) else None
         elif room:
             why = f"its layers see {room} tokens back, and the longest has {longest}"
         self.shares = not why
@@ -110,7 +123,7 @@ class ScoredSteps(AdapterSteps):
                 self.share = 1
 
     @torch.no_grad()
-    def _why_not_the_same(self, prompts: Sequence[Sequence[int]]) -> str:
+    def _why_not_the_same(self, prompts: Sequence[Sequence[int]], wide: int | None = None) -> str:
         """What is wrong with scores of answers behind one prompt, against each with its own; empty where nothing is."""
         rows = []
         for prompt in prompts:
@@ -118,13 +131,12 @@ class ScoredSteps(AdapterSteps):
                 answer = [prompt[(number + step) % len(prompt)] for step in range(number + 1)]
                 rows.append({"input_ids": [*prompt, *answer], "labels": [*[IGNORED] * len(prompt), *answer]})
         ids, mask, labels = padded(rows, device=self.args.device)
+        given = {"input_ids": ids, "attention_mask": mask}
         self.model.eval()
         try:
             with self.accelerator.autocast():
                 alone, together = (
-                    self._scores_behind_prompts(
-                        self.model, {"input_ids": ids, "attention_mask": mask}, labels, balanced=False, share=share
-                    ).log_probs
+                    self._scores_behind_prompts(self.model, given, labels, balanced=False, share=share, wide=wide)
                     for share in (1, _TRIED)
                 )
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -132,7 +144,7 @@ class ScoredSteps(AdapterSteps):
                 raise
             return f"{type(error).__name__}: {error}".splitlines()[0][:100]
         told = labels[:, 1:] != IGNORED
-        off = (alone - together)[told].square().mean().sqrt() / alone[told].std()
+        off = (alone.log_probs - together.log_probs)[told].square().mean().sqrt() / alone.log_probs[told].std()
         same = bool(off <= _TOLERANCE[self.model.dtype])
         return "" if same else f"their scores differ by {float(off):.0%} of their spread"
 
