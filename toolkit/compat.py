@@ -236,13 +236,7 @@ SEAMS = (
         "create_masks_for_generate",
     ),
     *_at("transformers.masking_utils", "ops rehearsal", "to attend to documents apart", "sdpa_mask"),
-    *_at(
-        "transformers.masking_utils",
-        "ops",
-        "to know which masks are added",
-        "ALL_MASK_ATTENTION_FUNCTIONS",
-        "eager_mask",
-    ),
+    *_at("transformers.masking_utils", "ops", "to add masks", "ALL_MASK_ATTENTION_FUNCTIONS", "eager_mask"),
     *_at(
         "trl.trainer.sft_trainer",
         "evaluate ops training",

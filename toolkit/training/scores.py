@@ -28,6 +28,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Root mean square of what rounding may change, as a share of the log-probabilities' spread."""
 _TRIED = 4
 """Answers to each prompt, and tokens of the longest, that are tried."""
+_LONGEST = 64
+"""Tokens of a prompt that are tried: so that it takes less memory than a step."""
 
 
 class ScoredSteps(AdapterSteps):
@@ -126,7 +128,7 @@ class ScoredSteps(AdapterSteps):
     def _why_not_the_same(self, prompts: Sequence[Sequence[int]], wide: int | None = None) -> str:
         """What is wrong with scores of answers behind one prompt, against each with its own; empty where nothing is."""
         rows = []
-        for prompt in prompts:
+        for prompt in (whole[:_LONGEST] for whole in prompts):
             for number in range(_TRIED):
                 answer = [prompt[(number + step) % len(prompt)] for step in range(number + 1)]
                 rows.append({"input_ids": [*prompt, *answer], "labels": [*[IGNORED] * len(prompt), *answer]})
