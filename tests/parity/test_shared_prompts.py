@@ -19,9 +19,9 @@ from tests.parity.test_preference import context, fresh, logged, rows
 from toolkit.adapters import attach_lora
 from toolkit.architecture import shared_length
 from toolkit.labels import IGNORED
-from toolkit.ops.document_attention import per_document_attention
+from toolkit.ops.document_attention import attend_to_shared_prompts
 from toolkit.ops.label_logits import padded
-from toolkit.ops.shared_prompts import attend_by_sight, share_prompts
+from toolkit.ops.shared_prompts import share_prompts
 from toolkit.ops.token_scores import TokenScores, token_scores
 from toolkit.quant import load_int8
 from toolkit.recipe import TrainingSection
@@ -51,7 +51,7 @@ def both(
     """Scores with a prompt for each answer, scores behind one, and the latter's log-probabilities by sequence."""
     ids, mask, labels = rows
     alone = token_scores(model, {"input_ids": ids, "attention_mask": mask}, labels, balanced=balanced)
-    with per_document_attention(model), attend_by_sight(model):
+    with attend_to_shared_prompts(model):
         shared = share_prompts(ids, mask, labels, 3, wide=wide)
         assert shared is not None
         together = token_scores(model, shared.inputs, shared.labels, balanced=balanced)

@@ -26,11 +26,12 @@ from transformers.masking_utils import sdpa_mask
 
 from toolkit.architecture import can_replace_sdpa
 from toolkit.ops.few_queries import attention_of_few
-from toolkit.ops.shared_prompts import attend_to_parts, parts_of
+from toolkit.ops.shared_prompts import attend_by_sight, attend_to_parts, parts_of
 
 __all__ = [
     "NoMasks",
     "attend_to_documents",
+    "attend_to_shared_prompts",
     "attend_together",
     "can_attend_together",
     "keep_lengths",
@@ -64,6 +65,14 @@ def per_document_attention(model: PeftModel, implementation: str = _NAME) -> Ite
     finally:
         if can:
             base.set_attn_implementation(before)
+
+
+@contextmanager
+def attend_to_shared_prompts(model: PeftModel) -> Iterator[bool]:
+    """Within the block, answers behind one prompt see it and themselves (`toolkit.ops.shared_prompts`); yields whether
+    rows may be attended to part by part."""
+    with per_document_attention(model) as takes_parts, attend_by_sight(model):
+        yield takes_parts
 
 
 class NoMasks:

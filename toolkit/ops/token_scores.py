@@ -8,6 +8,7 @@ does to its logits, and on a CPU it computes those of every token. Here are the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch.nn.functional import cross_entropy
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import forward_inputs, label_logits
 
-__all__ = ["PER_TOKEN", "TokenScores", "sequence_logps", "token_scores"]
+__all__ = ["TokenScores", "each_token", "sequence_logps", "token_scores"]
 
-PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+_PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 """The fields of `TokenScores` that have a value for each token."""
 
 
@@ -38,6 +39,11 @@ class TokenScores:
     log_sum_sq_probs: torch.Tensor
     aux_loss: torch.Tensor | None
     """The family's load-balancing loss, where it was asked for and the family computes one."""
+
+
+def each_token(scores: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenScores:
+    """Scores, ours or TRL's, with what `change` makes of each token's values [B, L-1]."""
+    return TokenScores(**{name: change(getattr(scores, name)) for name in _PER_TOKEN}, aux_loss=scores.aux_loss)
 
 
 def token_scores(

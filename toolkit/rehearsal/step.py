@@ -6,8 +6,8 @@ run, and the whole follows: every stretch of a step grows by the same bytes with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,15 +21,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from toolkit.adapters.tokens import token_layers
-from toolkit.architecture import can_replace_sdpa, describe
+from toolkit.architecture import describe
 from toolkit.ops.document_attention import (
     attend_to_documents,
+    attend_to_shared_prompts,
     attend_together,
     can_attend_together,
     per_document_attention,
 )
 from toolkit.ops.norms import fuse_norms
-from toolkit.ops.shared_prompts import WIDE, attend_by_sight, with_sight
+from toolkit.ops.shared_prompts import WIDE, with_sight
 from toolkit.rehearsal.autocast import CardAutocast, run_again
 from toolkit.rehearsal.fused_head import gives_own_logits
 from toolkit.rehearsal.ledger import Ledger
@@ -172,8 +173,9 @@ def run_step(model: PeftModel, step: Step, fake_mode: FakeTensorMode) -> Counted
         ledger = Ledger(known, granule=512 if step.on_card else 1)
         alone = per_document_attention(model, _TOGETHER if step.on_card else _CAUSAL) if _apart(step) else nullcontext()
         lists = CardAutocast() if step.on_card else nullcontext()
-        with alone, _sharing(model, step), ledger, lists, nullcontext() if step.trains else torch.no_grad():
-            _watch_and_run(model, step, ledger, numbers)
+        sharing = attend_to_shared_prompts(model) if step.share > 1 else nullcontext(False)
+        with alone, sharing as takes_parts, ledger, lists, nullcontext() if step.trains else torch.no_grad():
+            _watch_and_run(model, step, ledger, numbers, by_parts=takes_parts and step.length > WIDE)
         ledger.mark("over")
         model.zero_grad(set_to_none=True)
     return Counted(ledger.peaks, ledger.bares, ledger.waits)
@@ -194,24 +196,16 @@ def _apart(step: Step) -> bool:
     return step.packed and (not step.on_card or step.dtype in (torch.bfloat16, torch.float16))
 
 
-@contextmanager
-def _sharing(model: PeftModel, step: Step) -> Iterator[None]:
-    """Answers see their prompt and themselves alone, as in the trainer."""
-    with ExitStack() as stack:
-        if step.share > 1:
-            stack.enter_context(per_document_attention(model))
-            stack.enter_context(attend_by_sight(model))
-        yield
-
-
 def _documents(step: Step) -> dict[str, torch.Tensor]:
     """The document that each packed token is of, which layers with a running state ask; a few bytes, not counted."""
     return {"seq_idx": torch.zeros((step.batch, step.length), dtype=torch.int32)} if step.packed and step.trains else {}
 
 
-def _watch_and_run(model: PeftModel, step: Step, ledger: Ledger, numbers: Mapping[str, torch.Tensor]) -> None:
+def _watch_and_run(
+    model: PeftModel, step: Step, ledger: Ledger, numbers: Mapping[str, torch.Tensor], *, by_parts: bool
+) -> None:
     layers = decoder_layers(model)[2]
-    inputs = {**_inputs(model, step), **numbers}
+    inputs = {**_inputs(step, by_parts=by_parts), **numbers}
     watches = [_Watch(ledger, number, is_last=number == len(layers) - 1) for number in range(len(layers))]
     handles = [layer.register_forward_hook(watch) for layer, watch in zip(layers, watches, strict=True)]
     ledger.left_out = partial(_gradients, model)
@@ -269,7 +263,7 @@ class _Watch:
             hidden.register_hook(lambda _: self.ledger.mark(f"backward {self.number}"))
 
 
-def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
+def _inputs(step: Step, *, by_parts: bool) -> dict[str, torch.Tensor]:
     shape = (step.batch, step.length)
     ids = torch.zeros(shape, dtype=torch.long)
     inputs = {"input_ids": ids, **({} if step.kind == "generate" else {"labels": ids.clone()})}
@@ -280,7 +274,6 @@ def _inputs(model: PeftModel, step: Step) -> dict[str, torch.Tensor]:
     if step.share > 1:
         answers = [step.labelled // step.share + 1] * step.share
         prompt = step.length - sum(answers)
-        by_parts = step.length > WIDE and can_replace_sdpa(model.get_base_model())
         few = (1, 1, 1, 1) if by_parts else (step.batch, 1, step.length, step.length)
         sees = torch.ones(few, dtype=torch.bool).expand(step.batch, 1, step.length, step.length)
         with_sight(inputs["attention_mask"], sees, [[prompt, prompt, *answers]] * step.batch if by_parts else ())

@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from toolkit.data.storage import prompts_and_answers, sequence_lengths
 from toolkit.labels import IGNORED
 from toolkit.ops.label_logits import padded
-from toolkit.ops.token_scores import PER_TOKEN, TokenScores
+from toolkit.ops.token_scores import each_token
 from toolkit.training.adapter_steps import RunContext
 from toolkit.training.scores import ScoredSteps
 
@@ -204,8 +204,8 @@ class PreferenceTrainer(PreferenceSteps, DPOTrainer):  # type: ignore[misc]
 
     def longest_to_share(self) -> tuple[int, list[list[int]]]:
         """As there."""
-        found = (self.pairs.sequence(number, 0) for number in (0, len(self.pairs) - 1))
-        prompts = [row["input_ids"][: int(np.argmax(np.asarray(row["labels"]) != IGNORED))] for row in found]
+        sizes, _ = prompts_and_answers(self.pairs.table)
+        prompts = [self.pairs.sequence(number, 0)["input_ids"][: sizes[number]] for number in (0, len(sizes) - 1)]
         return int(self.pairs.lengths.max()), [list(map(int, prompt)) for prompt in prompts]
 
     def scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
@@ -215,7 +215,7 @@ class PreferenceTrainer(PreferenceSteps, DPOTrainer):  # type: ignore[misc]
         order = torch.arange(len(labels), device=labels.device).view(2, -1).T.flatten()
         paired = {name: value[order] for name, value in inputs.items()}
         found, back = super().scores(model, paired, labels[order], balanced=balanced), order.argsort()
-        return TokenScores(**{name: getattr(found, name)[back] for name in PER_TOKEN}, aux_loss=found.aux_loss)
+        return each_token(found, lambda values: values[back])
 
     def _loss_of_answers(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         loss: torch.Tensor = DPOTrainer.compute_loss(self, Scored(self, model), inputs)

@@ -16,10 +16,10 @@ from torch import nn
 from toolkit.architecture import shared_length
 from toolkit.errors import out_of_memory
 from toolkit.labels import IGNORED
-from toolkit.ops.document_attention import per_document_attention
+from toolkit.ops.document_attention import attend_to_shared_prompts
 from toolkit.ops.label_logits import padded, pays_to_keep_logits
-from toolkit.ops.shared_prompts import WIDE, attend_by_sight, share_prompts
-from toolkit.ops.token_scores import PER_TOKEN, TokenScores, token_scores
+from toolkit.ops.shared_prompts import WIDE, share_prompts
+from toolkit.ops.token_scores import each_token, token_scores
 from toolkit.training.adapter_steps import AdapterSteps
 
 __all__ = ["ScoredSteps", "answers_first"]
@@ -68,10 +68,7 @@ class ScoredSteps(AdapterSteps):
         if rows is None:
             return self._scores(model, inputs, labels, balanced=balanced)
         found, told = self._scores(model, rows.inputs, rows.labels, balanced=balanced), labels[:, 1:] != IGNORED
-        values = {name: rows.of_sequences(getattr(found, name)) for name in PER_TOKEN}
-        return TokenScores(
-            **{name: value.masked_fill(~told, 0) for name, value in values.items()}, aux_loss=found.aux_loss
-        )
+        return each_token(found, lambda values: rows.of_sequences(values).masked_fill(~told, 0))
 
     def _scores(self, model: nn.Module, inputs: dict[str, Any], labels: torch.Tensor, *, balanced: bool) -> Any:
         positions = int((labels[:, 1:] != IGNORED).any(0).sum()) if labels.device.type == "cpu" else 0
@@ -97,12 +94,12 @@ class ScoredSteps(AdapterSteps):
         if self.may_share() == 1 or self.beside is not None:
             return
         longest, prompts = self.longest_to_share()
-        if not all(prompts):
+        if not all(map(len, prompts)):
             return
         room = shared_length(self.model.get_base_model())
         why = "this family's layers see more than they are told to"
         if longest <= room:
-            with per_document_attention(self.model) as takes_parts, attend_by_sight(self.model):
+            with attend_to_shared_prompts(self.model) as takes_parts:
                 why = self._why_not_the_same(prompts)
                 self.wide = WIDE if takes_parts and not self._why_not_the_same(prompts, wide=0) else None
         elif room:
@@ -117,7 +114,7 @@ class ScoredSteps(AdapterSteps):
         if not self.shares:
             yield
             return
-        with per_document_attention(self.model), attend_by_sight(self.model):
+        with attend_to_shared_prompts(self.model):
             self.share = self.may_share()
             try:
                 yield
