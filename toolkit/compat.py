@@ -357,6 +357,7 @@ SEAMS = (
         "_send_telemetry",
     ),
     *_at("trl.trainer.utils", "rehearsal", "to ask whose logits TRL's head computes", "add_fused_lm_head"),
+    *_at("trl.trainer.utils", "training", "to deal answers out to passes", "split_tensor_dict"),
     *_at("trl.kernels.chunked_logprob", "training", "to score labels without waiting", "ChunkedLogProbFunction"),
     *_at("trl.SFTTrainer", "training", "to ask for router logits where the balancing loss is on", "aux_loss_enabled"),
     *_at("trl.chat_template_utils", "data", "to know how a family writes calls", "add_response_schema"),

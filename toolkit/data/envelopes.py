@@ -81,9 +81,9 @@ def _beside_question(values: Values) -> Values | None:
     is_answer = [isinstance(side, dict) or (isinstance(side, str) and side == turns_in(side)) for side in sides]
     if values.get("prompt") or not all(is_answer):
         return None
-    name = next((name for name in _CONVERSATIONS if isinstance(turns_in(values.get(name)), list)), None)
-    if name is not None and role_of((turns_in(values[name]) or [None])[-1]) != "assistant":
-        rest, prompt = _without(values, name), turns_in(values[name])
+    name, turns = _conversation(values)
+    if name and role_of((turns or [None])[-1]) != "assistant":
+        rest, prompt = _without(values, name), turns
     elif isinstance(asked := values.get("instruction"), str) and not values.get("history"):
         rest = _without(values, "instruction", "input")
         prompt = [{"role": "user", "content": instructed(asked, values.get("input"))}]
@@ -101,14 +101,21 @@ def instructed(instruction: str, given: Any) -> str:
 def _with_label(values: Values) -> Values | None:
     """A conversation whose last answer is called good or bad."""
     mark = next((name for name in ("label", "kto_tag") if values.get(name) is not None), None)
-    name = next((name for name in _CONVERSATIONS if isinstance(turns_in(values.get(name)), list)), None)
-    if mark is None or name is None or not {"prompt", "completion"}.isdisjoint(values):
+    name, turns = _conversation(values)
+    if mark is None or not name or not {"prompt", "completion"}.isdisjoint(values):
         return None
-    turns = turns_in(values[name])
     last = max((at for at, turn in enumerate(turns) if role_of(turn) == "assistant"), default=None)
     if last is None:
         return None
     return {**_without(values, name, mark), "prompt": turns[:last], "completion": turns[last:], "label": values[mark]}
+
+
+def _conversation(values: Values) -> tuple[str, list[Any]]:
+    """The column that a conversation stands in, and its turns; an empty name where there is none."""
+    for name in _CONVERSATIONS:
+        if isinstance(turns := turns_in(values.get(name)), list):
+            return name, turns
+    return "", []
 
 
 def _without(values: Values, *names: str) -> dict[str, Any]:

@@ -188,13 +188,10 @@ def _no_fit(declared: str, wanted: Mapping[str, Shape], columns: Set[str], avail
         if (ours := difflib.get_close_matches(theirs, names, 1, 0.8))
     ]
     hint = f"; is {near[0][0]!r} meant to be {near[0][1]!r}?" if near else ""
-    if fits := [how for name, (how, needs) in _ELSEWHERE.items() if name not in wanted and needs <= available]:
-        hint = f"; such rows are for training.method: {fits[0]}"
+    if "prompt" in available and "prompt" not in wanted:
+        hint = "; such rows are for training.method: grpo"
     told = advice(columns) or f"{hint}; accepted: {choices}; rename with data.columns"
     return f"{where}: its columns ({has}) fit no format{told}"
-
-
-_ELSEWHERE = {"prompt": ("grpo", {"prompt"})}
 
 
 def _example_column(missing: str, columns: Set[str]) -> str:

@@ -110,14 +110,14 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     thought = kept.pop("thought", False)
     if isinstance(call, dict) and "text" not in kept and result is None:
         found = {"type": _CALL, "name": call.get("name"), "input": call.get("args") or {}, "id": call.get("id")}
-        return {**kept, **{key: value for key, value in found.items() if value is not None}}
-    if isinstance(result, dict) and "text" not in kept and call is None:
+    elif isinstance(result, dict) and "text" not in kept and call is None:
         told = result.get("response", "")
         content = told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
         found = {"type": _RESULT, "name": result.get("name"), "tool_use_id": result.get("id"), "content": content}
-        return {**kept, **{key: value for key, value in found.items() if value is not None}}
-    if isinstance(kept.get("text"), str) and call is None and result is None:
+    elif isinstance(kept.get("text"), str) and call is None and result is None:
         text = kept.pop("text")
-        return {**kept, "type": _THOUGHT, "thinking": text} if thought else {**kept, "type": "text", "text": text}
-    what = ", ".join(map(str, part)) if isinstance(part, dict) else type(part).__name__
-    raise InvalidRow("content is not text", f"{where}: a part of {what[:60] or 'nothing'}; only text is trained")
+        found = {"type": _THOUGHT, "thinking": text} if thought else {"type": "text", "text": text}
+    else:
+        what = ", ".join(map(str, part)) if isinstance(part, dict) else type(part).__name__
+        raise InvalidRow("content is not text", f"{where}: a part of {what[:60] or 'nothing'}; only text is trained")
+    return {**kept, **{key: value for key, value in found.items() if value is not None}}

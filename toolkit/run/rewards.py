@@ -72,12 +72,12 @@ def require_answers(recipe: Recipe, batches: Batches) -> None:
     """
     if not batches.questions or batches.report.splits["train"].trained_tokens:
         return
-    names = {f"rewards.functions: {each.function}": each.function in COMPARING for each in recipe.rewards.functions}
-    names[f"eval.metric: {recipe.eval.metric}"] = recipe.eval.metric in _COMPARING
-    for name in (name for name, compares in names.items() if compares):
+    rewards = (f"rewards.functions: {each.function}" for each in recipe.rewards.functions if each.function in COMPARING)
+    metrics = [f"eval.metric: {recipe.eval.metric}"] if recipe.eval.metric in _COMPARING else []
+    if compares := [*rewards, *metrics]:
         raise RecipeError(
-            f"{name} compares with a wanted answer, and the rows are prompts alone; name your column of answers with "
-            "data.columns: {answer: COLUMN}, or take another"
+            f"{compares[0]} compares with a wanted answer, and the rows are prompts alone; name your column of answers "
+            "with data.columns: {answer: COLUMN}, or take another"
         )
 
 

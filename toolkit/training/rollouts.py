@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from trl.trainer.utils import split_tensor_dict
 
 from toolkit.data import Question
 from toolkit.rewards import Asked, Judge
@@ -97,8 +98,8 @@ def by_prompt(batches: Sequence[Mapping[str, Any]], together: int) -> list[dict[
     for start in range(0, len(batches), together):
         few = batches[start : start + together]
         order = torch.cat([batch["asked"] for batch in few]).argsort(stable=True)
-        whole = {name: _joined([batch[name] for batch in few]) for name in few[0]}
-        dealt += [{name: rows_of(value, rows) for name, value in whole.items()} for rows in order.chunk(len(few))]
+        whole = {name: rows_of(_joined([batch[name] for batch in few]), order) for name in few[0]}
+        dealt += split_tensor_dict(whole, len(few))
     return dealt
 
 
@@ -111,9 +112,9 @@ def _joined(values: Sequence[Any]) -> Any:
 
 
 def rows_of(value: Any, wanted: torch.Tensor) -> Any:
-    """Rows of a tensor or a list by their numbers, or those that are marked; what has none, as it is."""
+    """Of a batch's tensor or list the rows that `wanted` marks, or all in its order; anything else as it is."""
     if isinstance(value, torch.Tensor):
-        return value[wanted] if value.ndim else value
+        return value[wanted] if value.ndim and len(value) == len(wanted) else value
     if not isinstance(value, list):
         return value
     numbers = wanted.nonzero().flatten() if wanted.dtype == torch.bool else wanted
